@@ -1,0 +1,2868 @@
+# SPDX-License-Identifier: MIT - jupyter_exec - stateful code execution in Jupyter kernels, in one file
+"""Run code in stateful Jupyter kernels: one file, without jupyter_client.
+
+Variables live from block to block, an error costs only the failing block, and images come back as files::
+
+    from jupyter_exec import CodeBlock, JupyterCodeExecutor, LocalJupyterServer
+
+    with LocalJupyterServer() as server, JupyterCodeExecutor(server) as executor:
+        print(executor.execute_code_blocks([CodeBlock("print('Hello, World!')")]))
+    # exit_code=0 output='Hello, World!\\n' output_files=[]
+
+The module speaks the kernel wire protocol itself. It needs ``pyzmq``; a kernel needs ``ipykernel`` in *its*
+Python. To vendor it, copy this file: it may be imported under any name and keeps no state at module level.
+
+Contents (a section uses names of the sections above it only; "pure" = no socket, clock, process or file)
+
+    1  Errors         pure   one tree; data in attributes, the sentence in ``str()``
+    2  Messages       pure   Message, KernelConnection
+    3  Codecs         pure   ZmqCodec (multipart + HMAC), PipeCodec (the host's pipe)
+    5  Execution      pure   state machine of one cell; folding and rendering of outputs
+    6  Channels              Deadline, Loop, Pipe, the ways to reach a kernel
+    7  Kernel client         one cell at a time: replies, outputs, deadline, interrupt, death
+    8  Kernel host           kernelspecs, launch, watch, relay; runs at the other end of a pipe
+    9  Servers               LocalJupyterServer, CommandJupyterServer, attaching
+    10 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor
+    11 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
+    12 License
+
+Where the kernels live: a server object starts a Python process, sends it this very source over stdin, and
+the process becomes the *kernel host* that starts, watches and kills kernels. When your program ends, however it
+ends, the pipe closes, and the host takes every kernel with it.
+
+Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import contextlib
+import functools
+import heapq
+import hmac
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import queue
+import re
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import string
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any, ClassVar, Protocol, TextIO, TypeVar, cast
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CodeBlock",
+    "CodeResult",
+    "CommandJupyterServer",
+    "ConnectionClosed",
+    "ExecutionError",
+    "ExecutionResult",
+    "ExecutionTimeout",
+    "IPythonCodeResult",
+    "JupyterCodeExecutor",
+    "JupyterExecError",
+    "KernelClient",
+    "KernelConnection",
+    "KernelDied",
+    "KernelError",
+    "KernelSpecNotFound",
+    "KernelStartFailed",
+    "LocalJupyterServer",
+    "MarkdownCodeExtractor",
+    "ProtocolError",
+    "SignatureError",
+]
+
+PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
+MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
+START_TIMEOUT = 60.0  # seconds from asking for a kernel to its first answer, host or container included
+CONTROL_TIMEOUT = 10.0  # seconds for the host to answer a control request; it answers in milliseconds
+INTERRUPT_GRACE = 5.0  # seconds that an interrupted cell has to end before its kernel is killed
+FENCE_DELAY = 1.0  # seconds between an execute_reply and its idle after which the other counts as overdue
+SHUTDOWN_GRACE = 2.0  # seconds that a kernel has to end by itself after shutdown_request
+READY_RETRY = 0.2  # seconds between kernel_info_requests while a kernel without iopub_welcome starts
+RECONNECT_INTERVAL = 5  # ms; ZeroMQ's 100 ms would be added to each start of a kernel
+DEATH_DRAIN = 0.02  # seconds of silence after a kernel's death before its output counts as complete
+STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
+PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between choosing and binding them
+
+Json = dict[str, Any]
+logger = logging.getLogger("jupyter_exec")
+logger.addHandler(logging.NullHandler())
+
+
+# ======================================================================================================
+# 1. Errors (pure)
+#
+#   JupyterExecError
+#     ProtocolError              a message, frame or file that breaks the protocol
+#       SignatureError           its HMAC is wrong
+#     ConnectionClosed           (ConnectionError) the other end is gone
+#     ExecutionTimeout           (TimeoutError) a deadline passed
+#     ExecutionError             the code of a cell raised
+#     KernelError
+#       KernelSpecNotFound       (ValueError) no kernel of that name
+#       KernelStartFailed        the process ended, or did not answer, before it was ready
+#       KernelDied               the process ended while it was in use
+#
+# Each keeps its data as attributes (every field has a default, so that pickle can rebuild it).
+# ======================================================================================================
+
+
+class JupyterExecError(Exception):
+    """Base of every error that this module raises on its own account."""
+
+
+class ProtocolError(JupyterExecError):
+    """The peer, or a connection file, broke the protocol."""
+
+
+class SignatureError(ProtocolError):
+    """A message was not signed with the kernel's key."""
+
+
+class ConnectionClosed(JupyterExecError, ConnectionError):
+    """The kernel's host, or the server object, is gone."""
+
+
+class ExecutionTimeout(JupyterExecError, TimeoutError):
+    """A deadline passed."""
+
+
+@dataclass(eq=False)
+class ExecutionError(JupyterExecError):
+    """The code of a cell raised; `traceback` is text without ANSI codes."""
+
+    ename: str = ""
+    evalue: str = ""
+    traceback: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.ename}: {self.evalue}\n{self.traceback}"
+
+
+class KernelError(JupyterExecError):
+    """Something about one kernel."""
+
+
+@dataclass(eq=False)
+class KernelSpecNotFound(KernelError, ValueError):
+    """No kernelspec of that name; says what there is, and where it was looked for."""
+
+    name: str = ""
+    available: list[str] = field(default_factory=list)
+    searched: list[str] = field(default_factory=list)
+    python: str = ""
+
+    def __str__(self) -> str:
+        hint = f"Available: {', '.join(self.available) or 'none'}."
+        if self.name in ("python", "python3"):
+            hint = f"Install it with: {self.python or 'python3'} -m pip install ipykernel. {hint}"
+        return f"Kernel {self.name} is not installed. {hint} Searched: {', '.join(self.searched)}"
+
+
+@dataclass(eq=False)
+class KernelStartFailed(KernelError):
+    """A kernel that could not be brought to its first answer."""
+
+    argv: list[str] = field(default_factory=list)
+    reason: str = ""
+    exit_code: int | None = None  # negative: killed by that signal
+    stderr: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"The kernel could not be started: {self.reason or describe_exit(self.exit_code)}."]
+        if self.argv:
+            lines.append(f"Command: {' '.join(self.argv)}")
+        if self.stderr:
+            lines.append(self.stderr.rstrip())
+        if self.argv and "No module named" in self.stderr and "ipykernel" in self.stderr:
+            lines.append(f"Install it with: {self.argv[0]} -m pip install ipykernel")
+        return "\n".join(lines)
+
+
+@dataclass(eq=False)
+class KernelDied(KernelError):
+    """A kernel whose process ended while it was in use; all its variables are lost."""
+
+    cause: str = ""
+    exit_code: int | None = None  # negative: killed by that signal; None: unknown
+    stderr: str = ""
+
+    def __str__(self) -> str:
+        tail = f"\n{self.stderr.rstrip()}" if self.stderr.strip() else ""
+        return f"The kernel died ({self.cause or describe_exit(self.exit_code)}); all variables are lost{tail}"
+
+
+def describe_exit(exit_code: int | None) -> str:
+    """Say how a process ended: `exit_code` is negative for a signal, None if nobody knows."""
+    if exit_code is None:
+        return "cause unknown"
+    if exit_code >= 0:
+        return f"it ended by itself with exit code {exit_code}"
+    with contextlib.suppress(ValueError):
+        return f"killed by signal {-exit_code}, {signal.Signals(-exit_code).name}"
+    return f"killed by signal {-exit_code}"
+
+
+# ======================================================================================================
+# 2. Messages (pure)
+# ======================================================================================================
+
+
+@dataclass
+class Message:
+    """One message of the Jupyter protocol, without identities and signature.
+
+    Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html#general-message-format
+    """
+
+    __slots__ = ("buffers", "channel", "content", "header", "metadata", "parent_header")
+
+    channel: str  # "shell", "iopub", "stdin" or "control"
+    header: Json
+    parent_header: Json
+    metadata: Json
+    content: Json
+    buffers: list[bytes]
+
+    @property
+    def msg_type(self) -> str:
+        return str(self.header.get("msg_type", ""))
+
+    @property
+    def msg_id(self) -> str:
+        return str(self.header.get("msg_id", ""))
+
+    @property
+    def parent_id(self) -> str:
+        return str(self.parent_header.get("msg_id", ""))
+
+
+def new_message(channel: str, msg_type: str, content: Json, *, session: str, msg_id: str, date: str) -> Message:
+    """Make a message of the client. `date` is ISO 8601 with a zone, as strict kernels (Deno, evcxr) demand it."""
+    header = {
+        "msg_id": msg_id,
+        "session": session,
+        "username": "jupyter_exec",
+        "date": date,
+        "msg_type": msg_type,
+        "version": PROTOCOL_VERSION,
+    }
+    return Message(channel, header, {}, {}, content, [])
+
+
+def execute_content(code: str, *, silent: bool = False, store_history: bool = True, allow_stdin: bool = False) -> Json:
+    """Return the content of an execute_request.
+
+    Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html#execute
+    """
+    # ipykernel never answers to code with surrogates: pairs become the character they mean, others U+FFFD.
+    code = code.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return {
+        "code": code,
+        "silent": silent,
+        "store_history": store_history,
+        "user_expressions": {},
+        "allow_stdin": allow_stdin,
+        "stop_on_error": True,
+    }
+
+
+@dataclass(frozen=True)
+class KernelConnection:
+    """A connection file as a value: where a kernel listens, and the key that signs its messages.
+
+    With transport "ipc", `ip` is the prefix of the socket files and the ports are their numbers.
+
+    Spec: https://jupyter-client.readthedocs.io/en/stable/kernels.html#connection-files
+    """
+
+    ip: str
+    shell_port: int
+    iopub_port: int
+    stdin_port: int
+    control_port: int
+    hb_port: int = 0
+    transport: str = "tcp"
+    key: str = field(default="", repr=False)
+    signature_scheme: str = "hmac-sha256"
+    kernel_name: str = ""
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> KernelConnection:
+        """Parse the text of a connection file. Raises ProtocolError with the name of the wrong field."""
+        data = json_object(text, "connection file")
+        values = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}
+        for name in ("ip", "shell_port", "iopub_port", "stdin_port", "control_port"):
+            if name not in values:
+                raise ProtocolError(f"The connection file has no {name!r}.")
+        for name, value in values.items():
+            if name.endswith("_port"):
+                values[name] = _port(name, value)
+            elif not isinstance(value, str):
+                raise ProtocolError(f"The connection file's {name!r} is not a string.")
+        connection = cls(**values)
+        if connection.transport not in ("tcp", "ipc"):
+            raise ProtocolError(f"The connection file's transport {connection.transport!r} is neither tcp nor ipc.")
+        new_signer(connection.key, connection.signature_scheme)  # raises for an unknown scheme
+        return connection
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def address(self, channel: str) -> str:
+        """Return the ZeroMQ endpoint of `channel`."""
+        port = getattr(self, f"{channel}_port")
+        if self.transport == "ipc":
+            return f"ipc://{self.ip}-{port}"
+        return f"tcp://[{self.ip}]:{port}" if ":" in self.ip else f"tcp://{self.ip}:{port}"
+
+
+def _port(name: str, value: object) -> int:
+    # JEP 106 allows ports as strings; xeus writes them so.
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
+        raise ProtocolError(f"The connection file's {name!r} is not a port number.")
+    return value
+
+
+def new_signer(key: str, signature_scheme: str) -> hmac.HMAC | None:
+    """Return the HMAC to be copied for each message, None if messages are not signed.
+
+    Raises: ProtocolError for an unknown signature scheme.
+    """
+    kind, _, digest = signature_scheme.partition("-")
+    try:
+        if kind != "hmac":
+            raise ValueError
+        signer = hmac.new(key.encode("utf-8"), digestmod=digest)
+        signer.hexdigest()
+    except (ValueError, TypeError):
+        raise ProtocolError(f"Unknown signature scheme {signature_scheme!r}.") from None
+    # "If you want to disable authentication, [the key] should be an empty string."
+    return signer if key else None
+
+
+def json_object(data: str | bytes, what: str) -> Json:
+    """Parse a JSON object that a peer sent; `what` names it in the ProtocolError."""
+    try:
+        if isinstance(data, bytes):
+            # ipykernel sends lone surrogates as raw bytes: "replace" keeps the rest of such a message.
+            data = data.decode("utf-8", "replace")
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"The {what} is not JSON: {error.__class__.__name__}.") from None
+    if not isinstance(value, dict):
+        raise ProtocolError(f"The {what} is not a JSON object.")
+    return value
+
+
+def _object_or_null(data: bytes, what: str) -> Json:
+    # Deviation: xeus kernels send null for an empty parent_header, metadata or transient.
+    return {} if data in (b"{}", b"null") else json_object(data, what)
+
+
+def dump_json(value: object) -> bytes:
+    """Encode in pure ASCII: lone surrogates in a model's code survive as escapes, which is equally legal JSON."""
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+# ======================================================================================================
+# 3. Codecs (pure)
+# ======================================================================================================
+
+DELIMITER = b"<IDS|MSG>"
+
+
+class ZmqCodec:
+    """Message <-> the parts of one ZeroMQ multipart message, signed with the kernel's key.
+
+    There is no record of signatures seen: a forged copy can then never get a genuine message refused.
+
+    Raises: ProtocolError for an unknown signature scheme.
+
+    Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html#the-wire-protocol
+    """
+
+    def __init__(self, key: str, signature_scheme: str = "hmac-sha256") -> None:
+        self._signer = new_signer(key, signature_scheme)
+
+    def _sign(self, parts: Iterable[bytes]) -> bytes:
+        if self._signer is None:
+            return b""
+        signer = self._signer.copy()
+        for part in parts:
+            signer.update(part)
+        return signer.hexdigest().encode("ascii")
+
+    def encode(self, message: Message) -> list[bytes]:
+        """Return [DELIMITER, signature, header, parent_header, metadata, content, *buffers]."""
+        dicts = (message.header, message.parent_header, message.metadata, message.content)
+        signed = [dump_json(part) for part in dicts]
+        return [DELIMITER, self._sign(signed), *signed, *message.buffers]
+
+    def decode(self, channel: str, parts: Sequence[bytes]) -> Message:
+        """Verify and parse `parts`; identities and the topic, if any, stand before the delimiter.
+
+        Raises: SignatureError, ProtocolError.
+        """
+        try:
+            start = parts.index(DELIMITER) + 1
+        except ValueError:
+            raise ProtocolError("A message has no delimiter.") from None
+        if len(parts) - start < 5:
+            raise ProtocolError("A message has fewer than five parts.")
+        if sum(map(len, parts)) > MAX_MESSAGE:
+            raise ProtocolError(f"A message is larger than {MAX_MESSAGE} bytes.")
+        signature, header, parent_header, metadata, content = parts[start : start + 5]
+        # "The signature is computed over the *serialized* parts exactly as sent; buffers are not signed."
+        if not hmac.compare_digest(signature, self._sign((header, parent_header, metadata, content))):
+            raise SignatureError("A message is not signed with the kernel's key.")
+        return Message(
+            channel,
+            json_object(header, "header"),
+            _object_or_null(parent_header, "parent_header"),
+            _object_or_null(metadata, "metadata"),
+            _object_or_null(content, "content"),
+            list(parts[start + 5 :]),
+        )
+
+
+class PipeCodec:
+    """Lists of byte strings <-> the byte stream between a server object and its kernel host.
+
+    A frame is: b"JX", number of parts (u16), total length of the parts (u32), length of each part (u32),
+    the parts; integers are big-endian. The first part is an address: b"" for control (one JSON part follows),
+    b"KERNEL/CHANNEL" for a relayed message (the parts of the ZeroMQ message follow, signed end to end).
+    """
+
+    _HEAD = struct.Struct(">2sHI")
+
+    def __init__(self, limit: int = MAX_MESSAGE) -> None:
+        self._limit = limit
+        self._buffer = bytearray()
+        self._needed = self._HEAD.size
+
+    @classmethod
+    def encode(cls, parts: Sequence[bytes]) -> bytes:
+        lengths = [len(part) for part in parts]
+        head = cls._HEAD.pack(b"JX", len(parts), sum(lengths))
+        return b"".join((head, struct.pack(f">{len(parts)}I", *lengths), *parts))
+
+    def feed(self, data: bytes) -> Iterator[list[bytes]]:
+        """Take bytes as they came; yield the parts of each complete frame. Raises ProtocolError: give up then."""
+        self._buffer += data
+        while len(self._buffer) >= self._needed:
+            magic, count, total = self._HEAD.unpack_from(self._buffer)
+            if magic != b"JX" or not count:
+                raise ProtocolError("The pipe carries something that is not a frame.")
+            if total > self._limit:
+                raise ProtocolError(f"A frame of {total} bytes is over the limit of {self._limit}.")
+            position = self._HEAD.size + 4 * count
+            self._needed = position + total
+            if len(self._buffer) < self._needed:
+                return
+            yield list(self._split(count, position))
+            del self._buffer[: self._needed]
+            self._needed = self._HEAD.size
+
+    def _split(self, count: int, position: int) -> Iterator[bytes]:
+        lengths = struct.unpack_from(f">{count}I", self._buffer, self._HEAD.size)
+        if position + sum(lengths) != self._needed:
+            raise ProtocolError("A frame's parts do not add up to its length.")
+        with memoryview(self._buffer) as view:
+            for length in lengths:
+                yield bytes(view[position : position + length])
+                position += length
+
+
+# ======================================================================================================
+# 5. Execution (pure)
+# ======================================================================================================
+
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_DEFAULT_REPR = re.compile(r"<[^\n]*>\Z")  # <Figure size 640x480 with 1 Axes>, <IPython.core.display.HTML object>
+
+# What goes to a file, best first: MIME type -> (word of AutoGen's sentence, suffix).
+FILE_TYPES = {"image/png": ("Image", ".png"), "text/html": ("HTML", ".html")}
+
+
+@dataclass(frozen=True)
+class KernelExit:
+    """A kernel's process has ended: `exit_code` is negative for a signal and None if nobody knows it."""
+
+    exit_code: int | None = None
+    stderr: str = ""
+    cause: str = ""
+
+    def sentence(self) -> str:
+        return self.cause or describe_exit(self.exit_code)
+
+    def error(self) -> KernelDied:
+        return KernelDied(self.sentence(), self.exit_code, self.stderr)
+
+    def status(self) -> int:
+        """Return the exit status that reports this death, by the shell's convention; 137 if it is unknown."""
+        if self.exit_code is None:
+            return 137
+        return 128 - self.exit_code if self.exit_code < 0 else 1
+
+
+@dataclass
+class ExecutionResult:
+    """What one cell did.
+
+    `status` is "ok", "error", "timeout", "interrupted", "died" or "exited"; `kernel_state` is "intact", "lost"
+    (all variables are gone) or "busy"; `note` is the sentence about it, empty when all is well. `outputs` are
+    dicts in the shape of nbformat 4 (stream, execute_result, display_data, error).
+    """
+
+    status: str
+    exit_code: int
+    kernel_state: str
+    note: str
+    outputs: list[Json]
+    execution_count: int | None = None
+    duration: float = 0.0  # seconds
+    death: KernelExit | None = None
+
+    @property
+    def error(self) -> Json | None:
+        """The error output (ename, evalue, traceback), if the code raised."""
+        return next((output for output in self.outputs if output["output_type"] == "error"), None)
+
+    @property
+    def text(self) -> str:
+        """Everything as plain text; rich outputs by their text/plain."""
+        return render(self.outputs, self.note, lambda data: None)
+
+    def raise_for_error(self) -> None:
+        """Raise ExecutionError, ExecutionTimeout, KernelDied or JupyterExecError unless the cell ended well."""
+        if self.status == "timeout":
+            raise ExecutionTimeout(self.note)
+        if self.death and self.status == "died":
+            raise self.death.error()
+        if self.status == "error" and self.error:
+            traceback = strip_ansi("\n".join(self.error["traceback"]))
+            raise ExecutionError(self.error["ename"], self.error["evalue"], traceback)
+        if self.status != "ok":
+            raise JupyterExecError(self.note or "The cell did not end well.")
+
+
+class Execution:
+    """State machine of one execute_request: messages in, outputs and an outcome out.
+
+    It is done when the reply and the idle status have both come: they travel on different channels, so
+    either may be first. One of them may be lost (a high-water mark, an interrupt at a bad moment): then the answer
+    to a later request, whose id is in `fences`, tells that it will not come any more. `displays` maps each
+    display_id of the kernel's life to the outputs that show it.
+    """
+
+    def __init__(self, msg_id: str, displays: dict[str, list[Json]]) -> None:
+        self.msg_id = msg_id
+        self.outputs: list[Json] = []
+        self.execution_count: int | None = None
+        self.timed_out: float | None = None  # seconds, once the deadline has passed
+        self.started = False  # the kernel is at it
+        self.interrupted = False  # somebody asked for it
+        self.signalled = False  # the kernel was told
+        self.death: KernelExit | None = None
+        self.fences: set[str] = set()
+        self._displays = displays
+        self._reply: Json | None = None
+        self._idle = False
+        self._passed: set[str] = set()  # channels on which a fence was answered
+        self._clear_next = False
+
+    @property
+    def half_done(self) -> bool:
+        """Whether just one of reply and idle has come."""
+        return self._idle != (self._reply is not None)
+
+    @property
+    def done(self) -> bool:
+        if self.half_done:
+            return ("shell" if self._idle else "iopub") in self._passed or self.death is not None
+        return self._idle or self.death is not None
+
+    @property
+    def outputs_lost(self) -> bool:
+        """Whether outputs may be missing, since the idle status that comes after them is."""
+        return self._reply is not None and not self._idle
+
+    def feed(self, message: Message) -> Json | None:
+        """Take any message from the kernel; return the output to show now, if there is one."""
+        if message.parent_id in self.fences and message.content.get("execution_state") != "busy":
+            self._passed.add(message.channel)
+        if message.parent_id != self.msg_id:
+            return None
+        self.started = self.started or (message.channel == "iopub" and message.msg_type != "status")
+        handler = self._HANDLERS.get((message.channel, message.msg_type))
+        # "Clients should ignore messages that they do not understand."
+        return handler(self, message.content) if handler else None
+
+    def _on_reply(self, content: Json) -> None:
+        self._reply = content
+        self._count(content)
+
+    def _on_status(self, content: Json) -> None:
+        self._idle = self._idle or content.get("execution_state") == "idle"
+
+    def _count(self, content: Json) -> None:
+        if isinstance(content.get("execution_count"), int):
+            self.execution_count = content["execution_count"]
+
+    def _on_stream(self, content: Json) -> Json | None:
+        name, text = content.get("name"), content.get("text")
+        if name not in ("stdout", "stderr") or not isinstance(text, str):
+            return None
+        self._clear_if_due()
+        chunk: Json = {"output_type": "stream", "name": name, "text": text}
+        last = self.outputs[-1] if self.outputs else {}
+        if last.get("name") == name:
+            last["text"] += text
+        else:
+            self.outputs.append(dict(chunk))
+        return chunk
+
+    def _on_result(self, content: Json) -> Json:
+        self._count(content)
+        return self._append({"output_type": "execute_result", "execution_count": self.execution_count}, content)
+
+    def _on_display(self, content: Json) -> Json:
+        output = self._append({"output_type": "display_data"}, content)
+        if display_id := _display_id(content):
+            self._displays.setdefault(display_id, []).append(output)
+        return output
+
+    def _append(self, output: Json, content: Json) -> Json:
+        self._clear_if_due()
+        self.outputs.append(output | _bundle(content))
+        return self.outputs[-1]
+
+    def _on_update(self, content: Json) -> Json:
+        # "update_display_data: ... update any and all of the displays that have the given display_id"
+        for output in self._displays.get(_display_id(content), ()):
+            output.update(_bundle(content))
+        return {"output_type": "update_display_data"} | _bundle(content)
+
+    def _on_error(self, content: Json) -> Json:
+        traceback = content.get("traceback")
+        lines = [line for line in traceback if isinstance(line, str)] if isinstance(traceback, list) else []
+        names = {name: str(content.get(name, "")) for name in ("ename", "evalue")}
+        self._clear_if_due()
+        self.outputs.append({"output_type": "error", **names, "traceback": lines})
+        return self.outputs[-1]
+
+    def _on_clear(self, content: Json) -> Json:
+        # "wait: Wait to clear the output until new output is available."
+        self._clear_next = True
+        if not content.get("wait"):
+            self._clear_if_due()
+        return {"output_type": "clear_output", "wait": bool(content.get("wait"))}
+
+    def _clear_if_due(self) -> None:
+        if self._clear_next:
+            self.outputs.clear()
+            self._clear_next = False
+
+    _HANDLERS: ClassVar[dict[tuple[str, str], Callable[[Execution, Json], Json | None]]] = {
+        ("shell", "execute_reply"): _on_reply,
+        ("iopub", "status"): _on_status,
+        ("iopub", "execute_input"): _count,
+        ("iopub", "stream"): _on_stream,
+        ("iopub", "execute_result"): _on_result,
+        ("iopub", "display_data"): _on_display,
+        ("iopub", "update_display_data"): _on_update,
+        ("iopub", "error"): _on_error,
+        ("iopub", "clear_output"): _on_clear,
+    }
+
+    @property
+    def ended_session(self) -> bool:
+        """Whether the code called exit() or quit()."""
+        payload = (self._reply or {}).get("payload")
+        entries = payload if isinstance(payload, list) else []
+        exits = [entry for entry in entries if isinstance(entry, dict) and entry.get("source") == "ask_exit"]
+        return any(not entry.get("keepkernel") for entry in exits)
+
+    def result(self, duration: float) -> ExecutionResult:
+        """Sum up; `duration` in seconds. The sentences are those of the README's table of failures."""
+        status, exit_code, state, note = self._outcome()
+        if self.outputs == [] and status == "error" and self._reply:
+            self._on_error(self._reply)  # the error came with the reply only
+        return ExecutionResult(status, exit_code, state, note, self.outputs, self.execution_count, duration, self.death)
+
+    def _outcome(self) -> tuple[str, int, str, str]:
+        if self.timed_out is not None:
+            return self._timeout_outcome(f"{self.timed_out:g} s")
+        if self.death:
+            tail = f"\n{self.death.stderr.rstrip()}" if self.death.stderr.strip() else ""
+            note = f"The kernel died ({self.death.sentence()}); all variables are lost{tail}"
+            return "died", self.death.status(), "lost", note
+        if self.interrupted:
+            if self.done:
+                return "interrupted", 130, "intact", "Interrupted; variables are kept"
+            return "interrupted", 130, "busy", "Interrupted, but the kernel is still running the code"
+        if self.ended_session:
+            return "exited", 0, "lost", "the session was ended by the code"
+        if self._reply and self._reply.get("status") == "ok":
+            return "ok", 0, "intact", "Some of the output was lost on its way" if self.outputs_lost else ""
+        return "error", 1, "intact", "" if self._reply else "The kernel gave up the code without a reply"
+
+    def _timeout_outcome(self, seconds: str) -> tuple[str, int, str, str]:
+        if self.death:
+            sentence = f"Timeout: the code ignored the interrupt after {seconds}; the kernel was killed and restarted"
+            return "timeout", 124, "lost", f"{sentence}; all variables are lost"
+        if self.done:
+            return "timeout", 124, "intact", f"Timeout: interrupted after {seconds}; variables are kept"
+        return "timeout", 124, "busy", f"Timeout: interrupted after {seconds}; the kernel is still running the code"
+
+
+def _display_id(content: Json) -> str:
+    transient = content.get("transient")  # null or absent in some kernels
+    return str(transient.get("display_id") or "") if isinstance(transient, dict) else ""
+
+
+def _bundle(content: Json) -> Json:
+    data, metadata = content.get("data"), content.get("metadata")
+    return {"data": data if isinstance(data, dict) else {}, "metadata": metadata if isinstance(metadata, dict) else {}}
+
+
+def strip_ansi(text: str) -> str:
+    """Remove the terminal's escape sequences (colours, cursor movements, titles)."""
+    return _ANSI.sub("", text)
+
+
+def render(outputs: Iterable[Json], note: str, save: Callable[[Json], str | None]) -> str:
+    """Return outputs as the text of one block: streams exactly as printed, everything else on lines of its own.
+
+    `save(data)` may put the best representation of a MIME bundle into a file; it returns the line that says so.
+    """
+    text, line_open = "", False
+    for output in outputs:
+        is_stream = output["output_type"] == "stream"
+        piece = strip_ansi(output["text"]) if is_stream else "\n".join(_lines(output, save))
+        if not piece:
+            continue
+        if text and not text.endswith("\n") and (line_open or not is_stream):
+            text += "\n"
+        text, line_open = text + piece, not is_stream
+    if note:
+        text += ("\n" if text and not text.endswith("\n") else "") + note
+    return text
+
+
+def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
+    if output["output_type"] == "error":
+        yield f"{output['ename']}: {output['evalue']}"
+        yield from map(strip_ansi, output["traceback"])
+        return
+    saved = save(output["data"])
+    plain = output["data"].get("text/plain")
+    if isinstance(plain, str) and not (saved and _DEFAULT_REPR.match(plain)):
+        yield strip_ansi(plain)
+    if saved:
+        yield saved
+
+
+# ======================================================================================================
+# 6. Channels
+# ======================================================================================================
+
+
+class Deadline:
+    """A point in time, made once per public call and passed down. None as `seconds` never comes."""
+
+    __slots__ = ("_at", "seconds")
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._at = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def remaining(self) -> float | None:
+        return None if self._at is None else max(0.0, self._at - time.monotonic())
+
+    @property
+    def expired(self) -> bool:
+        return self._at is not None and time.monotonic() >= self._at
+
+    def within(self, seconds: float) -> float:
+        """Return what is left, at most `seconds`."""
+        remaining = self.remaining
+        return seconds if remaining is None else min(seconds, remaining)
+
+
+class Loop:
+    """One thread that waits for readiness and calls back. Only `post` and `stop` may be used from other threads.
+
+    It serves the client (as a daemon thread) and the kernel host (as its main thread) alike, and needs no zmq:
+    a ZeroMQ socket is watched through its ZMQ_FD, which is edge-triggered, so its callback must read it empty.
+    """
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._callbacks: dict[int, dict[int, Callable[[], None]]] = {}  # descriptor -> event -> callback
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = itertools.count()
+        self._waker, self.alarm = socket.socketpair()  # `alarm` may serve signal.set_wakeup_fd
+        self._waker.setblocking(False)
+        self.alarm.setblocking(False)
+        self._awake = False
+        self._running = True
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+        self.on_readable(self._waker.fileno(), self._on_wake)
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Have `job()` called in the loop's thread, soon and in the order of the calls."""
+        if os.getpid() != self._pid:
+            raise JupyterExecError("This process was forked from the one with the server: make a new server here.")
+        self._jobs.append(job)
+        if not self._awake:
+            self._awake = True
+            with contextlib.suppress(OSError):  # full: it will wake up anyway; closed: nobody listens
+                self.alarm.send(b"\0")
+
+    def later(self, seconds: float, job: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._serial), job))
+
+    def on_readable(self, descriptor: int, callback: Callable[[], None] | None) -> None:
+        self._watch(descriptor, selectors.EVENT_READ, callback)
+
+    def on_writable(self, descriptor: int, callback: Callable[[], None] | None) -> None:
+        self._watch(descriptor, selectors.EVENT_WRITE, callback)
+
+    def _watch(self, descriptor: int, event: int, callback: Callable[[], None] | None) -> None:
+        callbacks = self._callbacks.setdefault(descriptor, {})
+        before = sum(callbacks)
+        if callback:
+            callbacks[event] = callback
+        else:
+            callbacks.pop(event, None)
+        after = sum(callbacks)
+        if not after:
+            del self._callbacks[descriptor]
+            if before:
+                self._selector.unregister(descriptor)
+        elif not before:
+            self._selector.register(descriptor, after, callbacks)
+        elif before != after:
+            self._selector.modify(descriptor, after, callbacks)
+
+    def start(self, name: str) -> None:
+        self._thread = threading.Thread(target=self.run, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop after the jobs posted so far; wait for its thread, unless called in it."""
+        self.post(self._finish)
+        if self._thread and self._thread is not threading.current_thread():
+            self._thread.join(CONTROL_TIMEOUT)
+
+    def _finish(self) -> None:
+        self._running = False
+
+    def run(self) -> None:
+        """Call back until `stop`; an exception in a callback is logged and costs that callback only."""
+        while self._running:
+            timeout = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+            for key, events in self._selector.select(timeout):
+                for event, callback in list(key.data.items()):
+                    if events & event and key.data.get(event):  # an earlier callback may have ended the watch
+                        self._call(callback)
+            while self._timers and self._timers[0][0] <= time.monotonic():
+                self._call(heapq.heappop(self._timers)[2])
+        while self._jobs:  # whoever waits for one of these must not wait for ever
+            self._call(self._jobs.popleft())
+        self._selector.close()
+        self._waker.close()
+        self.alarm.close()
+
+    def _on_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._waker.recv(4096)
+        self._awake = False  # before the jobs: a job posted from now on wakes the loop again
+        for _ in range(len(self._jobs)):
+            self._call(self._jobs.popleft())
+
+    def _call(self, callback: Callable[[], None]) -> None:
+        try:
+            callback()
+        except Exception:
+            logger.exception("A callback of the I/O thread failed")
+
+
+class Stream(Protocol):
+    """A non-blocking byte stream; the signatures are those of socket.socket."""
+
+    def recv(self, size: int, /) -> bytes: ...
+    def send(self, data: memoryview, /) -> int: ...
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+
+
+class FdStream:
+    """A Stream over two descriptors, such as a process's stdin and stdout (POSIX)."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self._read_fd, self._write_fd = read_fd, write_fd
+        os.set_blocking(read_fd, False)
+        os.set_blocking(write_fd, False)
+
+    def recv(self, size: int, /) -> bytes:
+        return os.read(self._read_fd, size)
+
+    def send(self, data: memoryview, /) -> int:
+        return os.write(self._write_fd, data)
+
+    def fileno(self) -> int:
+        return self._read_fd
+
+    def write_fileno(self) -> int:
+        return self._write_fd
+
+    def close(self) -> None:
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+
+def as_stream(read_fd: int, write_fd: int) -> Stream:
+    """Return a Stream over two descriptors that are no sockets."""
+    if os.name != "nt":
+        return FdStream(read_fd, write_fd)
+    # Windows cannot poll a pipe: two threads copy between it and a socket.
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    threading.Thread(target=_copy, args=(functools.partial(os.read, read_fd, 2**16), far.sendall), daemon=True).start()
+    threading.Thread(target=_copy, args=(functools.partial(far.recv, 2**16), _writer(write_fd)), daemon=True).start()
+    return near
+
+
+def _copy(read: Callable[[], bytes], write: Callable[[bytes], object]) -> None:
+    with contextlib.suppress(OSError):
+        while data := read():
+            write(data)
+
+
+def _writer(descriptor: int) -> Callable[[bytes], object]:
+    return open(descriptor, "wb", buffering=0).write
+
+
+class Pipe:
+    """One end of the pipe between a server object and its kernel host. Belongs to its loop's thread.
+
+    `on_parts(parts)` gets each frame; `on_closed(reason)` is called once, when the other end is gone or has
+    sent something that is no frame, or when a write has been stuck for CONTROL_TIMEOUT: there is no resynchronising.
+    """
+
+    def __init__(
+        self, loop: Loop, stream: Stream, on_parts: Callable[[list[bytes]], None], on_closed: Callable[[str], None]
+    ) -> None:
+        self._loop, self._stream = loop, stream
+        self._on_parts, self._on_closed = on_parts, on_closed
+        self._codec = PipeCodec()
+        self._unsent: deque[memoryview] = deque()
+        self._sent_at = 0.0
+        self._closed = False
+        self._write_fd: int = getattr(stream, "write_fileno", stream.fileno)()
+        loop.on_readable(stream.fileno(), self._read)
+
+    def send(self, parts: Sequence[bytes]) -> None:
+        """Write a frame, now as far as the pipe takes it, the rest when it is ready again."""
+        if self._closed:
+            return
+        waiting = bool(self._unsent)
+        self._unsent.append(memoryview(PipeCodec.encode(parts)))
+        if not waiting:
+            self._sent_at = time.monotonic()
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._unsent:
+                sent = self._stream.send(self._unsent[0])
+                self._sent_at = time.monotonic()
+                self._unsent[0] = self._unsent[0][sent:]
+                if not self._unsent[0]:
+                    self._unsent.popleft()
+        except (BlockingIOError, InterruptedError):
+            self._loop.on_writable(self._write_fd, self._write)
+            self._loop.later(CONTROL_TIMEOUT, self._check_progress)
+        except OSError as error:
+            self.close(f"the pipe broke: {error.strerror}")
+        else:
+            self._loop.on_writable(self._write_fd, None)
+
+    def _check_progress(self) -> None:
+        if self._unsent and time.monotonic() - self._sent_at >= CONTROL_TIMEOUT:
+            self.close(f"nothing was read from the pipe for {CONTROL_TIMEOUT:g} s")
+
+    def _read(self) -> None:
+        try:
+            data = self._stream.recv(2**18)
+            if not data:
+                self.close("the pipe was closed")
+                return
+            for parts in self._codec.feed(data):
+                self._on_parts(parts)
+        except (BlockingIOError, InterruptedError):
+            pass
+        except (OSError, ProtocolError) as error:
+            self.close(str(error))
+
+    def close(self, reason: str) -> None:
+        if not self._closed:
+            self._closed = True
+            self._loop.on_readable(self._stream.fileno(), None)
+            self._loop.on_writable(self._write_fd, None)
+            self._stream.close()
+            self._on_closed(reason)
+
+
+class Mailbox:
+    """What came from one kernel, in order: raw messages put in by the I/O thread, taken out by the caller's."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def put(self, item: RawMessage | KernelExit) -> None:
+        self._queue.put(item)
+
+    def get(self, timeout: float | None) -> RawMessage | KernelExit | None:
+        """Return the next item, or None after `timeout` seconds."""
+        try:
+            return self._queue.get(timeout=timeout)  # type: ignore[no-any-return]
+        except queue.Empty:
+            return None
+
+
+RawMessage = tuple[str, list[bytes]]  # channel, parts as they came
+
+
+class Channels(Protocol):
+    """A way to exchange messages with one kernel. Usable from any thread."""
+
+    def send(self, message: Message) -> None: ...
+    def decode(self, raw: RawMessage) -> Message: ...
+    def close(self) -> None: ...
+
+
+class KernelControl(Protocol):
+    """What can be done to a kernel besides sending it messages; implemented by the servers."""
+
+    owned: bool  # False: attached to, not to be killed or restarted
+    argv: list[str]  # of the kernel's process, empty if unknown
+    connection_file: str | None  # on this machine
+
+    def start(self, mailbox: Mailbox, deadline: Deadline) -> Channels:
+        """Start the kernel, or start it anew, and connect; `mailbox` gets all that comes from it, its death too."""
+
+    def interrupt(self, sent: Callable[[], None]) -> None:
+        """Interrupt the running cell; `sent()` is called, in any thread, once the signal is out."""
+
+    def kill(self) -> None:
+        """End the kernel at once, if it is ours; the mailbox gets its KernelExit."""
+
+    def close(self) -> None:
+        """Free what `start` made, the channels aside."""
+
+
+def read_connection_file(path: str | os.PathLike[str]) -> KernelConnection:
+    """Read a connection file. Raises ProtocolError if it is broken, or readable by others than its owner."""
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            data = file.read(2**16)
+    except OSError as error:
+        raise ProtocolError(f"Cannot read the connection file {os.fspath(path)}: {error.strerror}.") from None
+    if os.name != "nt" and mode & 0o077:
+        raise ProtocolError(f"The connection file {os.fspath(path)} holds a key and is open to others: chmod 600 it.")
+    return KernelConnection.from_json(data)
+
+
+def write_private(path: str, text: str) -> None:
+    """Write a file that only its owner may read; a file or link that is there is replaced, not followed."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def open_sockets(context: Any, connection: KernelConnection, identity: bytes) -> dict[str, Any]:
+    """Connect shell, iopub, stdin and control; returns {channel: zmq.Socket}. The caller closes them."""
+    import zmq
+
+    kinds = {"shell": zmq.DEALER, "iopub": zmq.SUB, "stdin": zmq.DEALER, "control": zmq.DEALER}
+    sockets = {}
+    for channel, kind in kinds.items():
+        sockets[channel] = sock = context.socket(kind)
+        sock.linger = 0
+        sock.reconnect_ivl = RECONNECT_INTERVAL
+        sock.maxmsgsize = MAX_MESSAGE
+        if channel == "iopub":
+            # The default high-water mark of 1000 messages loses output, and the final idle with it.
+            sock.rcvhwm = 0
+            # Subscribe before connecting, or the welcome is missed; the unique topic gets one for certain.
+            sock.subscribe(b"")
+            sock.subscribe(identity)
+        else:
+            # "stdin: ... the client's identity must be the same as that of its shell socket."
+            sock.identity = identity
+        sock.connect(connection.address(channel))
+    return sockets
+
+
+def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
+    """Read a ZeroMQ socket empty: its descriptor tells of changes only."""
+    import zmq
+
+    with contextlib.suppress(zmq.Again):
+        while not sock.closed:
+            deliver(sock.recv_multipart(zmq.NOBLOCK))
+
+
+class ZmqChannels:
+    """The channels of a kernel that this machine reaches over ZeroMQ; the loop's thread owns the sockets."""
+
+    def __init__(
+        self, loop: Loop, context: Any, connection: KernelConnection, mailbox: Mailbox, *, watch: bool = False
+    ) -> None:
+        """With `watch`, a lost connection is reported as the kernel's death: nobody else would."""
+        self._loop = loop
+        self._codec = ZmqCodec(connection.key, connection.signature_scheme)
+        self._sockets: dict[str, Any] = {}
+        self._mailbox = mailbox
+        loop.post(functools.partial(self._open, context, connection, watch))
+
+    def _open(self, context: Any, connection: KernelConnection, watch: bool) -> None:
+        self._sockets = open_sockets(context, connection, secrets.token_hex(16).encode())
+        for channel, sock in self._sockets.items():
+            self._loop.on_readable(sock.fd, functools.partial(self._read, channel))
+        if watch:
+            import zmq
+
+            self._monitor = self._sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            self._loop.on_readable(self._monitor.fd, self._on_disconnected)
+            read_all(self._monitor, lambda parts: None)
+
+    def _read(self, channel: str) -> None:
+        read_all(self._sockets[channel], lambda parts: self._mailbox.put((channel, parts)))
+
+    def _on_disconnected(self) -> None:
+        events: list[list[bytes]] = []
+        read_all(self._monitor, events.append)
+        if events:
+            self._mailbox.put(KernelExit(cause="its connection was closed"))
+
+    def send(self, message: Message) -> None:
+        parts = self._codec.encode(message)
+        self._loop.post(functools.partial(self._send, message.channel, parts))
+
+    def _send(self, channel: str, parts: list[bytes]) -> None:
+        if channel in self._sockets:
+            import zmq
+
+            with contextlib.suppress(zmq.Again):  # a kernel that takes nothing: its death or the deadline tells
+                self._sockets[channel].send_multipart(parts, zmq.NOBLOCK)
+            self._read(channel)
+
+    def decode(self, raw: RawMessage) -> Message:
+        return self._codec.decode(*raw)
+
+    def close(self) -> None:
+        self._loop.post(self._close)
+
+    def _close(self) -> None:
+        for channel, sock in self._sockets.items():
+            self._loop.on_readable(sock.fd, None)
+            if channel == "shell" and hasattr(self, "_monitor"):
+                self._loop.on_readable(self._monitor.fd, None)
+                sock.disable_monitor()
+            sock.close()
+        self._sockets = {}
+
+
+class PipeChannels:
+    """The channels of a kernel whose host relays the signed parts through the pipe."""
+
+    def __init__(self, relay: Callable[[str, list[bytes]], None], key: str) -> None:
+        self._relay = relay
+        self._codec = ZmqCodec(key)
+
+    def send(self, message: Message) -> None:
+        self._relay(message.channel, self._codec.encode(message))
+
+    def decode(self, raw: RawMessage) -> Message:
+        return self._codec.decode(*raw)
+
+    def close(self) -> None:
+        pass  # the pipe serves other kernels too
+
+
+# ======================================================================================================
+# 7. Kernel client
+# ======================================================================================================
+
+OutputHook = Callable[[Json], None]
+InputHook = Callable[[str, bool], str]
+
+
+class KernelClient:
+    """Runs cells on one kernel, one at a time, in the caller's thread.
+
+    Not for two cells at once (the executor has the lock); `interrupt` may be called from any thread.
+    """
+
+    def __init__(self, control: KernelControl) -> None:
+        self._control = control
+        self._mailbox = Mailbox()
+        self._channels: Channels | None = None
+        self._session = ""
+        self._serial = itertools.count(1)
+        self._displays: dict[str, list[Json]] = {}
+        self._ready = False
+        self._running: Execution | None = None
+        self._nudges: set[str] = set()  # interrupts whose effect is not yet known to be over
+        self._exit: KernelExit | None = None
+        self._ended = False  # the code has called exit(): the process is about to end
+        self.kernel_info: Json = {}
+
+    @property
+    def connection_file(self) -> str | None:
+        """Path of the kernel's connection file on this machine, None if it is not here."""
+        return self._control.connection_file
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a kernel that can run a cell, as far as known now."""
+        return self._channels is not None and self._exit is None and not self._ended
+
+    def start(self, deadline: Deadline) -> None:
+        """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready."""
+        self.close()
+        self._mailbox, self._exit, self._ready, self.kernel_info = Mailbox(), None, False, {}
+        self._ended = False
+        self._displays.clear()
+        self._nudges.clear()
+        self._session = uuid.uuid4().hex
+        self._channels = self._control.start(self._mailbox, deadline)
+
+    def wait_ready(self, deadline: Deadline) -> None:
+        """Wait until the kernel answers on shell and is heard on iopub.
+
+        Raises: KernelStartFailed.
+        """
+        attempts = PORT_ATTEMPTS if self._control.owned else 1
+        while not self._ready:
+            attempts -= 1
+            try:
+                self._greet(deadline)
+            except KernelStartFailed as error:
+                if not attempts or "Address already in use" not in error.stderr:
+                    self.close()
+                    raise
+                self.start(deadline)
+
+    def _greet(self, deadline: Deadline) -> None:
+        # Ready = shell answers and iopub is proven live: the kernel welcomes the subscription to our unique
+        # topic (JEP 65), or else, as older kernels do not, publishes the status of a repeated request.
+        heard = False
+        self._send("shell", "kernel_info_request", {})
+        while not (self.kernel_info and heard):
+            item = self._mailbox.get(deadline.within(READY_RETRY))
+            if isinstance(item, KernelExit):
+                self._exit = item
+                raise KernelStartFailed(self._control.argv, item.cause, item.exit_code, item.stderr)
+            if deadline.expired:
+                raise KernelStartFailed(self._control.argv, f"no answer within {deadline.seconds:g} s")
+            if item is None:
+                self._send("shell", "kernel_info_request", {})
+            elif message := self._decode(item):
+                heard = heard or message.channel == "iopub"
+                if message.msg_type == "kernel_info_reply":
+                    self.kernel_info = message.content
+        self._ready = True
+
+    def execute(
+        self,
+        code: str,
+        timeout: float | None,
+        *,
+        silent: bool = False,
+        store_history: bool = True,
+        on_output: OutputHook | None = None,
+        on_input: InputHook | None = None,
+    ) -> ExecutionResult:
+        """Run one cell and return what it did; `timeout` is the wall clock in seconds, None for no limit.
+
+        Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
+        """
+        if self._exit:
+            raise self._exit.error()
+        self._settle()
+        started, deadline = time.monotonic(), Deadline(timeout)
+        content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=on_input is not None)
+        request = self._message("shell", "execute_request", content)
+        self._running = execution = Execution(request.msg_id, self._displays)
+        try:
+            self._post(request)
+            self._run(execution, deadline, on_output, on_input)
+        except KeyboardInterrupt:
+            self._signal(execution)
+            self._run(execution, Deadline(INTERRUPT_GRACE), None, None)
+            raise
+        finally:
+            self._running = None
+        self._ended = execution.ended_session
+        return execution.result(time.monotonic() - started)
+
+    def _run(
+        self, execution: Execution, deadline: Deadline, on_output: OutputHook | None, on_input: InputHook | None
+    ) -> None:
+        """Read messages until the cell is done; climb the ladder interrupt, kill as deadlines pass."""
+        grace: Deadline | None = None
+        while not execution.done:
+            limit = grace or deadline
+            item = self._mailbox.get(limit.within(FENCE_DELAY) if execution.half_done else limit.remaining)
+            self._take(item, execution, on_output, on_input)
+            if execution.done:
+                pass
+            elif item is None and execution.half_done and not execution.fences:
+                self._fence(execution)
+            elif grace is None and deadline.expired:
+                execution.timed_out = execution.timed_out or deadline.seconds
+                self._signal(execution)
+                grace = Deadline(INTERRUPT_GRACE)
+            elif grace and grace.expired:
+                if not self._control.owned:
+                    return
+                self._kill(execution)
+
+    def _take(
+        self,
+        item: RawMessage | KernelExit | None,
+        execution: Execution,
+        on_output: OutputHook | None,
+        on_input: InputHook | None,
+    ) -> None:
+        if isinstance(item, KernelExit):
+            self._drain(execution, on_output)
+            self._exit = execution.death = item
+        elif item and (message := self._decode(item)):
+            if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
+                self._answer(message, on_input)
+            elif (output := execution.feed(message)) and on_output:
+                _call_hook(on_output, output)
+            if execution.started and execution.interrupted and not execution.signalled:
+                self._signal(execution)
+
+    def _drain(self, execution: Execution, on_output: OutputHook | None) -> None:
+        """Take what a dead kernel had sent: it may arrive after the news of its death."""
+        while (item := self._mailbox.get(DEATH_DRAIN)) is not None:
+            if not isinstance(item, KernelExit):
+                self._take(item, execution, on_output, None)
+
+    def _answer(self, message: Message, on_input: InputHook | None) -> None:
+        value = ""
+        if on_input:
+            try:
+                value = on_input(str(message.content.get("prompt", "")), bool(message.content.get("password")))
+            except EOFError:
+                value = "\x04"  # the kernel raises EOFError for it
+        self._send("stdin", "input_reply", {"value": value})
+
+    def _kill(self, execution: Execution) -> None:
+        """Kill a kernel that ignores the interrupt and start it anew; its variables are lost."""
+        self._control.kill()
+        deadline = Deadline(SHUTDOWN_GRACE)
+        while not execution.death:
+            item = self._mailbox.get(deadline.remaining)
+            self._take(item, execution, None, None)
+            if deadline.expired and not execution.death:
+                self._exit = execution.death = KernelExit(cause="it was killed")
+        death = execution.death
+        try:
+            self.start(Deadline(START_TIMEOUT))
+        except JupyterExecError:
+            self._exit = death  # the next call tries again and reports
+
+    def interrupt(self) -> None:
+        """Interrupt the running cell, from any thread; without effect while none runs."""
+        if running := self._running:
+            running.interrupted = True
+            # A kernel ignores the signal until it has begun with the cell: then the reading thread sends it.
+            if running.started:
+                self._signal(running)
+
+    def _signal(self, execution: Execution) -> None:
+        execution.signalled = True
+        # ipykernel notices a SIGINT in `await` only when its event loop wakes up (ipykernel#881): a
+        # kernel_info_request on shell wakes it. Its answer also tells that the signal can hit no later cell.
+        nudge = self._message("shell", "kernel_info_request", {})
+        self._nudges.add(nudge.msg_id)
+        execution.fences.add(nudge.msg_id)
+        self._control.interrupt(functools.partial(self._post, nudge))
+
+    def _fence(self, execution: Execution) -> None:
+        """Ask something that the kernel will answer after all that belongs to the cell."""
+        fence = self._message("shell", "kernel_info_request", {})
+        execution.fences.add(fence.msg_id)
+        self._post(fence)
+
+    def _settle(self) -> None:
+        """Wait until no earlier interrupt can hit the next cell."""
+        deadline = Deadline(INTERRUPT_GRACE)
+        while self._nudges and not deadline.expired:
+            item = self._mailbox.get(deadline.remaining)
+            if isinstance(item, KernelExit):
+                self._exit = item
+                raise item.error()
+            if item:
+                self._decode(item)
+        self._nudges.clear()
+
+    def shutdown(self) -> None:
+        """End the kernel: ask it, and after SHUTDOWN_GRACE kill it. Only disconnects from one that is not ours."""
+        if self._channels and not self._exit and self._control.owned:
+            if self._ready:
+                self._send("control", "shutdown_request", {"restart": False})
+                self._wait_exit(SHUTDOWN_GRACE)
+            if not self._exit:
+                self._control.kill()
+                self._wait_exit(SHUTDOWN_GRACE)
+        self.close()
+
+    def _wait_exit(self, seconds: float) -> None:
+        deadline = Deadline(seconds)
+        while not self._exit and not deadline.expired:
+            item = self._mailbox.get(deadline.remaining)
+            if isinstance(item, KernelExit):
+                self._exit = item
+
+    def close(self) -> None:
+        """Disconnect."""
+        channels, self._channels = self._channels, None
+        if channels:
+            channels.close()
+            self._control.close()
+
+    def _message(self, channel: str, msg_type: str, content: Json) -> Message:
+        msg_id = f"{self._session}_{next(self._serial)}"
+        date = datetime.now(timezone.utc).isoformat()
+        return new_message(channel, msg_type, content, session=self._session, msg_id=msg_id, date=date)
+
+    def _send(self, channel: str, msg_type: str, content: Json) -> None:
+        self._post(self._message(channel, msg_type, content))
+
+    def _post(self, message: Message) -> None:
+        if self._channels is None:
+            raise ConnectionClosed("The kernel's connection is closed.")
+        self._channels.send(message)
+
+    def _decode(self, item: RawMessage) -> Message | None:
+        """Return the message, or None for one that must not be trusted or has done its duty here."""
+        if self._channels is None:
+            return None
+        try:
+            message = self._channels.decode(item)
+        except ProtocolError as error:
+            logger.warning("Ignored a message on %s: %s", item[0], error)
+            return None
+        if message.channel == "shell":
+            self._nudges.discard(message.parent_id)
+        return message
+
+
+def _call_hook(hook: OutputHook, output: Json) -> None:
+    try:
+        hook(output)
+    except Exception:
+        logger.exception("on_output raised; the cell goes on")
+
+
+# ======================================================================================================
+# 8. Kernel host
+#
+# Runs at the other end of a pipe, in a process that was started with BOOTSTRAP and got this module's source
+# over its stdin. Everything here but the relay needs only the standard library. One thread, one Loop.
+#
+# Control requests are JSON objects {"id", "op", ...}; the answer is {"id", "result"} or {"id", "error",
+# "data"}; {"event": "exit", ...} tells of a kernel's death.
+# ======================================================================================================
+
+# Parses and runs on any Python 3. `-c` has put the working directory on sys.path, where an agent's signal.py
+# would shadow the standard library: that goes first. The source is read unbuffered and exactly, since a buffered
+# stdin would swallow the frames behind it, and is registered as a module, since dataclasses look it up.
+BOOTSTRAP = """\
+import sys; sys.path[:] = [p for p in sys.path if p]
+import os, types
+def read(n):
+    data = b""
+    while len(data) < n:
+        more = os.read(0, n - len(data))
+        if not more: sys.exit(0)
+        data += more
+    return data
+os.write(1, ("NONCE %d %d\\n" % sys.version_info[:2]).encode())
+name = "jupyter_exec_host"
+module = sys.modules[name] = types.ModuleType(name)
+exec(compile(read(int(read(8))), "<jupyter_exec>", "exec"), module.__dict__)
+module.host_main()
+"""
+
+_PYTHON = re.compile(r"python[0-9.]*(\.exe)?\Z")
+_MARKER = "JUPYTER_EXEC_KERNEL"  # environment variable by which a kernel's runaway children are known
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
+
+
+def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
+    """Return the directories that may hold kernelspecs, best first, by Jupyter's rules for this Python.
+
+    Source: https://docs.jupyter.org/en/latest/use/jupyter-directories.html#data-files
+    """
+    user = [environ.get("JUPYTER_DATA_DIR") or _user_data_dir(environ)]
+    if site_user := sysconfig.get_path("data", f"{os.name}_user"):
+        user.append(os.path.join(site_user, "share", "jupyter"))
+    env = [os.path.join(sys.prefix, "share", "jupyter")]
+    if os.name == "nt":
+        program_data = environ.get("PROGRAMDATA") if environ.get("JUPYTER_USE_PROGRAMDATA") else None
+        system = [os.path.join(program_data, "jupyter")] if program_data else []
+    else:
+        system = ["/usr/local/share/jupyter", "/usr/share/jupyter"]
+    extra = [path for path in environ.get("JUPYTER_PATH", "").split(os.pathsep) if path]
+    order = env + user if _prefers_env(environ) else user + env
+    dirs = [os.path.join(base, "kernels") for base in [*extra, *order, *system]]
+    return list(dict.fromkeys([*dirs, os.path.expanduser("~/.ipython/kernels")]))
+
+
+def _user_data_dir(environ: Mapping[str, str]) -> str:
+    if sys.platform == "darwin":
+        return os.path.expanduser("~/Library/Jupyter")
+    if os.name == "nt":
+        return os.path.join(environ.get("APPDATA") or os.path.expanduser("~/.jupyter/data"), "jupyter")
+    return os.path.join(environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "jupyter")
+
+
+def _prefers_env(environ: Mapping[str, str]) -> bool:
+    """Whether the environment's directories come before the user's: in a virtual environment of one's own."""
+    if "JUPYTER_PREFER_ENV_PATH" in environ:
+        return environ["JUPYTER_PREFER_ENV_PATH"].lower() not in ("", "0", "n", "no", "false", "off")
+    conda = environ.get("CONDA_PREFIX")
+    in_conda = bool(conda) and sys.prefix.startswith(conda or "") and environ.get("CONDA_DEFAULT_ENV", "base") != "base"
+    if sys.prefix == sys.base_prefix and not in_conda:
+        return False
+    return os.name == "nt" or os.stat(sys.prefix).st_uid == os.getuid()
+
+
+def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str, Json]:
+    """Return {kernel name: content of its kernel.json, with "resource_dir" added}.
+
+    `own_python3` makes "python3" mean this interpreter whatever the directories say; otherwise that is the
+    fallback for when they say nothing. Needs ipykernel in this interpreter.
+
+    Spec: https://jupyter-client.readthedocs.io/en/stable/kernels.html#kernel-specs
+    """
+    specs: dict[str, Json] = {}
+    for directory in kernel_dirs(environ):
+        with contextlib.suppress(OSError):
+            for entry in sorted(os.listdir(directory)):
+                path = os.path.join(directory, entry)
+                if entry.lower() not in specs and re.fullmatch(r"[A-Za-z0-9._-]+", entry):
+                    with contextlib.suppress(OSError, ProtocolError):
+                        specs[entry.lower()] = _read_kernelspec(path)
+    if own_python3 or "python3" not in specs:
+        specs.pop("python3", None)
+        if importlib.util.find_spec("ipykernel"):
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+            names = {"display_name": "Python 3", "language": "python"}
+            specs["python3"] = {"argv": argv, "resource_dir": sys.prefix, **names}
+    return specs
+
+
+def _read_kernelspec(directory: str) -> Json:
+    with open(os.path.join(directory, "kernel.json"), "rb") as file:
+        spec = json_object(file.read(), "kernelspec")
+    argv = spec.get("argv")
+    if not (isinstance(argv, list) and argv and all(isinstance(arg, str) for arg in argv)):
+        raise ProtocolError(f"{directory}/kernel.json has no argv.")
+    return spec | {"resource_dir": directory}
+
+
+def command_of(spec: Json, connection_file: str) -> list[str]:
+    """Fill in a kernelspec's argv: {connection_file}, {resource_dir}, {prefix}; "python" is this interpreter."""
+    values = {"connection_file": connection_file, "resource_dir": spec["resource_dir"], "prefix": sys.prefix}
+    argv = [re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), arg) for arg in spec["argv"]]
+    if argv[0] in ("python", "python3", f"python3.{sys.version_info.minor}"):
+        argv[0] = sys.executable
+    return [os.path.expanduser(arg) for arg in argv]
+
+
+class HostedKernel:
+    """A kernel process and what the host knows of it."""
+
+    def __init__(self, name: str, slot: str, process: subprocess.Popen[Any], files: list[str], event: int) -> None:
+        self.name = name  # of this process
+        self.slot = slot  # of the kernel, restarts included
+        self.process = process
+        self.files = files  # to be removed at its end
+        self.event = event  # that interrupts it on Windows
+        self.stderr = bytearray()
+        self.sockets: dict[str, Any] = {}  # of a relayed kernel
+
+
+class KernelHost:
+    """Serves control requests, watches kernels and relays their messages until the pipe closes."""
+
+    def __init__(self, loop: Loop, stream: Stream, directory: str) -> None:
+        self._loop = loop
+        self._directory = directory
+        self._kernels: dict[str, HostedKernel] = {}
+        self._context: Any = None
+        self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
+        self._pipe.send([b"", dump_json({"event": "ready", "directory": directory})])
+
+    def _on_closed(self, reason: str) -> None:
+        for kernel in self._kernels.values():
+            self._end(kernel)
+        self._loop.stop()
+
+    def close(self) -> None:
+        """End every kernel and the host."""
+        self._pipe.close("the host ends")
+
+    def _on_parts(self, parts: list[bytes]) -> None:
+        if parts[0] == b"":
+            self._on_request(json_object(parts[1], "control request"))
+            return
+        name, _, channel = parts[0].decode("ascii", "replace").partition("/")
+        kernel = self._kernels.get(name)
+        if kernel and channel in kernel.sockets:
+            import zmq
+
+            with contextlib.suppress(zmq.Again):
+                kernel.sockets[channel].send_multipart(parts[1:], zmq.NOBLOCK)
+            self._relay(name, channel)
+
+    def _on_request(self, request: Json) -> None:
+        try:
+            result = self._OPERATIONS[request["op"]](self, request)
+            answer = {"id": request["id"], "result": result}
+        except KernelError as error:
+            answer = {"id": request["id"], "error": error.__class__.__name__, "data": vars(error)}
+        except Exception as error:  # ours, or a nonsensical environment: the client shall see it
+            answer = {"id": request["id"], "error": "JupyterExecError", "data": f"{error.__class__.__name__}: {error}"}
+        self._pipe.send([b"", dump_json(answer)])
+
+    def _on_kernelspecs(self, request: Json) -> Json:
+        return find_kernelspecs(os.environ, request["own_python3"])
+
+    def _on_start(self, request: Json) -> Json:
+        """Launch a kernel in a slot; the kernel that had the slot is killed, its connection file rewritten."""
+        spec = self._spec(request)
+        if request["relay"]:
+            self._open_context()
+        for old in [kernel for kernel in self._kernels.values() if kernel.slot == request["slot"]]:
+            self._end(self._kernels.pop(old.name))
+        path = os.path.join(self._directory, f"kernel-{request['slot']}.json")
+        argv = command_of(spec, path)
+        with contextlib.ExitStack() as ports:
+            connection = self._connection(request, argv, ports)
+            write_private(path, connection.to_json())
+            ports.close()  # as late as can be
+            process, event = self._launch(argv, spec, request["kernel"])
+        kernel = HostedKernel(request["kernel"], request["slot"], process, [path, *_ipc_files(connection)], event)
+        self._kernels[kernel.name] = kernel
+        self._watch(kernel)
+        if request["relay"]:
+            self._open_relay(kernel, connection, request["identity"])
+        return {
+            "argv": argv,
+            "connection": connection.to_json(),
+            "connection_file": path,
+            "interrupt_mode": str(spec.get("interrupt_mode", "signal")),
+        }
+
+    def _spec(self, request: Json) -> Json:
+        specs = find_kernelspecs(os.environ, request["own_python3"])
+        wanted = request["kernel_name"].lower()
+        wanted = "python3" if wanted == "python" and "python" not in specs else wanted
+        if wanted not in specs:
+            raise KernelSpecNotFound(request["kernel_name"], sorted(specs), kernel_dirs(os.environ), sys.executable)
+        provisioner = (specs[wanted].get("metadata") or {}).get("kernel_provisioner") or {}
+        if provisioner.get("provisioner_name", "local-provisioner") != "local-provisioner":
+            raise KernelStartFailed(
+                specs[wanted]["argv"], "its kernelspec asks for a kernel provisioner, which this is not"
+            )
+        return specs[wanted]
+
+    def _connection(self, request: Json, argv: list[str], held: contextlib.ExitStack) -> KernelConnection:
+        """Choose where the kernel listens: socket files if it is surely able to, or ports that `held` keeps."""
+        ports, ip, transport = [1, 2, 3, 4, 5], os.path.join(self._directory, request["slot"]), "ipc"
+        is_ipykernel = _PYTHON.search(argv[0]) and any("ipykernel" in arg for arg in argv)
+        if os.name == "nt" or not is_ipykernel:
+            # Open together until the launch, so that no two kernels are given the same.
+            listeners = [held.enter_context(contextlib.closing(socket.socket())) for _ in range(5)]
+            for listener in listeners:
+                listener.bind(("127.0.0.1", 0))
+            ports, ip, transport = [listener.getsockname()[1] for listener in listeners], "127.0.0.1", "tcp"
+        names = [f"{channel}_port" for channel in ("shell", "iopub", "stdin", "control", "hb")]
+        addresses: Json = {"ip": ip, "transport": transport, **dict(zip(names, ports, strict=True))}
+        return KernelConnection(**addresses, key=request["key"], kernel_name=request["kernel_name"])
+
+    def _launch(self, argv: list[str], spec: Json, name: str) -> tuple[subprocess.Popen[Any], int]:
+        """Return the process and, on Windows, the event that interrupts it (else 0)."""
+        env = dict(os.environ, JPY_PARENT_PID=str(os.getpid()))
+        env.pop("PYTHONEXECUTABLE", None)  # macOS: it would override the kernel's own idea of its interpreter
+        extra = spec.get("env") if isinstance(spec.get("env"), dict) else {}
+        env |= {key: string.Template(str(value)).safe_substitute(os.environ) for key, value in (extra or {}).items()}
+        env[_MARKER] = f"{os.getpid()}/{name}"
+        event = 0
+        # stdout goes nowhere: a pipe that nobody reads stops the kernel after 64 KB of a subprocess's output.
+        options: Json = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        if os.name == "nt":
+            event = _windows_event()
+            env |= {"JPY_INTERRUPT_EVENT": str(event), "IPY_INTERRUPT_EVENT": str(event)}
+            options |= {"close_fds": False, "stderr": subprocess.DEVNULL}
+        elif sys.platform == "linux":
+            # If this host is killed, its kernels go too. Safe: the host has one thread of Python.
+            options["preexec_fn"] = functools.partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)
+        try:
+            return subprocess.Popen(argv, env=env, start_new_session=True, **options), event
+        except OSError as error:
+            raise KernelStartFailed(argv, f"{error.strerror}: {error.filename}") from None
+
+    def _watch(self, kernel: HostedKernel) -> None:
+        if kernel.process.stderr:
+            os.set_blocking(kernel.process.stderr.fileno(), False)
+            self._loop.on_readable(kernel.process.stderr.fileno(), functools.partial(self._read_stderr, kernel))
+
+    def _read_stderr(self, kernel: HostedKernel) -> None:
+        if not kernel.process.stderr:
+            return
+        descriptor = kernel.process.stderr.fileno()
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(descriptor, 65536):
+                kernel.stderr += data
+                del kernel.stderr[:-STDERR_TAIL]
+            self._loop.on_readable(descriptor, None)
+
+    def _open_context(self) -> None:
+        if self._context is None:
+            try:
+                import zmq
+            except ImportError:
+                advice = f"pyzmq is not installed there; run {sys.executable} -m pip install pyzmq ipykernel"
+                raise KernelStartFailed([sys.executable], advice) from None
+            self._context = zmq.Context()
+
+    def _open_relay(self, kernel: HostedKernel, connection: KernelConnection, identity: str) -> None:
+        kernel.sockets = open_sockets(self._context, connection, identity.encode("ascii"))
+        for channel, sock in kernel.sockets.items():
+            self._loop.on_readable(sock.fd, functools.partial(self._relay, kernel.name, channel))
+
+    def _relay(self, name: str, channel: str) -> None:
+        kernel, address = self._kernels.get(name), f"{name}/{channel}".encode("ascii")
+        if kernel and kernel.sockets:
+            read_all(kernel.sockets[channel], lambda parts: self._pipe.send([address, *parts]))
+
+    def _on_interrupt(self, request: Json) -> None:
+        if kernel := self._kernels.get(request["kernel"]):
+            if os.name == "nt":
+                _windows_kernel32().SetEvent(kernel.event)
+            else:
+                # The whole group: a cell's foreground subprocess is to stop too.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(kernel.process.pid, signal.SIGINT)
+
+    def _on_kill(self, request: Json) -> None:
+        if kernel := self._kernels.get(request["kernel"]):
+            kernel.process.kill()
+
+    def reap(self) -> None:
+        """Collect every process that has ended: kernels, and orphans that this process has adopted."""
+        for pid, exit_code in _ended_children([kernel.process for kernel in self._kernels.values()]):
+            for kernel in [kernel for kernel in self._kernels.values() if kernel.process.pid == pid]:
+                kernel.process.returncode = exit_code
+                # What the kernel wrote last may still be on its way through ZeroMQ.
+                self._loop.later(DEATH_DRAIN if kernel.sockets else 0, functools.partial(self._report_exit, kernel))
+
+    def _report_exit(self, kernel: HostedKernel) -> None:
+        if kernel.name in self._kernels:
+            for channel in kernel.sockets:
+                self._relay(kernel.name, channel)
+            self._end(self._kernels.pop(kernel.name))
+            stderr = kernel.stderr.decode("utf-8", "replace")
+            event = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.process.returncode, "stderr": stderr}
+            self._pipe.send([b"", dump_json(event)])
+
+    def _end(self, kernel: HostedKernel) -> None:
+        """Free what belongs to a kernel, dead or not."""
+        _kill_family(kernel.process, f"{_MARKER}={os.getpid()}/{kernel.name}".encode())
+        if kernel.process.stderr:
+            self._read_stderr(kernel)
+            self._loop.on_readable(kernel.process.stderr.fileno(), None)
+            kernel.process.stderr.close()
+        for sock in kernel.sockets.values():
+            self._loop.on_readable(sock.fd, None)
+            sock.close()
+        kernel.sockets = {}
+        for path in kernel.files:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    _OPERATIONS: ClassVar[dict[str, Callable[[KernelHost, Json], Json | None]]] = {
+        "kernelspecs": _on_kernelspecs,
+        "start": _on_start,
+        "interrupt": _on_interrupt,
+        "kill": _on_kill,
+    }
+
+
+def _ipc_files(connection: KernelConnection) -> list[str]:
+    return [f"{connection.ip}-{port}" for port in range(1, 6)] if connection.transport == "ipc" else []
+
+
+def _ended_children(processes: list[subprocess.Popen[Any]]) -> Iterator[tuple[int, int]]:
+    """Yield (pid, exit code) of children that have ended; on POSIX also of adopted ones."""
+    if os.name == "nt":
+        yield from ((process.pid, code) for process in processes if (code := process.poll()) is not None)
+        return
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            yield ended[0], os.waitstatus_to_exitcode(ended[1])
+
+
+def _kill_family(process: subprocess.Popen[Any], marker: bytes) -> None:
+    """Kill a kernel, its session, and whatever left the session but still has the kernel's mark."""
+    if os.name == "nt":
+        process.kill()
+        return
+    for pid in {process.pid, *_family(process.pid, marker)}:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _family(session: int, marker: bytes) -> Iterator[int]:
+    for entry in os.listdir("/proc") if sys.platform == "linux" else ():
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                with open(f"/proc/{entry}/stat", "rb") as file:
+                    fields_after_name = file.read().rpartition(b")")[2].split()
+                with open(f"/proc/{entry}/environ", "rb") as file:
+                    marked = marker in file.read().split(b"\0")
+                if marked or int(fields_after_name[3]) == session:
+                    yield int(entry)
+
+
+@functools.cache
+def _libc() -> Any:
+    import ctypes
+
+    return ctypes.CDLL(None)
+
+
+def _prctl(option: int, value: int) -> None:
+    _libc().prctl(option, value, 0, 0, 0)
+
+
+def _windows_kernel32() -> Any:
+    import ctypes
+
+    return ctypes.windll.kernel32  # type: ignore[attr-defined]
+
+
+def _windows_event() -> int:
+    """Make an inheritable auto-reset event, by which ipykernel lets itself be interrupted on Windows."""
+    import ctypes
+
+    class SecurityAttributes(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_int), ("descriptor", ctypes.c_void_p), ("inherit", ctypes.c_int))
+
+    attributes = SecurityAttributes(ctypes.sizeof(SecurityAttributes), None, 1)
+    return int(_windows_kernel32().CreateEventA(ctypes.byref(attributes), False, False, b""))
+
+
+def host_main() -> None:
+    """Be a kernel host on stdin and stdout until the pipe closes, the parent ends or SIGTERM comes."""
+    loop = Loop()
+    stream = _own_stdio()
+    directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="jx-")
+    host = KernelHost(loop, stream, directory)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: loop.post(host.close))
+    if os.name == "nt":
+        _repeat(loop, 0.05, host.reap)
+    else:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
+    if sys.platform == "linux":
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # a kernel's daemonised children become ours, to be reaped
+        _prctl(_PR_SET_DUMPABLE, 0)  # code in a kernel can neither trace this process nor open its descriptors
+    _watch_parent(loop, host)
+    loop.run()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _own_stdio() -> Stream:
+    """Take stdin and stdout for the pipe alone: no kernel inherits them, no stray print gets into a frame."""
+    read_fd, write_fd, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+    return as_stream(read_fd, write_fd)
+
+
+def _watch_parent(loop: Loop, host: KernelHost) -> None:
+    # A forked child of the client may hold the pipe open after the client's end.
+    parent = os.getppid()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            loop.on_readable(os.pidfd_open(parent), host.close)
+    elif os.name != "nt":
+        _repeat(loop, 0.5, lambda: None if os.getppid() == parent else host.close())
+
+
+def _repeat(loop: Loop, seconds: float, job: Callable[[], None]) -> None:
+    job()
+    loop.later(seconds, functools.partial(_repeat, loop, seconds, job))
+
+
+# ======================================================================================================
+# 9. Servers
+# ======================================================================================================
+
+
+class HostLink:
+    """The client's end of the pipe to one kernel host: requests with answers, events, relayed messages."""
+
+    def __init__(self, stream: Stream, on_lost: Callable[[], str]) -> None:
+        """`on_lost()` tells, once the pipe is closed, what is known of the host's end."""
+        self.loop = Loop()
+        self.mailboxes: dict[str, Mailbox] = {}  # of each kernel process, by its name
+        self.lost: str | None = None  # why the host is gone
+        self._on_lost = on_lost
+        self._closing = False
+        self._serial = itertools.count(1)
+        self._answers: dict[int, Callable[[Json], None]] = {}
+        self._context: Any = None
+        self._context_lock = threading.Lock()
+        self._pipe = Pipe(self.loop, stream, self._on_parts, self._on_closed)
+        self.loop.start("jupyter_exec I/O")
+
+    def context(self) -> Any:
+        """Return the ZeroMQ context of the loop's sockets."""
+        import zmq
+
+        with self._context_lock:
+            if self._context is None:
+                self._context = zmq.Context()
+            return self._context
+
+    def call(self, op: str, deadline: Deadline, **parameters: object) -> Any:
+        """Ask the host and return its result.
+
+        Raises: what the host reports; ConnectionClosed if it is gone or, having not answered, is given up.
+        """
+        answers: queue.SimpleQueue[Json] = queue.SimpleQueue()
+        self.ask(op, answers.put, **parameters)
+        try:
+            answer = answers.get(timeout=deadline.within(CONTROL_TIMEOUT))
+        except queue.Empty:
+            self.close(f"the kernel host did not answer {op!r} in time")
+            answer = {"error": "ConnectionClosed", "data": self.lost}
+        if "error" in answer:
+            raise _host_error(answer)
+        return answer.get("result")
+
+    def ask(self, op: str, then: Callable[[Json], None], **parameters: object) -> None:
+        """Send a request without waiting; `then(answer)` is called in the loop's thread."""
+        if self.lost is not None:
+            then({"error": "ConnectionClosed", "data": self.lost})
+            return
+        number = next(self._serial)
+        frame = [b"", dump_json({"id": number, "op": op} | parameters)]
+        self.loop.post(functools.partial(self._ask, number, then, frame))
+
+    def _ask(self, number: int, then: Callable[[Json], None], frame: list[bytes]) -> None:
+        self._answers[number] = then
+        self._pipe.send(frame)
+        if self.lost is not None:
+            self._fail_answers()
+
+    def relay(self, kernel: str, channel: str, parts: list[bytes]) -> None:
+        frame = [f"{kernel}/{channel}".encode("ascii"), *parts]
+        self.loop.post(functools.partial(self._pipe.send, frame))
+
+    def _on_parts(self, parts: list[bytes]) -> None:
+        # Whatever stands here may come from hostile code at the other end.
+        if parts[0]:
+            kernel, _, channel = parts[0].decode("ascii", "replace").partition("/")
+            if (mailbox := self.mailboxes.get(kernel)) and channel in ("shell", "iopub", "stdin", "control"):
+                mailbox.put((channel, parts[1:]))
+            return
+        message = json_object(b"".join(parts[1:]), "control message")
+        if message.get("event") == "exit":
+            code, stderr = message.get("exit_code"), message.get("stderr")
+            if mailbox := self.mailboxes.pop(str(message.get("kernel")), None):
+                mailbox.put(KernelExit(code if isinstance(code, int) else None, str(stderr or "")[-STDERR_TAIL:]))
+        elif then := self._answers.pop(message.get("id", 0), None):
+            then(message)
+
+    def _on_closed(self, reason: str) -> None:
+        self.lost = reason if self._closing else self._on_lost() or reason
+        self._fail_answers()
+        for mailbox in self.mailboxes.values():
+            mailbox.put(KernelExit(cause=f"its host is gone: {self.lost}" if not self._closing else reason))
+        self.mailboxes.clear()
+
+    def _fail_answers(self) -> None:
+        answers, self._answers = self._answers, {}
+        for then in answers.values():
+            then({"error": "ConnectionClosed", "data": self.lost})
+
+    def close(self, reason: str = "the server was stopped") -> None:
+        """Close the pipe, which ends the host and its kernels; end the loop and its sockets."""
+        self._closing = True
+        if self.lost is None:
+            self.loop.post(functools.partial(self._pipe.close, reason))
+        self.loop.post(self._destroy_context)
+        self.loop.stop()
+
+    def _destroy_context(self) -> None:
+        if self._context is not None:
+            self._context.destroy(linger=0)
+
+
+def _host_error(answer: Json) -> JupyterExecError:
+    """Rebuild an error of the host from {"error": class name, "data": attributes or sentence}."""
+    data = answer.get("data")
+    for kind in (KernelSpecNotFound, KernelStartFailed):
+        if kind.__name__ == answer["error"] and isinstance(data, dict):
+            error = kind()
+            vars(error).update({key: value for key, value in data.items() if type(value) is type(vars(error).get(key))})
+            return error
+    if answer["error"] == "ConnectionClosed":
+        return ConnectionClosed(f"The kernel host is gone: {data}.")
+    return JupyterExecError(f"The kernel host reports: {data}")
+
+
+def own_source() -> bytes:
+    """Return the source of this module, wherever it was imported from (a zip too)."""
+    spec, loader = globals().get("__spec__"), globals().get("__loader__")
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        if source := loader.get_source(spec.name if spec else __name__):  # type: ignore[union-attr]
+            return str(source).encode("utf-8")
+    return Path(__file__).read_bytes()
+
+
+def bootstrap(nonce: str) -> str:
+    """Return the program for `python -c` that turns a Python into a kernel host."""
+    return BOOTSTRAP.replace("NONCE", nonce)
+
+
+def greet_host(stream: socket.socket, nonce: str, deadline: Deadline) -> None:
+    """Wait for the host's greeting, among whatever else is printed there, and send the source.
+
+    Raises: ConnectionClosed, ExecutionTimeout, JupyterExecError if its Python is too old.
+    """
+    seen = b""
+    pattern = re.compile(rb"%s (\d+) (\d+)\n" % nonce.encode("ascii"))
+    try:
+        while not (found := pattern.search(seen)):
+            stream.settimeout(deadline.within(START_TIMEOUT) or 1e-6)
+            data = stream.recv(4096)
+            if not data or len(seen) > 2**20:
+                raise ConnectionClosed(f"no Python answered{_quote(seen)}")
+            seen += data
+        version = int(found[1]), int(found[2])
+        if version < (3, 10):
+            raise JupyterExecError("its Python {}.{} is too old, 3.10 or newer is needed".format(*version))
+        source = own_source()
+        stream.sendall(b"%08d" % len(source) + source)
+    except TimeoutError:
+        raise ExecutionTimeout(f"no answer within {deadline.seconds:g} s{_quote(seen)}") from None
+    except ConnectionError as error:
+        raise error if isinstance(error, ConnectionClosed) else ConnectionClosed("it ended at once") from None
+    stream.setblocking(False)
+
+
+def _quote(seen: bytes) -> str:
+    return f"; it printed: {seen[-500:].decode('utf-8', 'replace').strip()}" if seen.strip() else ""
+
+
+class HostedKernelControl:
+    """KernelControl of a kernel that a server's host runs."""
+
+    owned = True
+
+    def __init__(self, server: HostServer, kernel_name: str) -> None:
+        self._server = server
+        self._kernel_name = kernel_name
+        self._slot = f"k{next(server.serial)}"
+        self._key = secrets.token_hex(32)
+        self._starts = itertools.count(1)
+        self._name = ""  # of the process; a new one at each start
+        self._link: HostLink | None = None
+        self._channels: Channels | None = None
+        self._by_message = False
+        self.argv: list[str] = []
+        self.connection_file: str | None = None
+
+    def start(self, mailbox: Mailbox, deadline: Deadline) -> Channels:
+        link = self._link = self._server.link(deadline)
+        self._name = f"{self._slot}.{next(self._starts)}"
+        link.mailboxes[self._name] = mailbox
+        try:
+            result = link.call(
+                "start",
+                deadline,
+                kernel=self._name,
+                slot=self._slot,
+                kernel_name=self._kernel_name,
+                key=self._key,
+                identity=secrets.token_hex(16),
+                relay=self._server.relays,
+                own_python3=self._server.own_python3,
+            )
+        except JupyterExecError:
+            link.mailboxes.pop(self._name, None)
+            raise
+        self.argv = [str(arg) for arg in result.get("argv", ())]
+        self._by_message = result.get("interrupt_mode") == "message"
+        if self._server.relays:
+            self._channels = PipeChannels(functools.partial(link.relay, self._name), self._key)
+        else:
+            self.connection_file = str(result["connection_file"])
+            connection = KernelConnection.from_json(str(result["connection"]))
+            self._channels = ZmqChannels(link.loop, link.context(), connection, mailbox)
+        return self._channels
+
+    def interrupt(self, sent: Callable[[], None]) -> None:
+        if self._by_message and self._channels:
+            self._channels.send(_interrupt_request())
+            sent()
+        elif self._link:
+            self._link.ask("interrupt", lambda answer: sent(), kernel=self._name)
+
+    def kill(self) -> None:
+        if self._link:
+            self._link.ask("kill", lambda answer: None, kernel=self._name)
+
+    def close(self) -> None:
+        pass  # the server has the link
+
+
+def _interrupt_request() -> Message:
+    # "interrupt_mode: ... message: the client sends an interrupt_request on the control channel"
+    date = datetime.now(timezone.utc).isoformat()
+    session, msg_id = uuid.uuid4().hex, uuid.uuid4().hex
+    return new_message("control", "interrupt_request", {}, session=session, msg_id=msg_id, date=date)
+
+
+class AttachedKernelControl:
+    """KernelControl of a kernel that somebody else started; it is never killed or restarted from here."""
+
+    owned = False
+
+    def __init__(self, connection: KernelConnection, connection_file: str | None) -> None:
+        self._connection = connection
+        self._loop: Loop | None = None
+        self._context: Any = None
+        self._channels: Channels | None = None
+        self.argv: list[str] = []
+        self.connection_file = connection_file
+
+    def start(self, mailbox: Mailbox, deadline: Deadline) -> Channels:
+        import zmq
+
+        self.close()
+        self._loop, self._context = Loop(), zmq.Context()
+        self._loop.start("jupyter_exec I/O")
+        self._channels = ZmqChannels(self._loop, self._context, self._connection, mailbox, watch=True)
+        return self._channels
+
+    def interrupt(self, sent: Callable[[], None]) -> None:
+        if self._channels:
+            self._channels.send(_interrupt_request())
+            sent()
+
+    def kill(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._loop:
+            self._loop.post(functools.partial(self._context.destroy, 0))
+            self._loop.stop()
+            self._loop = None
+
+
+_S = TypeVar("_S", bound="HostServer")
+
+
+class HostServer:
+    """What servers whose kernels are run by a kernel host have in common. Starts on first use."""
+
+    relays = True  # messages through the pipe, not straight over ZeroMQ
+    own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
+
+    def __init__(self) -> None:
+        self.serial = itertools.count(1)
+        self._lock = threading.Lock()
+        self._link: HostLink | None = None
+        self._stopped = False
+
+    def _connect(self, deadline: Deadline) -> HostLink:
+        """Start a kernel host."""
+        raise NotImplementedError
+
+    def link(self, deadline: Deadline) -> HostLink:
+        """Return the link to the host, which is started if there is none or the last one is gone."""
+        with self._lock:
+            if self._stopped:
+                raise ConnectionClosed("The server was stopped: make a new one.")
+            if self._link is None or self._link.lost is not None:
+                if self._link:
+                    self._link.close()
+                    self._disconnect()
+                self._link = self._connect(deadline)
+            return self._link
+
+    def start_kernel(self, kernel_name: str = "python3") -> KernelClient:
+        """Ask for a kernel and return its client without waiting: see KernelClient.wait_ready.
+
+        Raises: KernelSpecNotFound, KernelStartFailed, ConnectionClosed.
+        """
+        client = KernelClient(HostedKernelControl(self, kernel_name))
+        client.start(Deadline(START_TIMEOUT))
+        return client
+
+    def kernelspecs(self) -> dict[str, Json]:
+        """Return {kernel name: kernel.json as a dict, with "resource_dir"}."""
+        deadline = Deadline(START_TIMEOUT)
+        result = self.link(deadline).call("kernelspecs", deadline, own_python3=self.own_python3)
+        return dict(result) if isinstance(result, dict) else {}
+
+    def stop(self) -> None:
+        """End the host and all its kernels. May be called more than once."""
+        with self._lock:
+            self._stopped = True
+            link, self._link = self._link, None
+        if link:
+            link.close()
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Wait for the end of what `_connect` started."""
+
+    def __enter__(self: _S) -> _S:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+
+class CommandJupyterServer(HostServer):
+    """Kernels at the other end of any command that gives a Python on stdin and stdout.
+
+    `argv` is that command up to the interpreter: ["ssh", "box", "python3"], ["kubectl", "exec", "-i", "pod", "--",
+    "python3"], ["podman", "exec", "-i", "name", "python3"]. Its Python needs ipykernel.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], *, env: Mapping[str, str | None] | None = None, cwd: str | None = None
+    ) -> None:
+        super().__init__()
+        if isinstance(argv, str) or not argv:
+            raise ValueError("argv must be a list of strings: the command and its arguments.")
+        if cwd is not None and not os.path.isdir(cwd):
+            raise ValueError(f"Working directory {cwd} does not exist.")
+        self._argv = list(argv)
+        self._cwd = cwd
+        self._env = _merged_env(env or {})
+        self._process: subprocess.Popen[Any] | None = None  # the command
+        self._errors: IO[bytes] | None = None  # its stderr
+
+    def _connect(self, deadline: Deadline) -> HostLink:
+        nonce = secrets.token_hex(16)
+        errors = self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        try:
+            stream, process = _spawn(self._command(bootstrap(nonce)), stderr=errors, env=self._env, cwd=self._cwd)
+        except OSError as error:
+            errors.close()
+            raise KernelStartFailed(self._argv, f"{error.strerror}: {error.filename}") from None
+        self._process = process
+        try:
+            greet_host(stream, nonce, deadline)
+        except JupyterExecError as error:
+            stream.close()
+            end = _epitaph(process, errors) if isinstance(error, ConnectionClosed) else ""
+            self._disconnect()
+            raise KernelStartFailed(self._argv, f"{error}: {end}" if end else str(error)) from None
+        return HostLink(stream, lambda: _epitaph(process, errors))
+
+    def _command(self, program: str) -> list[str]:
+        return [*self._argv, "-c", program]
+
+    def _disconnect(self) -> None:
+        if self._process:
+            try:
+                self._process.wait(SHUTDOWN_GRACE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        if self._errors:
+            self._errors.close()
+
+
+class LocalJupyterServer(CommandJupyterServer):
+    """Kernels on this machine, in `python` (default: this interpreter), with `cwd` and `env` of their own.
+
+    `env` is merged over the environment of this process; None as a value removes a name. With `python`, the
+    kernel name "python3" means that interpreter.
+    """
+
+    relays = False
+
+    def __init__(
+        self,
+        *,
+        python: str | os.PathLike[str] | None = None,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str | None] | None = None,
+    ) -> None:
+        super().__init__([os.fspath(python or sys.executable)], env=env, cwd=None if cwd is None else os.fspath(cwd))
+        self.own_python3 = python is not None
+        self._directory = ""
+
+    def _connect(self, deadline: Deadline) -> HostLink:
+        self._remove_directory()
+        # The path of a socket file may have 107 bytes (103 on macOS): a long TMPDIR is not used.
+        base = tempfile.gettempdir()
+        self._directory = tempfile.mkdtemp(prefix="jx-", dir=base if len(base) < 70 or os.name == "nt" else "/tmp")
+        try:
+            return super()._connect(deadline)
+        except BaseException:
+            self._remove_directory()
+            raise
+
+    def _command(self, program: str) -> list[str]:
+        return [*super()._command(program), self._directory]
+
+    def _disconnect(self) -> None:
+        super()._disconnect()
+        self._remove_directory()
+
+    def _remove_directory(self) -> None:
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _spawn(argv: list[str], **options: Any) -> tuple[socket.socket, subprocess.Popen[Any]]:
+    """Start a process in a session of its own (a Ctrl-C is not for it); return the socket to its stdin and stdout."""
+    if os.name == "nt":
+        flags = subprocess.CREATE_NEW_PROCESS_GROUP  # type: ignore[attr-defined]
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, creationflags=flags, **options)
+        assert process.stdin and process.stdout
+        stream = as_stream(os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno()))
+        process.stdin.close()
+        process.stdout.close()
+        return cast(socket.socket, stream), process
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            ends: Json = {"stdin": theirs, "stdout": theirs}
+            return ours, subprocess.Popen(argv, start_new_session=True, **ends, **options)
+        except BaseException:
+            ours.close()
+            raise
+
+
+def _merged_env(changes: Mapping[str, str | None]) -> dict[str, str]:
+    # MPLBACKEND is for this process: inherited by a kernel it would make inline pictures vanish.
+    merged = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"} | dict(changes)
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def _tail(file: IO[bytes]) -> str:
+    """Return the end of what a process wrote into its stderr file."""
+    with contextlib.suppress(OSError, ValueError):
+        file.seek(max(0, file.seek(0, os.SEEK_END) - STDERR_TAIL))
+        return file.read(STDERR_TAIL).decode("utf-8", "replace").strip()
+    return ""
+
+
+def _epitaph(process: subprocess.Popen[Any], errors: IO[bytes]) -> str:
+    try:
+        code = process.wait(0.2)
+    except subprocess.TimeoutExpired:
+        return ""
+    tail = _tail(errors)
+    return describe_exit(code) + (f"; its stderr: {tail}" if tail else "")
+
+
+def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelClient:
+    """Connect to a running kernel by its connection file, or by the contents of one.
+
+    Raises: ProtocolError for a broken file.
+    """
+    path = None if isinstance(target, KernelConnection) else os.path.abspath(target)
+    connection = target if isinstance(target, KernelConnection) else read_connection_file(path or "")
+    client = KernelClient(AttachedKernelControl(connection, path))
+    client.start(Deadline(START_TIMEOUT))
+    return client
+
+
+# ======================================================================================================
+# 10. Code executor
+# ======================================================================================================
+
+
+@dataclass
+class CodeBlock:
+    """A piece of code and the language that its fence named."""
+
+    code: str
+    language: str = "python"
+
+
+@dataclass
+class CodeResult:
+    """What a list of code blocks did, in AutoGen's shape.
+
+    `output` is the text of the blocks joined with newlines, `output_files` absolute paths; `kernel_state` says
+    whether the variables survived: "intact", "lost", or "busy" (the code still runs).
+    """
+
+    exit_code: int
+    output: str
+    output_files: list[str] = field(default_factory=list)
+    kernel_state: str = "intact"
+
+    def __str__(self) -> str:
+        return f"exit_code={self.exit_code} output={self.output!r} output_files={self.output_files!r}"
+
+
+IPythonCodeResult = CodeResult
+
+_FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)")
+_LIST_ITEM = re.compile(r" *(?:[-+*]|\d{1,9}[.)]) {1,4}(?=\S)")
+_LANGUAGE = re.compile(r"[{.\s]*([^\s,{}]*)")  # also Pandoc's {.python .numberLines}
+
+
+class MarkdownCodeExtractor:
+    """Finds the fenced code blocks of a message."""
+
+    def extract_code_blocks(self, message: str | Sequence[Mapping[str, Any]] | None) -> list[CodeBlock]:
+        """Return the blocks in order; `message` is text, a list of message parts, or None.
+
+        The language is the first word of the info string, "" if there is none.
+
+        Raises: ValueError for a part of unknown type.
+
+        Spec: https://spec.commonmark.org/0.31.2/#fenced-code-blocks
+        """
+        return [block for text in _message_texts(message) for block in _fenced_blocks(text)]
+
+
+def _message_texts(message: str | Sequence[Mapping[str, Any]] | None) -> Iterator[str]:
+    if message is None or isinstance(message, str):
+        yield message or ""
+        return
+    for part in message:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("text", "input_text"):
+            yield str(part.get("text") or "")
+        elif kind not in ("image_url", "input_image", "image", "function", "tool_call", "tool_calls"):
+            raise ValueError(f"Wrong content format: unknown type {kind} within the content")
+
+
+def _fenced_blocks(text: str) -> Iterator[CodeBlock]:
+    lines = iter(re.split(r"\r\n|\n|\r", text))
+    offset = 0  # column at which the content of the list item around begins
+    for line in lines:
+        line = line.expandtabs(4)
+        while item := _LIST_ITEM.match(line):
+            offset = item.end()
+            line = " " * offset + line[offset:]
+        indent = len(line) - len(line.lstrip(" "))
+        if line.strip() and indent < offset:
+            offset = 0
+        opening = _FENCE.fullmatch(line)
+        # "... preceded by up to three spaces of indentation"
+        if opening and indent - offset <= 3:
+            code = "\n".join(_fenced_lines(lines, opening["fence"], indent, offset))
+            language = _LANGUAGE.match(opening["info"])
+            yield CodeBlock(code, language[1] if language else "")
+
+
+def _fenced_lines(lines: Iterator[str], fence: str, indent: int, offset: int) -> Iterator[str]:
+    # "... until a closing code fence of the same type as the code block began with ..., and with at least as
+    # many backticks or tildes"; "If the end of the containing block (or document) is reached ..., the code
+    # block contains all of the lines after the opening code fence until the end"
+    closing = re.compile(rf" {{0,{offset + 3}}}{fence[0]}{{{len(fence)},}}[ \t]*")
+    for line in lines:
+        if closing.fullmatch(line):
+            return
+        # "If the leading code fence is preceded by N spaces of indentation, then up to N spaces of indentation
+        # are removed from each line of the content"
+        yield _dedent(line, indent)
+
+
+def _dedent(line: str, columns: int) -> str:
+    """Remove up to `columns` columns of white space; of a tab that reaches farther, the rest stays as spaces."""
+    column = position = 0
+    while column < columns and line[position : position + 1] in (" ", "\t"):
+        column += 4 - column % 4 if line[position] == "\t" else 1
+        position += 1
+    return " " * (column - columns) + line[position:]
+
+
+def save_bundle(data: Json, directory: Path) -> tuple[str, str] | None:
+    """Write the best representation of a MIME bundle that belongs into a file, under a name of our own.
+
+    Returns (the sentence that names the file, its absolute path), or None if text is the best there is.
+    """
+    for mime, (word, suffix) in FILE_TYPES.items():
+        content = data.get(mime)
+        if not isinstance(content, str):
+            continue
+        try:
+            payload = base64.b64decode(content) if suffix == ".png" else content.encode("utf-8", "surrogatepass")
+            path = directory.absolute() / f"{uuid.uuid4().hex}{suffix}"
+            path.write_bytes(payload)
+        except (OSError, binascii.Error) as error:
+            return f"{word} data could not be saved: {error}", ""
+        return f"{word} data saved to {path}", str(path)
+    return None
+
+
+class JupyterCodeExecutor:
+    """Runs code blocks in a Jupyter kernel of its own, whose variables live from block to block and call to call.
+
+    `jupyter_server` is a server object of this module, or the path of a connection file (or a KernelConnection)
+    to attach to a running kernel. `timeout` is the wall clock of one block in seconds; pictures and HTML are
+    written to `output_dir`. `on_output(output)` gets every output as it comes, in the shape of nbformat.
+    `on_input(prompt, password)` answers input() and getpass(); without it they raise in the cell.
+
+    It may be called from any thread: cells run one after another. `stop`, or leaving a `with`, ends the kernel.
+
+    Raises: ValueError for a wrong argument, or a kernel that is not installed; KernelStartFailed.
+    """
+
+    # Plain values live in __dict__ and all else in slots, so that vars(executor) can be written as JSON:
+    # AutoGen's runtime logging does that.
+    __slots__ = ("__dict__", "__weakref__", "_kernel", "_lock", "_on_input", "_on_output", "_output_dir", "_server")
+
+    def __init__(
+        self,
+        jupyter_server: HostServer | KernelConnection | str | os.PathLike[str],
+        kernel_name: str = "python3",
+        timeout: float = 60,
+        output_dir: str | os.PathLike[str] = ".",
+        *,
+        on_output: OutputHook | None = None,
+        on_input: InputHook | None = None,
+    ) -> None:
+        if timeout < 1:
+            raise ValueError("Timeout must be greater than or equal to 1.")
+        self._output_dir = Path(output_dir)
+        if not self._output_dir.is_dir():
+            raise ValueError(f"Output directory {output_dir} does not exist.")
+        self._timeout = timeout
+        self._kernel_name = kernel_name
+        self._on_output = on_output
+        self._on_input = on_input
+        self._lock = threading.RLock()
+        self._server = jupyter_server
+        self._stopped = False
+        self._kernel = self._new_kernel()
+
+    def _new_kernel(self) -> KernelClient:
+        if isinstance(self._server, HostServer):
+            return self._server.start_kernel(self._kernel_name)
+        if isinstance(self._server, (str, os.PathLike, KernelConnection)):
+            return attach_kernel(self._server)
+        raise ValueError("jupyter_server must be a JupyterConnectable or JupyterConnectionInfo.")
+
+    @property
+    def code_extractor(self) -> MarkdownCodeExtractor:
+        """The extractor that AutoGen uses to find the code blocks of a message."""
+        return MarkdownCodeExtractor()
+
+    @property
+    def connection_file(self) -> str | None:
+        """Path of the kernel's connection file, for `jupyter console --existing`; None if it is not on this machine."""
+        return self._kernel.connection_file
+
+    def execute_code_blocks(self, code_blocks: Iterable[Any]) -> CodeResult:
+        """Run blocks (objects with `code` and `language`) in order, up to the first that fails.
+
+        Never raises for what the code or the kernel did: `exit_code` and `output` tell (0 ended well, 1 raised,
+        124 timeout, 130 interrupted, 128 + N killed by signal N).
+
+        Raises: JupyterExecError after `stop`; TypeError for something that is no code block.
+        """
+        texts: list[str] = []
+        files: list[str] = []
+        exit_code, state = 0, "intact"
+        with self._lock:
+            self._check_usable()
+            for block in code_blocks:
+                result = self._execute_block(str(block.code))
+                texts.append(render(result.outputs, result.note, functools.partial(self._save, files)))
+                exit_code, state = result.exit_code, result.kernel_state
+                if result.status != "ok":
+                    break
+        return CodeResult(exit_code, "\n".join(texts), files, state)
+
+    def _execute_block(self, code: str) -> ExecutionResult:
+        try:
+            return self.execute(code)
+        except KernelError as error:
+            return ExecutionResult("died", 1, "lost", str(error), [])
+        except ConnectionClosed as error:
+            return ExecutionResult("died", 137, "lost", str(error), [])
+
+    def _save(self, files: list[str], data: Json) -> str | None:
+        saved = save_bundle(data, self._output_dir)
+        if saved and saved[1]:
+            files.append(saved[1])
+        return saved[0] if saved else None
+
+    def execute(
+        self,
+        code: str,
+        *,
+        timeout: float | None = None,
+        on_output: OutputHook | None = None,
+        on_input: InputHook | None = None,
+    ) -> ExecutionResult:
+        """Run one cell and return its outputs; `timeout` and the hooks default to the executor's own.
+
+        Raises: KernelError if no kernel could be had, ConnectionClosed if the server is gone.
+        """
+        with self._lock:
+            self._check_usable()
+            deadline = Deadline(START_TIMEOUT)
+            if not self._kernel.alive:
+                self._kernel.start(deadline)
+            self._kernel.wait_ready(deadline)
+            return self._kernel.execute(
+                code,
+                self._timeout if timeout is None else timeout,
+                on_output=on_output or self._on_output,
+                on_input=on_input or self._on_input,
+            )
+
+    def interrupt(self) -> None:
+        """Interrupt the running cell, from any thread; its variables are kept."""
+        self._kernel.interrupt()
+
+    def restart(self) -> None:
+        """Replace the kernel by a fresh one; all variables are lost.
+
+        Raises: KernelError if it cannot be started, or is not ours (attached by a connection file).
+        """
+        with self._lock:
+            self._check_usable()
+            if not isinstance(self._server, HostServer):
+                raise KernelError("This kernel was attached to, it is not ours to restart.")
+            self._kernel.shutdown()
+            self._kernel.start(Deadline(START_TIMEOUT))
+
+    def stop(self) -> None:
+        """End the kernel (or disconnect from one that was attached to). May be called more than once."""
+        with self._lock:
+            if not self._stopped:
+                self._stopped = True
+                self._kernel.shutdown()
+
+    def _check_usable(self) -> None:
+        if self._stopped:
+            raise JupyterExecError("The executor was stopped: make a new one.")
+
+    def __enter__(self) -> JupyterCodeExecutor:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JupyterCodeExecutor:
+        return self  # frameworks copy their tools, and with them what must stay one kernel
+
+
+# ======================================================================================================
+# 11. Command line
+# ======================================================================================================
+
+PYTHON_LANGUAGES = ("python", "py", "ipython", "python3", "")
+
+
+def read_blocks(source: str) -> list[CodeBlock]:
+    """Return the code blocks of a .py, .md or .ipynb file, or of stdin for "-".
+
+    Raises: OSError, ProtocolError for a notebook that is none.
+    """
+    if source == "-":
+        return [CodeBlock(sys.stdin.read())]
+    text = Path(source).read_bytes()
+    if source.endswith(".ipynb"):
+        cells = json_object(text, f"notebook {source}").get("cells")
+        if not isinstance(cells, list):
+            raise ProtocolError(f"The notebook {source} has no cells.")
+        return [CodeBlock("".join(cell.get("source", ""))) for cell in cells if cell.get("cell_type") == "code"]
+    if source.endswith((".md", ".markdown")):
+        blocks = MarkdownCodeExtractor().extract_code_blocks(text.decode("utf-8-sig"))
+        return [block for block in blocks if block.language.lower() in PYTHON_LANGUAGES]
+    return [CodeBlock(text.decode("utf-8-sig"))]
+
+
+class LivePrinter:
+    """Prints outputs as they come: streams as they are, everything else on lines of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._line_open = False
+        self.files: list[str] = []
+
+    def __call__(self, output: Json) -> None:
+        if output["output_type"] == "stream":
+            self._write(sys.stdout if output["name"] == "stdout" else sys.stderr, output["text"])
+        elif output["output_type"] == "error":
+            self.line(render([output], "", lambda data: None), sys.stderr)
+        elif output["output_type"] in ("execute_result", "display_data"):
+            self.line(render([output], "", self._save), sys.stdout)
+
+    def _save(self, data: Json) -> str | None:
+        saved = save_bundle(data, self._directory)
+        if saved and saved[1]:
+            self.files.append(saved[1])
+        return saved[0] if saved else None
+
+    def line(self, text: str, stream: TextIO) -> None:
+        self._write(stream, ("\n" if self._line_open else "") + text + "\n")
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        stream.write(text)
+        stream.flush()
+        self._line_open = not text.endswith("\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jupyter-exec", description="Run code in a stateful Jupyter kernel.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run a file, its blocks in order, in one kernel")
+    what = run.add_mutually_exclusive_group(required=True)
+    what.add_argument("file", nargs="?", metavar="FILE", help=".py, .md (its fenced blocks), .ipynb, or - for stdin")
+    what.add_argument("-c", dest="code", metavar="CODE", help="run this code")
+    run.add_argument("--kernel", default="python3", metavar="NAME", help="kernel name (default: python3)")
+    run.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds for one block (default: 60)")
+    run.add_argument("--output-dir", default=".", metavar="DIR", help="where pictures and HTML go (default: .)")
+    run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
+    kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
+    for command in (run, kernels):
+        command.add_argument("--python", metavar="PATH", help="the interpreter that python3 means")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: that of the code, 1 for trouble, 130 for Ctrl-C."""
+    options = _parser().parse_args(argv)
+    try:
+        return _run(options) if options.command == "run" else _list_kernels(options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our stdout has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (JupyterExecError, ValueError, OSError) as error:
+        print(f"jupyter-exec: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    blocks = [CodeBlock(options.code)] if options.code is not None else read_blocks(options.file)
+    printer = None if options.json else LivePrinter(Path(options.output_dir))
+    with LocalJupyterServer(python=options.python) as server:
+        executor = JupyterCodeExecutor(server, options.kernel, options.timeout, options.output_dir, on_output=printer)
+        with executor:
+            if printer is None:
+                result = executor.execute_code_blocks(blocks)
+                print(json.dumps(asdict(result)))
+                return result.exit_code
+            return _run_live(executor, blocks, printer)
+
+
+def _run_live(executor: JupyterCodeExecutor, blocks: Iterable[CodeBlock], printer: LivePrinter) -> int:
+    for block in blocks:
+        result = executor.execute(block.code)
+        if result.note:
+            printer.line(f"jupyter-exec: {result.note}", sys.stderr)
+        if result.status != "ok":
+            return result.exit_code
+    return 0
+
+
+def _list_kernels(options: argparse.Namespace) -> int:
+    with LocalJupyterServer(python=options.python) as server:
+        for name, spec in sorted(server.kernelspecs().items()):
+            print(f"{name}\t{spec.get('display_name', '')}\t{spec.get('resource_dir', '')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+# ======================================================================================================
+# 12. License
+# ======================================================================================================
+#
+# MIT License
+#
+# Copyright (c) 2026 The jupyter_exec authors
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+# documentation files (the "Software"), to deal in the Software without restriction, including without limitation
+# the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and
+# to permit persons to whom the Software is furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or substantial portions of
+# the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO
+# THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+# AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+# CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS
+# IN THE SOFTWARE.

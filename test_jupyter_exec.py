@@ -1,0 +1,1749 @@
+# SPDX-License-Identifier: MIT
+"""Tests of jupyter_exec; sections mirror those of the module.
+
+Rules of this file
+* Real peers before fakes: a real ipykernel, jupyter_client's Session as judge of the wire format, markdown-it as
+  judge of the fences. Scripted kernels, on real ZeroMQ sockets, only where no real one misbehaves on demand.
+* Loopback and socket files only, port 0, every wait bounded, no sleep as synchronisation: `eventually` polls.
+* One behaviour a test; speed is never asserted in seconds (see the benchmarks, `pytest -m bench`).
+* No leaks: the autouse fixture compares processes, threads, sockets and directories before and after each test.
+* What the machine lacks is skipped with its reason, unless JUPYTER_EXEC_REQUIRE names it: then it fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.session import Session
+from markdown_it import MarkdownIt
+
+import jupyter_exec
+from jupyter_exec import (
+    CodeBlock,
+    CodeResult,
+    CommandJupyterServer,
+    ConnectionClosed,
+    ExecutionError,
+    ExecutionTimeout,
+    JupyterCodeExecutor,
+    JupyterExecError,
+    KernelConnection,
+    KernelDied,
+    KernelError,
+    KernelSpecNotFound,
+    KernelStartFailed,
+    LocalJupyterServer,
+    MarkdownCodeExtractor,
+    ProtocolError,
+    SignatureError,
+)
+
+HERE = Path(__file__).parent
+MODULE = Path(jupyter_exec.__file__)
+TREE = ast.parse(MODULE.read_text(encoding="utf-8"))
+PATIENCE = 20.0  # seconds until a condition that must come counts as not coming
+
+
+def eventually(condition: Callable[[], Any], what: str) -> Any:
+    """Poll until `condition()` is true and return its value."""
+    end = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {PATIENCE} s: {what}"
+        time.sleep(0.005)
+    return value
+
+
+def run_python(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program that imports the module under test in a process of its own."""
+    options.setdefault("env", os.environ | {"PYTHONPATH": str(MODULE.parent)})
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def descendants(pid: int) -> set[int]:
+    """Return the living descendants of a process."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            after_name = stat.read_text().rpartition(")")[2].split()
+            if after_name[0] != "Z":
+                parents[int(stat.parent.name)] = int(after_name[1])
+    found, new = set(), {pid}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new} - found
+        found |= new
+    return found
+
+
+def marked_processes(marker: str) -> list[int]:
+    """Return the pids of living processes with `marker` in their environment or command line."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if marker.encode() in (process / "environ").read_bytes() + (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+def resources() -> dict[str, Any]:
+    """Return what a test may not leave behind."""
+    descriptors = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _exists(fd)]
+    return {
+        "processes": descendants(os.getpid()),
+        "threads": {thread for thread in threading.enumerate() if not thread.name.startswith("Dummy")},
+        "sockets": sum(link.startswith(("socket:", "anon_inode:", "pipe:")) for link in descriptors),
+        "directories": set(Path(tempfile.gettempdir()).glob("jx-*")),
+    }
+
+
+def _exists(descriptor: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{descriptor}")
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    before = resources()
+    yield
+    after: dict[str, Any] = {}
+
+    def settled() -> bool:
+        after.update(resources())
+        fewer = after["sockets"] <= before["sockets"]
+        return fewer and all(after[name] <= before[name] for name in ("processes", "threads", "directories"))
+
+    with contextlib.suppress(AssertionError):
+        eventually(settled, "no leaks")
+    leaks = {name: (before[name], after[name]) for name in after if not after[name] <= before[name]}
+    assert not leaks
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[LocalJupyterServer]:
+    """A server that all tests share; each has its own kernel on it."""
+    with LocalJupyterServer(cwd=tempfile.gettempdir()) as server:
+        with JupyterCodeExecutor(server) as executor:  # the first use makes what all later ones share
+            assert executor.execute("1").status == "ok"
+        yield server
+
+
+@pytest.fixture
+def executor(server: LocalJupyterServer, tmp_path: Path) -> Iterator[JupyterCodeExecutor]:
+    with JupyterCodeExecutor(server, output_dir=tmp_path) as executor:
+        yield executor
+
+
+def run(executor: JupyterCodeExecutor, *codes: str) -> CodeResult:
+    return executor.execute_code_blocks([CodeBlock(code=code, language="python") for code in codes])
+
+
+# ======================================================================================================
+# 0. Header: shape of the file, vendoring
+# ======================================================================================================
+
+
+def sections() -> dict[int, tuple[int, int, bool]]:
+    """Return {number of section: (first line, last line, pure)}."""
+    lines = MODULE.read_text(encoding="utf-8").splitlines()
+    heads = [(i, re.fullmatch(r"# (\d+)\. \w.*?(\(pure\))?", line)) for i, line in enumerate(lines, 1)]
+    found = [(i, int(match[1]), bool(match[2])) for i, match in heads if match and lines[i - 2].startswith("# ====")]
+    ends = [start - 1 for start, _, _ in found[1:]] + [len(lines)]
+    return {number: (start, end, pure) for (start, number, pure), end in zip(found, ends, strict=True)}
+
+
+def section_of(line: int) -> int:
+    return next((n for n, (start, end, _) in sections().items() if start <= line <= end), 0)
+
+
+def test_sections_are_numbered_in_order() -> None:
+    numbers = list(sections())
+    assert numbers == sorted(numbers)
+    assert {1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12} <= set(numbers)
+
+
+def test_a_section_uses_only_names_of_sections_above_it() -> None:
+    defined: dict[str, int] = {}
+    for node in TREE.body:
+        targets = [node] if isinstance(node, ast.FunctionDef | ast.ClassDef) else getattr(node, "targets", [])
+        for target in targets:
+            defined[getattr(target, "name", getattr(target, "id", ""))] = section_of(node.lineno)
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in defined:
+            assert defined[node.id] <= section_of(node.lineno), f"line {node.lineno} uses {node.id} from below"
+
+
+def test_pure_sections_know_no_socket_clock_process_or_file() -> None:
+    impure = {"socket", "time", "subprocess", "os", "threading", "selectors", "tempfile", "open", "Path", "shutil"}
+    impure |= {"uuid", "secrets", "datetime", "queue", "zmq", "sys", "logger"}
+    pure = [(start, end) for start, end, is_pure in sections().values() if is_pure]
+    assert len(pure) >= 4
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Name) and node.id in impure:
+            assert not any(start <= node.lineno <= end for start, end in pure), f"line {node.lineno}: {node.id}"
+
+
+def test_only_the_standard_library_is_imported_at_module_level() -> None:
+    imported = set()
+    for node in TREE.body:
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    assert imported <= sys.stdlib_module_names
+
+
+def test_only_zmq_and_docker_are_imported_anywhere() -> None:
+    names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names <= {"zmq", "docker"}
+
+
+def test_import_loads_neither_docker_nor_jupyter_client_nor_ssl() -> None:
+    program = (
+        "import sys, jupyter_exec; print(*(m for m in ('docker', 'jupyter_client', 'ssl', 'zmq') if m in sys.modules))"
+    )
+    result = run_python(program)
+    assert (result.stdout, result.stderr) == ("\n", "")
+
+
+VENDORED = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    from pkg._vendor import jupyter_exec as one
+    from pkg._vendor import other as two
+    for module in (one, two):
+        with module.LocalJupyterServer() as server, module.JupyterCodeExecutor(server) as executor:
+            print(executor.execute_code_blocks([module.CodeBlock("40 + 2")]).output)
+    assert one.CodeBlock is not two.CodeBlock
+"""
+
+
+def test_two_vendored_copies_work_in_one_process(tmp_path: Path) -> None:
+    package = tmp_path / "pkg" / "_vendor"
+    package.mkdir(parents=True)
+    for name in ("jupyter_exec.py", "other.py"):
+        shutil.copy(MODULE, package / name)
+    result = run_python(VENDORED, str(tmp_path))
+    assert (result.stdout, result.stderr) == ("42\n42\n", "")
+
+
+def test_works_from_a_zip_file(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "code.zip", "w") as archive:
+        for name in ("pkg/__init__.py", "pkg/_vendor/__init__.py"):
+            archive.writestr(name, "")
+        for name in ("jupyter_exec.py", "other.py"):
+            archive.write(MODULE, f"pkg/_vendor/{name}")
+    result = run_python(VENDORED, str(tmp_path / "code.zip"))
+    assert (result.stdout, result.stderr) == ("42\n42\n", "")
+
+
+def test_working_directory_cannot_shadow_the_standard_library(tmp_path: Path) -> None:
+    for name in ("signal", "json", "selectors", "types"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')")
+    with LocalJupyterServer(cwd=tmp_path) as server:
+        assert "python3" in server.kernelspecs()
+
+
+# ======================================================================================================
+# 1. Errors
+# ======================================================================================================
+
+ERRORS = [
+    JupyterExecError("a"),
+    ProtocolError("a"),
+    SignatureError("a"),
+    ConnectionClosed("a"),
+    ExecutionTimeout("a"),
+    ExecutionError("NameError", "x", "trace"),
+    KernelSpecNotFound("nope", ["python3"], ["/a"], "/bin/python3"),
+    KernelSpecNotFound(name="nope"),
+    KernelStartFailed(["python3"], "", 1, "boom"),
+    KernelDied(cause="", exit_code=-11, stderr="tail"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_survive_pickling(error: JupyterExecError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert (str(copy), vars(copy)) == (str(error), vars(error))
+
+
+@pytest.mark.parametrize(
+    ("error", "builtin"),
+    [
+        (ConnectionClosed("a"), ConnectionError),
+        (ExecutionTimeout("a"), TimeoutError),
+        (KernelSpecNotFound(), ValueError),
+    ],
+)
+def test_errors_are_the_builtin_ones_too(error: Exception, builtin: type) -> None:
+    assert isinstance(error, builtin)
+
+
+def test_error_sentences_say_what_happened_and_what_to_do() -> None:
+    assert str(KernelDied(exit_code=-11)) == "The kernel died (killed by signal 11, SIGSEGV); all variables are lost"
+    assert "ended by itself with exit code 3" in str(KernelDied(exit_code=3))
+    missing = KernelStartFailed(["/v/python", "-m", "ipykernel_launcher"], "", 1, "No module named ipykernel_launcher")
+    assert "/v/python -m pip install ipykernel" in str(missing)
+
+
+# ======================================================================================================
+# 2. Messages
+# ======================================================================================================
+
+CONNECTION = {
+    "ip": "127.0.0.1",
+    "transport": "tcp",
+    "shell_port": 1001,
+    "iopub_port": 1002,
+    "stdin_port": 1003,
+    "control_port": 1004,
+    "hb_port": 1005,
+    "key": "secret-key",
+    "signature_scheme": "hmac-sha256",
+    "kernel_name": "python3",
+}
+
+
+def connection_json(**changes: Any) -> str:
+    return json.dumps({key: value for key, value in (CONNECTION | changes).items() if value is not ...})
+
+
+def test_connection_file_round_trip() -> None:
+    connection = KernelConnection.from_json(connection_json())
+    assert json.loads(connection.to_json()) == CONNECTION
+
+
+def test_connection_addresses() -> None:
+    assert KernelConnection.from_json(connection_json()).address("iopub") == "tcp://127.0.0.1:1002"
+    assert KernelConnection.from_json(connection_json(ip="::1")).address("shell") == "tcp://[::1]:1001"
+    ipc = KernelConnection.from_json(connection_json(transport="ipc", ip="/tmp/k", shell_port=1))
+    assert ipc.address("shell") == "ipc:///tmp/k-1"
+
+
+def test_connection_ports_may_be_strings_and_unknown_keys_are_ignored() -> None:
+    connection = KernelConnection.from_json(connection_json(shell_port="1001", jupyter_session="x.ipynb"))
+    assert connection.shell_port == 1001
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not JSON"),
+        ("[]", "not a JSON object"),
+        ("[" * 100_000, "not JSON"),
+        (connection_json(shell_port=...), "shell_port"),
+        (connection_json(ip=...), "ip"),
+        (connection_json(shell_port=70000), "shell_port"),
+        (connection_json(shell_port=True), "shell_port"),
+        (connection_json(iopub_port="٣"), "iopub_port"),
+        (connection_json(key=5), "key"),
+        (connection_json(transport="pgm"), "transport"),
+        (connection_json(signature_scheme="rot13"), "signature scheme"),
+        (connection_json(signature_scheme="hmac-rot13"), "signature scheme"),
+        (connection_json(signature_scheme="hmac-shake_128"), "signature scheme"),
+    ],
+)
+def test_broken_connection_files_are_refused_by_name(text: str, says: str) -> None:
+    with pytest.raises(ProtocolError, match=says):
+        KernelConnection.from_json(text)
+
+
+def test_the_key_is_in_no_repr() -> None:
+    connection = KernelConnection.from_json(connection_json())
+    assert "secret-key" not in repr(connection) + str(connection)
+
+
+# ======================================================================================================
+# 3. Codecs
+# ======================================================================================================
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=10,
+)
+json_objects = st.dictionaries(st.text(), json_values, max_size=5)
+buffer_lists = st.lists(st.binary(max_size=50), max_size=3)
+schemes = st.sampled_from(["hmac-sha256", "hmac-md5", "hmac-sha512"])
+
+
+def message(content: dict[str, Any], metadata: dict[str, Any], buffers: list[bytes]) -> jupyter_exec.Message:
+    made = jupyter_exec.new_message("shell", "t", content, session="s", msg_id="m", date="2026-01-01T00:00:00Z")
+    made.metadata, made.buffers = metadata, buffers
+    return made
+
+
+@given(json_objects, json_objects, buffer_lists, schemes, st.sampled_from(["", "key", "schlüssel"]))
+def test_jupyter_client_reads_what_we_write(
+    content: dict[str, Any], metadata: dict[str, Any], buffers: list[bytes], scheme: str, key: str
+) -> None:
+    judge = Session(key=key.encode(), signature_scheme=scheme)
+    parts = jupyter_exec.ZmqCodec(key, scheme).encode(message(content, metadata, buffers))
+    _, rest = judge.feed_identities(parts)
+    read = judge.deserialize(rest)
+    assert (read["content"], read["metadata"], read["msg_type"]) == (content, metadata, "t")
+    assert [bytes(buffer) for buffer in read["buffers"]] == buffers
+
+
+@given(json_objects, buffer_lists, schemes, st.sampled_from(["", "key"]), st.lists(st.binary(max_size=9), max_size=2))
+def test_we_read_what_jupyter_client_writes(
+    content: dict[str, Any], buffers: list[bytes], scheme: str, key: str, topics: list[bytes]
+) -> None:
+    judge = Session(key=key.encode(), signature_scheme=scheme)
+    written = judge.serialize(judge.msg("status", content), ident=topics) + buffers
+    read = jupyter_exec.ZmqCodec(key, scheme).decode("iopub", written)
+    assert (read.content, read.msg_type, read.channel, read.buffers) == (content, "status", "iopub", buffers)
+
+
+def test_lone_surrogates_survive_the_way_to_the_kernel() -> None:
+    codec = jupyter_exec.ZmqCodec("key")
+    assert codec.decode("shell", codec.encode(message({"code": "\ud83d"}, {}, []))).content == {"code": "\ud83d"}
+
+
+def signed(*parts: bytes, key: str = "key") -> list[bytes]:
+    return [b"<IDS|MSG>", jupyter_exec.ZmqCodec(key)._sign(parts), *parts]
+
+
+def test_invalid_utf8_and_null_dicts_of_real_kernels_are_read() -> None:
+    parts = signed(b'{"msg_type":"stream"}', b"null", b"null", b'{"text":"\xed\xb3\xbf"}')
+    read = jupyter_exec.ZmqCodec("key").decode("iopub", parts)
+    assert (read.parent_header, read.metadata, read.parent_id) == ({}, {}, "")
+    assert read.content["text"].startswith("�")
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        ([], "delimiter"),
+        ([b"x"] * 6, "delimiter"),
+        ([b"<IDS|MSG>"], "five"),
+        (signed(b"{}", b"{}", b"{}"), "five"),
+        (signed(b"[]", b"{}", b"{}", b"{}"), "header is not a JSON object"),
+        (signed(b"{}", b"{}", b"{}", b"{"), "content is not JSON"),
+        (signed(b"{}", b"{}", b"{}", b'{"a":' * 100_000), "content is not JSON"),
+        (signed(b"{}", b"{}", b"{}", b'{"a":' + b"9" * 10_000 + b"}"), "content is not JSON"),
+    ],
+)
+def test_malformed_messages_are_refused(parts: list[bytes], says: str) -> None:
+    with pytest.raises(ProtocolError, match=says):
+        jupyter_exec.ZmqCodec("key").decode("iopub", parts)
+
+
+def test_a_huge_message_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "MAX_MESSAGE", 1000)
+    with pytest.raises(ProtocolError, match="larger than 1000"):
+        jupyter_exec.ZmqCodec("key").decode("iopub", signed(b"{}", b"{}", b"{}", b" " * 1000))
+
+
+@pytest.mark.parametrize("position", range(1, 6))
+def test_any_change_breaks_the_signature(position: int) -> None:
+    parts = jupyter_exec.ZmqCodec("key").encode(message({}, {}, []))
+    parts[position] = parts[position][:-1] + b" "
+    with pytest.raises(SignatureError):
+        jupyter_exec.ZmqCodec("key").decode("shell", parts)
+
+
+def test_a_forged_copy_does_not_get_the_genuine_message_refused() -> None:
+    codec = jupyter_exec.ZmqCodec("key")
+    genuine = codec.encode(message({"a": 1}, {}, []))
+    forged = [*genuine[:5], b'{"a":2}']
+    with pytest.raises(SignatureError):
+        codec.decode("shell", forged)
+    assert codec.decode("shell", genuine).content == {"a": 1}
+
+
+@given(st.lists(st.lists(st.binary(max_size=40), min_size=1, max_size=5), max_size=5), st.data())
+def test_pipe_frames_survive_any_chunking(frames: list[list[bytes]], data: st.DataObject) -> None:
+    stream = b"".join(jupyter_exec.PipeCodec.encode(parts) for parts in frames)
+    codec, read = jupyter_exec.PipeCodec(), []
+    while stream:
+        size = data.draw(st.integers(1, len(stream)))
+        read += codec.feed(stream[:size])
+        stream = stream[size:]
+    assert read == frames
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"Traceback (most recent call last):", "not a frame"),
+        (b"JX\0\0\0\0\0\0", "not a frame"),
+        (b"JX\0\1\xff\xff\xff\xff", "over the limit"),
+        (b"JX\0\1\0\0\0\2\0\0\0\1ab", "do not add up"),
+        (b"JX\0\2\0\0\0\2\0\0\0\2\0\0\0\1ab", "do not add up"),
+    ],
+)
+def test_a_corrupt_pipe_is_noticed(data: bytes, says: str) -> None:
+    with pytest.raises(ProtocolError, match=says):
+        list(jupyter_exec.PipeCodec().feed(data))
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_never_crash_the_pipe_codec(data: bytes) -> None:
+    with contextlib.suppress(ProtocolError):
+        for parts in jupyter_exec.PipeCodec(limit=1000).feed(data):
+            assert parts
+
+
+# ======================================================================================================
+# 5. Execution
+# ======================================================================================================
+
+
+def execution(*messages: tuple[str, str, dict[str, Any]]) -> jupyter_exec.Execution:
+    made = jupyter_exec.Execution("m", {})
+    for channel, msg_type, content in messages:
+        made.feed(jupyter_exec.Message(channel, {"msg_type": msg_type}, {"msg_id": "m"}, {}, content, []))
+    return made
+
+
+REPLY = ("shell", "execute_reply", {"status": "ok", "execution_count": 3})
+IDLE = ("iopub", "status", {"execution_state": "idle"})
+BUSY = ("iopub", "status", {"execution_state": "busy"})
+
+
+def stream(text: str, name: str = "stdout") -> tuple[str, str, dict[str, Any]]:
+    return "iopub", "stream", {"name": name, "text": text}
+
+
+def display(
+    data: dict[str, Any], display_id: str | None = None, msg_type: str = "display_data"
+) -> tuple[str, str, Any]:
+    return "iopub", msg_type, {"data": data, "metadata": {}, "transient": {"display_id": display_id}}
+
+
+@pytest.mark.parametrize("order", [(REPLY, IDLE), (IDLE, REPLY)])
+def test_done_is_reply_and_idle_in_either_order(order: tuple[Any, Any]) -> None:
+    first, second = order
+    assert not execution(BUSY, first).done
+    assert execution(BUSY, first, second).done
+
+
+def test_reply_on_the_wrong_channel_does_not_end_a_cell() -> None:
+    assert not execution(("iopub", *REPLY[1:]), IDLE).done
+
+
+def test_stream_chunks_of_one_kind_are_joined_and_kinds_kept_in_order() -> None:
+    outputs = execution(stream("a"), stream("b\n"), stream("e\n", "stderr"), stream("c")).outputs
+    assert [(output["name"], output["text"]) for output in outputs] == [
+        ("stdout", "ab\n"),
+        ("stderr", "e\n"),
+        ("stdout", "c"),
+    ]
+
+
+def test_update_display_data_changes_every_display_of_that_id() -> None:
+    updated = execution(display({"text/plain": "1"}, "d"), display({"text/plain": "2"}, "d", "update_display_data"))
+    assert [output["data"] for output in updated.outputs] == [{"text/plain": "2"}]
+
+
+def test_clear_output_clears_at_once_or_at_the_next_output() -> None:
+    now, wait = ("iopub", "clear_output", {"wait": False}), ("iopub", "clear_output", {"wait": True})
+    assert execution(stream("a"), now).outputs == []
+    assert [output["text"] for output in execution(stream("a"), wait).outputs] == ["a"]
+    assert [output["text"] for output in execution(stream("a"), wait, stream("b")).outputs] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"name": 5, "text": "x"}, {"name": "stdout", "text": None}, {"data": [], "metadata": None}]
+)
+@pytest.mark.parametrize("msg_type", ["stream", "display_data", "execute_result", "error", "status", "comm_open", "?"])
+def test_malformed_content_does_no_harm(msg_type: str, content: dict[str, Any]) -> None:
+    broken = execution(
+        ("iopub", msg_type, content), ("iopub", msg_type, {"transient": None}), stream("ok"), REPLY, IDLE
+    )
+    assert broken.done
+    assert "ok" in broken.result(0).text
+
+
+def no_file(data: dict[str, Any]) -> None:
+    return None
+
+
+def plain(text: str) -> dict[str, Any]:
+    return {"output_type": "execute_result", "data": {"text/plain": text}, "metadata": {}}
+
+
+def printed(text: str) -> dict[str, Any]:
+    return {"output_type": "stream", "name": "stdout", "text": text}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "note", "text"),
+    [
+        ([printed("a\n")], "", "a\n"),
+        ([printed("a"), printed("b")], "", "ab"),
+        ([plain("377")], "", "377"),
+        ([printed("a"), plain("1")], "", "a\n1"),
+        ([printed("a\n"), plain("1")], "", "a\n1"),
+        ([plain("1"), printed("a\n")], "", "1\na\n"),
+        ([plain("1"), plain("2")], "", "1\n2"),
+        ([printed("\x1b[31mred\x1b[0m")], "", "red"),
+        ([printed("a")], "note", "a\nnote"),
+        ([], "note", "note"),
+    ],
+)
+def test_streams_are_verbatim_and_results_on_lines_of_their_own(outputs: Any, note: str, text: str) -> None:
+    assert jupyter_exec.render(outputs, note, no_file) == text
+
+
+def test_plain_text_beside_a_file_is_kept_unless_it_is_a_default_repr() -> None:
+    table = {"output_type": "display_data", "data": {"text/html": "<table>", "text/plain": "   a\n0  1"}}
+    figure = {
+        "output_type": "display_data",
+        "data": {"image/png": "", "text/plain": "<Figure size 640x480 with 1 Axes>"},
+    }
+    assert jupyter_exec.render([table], "", lambda data: "saved") == "   a\n0  1\nsaved"
+    assert jupyter_exec.render([figure], "", lambda data: "saved") == "saved"
+
+
+def test_results_raise_what_happened() -> None:
+    failed = execution(("iopub", "error", {"ename": "E", "evalue": "v", "traceback": ["\x1b[31mt"]}), IDLE)
+    with pytest.raises(ExecutionError, match="E: v\nt"):
+        failed.result(0).raise_for_error()
+    died = execution(stream("a"))
+    died.death = jupyter_exec.KernelExit(-9)
+    with pytest.raises(KernelDied, match="SIGKILL"):
+        died.result(0).raise_for_error()
+    execution(REPLY, IDLE).result(0).raise_for_error()
+
+
+# ======================================================================================================
+# 6. Channels
+# ======================================================================================================
+
+
+@pytest.fixture
+def loop() -> Iterator[jupyter_exec.Loop]:
+    loop = jupyter_exec.Loop()
+    loop.start("test loop")
+    yield loop
+    loop.stop()
+
+
+def test_loop_runs_jobs_of_many_threads_in_order(loop: jupyter_exec.Loop) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def post(number: int) -> None:
+        for i in range(500):
+            loop.post(lambda i=i: seen.append((number, i)))
+
+    threads = [threading.Thread(target=post, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    eventually(lambda: len(seen) == 2000, "all jobs ran")
+    for number in range(4):
+        assert [i for n, i in seen if n == number] == list(range(500))
+
+
+def test_a_failing_job_costs_only_itself(loop: jupyter_exec.Loop, caplog: pytest.LogCaptureFixture) -> None:
+    done = threading.Event()
+    loop.post(lambda: 1 / 0)
+    loop.post(done.set)
+    assert done.wait(PATIENCE)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_loop_in_a_forked_child_says_so(loop: jupyter_exec.Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(JupyterExecError, match="forked"):
+        loop.post(lambda: None)
+    monkeypatch.undo()
+
+
+class PipeEnd:
+    """A Pipe on one end of a socket pair; the test has the other."""
+
+    def __init__(self, loop: jupyter_exec.Loop) -> None:
+        self.socket, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self.frames: list[list[bytes]] = []
+        self.closed: list[str] = []
+        self.pipe = jupyter_exec.Pipe(loop, theirs, self.frames.append, self.closed.append)
+
+
+@pytest.fixture
+def pipe_end(loop: jupyter_exec.Loop) -> Iterator[PipeEnd]:
+    made: list[PipeEnd] = []
+    loop.post(lambda: made.append(PipeEnd(loop)))
+    eventually(lambda: made, "the pipe is there")
+    yield made[0]
+    loop.post(lambda: made[0].pipe.close("end of test"))
+    eventually(lambda: made[0].closed, "the pipe is closed")
+    made[0].socket.close()
+
+
+def test_pipe_carries_more_than_the_kernel_buffers(loop: jupyter_exec.Loop, pipe_end: PipeEnd) -> None:
+    parts = [b"address", os.urandom(5_000_000)]
+    loop.post(lambda: pipe_end.pipe.send(parts))
+    loop.post(lambda: pipe_end.pipe.send([b"second"]))
+    codec, read = jupyter_exec.PipeCodec(), []
+    pipe_end.socket.settimeout(PATIENCE)
+    while len(read) < 2:
+        read += codec.feed(pipe_end.socket.recv(65536))
+    assert read == [parts, [b"second"]]
+
+
+@pytest.mark.parametrize("garbage", [b"Segmentation fault\n", b"JX\0\1\xff\xff\xff\xff"])
+def test_pipe_gives_up_on_garbage(pipe_end: PipeEnd, garbage: bytes) -> None:
+    pipe_end.socket.sendall(jupyter_exec.PipeCodec.encode([b"good"]) + garbage)
+    eventually(lambda: pipe_end.closed, "the pipe is closed")
+    assert pipe_end.frames == [[b"good"]]
+
+
+def test_pipe_gives_up_on_a_reader_that_does_not_read(
+    loop: jupyter_exec.Loop, pipe_end: PipeEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 0.1)
+    loop.post(lambda: pipe_end.pipe.send([bytes(5_000_000)]))
+    eventually(lambda: pipe_end.closed, "the pipe is closed")
+    assert "nothing was read" in pipe_end.closed[0]
+
+
+def test_connection_files_are_private_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.json"
+    path.symlink_to(tmp_path / "elsewhere")
+    jupyter_exec.write_private(str(path), connection_json())
+    assert not path.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert jupyter_exec.read_connection_file(path).key == "secret-key"
+
+
+def test_connection_file_open_to_others_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "kernel.json"
+    path.write_text(connection_json())
+    path.chmod(0o644)
+    with pytest.raises(ProtocolError, match=f"{path} .*chmod 600"):
+        JupyterCodeExecutor(path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"ip": "127.0.0.1"}'])
+def test_attaching_by_a_broken_file_fails_clearly(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "kernel.json"
+    jupyter_exec.write_private(str(path), text)
+    with pytest.raises(ProtocolError):
+        JupyterCodeExecutor(path)
+    with pytest.raises(ProtocolError, match=r"nowhere\.json: No such file"):
+        JupyterCodeExecutor(tmp_path / "nowhere.json")
+
+
+# ======================================================================================================
+# 7. Kernel client
+# ======================================================================================================
+
+
+class ScriptedKernel:
+    """A kernel on real ZeroMQ sockets that answers each shell request by `script(kernel, request)`."""
+
+    def __init__(self, script: Callable[[ScriptedKernel, dict[str, Any]], None]) -> None:
+        self.session = Session(key=b"key")
+        self._context = zmq.Context()
+        self.sockets = {name: self._context.socket(kind) for name, kind in self.KINDS.items()}
+        ports = {f"{name}_port": sock.bind_to_random_port("tcp://127.0.0.1") for name, sock in self.sockets.items()}
+        self.connection = KernelConnection(ip="127.0.0.1", key="key", **ports)
+        self.requests: list[dict[str, Any]] = []
+        self.identity: list[bytes] = []
+        self._script = script
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    KINDS: ClassVar = {"shell": zmq.ROUTER, "iopub": zmq.PUB, "stdin": zmq.ROUTER, "control": zmq.ROUTER}
+
+    def _serve(self) -> None:
+        while not self._stopping.is_set():
+            for name in ("shell", "control"):
+                if self.sockets[name].poll(5):
+                    self.identity, parts = self.session.feed_identities(self.sockets[name].recv_multipart())
+                    request = self.session.deserialize(parts)
+                    self.requests.append(request)
+                    self.publish("status", {"execution_state": "busy"}, request)
+                    if request["msg_type"] == "kernel_info_request":
+                        self.reply("kernel_info_reply", {"status": "ok"}, request)
+                        self.publish("status", {"execution_state": "idle"}, request)
+                    else:
+                        self._script(self, request)
+
+    def publish(self, msg_type: str, content: dict[str, Any], request: dict[str, Any]) -> None:
+        self.session.send(self.sockets["iopub"], msg_type, content, parent=request["header"])
+
+    def reply(self, msg_type: str, content: dict[str, Any], request: dict[str, Any]) -> None:
+        self.session.send(self.sockets["shell"], msg_type, content, parent=request["header"], ident=self.identity)
+
+    def finish(self, request: dict[str, Any]) -> None:
+        self.reply("execute_reply", {"status": "ok", "execution_count": 1}, request)
+        self.publish("status", {"execution_state": "idle"}, request)
+
+    def close(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+        self._context.destroy(linger=0)
+
+
+@contextlib.contextmanager
+def scripted(script: Callable[[ScriptedKernel, dict[str, Any]], None]) -> Iterator[JupyterCodeExecutor]:
+    kernel = ScriptedKernel(script)
+    try:
+        with JupyterCodeExecutor(kernel.connection) as executor:
+            yield executor
+    finally:
+        kernel.close()
+
+
+def test_a_kernel_without_iopub_welcome_gets_ready() -> None:
+    with scripted(lambda kernel, request: kernel.finish(request)) as executor:
+        assert executor.execute("1").status == "ok"
+
+
+def hostile(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+    """Send what must be ignored, then something genuine."""
+    for parts in (
+        [b"x"],
+        [b"<IDS|MSG>", b"bad", b"{}", b"{}", b"{}", b"{}"],
+        signed(b"{}", b"{}", b"{}", b"[" * 100_000),
+        signed(b'{"msg_type":"stream"}', b'{"msg_id":"foreign"}', b"{}", b'{"name":"stdout","text":"foreign"}'),
+        signed(b'{"msg_type":7}', b"null", b"null", b"null"),
+    ):
+        kernel.sockets["iopub"].send_multipart(parts)
+    kernel.publish("unheard_of", {"a": 1}, request)
+    kernel.publish("stream", {"name": "stdout", "text": "genuine"}, request)
+    kernel.finish(request)
+
+
+def test_hostile_messages_are_survived_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+    with scripted(hostile) as executor:
+        assert run(executor, "1").output == "genuine"
+        assert run(executor, "1").output == "genuine"
+    assert "not signed with the kernel's key" in caplog.text
+
+
+def without_idle(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+    kernel.publish("stream", {"name": "stdout", "text": "all"}, request)
+    kernel.reply("execute_reply", {"status": "ok"}, request)
+
+
+def without_reply(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+    kernel.publish("stream", {"name": "stdout", "text": "all"}, request)
+    kernel.publish("status", {"execution_state": "idle"}, request)
+
+
+@pytest.mark.parametrize(
+    ("script", "exit_code", "note"),
+    [(without_idle, 0, "Some of the output was lost on its way"), (without_reply, 1, "without a reply")],
+)
+def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
+    script: Any, exit_code: int, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "FENCE_DELAY", 0.1)
+    with scripted(script) as executor:
+        result = executor.execute("1", timeout=PATIENCE)
+    assert result.exit_code == exit_code
+    assert result.text.startswith("all\n")
+    assert note in result.note
+
+
+def test_an_attached_kernel_that_ignores_the_interrupt_is_said_to_be_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
+    with scripted(lambda kernel, request: None) as executor:
+        result = executor.execute("1", timeout=0.2)
+    assert (result.status, result.exit_code, result.kernel_state) == ("timeout", 124, "busy")
+    assert "the kernel is still running the code" in result.note
+
+
+def test_the_death_of_an_attached_kernel_is_noticed() -> None:
+    with LocalJupyterServer() as server, JupyterCodeExecutor(server) as owner:
+        owner.execute("1")
+        with JupyterCodeExecutor(owner.connection_file or "") as executor:
+            result = run(executor, "import os; os._exit(1)")
+    assert (result.exit_code, result.kernel_state) == (137, "lost")
+    assert "all variables are lost" in result.output
+
+
+def test_an_interrupt_during_the_send_still_hits_the_cell(executor: JupyterCodeExecutor) -> None:
+    executor.execute("import time")
+    real_post = executor._kernel._post
+
+    def post(message: jupyter_exec.Message) -> None:
+        if message.msg_type == "execute_request":
+            executor.interrupt()
+        real_post(message)
+
+    executor._kernel._post = post  # type: ignore[method-assign]
+    result = executor.execute("time.sleep(30)", timeout=20)
+    assert result.status == "interrupted"
+
+
+# ======================================================================================================
+# 8. Kernel host
+# ======================================================================================================
+
+ENVIRONMENTS: list[dict[str, str | None]] = [
+    {},
+    {"JUPYTER_PATH": "/a:/b"},
+    {"JUPYTER_DATA_DIR": "/data"},
+    {"XDG_DATA_HOME": "/xdg"},
+    {"JUPYTER_PREFER_ENV_PATH": "1"},
+    {"JUPYTER_PREFER_ENV_PATH": "0"},
+    {"JUPYTER_PREFER_ENV_PATH": "no", "JUPYTER_PATH": "/a"},
+    {"HOME": tempfile.gettempdir()},
+]
+
+
+@pytest.mark.parametrize("changes", ENVIRONMENTS, ids=str)
+def test_kernelspec_directories_are_those_of_jupyter(changes: dict[str, str]) -> None:
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("JUPYTER")} | changes
+    program = """
+        import os, jupyter_exec
+        from jupyter_client.kernelspec import KernelSpecManager
+        judge = KernelSpecManager().kernel_dirs
+        ours = jupyter_exec.kernel_dirs(os.environ)
+        assert [d for d in ours if d in judge] == [d for d in judge if d in ours] and set(judge) <= set(ours), (judge, ours)
+    """
+    result = run_python(program, env=environ | {"PYTHONPATH": str(MODULE.parent), "PYTHONWARNINGS": "ignore"})
+    assert result.stderr == ""
+
+
+@pytest.fixture
+def kernels_dir(tmp_path: Path) -> Path:
+    """A directory for kernelspecs, to be given as JUPYTER_PATH=tmp_path/jupyter."""
+    path = tmp_path / "jupyter" / "kernels"
+    path.mkdir(parents=True)
+    return path
+
+
+def add_spec(kernels: Path, name: str, **spec: Any) -> None:
+    (kernels / name).mkdir()
+    (kernels / name / "kernel.json").write_text(json.dumps(spec))
+
+
+IPYKERNEL = ["python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+
+
+def test_kernelspecs_are_found_as_jupyter_finds_them(kernels_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_spec(kernels_dir, "Mine", argv=IPYKERNEL, display_name="Mine", language="python")
+    add_spec(kernels_dir, "python3", argv=IPYKERNEL, display_name="Own Python", language="python")
+    add_spec(kernels_dir, "broken", argv="no list")
+    (kernels_dir / "not a kernel").mkdir()
+    monkeypatch.setenv("JUPYTER_PATH", str(kernels_dir.parent))
+    judge = KernelSpecManager().find_kernel_specs()
+    with LocalJupyterServer() as server:
+        ours = {name: spec["resource_dir"] for name, spec in server.kernelspecs().items()}
+    assert ours == {name: path for name, path in judge.items() if name != "broken"}
+
+
+def test_kernelspec_argv_env_and_name(kernels_dir: Path) -> None:
+    argv = [
+        "python",
+        "-c",
+        "import sys; sys.argv[1:] = sys.argv[3:]; from ipykernel_launcher import app",
+        "{resource_dir}",
+        "{x}",
+    ]
+    argv = [*IPYKERNEL, "{resource_dir}|{prefix}|{unknown}"]
+    add_spec(kernels_dir, "mine", argv=argv, display_name="m", language="python", env={"A": "${B}-x", "C": "$$"})
+    environment = {"JUPYTER_PATH": str(kernels_dir.parent), "B": "b"}
+    with LocalJupyterServer(env=environment) as server, JupyterCodeExecutor(server, "MINE") as executor:
+        assert run(executor, "import os, sys; print(os.environ['A'], os.environ['C'], sys.executable)").output == (
+            f"b-x $ {sys.executable}\n"
+        )
+        assert run(executor, "print(sys.argv[-1])").output == f"{kernels_dir}/mine|{sys.prefix}|{{unknown}}\n"
+
+
+def test_interrupt_mode_message(kernels_dir: Path) -> None:
+    add_spec(kernels_dir, "m", argv=IPYKERNEL, display_name="m", language="python", interrupt_mode="message")
+    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+        with JupyterCodeExecutor(server, "m") as executor:
+            assert run(executor, "x = 1").exit_code == 0
+            result = executor.execute("while True: pass", timeout=1)
+            assert (result.status, result.kernel_state) == ("timeout", "intact")
+            assert run(executor, "x").output == "1"
+
+
+TCP_KERNEL = ["python", "{resource_dir}/start.py", "{connection_file}"]
+
+
+def test_kernels_that_may_not_know_ipc_get_tcp_ports(kernels_dir: Path) -> None:
+    add_spec(kernels_dir, "tcp", argv=TCP_KERNEL, display_name="t", language="python")
+    start = "import sys; from ipykernel import kernelapp; kernelapp.launch_new_instance(['-f', sys.argv[1]])"
+    (kernels_dir / "tcp" / "start.py").write_text(start)
+    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+        with JupyterCodeExecutor(server, "tcp") as executor:
+            assert json.loads(Path(executor.connection_file or "").read_text())["transport"] == "tcp"
+            assert run(executor, "1 + 1").output == "2"
+
+
+def test_a_tcp_kernel_whose_port_was_taken_is_launched_again(kernels_dir: Path, tmp_path: Path) -> None:
+    add_spec(kernels_dir, "tcp", argv=TCP_KERNEL, display_name="t", language="python")
+    (kernels_dir / "tcp" / "start.py").write_text(f"""
+import pathlib, sys
+mark = pathlib.Path({str(tmp_path / "mark")!r})
+if not mark.exists():
+    mark.touch()
+    sys.exit("zmq.error.ZMQError: Address already in use")
+from ipykernel import kernelapp
+kernelapp.launch_new_instance(["-f", sys.argv[1]])
+""")
+    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+        with JupyterCodeExecutor(server, "tcp") as executor:
+            assert run(executor, "1 + 1").output == "2"
+
+
+def test_a_kernel_that_dies_at_start_is_reported_with_its_stderr(kernels_dir: Path) -> None:
+    argv = ["python", "-c", "import sys; sys.exit('no licence found')"]
+    add_spec(kernels_dir, "bad", argv=argv, display_name="b", language="python")
+    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+        executor = JupyterCodeExecutor(server, "bad")
+        result = run(executor, "1")
+        assert (result.exit_code, result.kernel_state) == (1, "lost")
+        assert "no licence found" in result.output
+        assert "exit code 1" in result.output
+        with pytest.raises(KernelStartFailed, match="no licence found"):
+            executor.execute("1")
+        with JupyterCodeExecutor(server) as other:
+            assert run(other, "1").output == "1"
+
+
+def test_a_kernelspec_with_a_missing_program_is_reported(kernels_dir: Path) -> None:
+    add_spec(kernels_dir, "gone", argv=["/no/such/program"], display_name="g", language="python")
+    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+        with pytest.raises(KernelStartFailed, match="No such file or directory: /no/such/program"):
+            JupyterCodeExecutor(server, "gone")
+
+
+def test_a_kernelspec_that_wants_a_provisioner_is_refused(kernels_dir: Path) -> None:
+    metadata = {"kernel_provisioner": {"provisioner_name": "yarn"}}
+    add_spec(kernels_dir, "yarn", argv=["python"], display_name="y", language="python", metadata=metadata)
+    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+        with pytest.raises(KernelStartFailed, match="provisioner"):
+            JupyterCodeExecutor(server, "yarn")
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Python without ipykernel and pyzmq."""
+    path = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(path)], check=True)
+    return str(path / "bin" / "python")
+
+
+def test_a_python_without_ipykernel_says_what_to_install(bare_python: str, tmp_path: Path) -> None:
+    with LocalJupyterServer(python=bare_python) as server:
+        with pytest.raises(ValueError, match="Kernel python3 is not installed") as caught:
+            JupyterCodeExecutor(server)
+        assert f"{bare_python} -m pip install ipykernel" in str(caught.value)
+
+
+def test_a_host_without_pyzmq_says_what_to_install(bare_python: str, tmp_path: Path) -> None:
+    (tmp_path / "ipykernel.py").touch()
+    with CommandJupyterServer([bare_python], env={"PYTHONPATH": str(tmp_path)}) as server:
+        with pytest.raises(KernelStartFailed, match=f"pyzmq.*{bare_python} -m pip install pyzmq"):
+            JupyterCodeExecutor(server)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["/no/such/python"], "No such file or directory: /no/such/python"),
+        (["true"], "no Python answered"),
+        (["sh", "-c", "echo welcome; echo trouble >&2; exit 3"], "welcome.*exit code 3.*trouble"),
+    ],
+)
+def test_a_command_that_is_no_python_is_reported(argv: list[str], says: str) -> None:
+    with CommandJupyterServer(argv) as server, pytest.raises(KernelStartFailed) as caught:
+        JupyterCodeExecutor(server)
+    assert re.search(says, str(caught.value), re.DOTALL)
+
+
+def test_a_python_that_is_too_old_is_reported(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f"#!{sys.executable}\nimport sys\nsys.version_info = (3, 8)\nexec(sys.argv[2])\n")
+    fake.chmod(0o755)
+    with LocalJupyterServer(python=fake) as server, pytest.raises(KernelStartFailed, match=r"3\.8 is too old"):
+        JupyterCodeExecutor(server)
+
+
+def test_noise_before_the_greeting_does_not_confuse() -> None:
+    with CommandJupyterServer(["sh", "-c", 'echo "Welcome to the machine"; exec "$0" "$@"', sys.executable]) as server:
+        assert "python3" in server.kernelspecs()
+
+
+def test_a_host_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "START_TIMEOUT", 0.3)
+    with (
+        CommandJupyterServer(["sh", "-c", "exec sleep 30"]) as server,
+        pytest.raises(KernelStartFailed, match=r"no answer within 0\.3 s"),
+    ):
+        server.kernelspecs()
+
+
+def test_a_stopped_host_is_given_up_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = descendants(os.getpid())
+    with LocalJupyterServer() as server:
+        server.kernelspecs()
+        (host,) = descendants(os.getpid()) - before
+        os.kill(host, signal.SIGSTOP)
+        monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 0.3)
+        monkeypatch.setattr(jupyter_exec, "SHUTDOWN_GRACE", 0.1)
+        with pytest.raises(ConnectionClosed, match="did not answer 'kernelspecs'"):
+            server.kernelspecs()
+        monkeypatch.undo()
+        assert "python3" in server.kernelspecs()
+
+
+CLIENT = """
+    import sys, time, jupyter_exec
+    server = jupyter_exec.LocalJupyterServer(env={"MARK": sys.argv[1]})
+    if sys.argv[2] == "relay":
+        server = jupyter_exec.CommandJupyterServer([sys.executable], env={"MARK": sys.argv[1]})
+    executor = jupyter_exec.JupyterCodeExecutor(server)
+    code = "import subprocess; a = subprocess.Popen(['sleep', '100']); b = subprocess.Popen(['sleep', '101'], start_new_session=True)"
+    assert executor.execute(code).status == "ok"
+    print("ready", flush=True)
+    executor.execute(sys.argv[3], timeout=100)
+"""
+
+
+@pytest.mark.parametrize("how", ["direct", "relay"])
+@pytest.mark.parametrize("code", ["1", "import time; time.sleep(100)", "while True: print('x' * 1000)"])
+def test_nothing_outlives_a_killed_client(tmp_path: Path, how: str, code: str) -> None:
+    marker = f"mark-{time.time_ns()}"
+    command = [sys.executable, "-c", textwrap.dedent(CLIENT), marker, how, code]
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as client:
+        assert client.stdout
+        assert client.stdout.readline() == b"ready\n"
+        assert len(marked_processes(f"MARK={marker}")) >= 4
+        client.kill()
+    eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
+    eventually(lambda: not list(tmp_path.iterdir()), "every file is gone")
+
+
+def test_a_forked_child_of_the_client_does_not_keep_the_kernels(tmp_path: Path) -> None:
+    marker = f"mark-{time.time_ns()}"
+    program = """
+        import os, sys, time, warnings, jupyter_exec
+        server = jupyter_exec.LocalJupyterServer(env={"MARK": sys.argv[1]})
+        executor = jupyter_exec.JupyterCodeExecutor(server)
+        assert executor.execute("1").status == "ok"
+        warnings.simplefilter("ignore")
+        if os.fork() == 0:
+            os.close(1)
+            time.sleep(30)
+            os._exit(0)
+        print("ready", flush=True)
+        time.sleep(30)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), marker]
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as client:
+        assert client.stdout
+        assert client.stdout.readline() == b"ready\n"
+        client.kill()
+        eventually(lambda: not marked_processes(f"MARK={marker}"), "every kernel is gone")
+        os.killpg(client.pid, signal.SIGKILL)
+
+
+def test_children_that_left_the_session_die_with_their_kernel(server: LocalJupyterServer, tmp_path: Path) -> None:
+    code = "import subprocess; p = subprocess.Popen(['sleep', '1000'], start_new_session=True); p.pid"
+    with JupyterCodeExecutor(server) as one, JupyterCodeExecutor(server) as two:
+        first, second = int(run(one, code).output), int(run(two, code).output)
+        one.stop()
+        eventually(lambda: first not in descendants(os.getpid()), "the child of the stopped kernel is gone")
+        assert second in descendants(os.getpid())
+    eventually(lambda: second not in descendants(os.getpid()), "the other one too")
+
+
+# ======================================================================================================
+# 9. Servers
+# ======================================================================================================
+
+
+def test_many_executors_on_one_server_from_many_threads(server: LocalJupyterServer) -> None:
+    outputs: dict[int, str] = {}
+
+    def work(number: int) -> None:
+        with JupyterCodeExecutor(server) as executor:
+            run(executor, f"x = {number}")
+            outputs[number] = run(executor, "print(x)").output
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outputs == {number: f"{number}\n" for number in range(4)}
+
+
+def test_a_server_works_without_with_and_starts_on_first_use() -> None:
+    before = descendants(os.getpid())
+    server = LocalJupyterServer()
+    assert descendants(os.getpid()) == before
+    executor = JupyterCodeExecutor(server)
+    assert run(executor, "1").output == "1"
+    server.stop()
+    server.stop()
+    with pytest.raises(ConnectionClosed, match="stopped"):
+        server.start_kernel()
+
+
+def test_stopping_the_server_is_told_in_the_result() -> None:
+    server = LocalJupyterServer()
+    executor = JupyterCodeExecutor(server)
+    run(executor, "1")
+    server.stop()
+    result = run(executor, "1")
+    assert result.exit_code != 0
+    assert "the server was stopped" in result.output
+    executor.stop()
+
+
+def test_python_cwd_and_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REMOVED", "1")
+    monkeypatch.setenv("KEPT", "2")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    with LocalJupyterServer(python=sys.executable, cwd=tmp_path, env={"REMOVED": None, "ADDED": "3"}) as server:
+        with JupyterCodeExecutor(server) as executor:
+            code = "import os; print(os.getcwd(), *(os.environ.get(n) for n in ('REMOVED', 'KEPT', 'ADDED', 'MPLBACKEND')))"
+            assert run(executor, code).output.split()[:4] == [str(tmp_path), "None", "2", "3"]
+            assert "Agg" not in run(executor, code).output
+            assert Path(run(executor, "import sys; print(sys.executable)").output.strip()) == Path(sys.executable)
+
+
+def test_given_python_means_python3_whatever_kernelspecs_say(kernels_dir: Path) -> None:
+    add_spec(kernels_dir, "python3", argv=["/no/such/program"], display_name="p", language="python")
+    environment = {"JUPYTER_PATH": str(kernels_dir.parent)}
+    with LocalJupyterServer(python=sys.executable, env=environment) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "1").output == "1"
+    with LocalJupyterServer(env=environment) as server, pytest.raises(KernelStartFailed, match="/no/such/program"):
+        JupyterCodeExecutor(server)
+
+
+def test_a_missing_working_directory_is_refused() -> None:
+    with pytest.raises(ValueError, match="Working directory /no/such/directory does not exist"):
+        LocalJupyterServer(cwd="/no/such/directory")
+
+
+def test_a_long_tmpdir_does_not_break_socket_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with LocalJupyterServer() as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "1").output == "1"
+
+
+def test_a_kernel_reached_only_through_the_pipe(tmp_path: Path) -> None:
+    with CommandJupyterServer([sys.executable]) as server, JupyterCodeExecutor(server, output_dir=tmp_path) as executor:
+        assert run(executor, "x = 6", "x * 7").output == "\n42"
+        assert executor.connection_file is None
+        assert len(run(executor, "print('x' * 20_000_000)").output) == 20_000_001
+        result = executor.execute("while True: print('y' * 1000)", timeout=1)
+        assert (result.status, result.kernel_state) == ("timeout", "intact")
+        assert run(executor, "x").output == "6"
+        assert run(
+            executor, "import os, time; print('last words', flush=True); time.sleep(0.5); os._exit(3)"
+        ).output.startswith("last words\n")
+        assert run(executor, "'x' in dir()").output == "False"
+
+
+def test_a_killed_host_is_reported_and_replaced() -> None:
+    with LocalJupyterServer() as server, JupyterCodeExecutor(server) as executor:
+        result = run(executor, "import os, signal; os.kill(os.getppid(), signal.SIGKILL); import time; time.sleep(60)")
+        assert (result.exit_code, result.kernel_state) == (137, "lost")
+        assert "SIGKILL" in result.output
+        assert run(executor, "1").output == "1"
+
+
+def test_attach_to_a_kernel_of_ours_and_leave_it_running(executor: JupyterCodeExecutor) -> None:
+    run(executor, "shared = 5")
+    path = executor.connection_file
+    assert path
+    with JupyterCodeExecutor(path) as attached:
+        assert run(attached, "shared + 1").output == "6"
+        result = attached.execute("while True: pass", timeout=1)
+        assert (result.status, result.kernel_state) == ("timeout", "intact")
+        with pytest.raises(KernelError, match="not ours"):
+            attached.restart()
+    assert run(executor, "shared").output == "5"
+
+
+def test_jupyter_client_attaches_by_our_connection_file(executor: JupyterCodeExecutor) -> None:
+    run(executor, "shared = 5")
+    program = """
+        import sys
+        from jupyter_client.blocking import BlockingKernelClient
+        client = BlockingKernelClient(connection_file=sys.argv[1])
+        client.load_connection_file()
+        client.start_channels()
+        client.wait_for_ready(timeout=20)
+        client.execute_interactive("print(shared)", timeout=20)
+    """
+    assert run_python(program, executor.connection_file or "").stdout == "5\n"
+
+
+# ======================================================================================================
+# 10. Code executor
+# ======================================================================================================
+
+
+def test_the_example_prints_exactly_this(executor: JupyterCodeExecutor) -> None:
+    result = executor.execute_code_blocks([CodeBlock(language="python", code="print('Hello, World!')")])
+    assert str(result) == "exit_code=0 output='Hello, World!\\n' output_files=[]"
+
+
+def test_variables_live_from_block_to_block_and_call_to_call(executor: JupyterCodeExecutor) -> None:
+    assert run(executor, "x = 1", "x += 1").output == "\n"
+    assert run(executor, "x").output == "2"
+
+
+def test_autogens_documented_result_of_two_blocks(executor: JupyterCodeExecutor) -> None:
+    define = "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)"
+    assert run(executor, define, "fibonacci(14)").output == "\n377"
+
+
+def test_an_error_costs_only_the_failing_block(executor: JupyterCodeExecutor) -> None:
+    result = run(executor, "a = 1\nprint('first')", "print('second')\nb = 1 / 0", "c = 3")
+    assert result.exit_code == 1
+    assert result.output.startswith("first\n\nsecond\nZeroDivisionError: division by zero\n")
+    assert "\x1b" not in result.output
+    assert run(executor, "a, 'b' in dir(), 'c' in dir()").output == "(1, False, False)"
+
+
+def test_stdout_stderr_result_and_display_in_order(executor: JupyterCodeExecutor) -> None:
+    code = "import sys\nprint('o', flush=True)\nprint('e', file=sys.stderr, flush=True)\ndisplay('d')\n'r'"
+    assert run(executor, code).output == "o\ne\n'd'\n'r'"
+
+
+def test_pictures_and_html_become_files_named_in_the_text(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
+    png = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+    result = run(
+        executor,
+        f"from IPython.display import *\nimport base64\ndisplay(Image(base64.b64decode('{png}'), format='png'))",
+        "print('before')\ndisplay(HTML('<b>ü</b>'))\nprint('after')",
+    )
+    picture, page = result.output_files
+    assert result.output == f"Image data saved to {picture}\nbefore\nHTML data saved to {page}\nafter\n"
+    assert Path(picture).read_bytes() == b"\x89PNG\r\n\x1a\n"
+    assert Path(page).read_text(encoding="utf-8") == "<b>ü</b>"
+    assert Path(picture).suffix == ".png"
+    assert {Path(picture).parent, Path(page).parent} == {tmp_path}
+
+
+def test_a_matplotlib_plot_becomes_a_png(executor: JupyterCodeExecutor) -> None:
+    result = run(executor, "import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.show()")
+    (picture,) = result.output_files
+    assert Path(picture).read_bytes().startswith(b"\x89PNG")
+    assert result.output == f"Image data saved to {picture}"
+
+
+def test_a_vanished_output_directory_costs_only_the_file(server: LocalJupyterServer, tmp_path: Path) -> None:
+    output_dir = tmp_path / "out"
+    output_dir.mkdir()
+    with JupyterCodeExecutor(server, output_dir=output_dir) as executor:
+        output_dir.rmdir()
+        result = run(executor, "from IPython.display import *\ndisplay(HTML('<b>'))\nprint('after')")
+    assert result.exit_code == 0
+    assert "could not be saved" in result.output
+    assert result.output.endswith("after\n")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import asyncio; await asyncio.sleep(60)",
+        "import subprocess; subprocess.run(['sleep', '60'])",
+        "!sleep 60",
+        "while True: print('x')",
+    ],
+)
+def test_timeout_interrupts_and_keeps_the_variables(executor: JupyterCodeExecutor, code: str) -> None:
+    run(executor, "x = 5")
+    result = executor.execute("print('before', flush=True)\n" + code, timeout=1)
+    assert (result.status, result.exit_code, result.kernel_state) == ("timeout", 124, "intact")
+    assert result.text.startswith("before\n")
+    assert result.text.endswith("Timeout: interrupted after 1 s; variables are kept")
+    assert run(executor, "x").output == "5"
+
+
+def test_code_that_ignores_the_interrupt_is_killed(
+    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
+    run(executor, "x = 5")
+    code = "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
+    result = executor.execute(code, timeout=1)
+    assert (result.status, result.exit_code, result.kernel_state) == ("timeout", 124, "lost")
+    assert "the kernel was killed and restarted; all variables are lost" in result.note
+    assert run(executor, "'x' in dir()").output == "False"
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code", "says"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", 139, "SIGSEGV"),
+        ("import os; os.kill(os.getpid(), 9)", 137, "SIGKILL"),
+        ("import os; os._exit(3)", 1, "exit code 3"),
+        ("import os; os._exit(0)", 1, "exit code 0"),
+    ],
+)
+def test_death_is_reported_and_the_next_call_has_a_fresh_kernel(
+    executor: JupyterCodeExecutor, code: str, exit_code: int, says: str
+) -> None:
+    # ipykernel hands what it prints to a thread of its own: the death must not overtake that.
+    result = run(executor, "import time\nx = 5\nprint('before', flush=True)\ntime.sleep(0.5)\n" + code)
+    assert (result.exit_code, result.kernel_state) == (exit_code, "lost")
+    assert result.output.startswith("before\nThe kernel died (")
+    assert says in result.output
+    assert "all variables are lost" in result.output
+    assert run(executor, "'x' in dir()").output == "False"
+
+
+def test_exit_ends_the_session_well(executor: JupyterCodeExecutor) -> None:
+    result = run(executor, "x = 1\nprint('bye')\nexit()", "print('never')")
+    assert (result.exit_code, result.kernel_state) == (0, "lost")
+    assert result.output == "bye\nthe session was ended by the code"
+    assert run(executor, "'x' in dir()").output == "False"
+
+
+def test_interrupt_from_another_thread(executor: JupyterCodeExecutor) -> None:
+    seen = threading.Event()
+    threading.Thread(target=lambda: seen.wait(PATIENCE) and executor.interrupt()).start()
+    result = executor.execute("print('go', flush=True)\nwhile True: pass", on_output=lambda output: seen.set())
+    assert (result.status, result.exit_code, result.kernel_state) == ("interrupted", 130, "intact")
+    assert run(executor, "1").output == "1"
+
+
+def test_interrupt_while_nothing_runs_does_nothing(executor: JupyterCodeExecutor) -> None:
+    executor.interrupt()
+    assert run(executor, "1").output == "1"
+
+
+def test_ctrl_c_interrupts_the_cell_and_goes_on() -> None:
+    program = """
+        import sys, os, signal, jupyter_exec
+        with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:
+            try:
+                executor.execute("x = 5; print('go', flush=True)\\nwhile True: pass",
+                                 on_output=lambda output: os.kill(os.getpid(), signal.SIGINT))
+            except KeyboardInterrupt:
+                print("interrupted", executor.execute("x").text)
+    """
+    result = run_python(program)
+    assert (result.stdout, result.stderr) == ("interrupted 5\n", "")
+
+
+def test_input_raises_in_the_cell_instead_of_hanging(executor: JupyterCodeExecutor) -> None:
+    assert "StdinNotImplementedError" in run(executor, "input()").output
+
+
+def test_on_input_answers(executor: JupyterCodeExecutor) -> None:
+    asked = []
+
+    def answer(prompt: str, password: bool) -> str:
+        asked.append((prompt, password))
+        return "blue"
+
+    result = executor.execute("import getpass\nprint(input('colour? '), getpass.getpass('secret? '))", on_input=answer)
+    assert result.outputs[-1]["text"].endswith("blue blue\n")
+    assert asked == [("colour? ", False), ("secret? ", True)]
+
+
+def test_outputs_come_while_the_cell_runs_and_a_failing_hook_stops_nothing(
+    executor: JupyterCodeExecutor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = tmp_path / "gate"
+
+    def hook(output: dict[str, Any]) -> None:
+        gate.touch()
+        raise RuntimeError("a bug in the hook")
+
+    code = f"import os, time\nprint('first', flush=True)\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\n7"
+    result = executor.execute(code, on_output=hook)
+    assert (result.status, result.text) == ("ok", "first\n7")
+    assert "a bug in the hook" in caplog.text
+
+
+def test_restart_gives_a_fresh_kernel(executor: JupyterCodeExecutor) -> None:
+    run(executor, "x = 1")
+    path = executor.connection_file
+    executor.restart()
+    assert run(executor, "'x' in dir()").output == "False"
+    assert executor.connection_file == path
+
+
+def test_a_stopped_executor_says_so(executor: JupyterCodeExecutor) -> None:
+    executor.stop()
+    executor.stop()
+    with pytest.raises(JupyterExecError, match="was stopped"):
+        run(executor, "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"timeout": 0.5}, r"Timeout must be greater than or equal to 1\."),
+        ({"output_dir": "/no/such"}, r"Output directory .* does not exist\."),
+        ({"kernel_name": "nope"}, r"Kernel .* is not installed\."),
+        ({"jupyter_server": 5}, r"jupyter_server must be a JupyterConnectable or JupyterConnectionInfo\."),
+    ],
+)
+def test_wrong_arguments_are_autogens_value_errors(
+    server: LocalJupyterServer, arguments: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        JupyterCodeExecutor(**({"jupyter_server": server} | arguments))
+
+
+def test_vars_of_an_executor_are_json(executor: JupyterCodeExecutor) -> None:
+    assert json.loads(json.dumps(vars(executor)))["_kernel_name"] == "python3"
+
+
+def test_execute_gives_nbformat_shaped_outputs(executor: JupyterCodeExecutor) -> None:
+    result = executor.execute("print('a')\n5")
+    assert result.outputs == [
+        {"output_type": "stream", "name": "stdout", "text": "a\n"},
+        {"output_type": "execute_result", "execution_count": 1, "data": {"text/plain": "5"}, "metadata": {}},
+    ]
+    assert (result.execution_count, result.error) == (1, None)
+    failed = executor.execute("1/0")
+    assert failed.error
+    assert (failed.error["ename"], failed.error["evalue"]) == ("ZeroDivisionError", "division by zero")
+
+
+def test_surrogates_in_code_reach_the_kernel_as_characters(executor: JupyterCodeExecutor) -> None:
+    assert run(executor, "print('\ud83d\ude00', ord('\ud83d') == 0xFFFD)").output == "😀 True\n"
+    assert run(executor, "1").output == "1"
+
+
+def extract(message: Any) -> list[tuple[str, str]]:
+    return [(block.language, block.code) for block in MarkdownCodeExtractor().extract_code_blocks(message)]
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"),
+    [
+        ("```python\nprint(1)\n```", [("python", "print(1)")]),
+        ("```c++\nint x;\n```\nprose\n```python\n1\n```", [("c++", "int x;"), ("python", "1")]),
+        ("```python {.line}\n1\n```", [("python", "1")]),
+        ("```{.python .line}\n1\n```", [("python", "1")]),
+        ("```python3.11\n1\n```", [("python3.11", "1")]),
+        ("~~~py\n1\n~~~", [("py", "1")]),
+        ("````markdown\n```python\n1\n```\n````", [("markdown", "```python\n1\n```")]),
+        ("```python\n1", [("python", "1")]),
+        ("```python\n```\ntext\n```python\n2\n```", [("python", ""), ("python", "2")]),
+        ("   ```python\n   if 1:\n       2\n   ```", [("python", "if 1:\n    2")]),
+        ("1. Do:\n\n   ```python\n   1\n   ```\n2. Then", [("python", "1")]),
+        ("- ```python\n  1\n  ```", [("python", "1")]),
+        ("```python\r\n1\r\n2\r\n```\r\n", [("python", "1\n2")]),
+        ("```\nx\n```", [("", "x")]),
+        ("``` not`code\n", []),
+        ("no code", []),
+        ("", []),
+    ],
+)
+def test_fences(text: str, blocks: list[tuple[str, str]]) -> None:
+    assert extract(text) == blocks
+
+
+fence_lines = st.sampled_from(
+    [
+        "```",
+        "```python",
+        "````",
+        "~~~",
+        "~~~~ sh",
+        "x = 1",
+        "",
+        "   ```",
+        "    ```",
+        "  y",
+        "``` a`b",
+        "text",
+        "```  ",
+        "\t```",
+    ]
+)
+
+
+@settings(max_examples=500)
+@given(st.lists(fence_lines, max_size=10))
+def test_fences_are_found_as_commonmark_finds_them(lines: list[str]) -> None:
+    text = "\n".join(lines)
+    tokens = [token for token in MarkdownIt().parse(text) if token.type == "fence"]
+    judge = [
+        (token.info.split()[0] if token.info.split() else "", token.content.removesuffix("\n")) for token in tokens
+    ]
+    assert [(language, code.rstrip("\n")) for language, code in extract(text)] == [
+        (language, code.rstrip("\n")) for language, code in judge
+    ]
+
+
+def test_message_parts() -> None:
+    assert extract(None) == []
+    parts = [
+        {"type": "text", "text": "```python\n1\n```"},
+        {"type": "image_url"},
+        {"type": "text", "text": "```\n2\n```"},
+    ]
+    assert extract(parts) == [("python", "1"), ("", "2")]
+    with pytest.raises(ValueError, match="unknown type smell"):
+        extract([{"type": "smell"}])
+
+
+# ======================================================================================================
+# 11. Command line
+# ======================================================================================================
+
+
+def cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    options.setdefault("cwd", tempfile.gettempdir())
+    return subprocess.run(
+        [sys.executable, str(MODULE), *arguments], capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def test_run_code_prints_as_the_code_does() -> None:
+    result = cli("run", "-c", "import sys; print('out'); print('err', file=sys.stderr); 42")
+    assert (result.stdout, result.stderr, result.returncode) == ("out\n42\n", "err\n", 0)
+
+
+def test_run_stdin_and_python_file(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("print('file')")
+    assert cli("run", str(tmp_path / "a.py")).stdout == "file\n"
+    assert cli("run", "-", input="print('stdin')").stdout == "stdin\n"
+
+
+def test_run_markdown_with_a_plot(tmp_path: Path) -> None:
+    text = "# A\n```python\nx = 20\n```\n```text\nnot code\n```\n```python\nprint(x + 1)\n```\n"
+    text += "```python\nimport matplotlib.pyplot as plt\nplt.plot([1, x])\nplt.show()\n```\n"
+    (tmp_path / "a.md").write_text(text)
+    result = cli("run", str(tmp_path / "a.md"), "--output-dir", str(tmp_path))
+    (picture,) = tmp_path.glob("*.png")
+    assert (result.stdout, result.stderr, result.returncode) == (f"21\nImage data saved to {picture}\n", "", 0)
+
+
+def test_run_notebook(tmp_path: Path) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": "# title"},
+        {"cell_type": "code", "source": ["x = 1\n", "y = 2"]},
+        {"cell_type": "code", "source": "x + y"},
+    ]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert cli("run", str(tmp_path / "a.ipynb")).stdout == "3\n"
+
+
+def test_run_json(tmp_path: Path) -> None:
+    result = cli("run", "-c", "print('a')\n1/0", "--json")
+    parsed = json.loads(result.stdout)
+    assert (result.returncode, parsed["exit_code"], parsed["kernel_state"]) == (1, 1, "intact")
+    assert parsed["output"].startswith("a\nZeroDivisionError")
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("1/0", 1), ("import time; time.sleep(60)", 124), ("import os; os.kill(os.getpid(), 11)", 139), ("exit()", 0)],
+)
+def test_exit_status_is_that_of_the_result(code: str, status: int) -> None:
+    assert cli("run", "-c", code, "--timeout", "1").returncode == status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "/no/such.py"], "No such file or directory: '/no/such.py'"),
+        (["run", "-c", "1", "--kernel", "nope"], "Kernel nope is not installed"),
+        (["run", "-c", "1", "--output-dir", "/no/such"], "Output directory /no/such does not exist"),
+        (["run", "-c", "1", "--timeout", "0"], "Timeout must be"),
+        (["run", "-c", "1", "--python", "/no/such/python"], "/no/such/python"),
+    ],
+)
+def test_trouble_is_a_clear_line_without_traceback(arguments: list[str], says: str) -> None:
+    result = cli(*arguments)
+    assert (result.stdout, result.returncode) == ("", 1)
+    assert says in result.stderr
+    assert result.stderr.startswith("jupyter-exec: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_python_without_ipykernel_is_a_clear_line(bare_python: str) -> None:
+    result = cli("run", "-c", "1", "--python", bare_python)
+    assert result.returncode == 1
+    assert f"{bare_python} -m pip install ipykernel" in result.stderr
+
+
+def test_kernels_lists_names_and_places() -> None:
+    assert re.search(r"^python3\t.*\t/.*$", cli("kernels").stdout, re.MULTILINE)
+
+
+def test_output_appears_as_it_is_printed(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    code = f"import os, time\nprint('first', flush=True)\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
+    command = [sys.executable, str(MODULE), "run", "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "first\n"
+        gate.touch()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing() -> None:
+    code = "print('go', flush=True)\nwhile True: pass"
+    with subprocess.Popen(
+        [sys.executable, str(MODULE), "run", "-c", code], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "go\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 130
+
+
+def test_runs_as_a_module_too() -> None:
+    command = [sys.executable, "-m", "jupyter_exec", "run", "-c", "print(__name__)"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=MODULE.parent)
+    assert (result.stdout, result.stderr) == ("__main__\n", "")
+
+
+# ======================================================================================================
+# Tools
+# ======================================================================================================
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy", "--strict"]], ids=" ".join
+)
+def test_linters_are_content(command: list[str]) -> None:
+    files = ["jupyter_exec.py"] if command[0] == "mypy" else ["jupyter_exec.py", "test_jupyter_exec.py"]
+    result = subprocess.run([sys.executable, "-m", *command, *files], capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == 0, result.stdout + result.stderr
