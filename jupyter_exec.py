@@ -40,9 +40,11 @@ import base64
 import binascii
 import contextlib
 import functools
+import hashlib
 import heapq
 import hmac
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -51,6 +53,7 @@ import queue
 import re
 import secrets
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -77,6 +80,7 @@ __all__ = [
     "CodeResult",
     "CommandJupyterServer",
     "ConnectionClosed",
+    "DockerJupyterServer",
     "ExecutionError",
     "ExecutionResult",
     "ExecutionTimeout",
@@ -92,6 +96,7 @@ __all__ = [
     "LocalJupyterServer",
     "MarkdownCodeExtractor",
     "ProtocolError",
+    "SandboxError",
     "SignatureError",
 ]
 
@@ -105,6 +110,11 @@ SHUTDOWN_GRACE = 2.0  # seconds that a kernel has to end by itself after shutdow
 READY_RETRY = 0.2  # seconds between kernel_info_requests while a kernel without iopub_welcome starts
 RECONNECT_INTERVAL = 5  # ms; ZeroMQ's 100 ms would be added to each start of a kernel
 DEATH_DRAIN = 0.02  # seconds of silence after a kernel's death before its output counts as complete
+ENGINE_TIMEOUT = 3  # seconds for the Docker engine to answer at all
+WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as end a container
+BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
+PIDS_LIMIT = 512  # processes and threads in a container; a fork bomb ends there
+TMPFS_SIZE = "512m"  # of each temporary file system of a read-only container
 STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
 PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between choosing and binding them
 
@@ -126,6 +136,7 @@ logger.addHandler(logging.NullHandler())
 #       KernelSpecNotFound       (ValueError) no kernel of that name
 #       KernelStartFailed        the process ended, or did not answer, before it was ready
 #       KernelDied               the process ended while it was in use
+#     SandboxError               Docker: no engine, image or container
 #
 # Each keeps its data as attributes (every field has a default, so that pickle can rebuild it).
 # ======================================================================================================
@@ -214,6 +225,21 @@ class KernelDied(KernelError):
     def __str__(self) -> str:
         tail = f"\n{self.stderr.rstrip()}" if self.stderr.strip() else ""
         return f"The kernel died ({self.cause or describe_exit(self.exit_code)}); all variables are lost{tail}"
+
+
+@dataclass(eq=False)
+class SandboxError(JupyterExecError):
+    """A container that could not be had, or an engine that cannot be used."""
+
+    reason: str = ""
+    image: str = ""
+    container: str = ""
+    logs: str = ""
+
+    def __str__(self) -> str:
+        names = [f"image {self.image}"] * bool(self.image) + [f"container {self.container}"] * bool(self.container)
+        where = f" ({', '.join(names)})" if names else ""
+        return "\n".join([self.reason + where, *([self.logs.strip()] if self.logs.strip() else [])])
 
 
 def describe_exit(exit_code: int | None) -> str:
@@ -1081,7 +1107,7 @@ class KernelControl(Protocol):
     argv: list[str]  # of the kernel's process, empty if unknown
     connection_file: str | None  # on this machine
 
-    def start(self, mailbox: Mailbox, deadline: Deadline) -> Channels:
+    def start(self, mailbox: Mailbox) -> Channels:
         """Start the kernel, or start it anew, and connect; `mailbox` gets all that comes from it, its death too."""
 
     def interrupt(self, sent: Callable[[], None]) -> None:
@@ -1264,7 +1290,7 @@ class KernelClient:
         """Whether there is a kernel that can run a cell, as far as known now."""
         return self._channels is not None and self._exit is None and not self._ended
 
-    def start(self, deadline: Deadline) -> None:
+    def start(self) -> None:
         """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready."""
         self.close()
         self._mailbox, self._exit, self._ready, self.kernel_info = Mailbox(), None, False, {}
@@ -1272,7 +1298,7 @@ class KernelClient:
         self._displays.clear()
         self._nudges.clear()
         self._session = uuid.uuid4().hex
-        self._channels = self._control.start(self._mailbox, deadline)
+        self._channels = self._control.start(self._mailbox)
 
     def wait_ready(self, deadline: Deadline) -> None:
         """Wait until the kernel answers on shell and is heard on iopub.
@@ -1288,7 +1314,7 @@ class KernelClient:
                 if not attempts or "Address already in use" not in error.stderr:
                     self.close()
                     raise
-                self.start(deadline)
+                self.start()
 
     def _greet(self, deadline: Deadline) -> None:
         # Ready = shell answers and iopub is proven live: the kernel welcomes the subscription to our unique
@@ -1409,7 +1435,7 @@ class KernelClient:
                 self._exit = execution.death = KernelExit(cause="it was killed")
         death = execution.death
         try:
-            self.start(Deadline(START_TIMEOUT))
+            self.start()
         except JupyterExecError:
             self._exit = death  # the next call tries again and reports
 
@@ -1645,6 +1671,7 @@ class KernelHost:
         self._directory = directory
         self._kernels: dict[str, HostedKernel] = {}
         self._context: Any = None
+        self._oom_kills = _oom_kills()
         self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
         self._pipe.send([b"", dump_json({"event": "ready", "directory": directory})])
 
@@ -1743,6 +1770,10 @@ class KernelHost:
         extra = spec.get("env") if isinstance(spec.get("env"), dict) else {}
         env |= {key: string.Template(str(value)).safe_substitute(os.environ) for key, value in (extra or {}).items()}
         env[_MARKER] = f"{os.getpid()}/{name}"
+        if not os.access(os.path.expanduser("~"), os.W_OK):  # a container's user: IPython and matplotlib want a home
+            env["HOME"] = os.path.join(self._directory, "home")
+            os.makedirs(env["HOME"], exist_ok=True)
+        env.setdefault("USER", "jupyter")
         event = 0
         # stdout goes nowhere: a pipe that nobody reads stops the kernel after 64 KB of a subprocess's output.
         options: Json = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -1759,6 +1790,8 @@ class KernelHost:
             raise KernelStartFailed(argv, f"{error.strerror}: {error.filename}") from None
 
     def _watch(self, kernel: HostedKernel) -> None:
+        with contextlib.suppress(OSError):  # if memory runs out, kernels are to go, and this host to tell of it
+            Path(f"/proc/{kernel.process.pid}/oom_score_adj").write_text("1000")
         if kernel.process.stderr:
             os.set_blocking(kernel.process.stderr.fileno(), False)
             self._loop.on_readable(kernel.process.stderr.fileno(), functools.partial(self._read_stderr, kernel))
@@ -1818,8 +1851,11 @@ class KernelHost:
             for channel in kernel.sockets:
                 self._relay(kernel.name, channel)
             self._end(self._kernels.pop(kernel.name))
-            stderr = kernel.stderr.decode("utf-8", "replace")
-            event = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.process.returncode, "stderr": stderr}
+            event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.process.returncode}
+            event["stderr"] = kernel.stderr.decode("utf-8", "replace")
+            oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
+            event["out_of_memory"] = self._oom_kills > oom_kills
+            event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
             self._pipe.send([b"", dump_json(event)])
 
     def _end(self, kernel: HostedKernel) -> None:
@@ -1843,6 +1879,28 @@ class KernelHost:
         "interrupt": _on_interrupt,
         "kill": _on_kill,
     }
+
+
+def _oom_kills() -> int:
+    """Return how often the out-of-memory killer has struck in our control group."""
+    return _cgroup_value("memory.events", "memory.oom_control", "oom_kill ")
+
+
+def _cgroup_value(v2_name: str, v1_name: str, key: str = "") -> int:
+    """Return a number of our memory control group (Linux), from the line that starts with `key`; 0 if there is none."""
+    places = [("/sys/fs/cgroup", v2_name), ("/sys/fs/cgroup/memory", v1_name)]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0" or "memory" in controllers.split(","):
+                root, name = places[-2:][number != "0"]
+                places.insert(0, (root + path, name))
+    for directory, name in places:
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path(directory, name).read_text().splitlines():
+                if line.startswith(key):
+                    return int(line.split()[-1])
+    return 0
 
 
 def _ipc_files(connection: KernelConnection) -> list[str]:
@@ -1988,7 +2046,7 @@ class HostLink:
                 self._context = zmq.Context()
             return self._context
 
-    def call(self, op: str, deadline: Deadline, **parameters: object) -> Any:
+    def call(self, op: str, **parameters: object) -> Any:
         """Ask the host and return its result.
 
         Raises: what the host reports; ConnectionClosed if it is gone or, having not answered, is given up.
@@ -1996,7 +2054,7 @@ class HostLink:
         answers: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self.ask(op, answers.put, **parameters)
         try:
-            answer = answers.get(timeout=deadline.within(CONTROL_TIMEOUT))
+            answer = answers.get(timeout=CONTROL_TIMEOUT)
         except queue.Empty:
             self.close(f"the kernel host did not answer {op!r} in time")
             answer = {"error": "ConnectionClosed", "data": self.lost}
@@ -2032,14 +2090,14 @@ class HostLink:
             return
         message = json_object(b"".join(parts[1:]), "control message")
         if message.get("event") == "exit":
-            code, stderr = message.get("exit_code"), message.get("stderr")
             if mailbox := self.mailboxes.pop(str(message.get("kernel")), None):
-                mailbox.put(KernelExit(code if isinstance(code, int) else None, str(stderr or "")[-STDERR_TAIL:]))
-        elif then := self._answers.pop(message.get("id", 0), None):
+                mailbox.put(_kernel_exit(message))
+        elif isinstance(message.get("id"), int) and (then := self._answers.pop(message["id"], None)):
             then(message)
 
     def _on_closed(self, reason: str) -> None:
-        self.lost = reason if self._closing else self._on_lost() or reason
+        end = "" if self._closing else self._on_lost()
+        self.lost = f"{reason}; {end}" if end else reason
         self._fail_answers()
         for mailbox in self.mailboxes.values():
             mailbox.put(KernelExit(cause=f"its host is gone: {self.lost}" if not self._closing else reason))
@@ -2061,6 +2119,14 @@ class HostLink:
     def _destroy_context(self) -> None:
         if self._context is not None:
             self._context.destroy(linger=0)
+
+
+def _kernel_exit(event: Json) -> KernelExit:
+    code, limit, cause = event.get("exit_code"), event.get("memory_limit"), ""
+    if event.get("out_of_memory") and code == -9:
+        has_limit = isinstance(limit, int) and 0 < limit < 2**50  # cgroup v1 says "unlimited" by a huge number
+        cause = f"out of memory (limit {limit // 2**20} MB)" if has_limit and limit else "out of memory"
+    return KernelExit(code if isinstance(code, int) else None, str(event.get("stderr") or "")[-STDERR_TAIL:], cause)
 
 
 def _host_error(answer: Json) -> JupyterExecError:
@@ -2085,21 +2151,22 @@ def own_source() -> bytes:
     return Path(__file__).read_bytes()
 
 
-def bootstrap(nonce: str) -> str:
-    """Return the program for `python -c` that turns a Python into a kernel host."""
-    return BOOTSTRAP.replace("NONCE", nonce)
+class Dialogue(Stream, Protocol):
+    """A Stream that can be told how long to wait, for the time before the loop has it."""
+
+    def settimeout(self, seconds: float, /) -> None: ...
 
 
-def greet_host(stream: socket.socket, nonce: str, deadline: Deadline) -> None:
+def greet_host(stream: Dialogue, nonce: str) -> None:
     """Wait for the host's greeting, among whatever else is printed there, and send the source.
 
     Raises: ConnectionClosed, ExecutionTimeout, JupyterExecError if its Python is too old.
     """
-    seen = b""
+    deadline, seen = Deadline(START_TIMEOUT), b""
     pattern = re.compile(rb"%s (\d+) (\d+)\n" % nonce.encode("ascii"))
     try:
         while not (found := pattern.search(seen)):
-            stream.settimeout(deadline.within(START_TIMEOUT) or 1e-6)
+            stream.settimeout(deadline.remaining or 1e-6)
             data = stream.recv(4096)
             if not data or len(seen) > 2**20:
                 raise ConnectionClosed(f"no Python answered{_quote(seen)}")
@@ -2108,12 +2175,15 @@ def greet_host(stream: socket.socket, nonce: str, deadline: Deadline) -> None:
         if version < (3, 10):
             raise JupyterExecError("its Python {}.{} is too old, 3.10 or newer is needed".format(*version))
         source = own_source()
-        stream.sendall(b"%08d" % len(source) + source)
+        unsent = memoryview(b"%08d" % len(source) + source)
+        while unsent:
+            stream.settimeout(deadline.remaining or 1e-6)
+            unsent = unsent[stream.send(unsent) :]
     except TimeoutError:
         raise ExecutionTimeout(f"no answer within {deadline.seconds:g} s{_quote(seen)}") from None
     except ConnectionError as error:
         raise error if isinstance(error, ConnectionClosed) else ConnectionClosed("it ended at once") from None
-    stream.setblocking(False)
+    stream.settimeout(0)
 
 
 def _quote(seen: bytes) -> str:
@@ -2138,14 +2208,13 @@ class HostedKernelControl:
         self.argv: list[str] = []
         self.connection_file: str | None = None
 
-    def start(self, mailbox: Mailbox, deadline: Deadline) -> Channels:
-        link = self._link = self._server.link(deadline)
+    def start(self, mailbox: Mailbox) -> Channels:
+        link = self._link = self._server.link()
         self._name = f"{self._slot}.{next(self._starts)}"
         link.mailboxes[self._name] = mailbox
         try:
             result = link.call(
                 "start",
-                deadline,
                 kernel=self._name,
                 slot=self._slot,
                 kernel_name=self._kernel_name,
@@ -2162,7 +2231,7 @@ class HostedKernelControl:
         if self._server.relays:
             self._channels = PipeChannels(functools.partial(link.relay, self._name), self._key)
         else:
-            self.connection_file = str(result["connection_file"])
+            self.connection_file = os.path.join(self._server.directory, f"kernel-{self._slot}.json")
             connection = KernelConnection.from_json(str(result["connection"]))
             self._channels = ZmqChannels(link.loop, link.context(), connection, mailbox)
         return self._channels
@@ -2202,7 +2271,7 @@ class AttachedKernelControl:
         self.argv: list[str] = []
         self.connection_file = connection_file
 
-    def start(self, mailbox: Mailbox, deadline: Deadline) -> Channels:
+    def start(self, mailbox: Mailbox) -> Channels:
         import zmq
 
         self.close()
@@ -2234,6 +2303,7 @@ class HostServer:
 
     relays = True  # messages through the pipe, not straight over ZeroMQ
     own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
+    directory = ""  # of the connection files, if they are on this machine
 
     def __init__(self) -> None:
         self.serial = itertools.count(1)
@@ -2241,11 +2311,11 @@ class HostServer:
         self._link: HostLink | None = None
         self._stopped = False
 
-    def _connect(self, deadline: Deadline) -> HostLink:
-        """Start a kernel host."""
+    def _connect(self) -> HostLink:
+        """Start a kernel host and greet it within START_TIMEOUT."""
         raise NotImplementedError
 
-    def link(self, deadline: Deadline) -> HostLink:
+    def link(self) -> HostLink:
         """Return the link to the host, which is started if there is none or the last one is gone."""
         with self._lock:
             if self._stopped:
@@ -2254,7 +2324,7 @@ class HostServer:
                 if self._link:
                     self._link.close()
                     self._disconnect()
-                self._link = self._connect(deadline)
+                self._link = self._connect()
             return self._link
 
     def start_kernel(self, kernel_name: str = "python3") -> KernelClient:
@@ -2263,13 +2333,12 @@ class HostServer:
         Raises: KernelSpecNotFound, KernelStartFailed, ConnectionClosed.
         """
         client = KernelClient(HostedKernelControl(self, kernel_name))
-        client.start(Deadline(START_TIMEOUT))
+        client.start()
         return client
 
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict, with "resource_dir"}."""
-        deadline = Deadline(START_TIMEOUT)
-        result = self.link(deadline).call("kernelspecs", deadline, own_python3=self.own_python3)
+        result = self.link().call("kernelspecs", own_python3=self.own_python3)
         return dict(result) if isinstance(result, dict) else {}
 
     def stop(self) -> None:
@@ -2295,11 +2364,18 @@ class CommandJupyterServer(HostServer):
     """Kernels at the other end of any command that gives a Python on stdin and stdout.
 
     `argv` is that command up to the interpreter: ["ssh", "box", "python3"], ["kubectl", "exec", "-i", "pod", "--",
-    "python3"], ["podman", "exec", "-i", "name", "python3"]. Its Python needs ipykernel.
+    "python3"], ["podman", "exec", "-i", "name", "python3"]. Its Python needs ipykernel. `remote_shell` says whether
+    what follows passes through a shell over there; None means that it does if the command is ssh. `env` and
+    `cwd` are those of the command itself.
     """
 
     def __init__(
-        self, argv: Sequence[str], *, env: Mapping[str, str | None] | None = None, cwd: str | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        remote_shell: bool | None = None,
+        env: Mapping[str, str | None] | None = None,
+        cwd: str | None = None,
     ) -> None:
         super().__init__()
         if isinstance(argv, str) or not argv:
@@ -2307,22 +2383,24 @@ class CommandJupyterServer(HostServer):
         if cwd is not None and not os.path.isdir(cwd):
             raise ValueError(f"Working directory {cwd} does not exist.")
         self._argv = list(argv)
+        self._quoted = Path(argv[0]).stem == "ssh" if remote_shell is None else remote_shell
         self._cwd = cwd
         self._env = _merged_env(env or {})
         self._process: subprocess.Popen[Any] | None = None  # the command
         self._errors: IO[bytes] | None = None  # its stderr
 
-    def _connect(self, deadline: Deadline) -> HostLink:
+    def _connect(self) -> HostLink:
         nonce = secrets.token_hex(16)
         errors = self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         try:
-            stream, process = _spawn(self._command(bootstrap(nonce)), stderr=errors, env=self._env, cwd=self._cwd)
+            command = self._command(BOOTSTRAP.replace("NONCE", nonce))
+            stream, process = _spawn(command, stderr=errors, env=self._env, cwd=self._cwd)
         except OSError as error:
             errors.close()
             raise KernelStartFailed(self._argv, f"{error.strerror}: {error.filename}") from None
         self._process = process
         try:
-            greet_host(stream, nonce, deadline)
+            greet_host(stream, nonce)
         except JupyterExecError as error:
             stream.close()
             end = _epitaph(process, errors) if isinstance(error, ConnectionClosed) else ""
@@ -2331,7 +2409,7 @@ class CommandJupyterServer(HostServer):
         return HostLink(stream, lambda: _epitaph(process, errors))
 
     def _command(self, program: str) -> list[str]:
-        return [*self._argv, "-c", program]
+        return [*self._argv, "-c", shlex.quote(program) if self._quoted else program]
 
     def _disconnect(self) -> None:
         if self._process:
@@ -2363,29 +2441,28 @@ class LocalJupyterServer(CommandJupyterServer):
     ) -> None:
         super().__init__([os.fspath(python or sys.executable)], env=env, cwd=None if cwd is None else os.fspath(cwd))
         self.own_python3 = python is not None
-        self._directory = ""
 
-    def _connect(self, deadline: Deadline) -> HostLink:
+    def _connect(self) -> HostLink:
         self._remove_directory()
         # The path of a socket file may have 107 bytes (103 on macOS): a long TMPDIR is not used.
         base = tempfile.gettempdir()
-        self._directory = tempfile.mkdtemp(prefix="jx-", dir=base if len(base) < 70 or os.name == "nt" else "/tmp")
+        self.directory = tempfile.mkdtemp(prefix="jx-", dir=base if len(base) < 70 or os.name == "nt" else "/tmp")
         try:
-            return super()._connect(deadline)
+            return super()._connect()
         except BaseException:
             self._remove_directory()
             raise
 
     def _command(self, program: str) -> list[str]:
-        return [*super()._command(program), self._directory]
+        return [*super()._command(program), self.directory]
 
     def _disconnect(self) -> None:
         super()._disconnect()
         self._remove_directory()
 
     def _remove_directory(self) -> None:
-        if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        if self.directory:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _spawn(argv: list[str], **options: Any) -> tuple[socket.socket, subprocess.Popen[Any]]:
@@ -2431,6 +2508,396 @@ def _epitaph(process: subprocess.Popen[Any], errors: IO[bytes]) -> str:
     return describe_exit(code) + (f"; its stderr: {tail}" if tail else "")
 
 
+class DockerStream:
+    """The attached streams of a container: its stdout is the pipe, its stderr the log, of which a tail is kept.
+
+    Spec: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
+    """
+
+    _HEAD = struct.Struct(">BxxxI")
+
+    def __init__(self, attached: Any) -> None:
+        self._attached = attached  # the SDK's wrapper: it closes the socket when it is collected
+        self._socket = getattr(attached, "_sock", attached)
+        self._buffer = bytearray()
+        self.stderr = bytearray()
+        self._is_tcp = getattr(self._socket, "family", None) in (socket.AF_INET, socket.AF_INET6)
+        if self._is_tcp:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def recv(self, size: int, /) -> bytes:
+        while data := self._receive(size):
+            if stdout := self._demultiplex(data):
+                return stdout
+        return b""
+
+    def _receive(self, size: int) -> bytes:
+        import ssl
+
+        try:
+            data: bytes = self._socket.recv(size)
+            while getattr(self._socket, "pending", int)():  # decrypted already: poll would not tell of it
+                data += self._socket.recv(size)
+        except ssl.SSLWantReadError:
+            raise BlockingIOError from None
+        if self._is_tcp and hasattr(socket, "TCP_QUICKACK"):
+            # The kernel delays acknowledgements by 40 ms otherwise, and forgets this setting at each read.
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        return data
+
+    def _demultiplex(self, data: bytes) -> bytes:
+        self._buffer += data
+        stdout, position = [], 0
+        while len(self._buffer) - position >= self._HEAD.size:
+            # "STREAM_TYPE can be: 0: stdin (is written on stdout), 1: stdout, 2: stderr"
+            kind, length = self._HEAD.unpack_from(self._buffer, position)
+            end = position + self._HEAD.size + length
+            if kind > 2:
+                raise ProtocolError("The attached container sends something that is no stream frame.")
+            if len(self._buffer) < end:
+                break
+            payload = bytes(memoryview(self._buffer)[position + self._HEAD.size : end])
+            if kind == 2:
+                self.stderr += payload
+                del self.stderr[:-STDERR_TAIL]
+            else:
+                stdout.append(payload)
+            position = end
+        del self._buffer[:position]
+        return b"".join(stdout)
+
+    def send(self, data: memoryview, /) -> int:
+        import ssl
+
+        try:
+            return int(self._socket.send(data))
+        except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            raise BlockingIOError from None
+
+    def fileno(self) -> int:
+        return int(self._socket.fileno())
+
+    def settimeout(self, seconds: float, /) -> None:
+        self._socket.settimeout(seconds)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # the response of the SDK holds the descriptor, too
+        self._attached.close()
+        self._socket.close()
+
+
+class DockerJupyterServer(HostServer):
+    """Kernels in one container, reached through its attached stdin and stdout: no port, no mount, no token.
+
+    The container runs as a normal user without capabilities, with `network` "bridge" or "none". The bundled image
+    is built on first use from DEFAULT_DOCKERFILE, on `base_image`, with `packages` (requirements of pip) in it;
+    `custom_image_name` is any image with a python3 that has ipykernel. `bind_dir`, a directory on the engine's
+    host, is mounted at `work_dir`. `docker_kwargs` are those of docker-py's containers.create: mappings and lists
+    are merged with ours, anything else replaces ours.
+
+    Raises: ValueError for keywords that do not go together. A kernel's start raises SandboxError.
+    """
+
+    DEFAULT_DOCKERFILE: ClassVar[str] = """\
+# The image of jupyter_exec.DockerJupyterServer. Target "kernel": Python with ipykernel, enough for the direct way.
+ARG BASE_IMAGE=python:3.13-slim
+FROM ${BASE_IMAGE} AS kernel
+ARG PACKAGES=""
+ENV VIRTUAL_ENV=/opt/venv \\
+    PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \\
+    HOME=/home/jupyter \\
+    PIP_NO_CACHE_DIR=1 \\
+    PIP_DISABLE_PIP_VERSION_CHECK=1
+# Any user may install into the environment and write at home: with bind_dir the user is the directory's owner.
+RUN python3 -m venv /opt/venv \\
+ && pip install ipykernel ${PACKAGES} \\
+ && mkdir -p /home/jupyter /workspace \\
+ && (getent passwd 1000 || useradd --uid 1000 --home-dir /home/jupyter jupyter) \\
+ && chown 1000 /workspace \\
+ && chmod -R a+rwX /opt/venv /home/jupyter /workspace
+USER 1000:1000
+WORKDIR /workspace
+
+# Target "gateway": a Jupyter Kernel Gateway on port 8888 that wants the token in TOKEN.
+FROM kernel AS gateway
+RUN pip install jupyter_kernel_gateway
+ENV TOKEN=UNSET
+EXPOSE 8888
+CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec python -m jupyter kernelgateway --KernelGatewayApp.ip=0.0.0.0 \\
+ --KernelGatewayApp.port=8888 --JupyterApp.answer_yes=true --JupyterWebsocketPersonality.list_kernels=true \\
+ --ZMQChannelsWebsocketConnection.limit_rate=False"]
+"""
+
+    # What the transport needs for itself -> what to use instead.
+    _RESERVED: ClassVar[dict[str, str]] = {
+        "command": "custom_image_name",
+        "detach": "nothing",
+        "image": "custom_image_name",
+        "log_config": "nothing, the stdout of the container is the transport",
+        "name": "container_name",
+        "auto_remove": "auto_remove, which is a keyword of its own",
+        "remove": "auto_remove",
+        "stdin_open": "nothing",
+        "stream": "nothing",
+        "tty": "nothing",
+    }
+
+    def __init__(
+        self,
+        *,
+        custom_image_name: str | None = None,
+        container_name: str | None = None,
+        auto_remove: bool = True,
+        docker_env: Mapping[str, str] | None = None,
+        base_image: str | None = None,
+        packages: Sequence[str] = (),
+        network: str | None = None,
+        bind_dir: str | os.PathLike[str] | None = None,
+        work_dir: str = "/workspace",
+        **docker_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        for name in sorted(self._RESERVED.keys() & docker_kwargs.keys()):
+            raise ValueError(f"{name!r} is not for docker_kwargs; use {self._RESERVED[name]}.")
+        if network is not None and "network_mode" in docker_kwargs:
+            raise ValueError("Give network or network_mode, not both.")
+        if custom_image_name and (packages or base_image):
+            raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
+        if isinstance(packages, str):
+            raise ValueError("packages must be a list of strings.")
+        self._custom_image = custom_image_name
+        self._container_name = container_name
+        self._auto_remove = auto_remove
+        self._env = dict(docker_env or {})
+        self._base_image = base_image
+        self._packages = sorted(packages)
+        self._network = network or "bridge"
+        self._bind_dir = None if bind_dir is None else os.path.abspath(bind_dir)
+        self._work_dir = work_dir
+        self._docker_kwargs = docker_kwargs
+        self._client: Any = None
+        self._container: Any = None
+        self._ended: Any = None  # the engine's answer to "wait", when it comes
+        self._exit_status: int | None = None
+
+    def _connect(self) -> HostLink:
+        client = self._client = docker_client()
+        nonce = secrets.token_hex(16)
+        command = ["python3", "-c", BOOTSTRAP.replace("NONCE", nonce)]
+        try:
+            with _engine_errors(self._image_name):
+                self._container = self._create(client, self._image(client), command)
+                stream = self._attach(client)
+                self._container.start()
+        except BaseException:
+            self._disconnect()
+            raise
+        try:
+            greet_host(stream, nonce)
+        except JupyterExecError as error:
+            stream.close()
+            end = self._epitaph() if isinstance(error, ConnectionClosed) else ""
+            reason = f"No kernel host answered: {error}{f'; {end}' if end else ''}"
+            name, logs = self._container.name, stream.stderr.decode("utf-8", "replace")
+            self._disconnect()
+            raise SandboxError(reason, self._image_name, name, logs) from None
+        return HostLink(stream, lambda: f"{self._epitaph()}{_log_of(stream)}")
+
+    @property
+    def _image_name(self) -> str:
+        if self._custom_image:
+            return self._custom_image
+        content = json.dumps([self.DEFAULT_DOCKERFILE, self._base_image, self._packages])
+        return f"jupyter-exec:{hashlib.sha256(content.encode('utf-8')).hexdigest()[:12]}"
+
+    def _image(self, client: Any) -> Any:
+        """Return the image; the bundled one is built if it is not there, no other is ever pulled."""
+        import docker.errors
+
+        try:
+            return client.images.get(self._image_name)
+        except docker.errors.ImageNotFound:
+            if self._custom_image:
+                reason = f"Custom image {self._custom_image} does not exist on the engine: build or pull it first"
+                raise SandboxError(reason) from None
+        self._build(client)
+        return client.images.get(self._image_name)
+
+    def _build(self, client: Any) -> None:
+        arguments = {"PACKAGES": " ".join(self._packages)}
+        if self._base_image:
+            arguments["BASE_IMAGE"] = self._base_image
+        print(f"jupyter_exec: building the image {self._image_name}, once; this takes a minute", file=sys.stderr)
+        steps = client.api.build(
+            fileobj=io.BytesIO(self.DEFAULT_DOCKERFILE.encode("utf-8")),
+            tag=self._image_name,
+            target="kernel",
+            buildargs=arguments,
+            decode=True,
+            rm=True,
+            forcerm=True,
+            timeout=BUILD_TIMEOUT,
+        )
+        tail: deque[str] = deque(maxlen=20)
+        failed = False
+        for step in steps:  # to the end: the engine's answer has to be read up
+            text = str(step.get("stream") or step.get("status") or step.get("error") or "").strip()
+            tail.append(text)
+            if text.startswith("Step "):
+                print(f"jupyter_exec: {text[:100]}", file=sys.stderr)
+            failed = failed or "error" in step
+        if failed:
+            raise SandboxError("The image could not be built", self._image_name, "", "\n".join(tail))
+
+    def _create(self, client: Any, image: Any, command: list[str]) -> Any:
+        options = self._options(client, image.attrs.get("Config") or {}, command)
+        if not self._bind_dir and not self._has_work_dir(client, image):  # the engine would make it, but for root
+            options.setdefault("tmpfs", {}).setdefault(self._work_dir, _tmpfs(options["user"]))
+        return client.containers.create(image.id, **options)
+
+    def _has_work_dir(self, client: Any, image: Any) -> bool:
+        import docker.errors
+
+        if (image.attrs.get("Config") or {}).get("WorkingDir") == self._work_dir:
+            return True
+        probe = client.containers.create(image.id, ["never", "started"])
+        try:
+            probe.get_archive(self._work_dir)[0].close()
+            return True
+        except docker.errors.NotFound:
+            return False
+        finally:
+            probe.remove()
+
+    def _options(self, client: Any, config: Json, command: list[str]) -> Json:
+        """Return the arguments of containers.create: ours, merged with those of the user."""
+        user = self._docker_kwargs.get("user") or self._user(client, config)
+        options: Json = {
+            "command": command,
+            "name": self._container_name or f"jupyter-exec-{uuid.uuid4()}",
+            "stdin_open": True,  # and not "detach": the engine then closes stdin when we have gone
+            "auto_remove": self._auto_remove,
+            "log_config": {"type": "none"},  # the stdout is our relay, not to be written to the engine's disk
+            "network_mode": self._network,
+            "environment": self._env,
+            "working_dir": self._work_dir,
+            "labels": {"jupyter_exec": __version__},
+            "user": user,
+            "init": True,  # without it, an interrupted subprocess is not noticed by PID 1
+            "cap_drop": ["ALL"],
+            "security_opt": ["no-new-privileges"],
+            "pids_limit": PIDS_LIMIT,
+        }
+        if self._bind_dir:
+            options["volumes"] = {self._bind_dir: {"bind": self._work_dir, "mode": "rw"}}
+        if self._docker_kwargs.get("read_only"):
+            home = dict(entry.partition("=")[::2] for entry in config.get("Env") or []).get("HOME")
+            places = ["/tmp", *([home] if home else []), *([] if self._bind_dir else [self._work_dir])]
+            options["tmpfs"] = {place: _tmpfs(user) for place in places}
+        for name, value in self._docker_kwargs.items():
+            options[name] = _merged(options.get(name), value)
+        return options
+
+    def _user(self, client: Any, config: Json) -> str:
+        """Return whom to run as: the image's user unless that is root; with a bind_dir its owner."""
+        own = str(config.get("User") or "")
+        user = "1000:1000" if own.partition(":")[0] in ("", "0", "root") else own
+        if self._bind_dir and client.info().get("OperatingSystem") != "Docker Desktop":
+            if any("rootless" in option for option in client.info().get("SecurityOptions") or ()):
+                return "0:0"  # is the caller, outside
+            with contextlib.suppress(OSError):  # on another host: nothing to see from here
+                owner = os.stat(self._bind_dir)
+                return f"{owner.st_uid}:{owner.st_gid}"
+        return user
+
+    def _attach(self, client: Any) -> DockerStream:
+        """Attach to the container, and wait for its end, both before it starts: later would be too late."""
+        streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
+        stream = DockerStream(client.api.attach_socket(self._container.id, params=streams))
+        url = client.api._url("/containers/{0}/wait", self._container.id)
+        condition = "removed" if self._auto_remove else "next-exit"
+        self._exit_status = None
+        self._ended = client.api._post(url, params={"condition": condition}, stream=True, timeout=WAIT_TIMEOUT)
+        return stream
+
+    def _exit_code(self) -> int | None:
+        """Wait, a while, for the end of the container, and for its removal if that is due."""
+        if self._ended is not None:
+            with contextlib.suppress(OSError, ValueError), self._ended as answer:
+                self._exit_status = int(answer.json()["StatusCode"])
+            self._ended = None
+        return self._exit_status
+
+    def _epitaph(self) -> str:
+        code = self._exit_code()
+        cause = "killed, perhaps for want of memory" if code == 137 else f"exit code {code}"
+        return "" if code is None else f"the container has ended ({cause})"
+
+    def _disconnect(self) -> None:
+        container, self._container = self._container, None
+        if container and (self._exit_code() is None or not self._auto_remove):
+            with contextlib.suppress(Exception):  # whatever it is: the container is gone, or the engine is
+                if self._auto_remove:
+                    container.remove(force=True)
+                else:
+                    container.kill()
+        self._client.close()
+
+
+def _log_of(stream: DockerStream) -> str:
+    log = stream.stderr.decode("utf-8", "replace").strip()
+    return f"; its log: {log}" if log else ""
+
+
+def docker_client() -> Any:
+    """Return a client of the engine that the environment names. Raises: SandboxError with what to do."""
+    try:
+        import docker
+    except ImportError:
+        raise SandboxError("The package docker is not installed: pip install docker") from None
+    with _engine_errors():
+        client = docker.from_env(timeout=ENGINE_TIMEOUT)
+        client.api.timeout = WAIT_TIMEOUT
+        return client
+
+
+@contextlib.contextmanager
+def _engine_errors(image: str = "") -> Iterator[None]:
+    """Translate the errors of docker-py; those of requests below it are OSErrors."""
+    import docker.errors
+
+    try:
+        yield
+    except docker.errors.APIError as error:
+        raise SandboxError(f"The Docker engine refuses: {error.explanation or error}", image) from None
+    except (docker.errors.DockerException, OSError) as error:
+        if "Permission denied" in str(error):
+            reason = "No permission to use Docker: add yourself to the group docker, or use LocalJupyterServer"
+        else:
+            reason = f"Docker is not running: start it, or use LocalJupyterServer ({error})"
+        raise SandboxError(reason, image) from None
+
+
+def _tmpfs(user: str) -> str:
+    # Docker's default is noexec, with which compiled wheels cannot be imported.
+    uid, _, gid = user.partition(":")
+    owner = f",uid={uid},gid={gid or uid}" if uid.isdigit() else ""
+    return f"exec,size={TMPFS_SIZE},mode=1777{owner}"
+
+
+def _merged(ours: Any, theirs: Any) -> Any:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours | theirs
+    if isinstance(ours, dict) and isinstance(theirs, list):  # of "SOURCE:TARGET:MODE" or "NAME=VALUE"
+        return [_as_entry(*item) for item in ours.items()] + theirs
+    return ours + theirs if isinstance(ours, list) and isinstance(theirs, list) else theirs
+
+
+def _as_entry(key: str, value: Any) -> str:
+    return f"{key}:{value['bind']}:{value['mode']}" if isinstance(value, dict) else f"{key}={value}"
+
+
 def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelClient:
     """Connect to a running kernel by its connection file, or by the contents of one.
 
@@ -2439,7 +2906,7 @@ def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelCl
     path = None if isinstance(target, KernelConnection) else os.path.abspath(target)
     connection = target if isinstance(target, KernelConnection) else read_connection_file(path or "")
     client = KernelClient(AttachedKernelControl(connection, path))
-    client.start(Deadline(START_TIMEOUT))
+    client.start()
     return client
 
 
@@ -2674,10 +3141,9 @@ class JupyterCodeExecutor:
         """
         with self._lock:
             self._check_usable()
-            deadline = Deadline(START_TIMEOUT)
             if not self._kernel.alive:
-                self._kernel.start(deadline)
-            self._kernel.wait_ready(deadline)
+                self._kernel.start()
+            self._kernel.wait_ready(Deadline(START_TIMEOUT))
             return self._kernel.execute(
                 code,
                 self._timeout if timeout is None else timeout,
@@ -2699,7 +3165,7 @@ class JupyterCodeExecutor:
             if not isinstance(self._server, HostServer):
                 raise KernelError("This kernel was attached to, it is not ours to restart.")
             self._kernel.shutdown()
-            self._kernel.start(Deadline(START_TIMEOUT))
+            self._kernel.start()
 
     def stop(self) -> None:
         """End the kernel (or disconnect from one that was attached to). May be called more than once."""

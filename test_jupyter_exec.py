@@ -15,6 +15,8 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import gc
+import io
 import json
 import os
 import pickle
@@ -47,6 +49,7 @@ from jupyter_exec import (
     CodeResult,
     CommandJupyterServer,
     ConnectionClosed,
+    DockerJupyterServer,
     ExecutionError,
     ExecutionTimeout,
     JupyterCodeExecutor,
@@ -59,6 +62,7 @@ from jupyter_exec import (
     LocalJupyterServer,
     MarkdownCodeExtractor,
     ProtocolError,
+    SandboxError,
     SignatureError,
 )
 
@@ -131,6 +135,7 @@ def no_leaks() -> Iterator[None]:
     after: dict[str, Any] = {}
 
     def settled() -> bool:
+        gc.collect()
         after.update(resources())
         fewer = after["sockets"] <= before["sockets"]
         return fewer and all(after[name] <= before[name] for name in ("processes", "threads", "directories"))
@@ -282,6 +287,7 @@ ERRORS = [
     KernelSpecNotFound(name="nope"),
     KernelStartFailed(["python3"], "", 1, "boom"),
     KernelDied(cause="", exit_code=-11, stderr="tail"),
+    SandboxError("no", "image", "container", "log"),
 ]
 
 
@@ -1309,6 +1315,449 @@ def test_jupyter_client_attaches_by_our_connection_file(executor: JupyterCodeExe
         client.execute_interactive("print(shared)", timeout=20)
     """
     assert run_python(program, executor.connection_file or "").stdout == "5\n"
+
+
+GREETING = """
+import json, os, re, sys, types
+nonce = re.search("[0-9a-f]{32}", sys.argv[-1])[0]
+os.write(1, ("%s %d %d\\n" % (nonce, *sys.version_info[:2])).encode())
+def read(size):
+    data = b""
+    while len(data) < size:
+        more = os.read(0, size - len(data))
+        if not more:
+            sys.exit()
+        data += more
+    return data
+source = read(int(read(8))).decode()
+module = sys.modules["jupyter_exec_host"] = types.ModuleType("jupyter_exec_host")
+exec(source, module.__dict__)
+frame = module.PipeCodec.encode
+"""
+
+
+@contextlib.contextmanager
+def scripted_host(tmp_path: Path, script: str) -> Iterator[CommandJupyterServer]:
+    """A host on a real pipe that greets properly and then does what `script` says."""
+    (tmp_path / "host.py").write_text(GREETING + textwrap.dedent(script))
+    with CommandJupyterServer([sys.executable, str(tmp_path / "host.py")]) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("os.write(1, b'Segmentation fault')", "something that is not a frame"),
+        ("os.write(1, b'JX\\0\\1\\xff\\xff\\xff\\xff'); read(10**9)", "over the limit"),
+        ("os.write(1, frame([b'', b'{'])); read(10**9)", "not JSON"),
+        ("os.write(1, frame([b'', b'[]'])); read(10**9)", "not a JSON object"),
+        ("sys.exit('last words')", "last words"),
+    ],
+)
+def test_a_host_that_sends_garbage_is_given_up(tmp_path: Path, script: str, says: str) -> None:
+    with scripted_host(tmp_path, script) as server, pytest.raises(ConnectionClosed, match=says):
+        server.kernelspecs()
+
+
+LYING_HOST = r"""
+def answer(request, **content):
+    os.write(1, frame([b"", json.dumps({"id": request["id"]} | content).encode()]))
+codec = module.PipeCodec()
+for text in (b'"x":1', b'"id":null', b'"id":[]', b'"id":99999', b'"event":"exit","kernel":[]', b'"event":{}'):
+    os.write(1, frame([b"", b"{" + text + b"}"]))
+os.write(1, frame([b"k1.1/nowhere", b"x"]))
+os.write(1, frame([b"\xff/shell", b"x"]))
+while True:
+    for parts in codec.feed(os.read(0, 65536)):
+        if parts[0]:
+            os.write(1, frame([parts[0].replace(b"shell", b"iopub"), *parts[1:]]))
+            os.write(1, frame([parts[0], b"<IDS|MSG>", b"bad signature", b"{}", b"{}", b"{}", b"{}"]))
+            continue
+        request = json.loads(parts[1])
+        if request["op"] == "start":
+            answer(request, result={"argv": [1, None], "connection_file": "/etc/passwd"})
+        else:
+            answer(request, error="KernelStartFailed", data={"argv": 5, "reason": "lies", "stderr": {}})
+"""
+
+
+def test_a_host_that_lies_is_survived(tmp_path: Path) -> None:
+    with scripted_host(tmp_path, LYING_HOST) as server:
+        with pytest.raises(KernelStartFailed, match="lies"):
+            server.kernelspecs()
+        client = server.start_kernel()
+        with pytest.raises(KernelStartFailed, match="no answer within"):
+            client.wait_ready(jupyter_exec.Deadline(1))
+        assert client.connection_file is None
+
+
+# Docker
+
+
+@pytest.fixture(scope="session")
+def bundled_image() -> None:
+    """There is an engine, and the bundled image on it."""
+    answers = shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
+    need("docker", answers)
+    with docker_server() as server:
+        server.kernelspecs()
+
+
+@pytest.fixture
+def engine(bundled_image: None) -> Iterator[Any]:
+    """A client of the Docker engine."""
+    import docker
+
+    client = docker.from_env()
+    yield client
+    client.close()
+
+
+def need(name: str, present: object) -> None:
+    """Skip the test unless what it needs is there; fail if JUPYTER_EXEC_REQUIRE names it."""
+    if not present:
+        required = name in os.environ.get("JUPYTER_EXEC_REQUIRE", "").split(",")
+        (pytest.fail if required else pytest.skip)(f"needs {name}, which is not here")
+
+
+def docker_server(**options: Any) -> DockerJupyterServer:
+    if "custom_image_name" not in options:
+        options.setdefault("base_image", os.environ.get("BASE_IMAGE"))
+    return DockerJupyterServer(**{"network": "none", **options})
+
+
+@pytest.fixture
+def containers(engine: Any) -> Iterator[Callable[[], list[Any]]]:
+    """A function that lists our containers; none may be left."""
+
+    def ours() -> list[Any]:
+        return list(engine.containers.list(all=True, filters={"label": "jupyter_exec"}, ignore_removed=True))
+
+    assert ours() == []
+    yield ours
+    eventually(lambda: ours() == [], "the containers are gone")
+
+
+@pytest.fixture
+def boxed(containers: Any, tmp_path: Path) -> Iterator[JupyterCodeExecutor]:
+    with docker_server() as server, JupyterCodeExecutor(server, output_dir=tmp_path) as executor:
+        yield executor
+
+
+def test_the_dockerfile_is_the_bundled_one() -> None:
+    assert (HERE / "Dockerfile").read_bytes() == DockerJupyterServer.DEFAULT_DOCKERFILE.encode()
+
+
+HARDENED = r"""
+import os, socket
+lines = open("/proc/self/status").read().splitlines()
+status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+print(os.getuid(), int(status["CapEff"], 16), int(status["CapBnd"], 16), status["NoNewPrivs"])
+print([name for _, name in socket.if_nameindex()], os.getcwd(), os.access(".", os.W_OK), os.environ["USER"])
+print(open("/proc/1/comm").read().strip(), [name for name in os.environ if "TOKEN" in name])
+"""
+
+
+def test_docker_kernels_share_one_hardened_container(boxed: JupyterCodeExecutor, containers: Any) -> None:
+    assert run(boxed, HARDENED).output == "1000 0 0 1\n['lo'] /workspace True jupyter\ndocker-init []\n"
+    with JupyterCodeExecutor(boxed._server) as second:
+        run(boxed, "x = 1")
+        assert run(second, "'x' in dir()").output == "False"
+    (container,) = containers()
+    config = container.attrs["HostConfig"]
+    assert container.attrs["Config"]["StdinOnce"]
+    assert (config["PidsLimit"], config["LogConfig"]["Type"], config["PortBindings"] or None) == (512, "none", None)
+    assert container.attrs["Mounts"] == []
+    assert boxed.connection_file is None
+
+
+def test_docker_pictures_come_out_of_the_box(boxed: JupyterCodeExecutor) -> None:
+    png = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+    code = f"from IPython.display import Image\nimport base64\nImage(base64.b64decode('{png}'), format='png')"
+    (path,) = run(boxed, code).output_files
+    assert Path(path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_code_in_a_container_cannot_reach_the_pipe_of_its_host(boxed: JupyterCodeExecutor) -> None:
+    assert "PermissionError" in run(boxed, "import os; os.listdir(f'/proc/{os.getppid()}/fd')").output
+
+
+def test_docker_timeout_and_death(boxed: JupyterCodeExecutor) -> None:
+    run(boxed, "x = 5")
+    assert boxed.execute("while True: print('y' * 1000)", timeout=1).kernel_state == "intact"
+    assert boxed.execute("import subprocess; subprocess.run(['sleep', '60'])", timeout=1).kernel_state == "intact"
+    assert run(boxed, "x").output == "5"
+    result = run(boxed, "import os; os.kill(os.getpid(), 11)")
+    assert (result.exit_code, result.kernel_state) == (139, "lost")
+    assert run(boxed, "'x' in dir()").output == "False"
+
+
+def test_out_of_memory_is_reported_with_the_limit(containers: Any) -> None:
+    with docker_server(mem_limit="300m", memswap_limit="300m") as server, JupyterCodeExecutor(server) as executor:
+        with JupyterCodeExecutor(server) as bystander:
+            run(bystander, "y = 7")
+            result = run(executor, "x = bytearray(10**9)")
+            assert (result.exit_code, result.kernel_state) == (137, "lost")
+            assert "out of memory (limit 300 MB)" in result.output
+            assert run(executor, "1").output == "1"
+            assert run(bystander, "y").output == "7"
+
+
+def test_a_container_killed_from_outside_is_reported_and_replaced(boxed: JupyterCodeExecutor, containers: Any) -> None:
+    result = boxed.execute(
+        "print('go', flush=True)\nwhile True: pass", on_output=lambda output: containers()[0].kill(), timeout=PATIENCE
+    )
+    assert (result.status, result.kernel_state) == ("died", "lost")
+    assert "the container has ended (killed" in result.note
+    assert run(boxed, "1").output == "1"
+
+
+def test_the_container_of_a_killed_client_is_gone(containers: Any) -> None:
+    program = """
+        import sys, time, jupyter_exec
+        executor = jupyter_exec.JupyterCodeExecutor(jupyter_exec.DockerJupyterServer(base_image=sys.argv[1] or None))
+        assert executor.execute("1").status == "ok"
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), os.environ.get("BASE_IMAGE", "")]
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as client:
+        assert client.stdout
+        assert client.stdout.readline() == b"ready\n"
+        assert len(containers()) == 1
+        client.kill()
+    eventually(lambda: not containers(), "the container is gone")
+
+
+def test_a_container_that_is_to_stay_is_stopped_only(engine: Any, containers: Any) -> None:
+    with docker_server(auto_remove=False, container_name="jupyter-exec-test-stays") as server:
+        server.kernelspecs()
+    container = engine.containers.get("jupyter-exec-test-stays")
+    assert container.status == "exited"
+    container.remove()
+
+
+def test_docker_name_taken(containers: Any) -> None:
+    with docker_server(container_name="jupyter-exec-test-name") as server:
+        server.kernelspecs()
+        with docker_server(container_name="jupyter-exec-test-name") as other:
+            with pytest.raises(SandboxError, match="already in use"):
+                JupyterCodeExecutor(other)
+        assert "python3" in server.kernelspecs()
+
+
+def test_docker_environment_network_and_packages(
+    engine: Any, containers: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with docker_server(packages=["six"], docker_env={"GREETING": "hello"}, network="bridge") as server:
+        with JupyterCodeExecutor(server) as executor:
+            built = server._image_name
+            code = "import os, six, socket\nprint(os.environ['GREETING'], len(socket.if_nameindex()))"
+            assert run(executor, code).output == "hello 2\n"
+    engine.images.remove(built)
+    progress = capfd.readouterr().err
+    assert f"building the image {built}" in progress
+    assert "Step 1/" in progress
+
+
+def test_bind_dir_is_the_working_directory_with_the_owners_uid(containers: Any, tmp_path: Path) -> None:
+    os.chown(tmp_path, 4321, 4321)
+    os.chmod(tmp_path.parent, 0o755)
+    mode = tmp_path.stat().st_mode
+    with docker_server(bind_dir=tmp_path, work_dir="/data") as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "import os; open('made', 'w').close(); print(os.getcwd())").output == "/data\n"
+    assert (tmp_path / "made").stat().st_uid == 4321
+    assert tmp_path.stat().st_mode == mode
+
+
+def test_docker_work_dir_that_is_not_in_the_image_is_writable(containers: Any) -> None:
+    with docker_server(work_dir="/elsewhere/deep") as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "import os; open('made', 'w').close(); print(os.getcwd())").output == "/elsewhere/deep\n"
+
+
+def test_docker_read_only_runs_pip_and_matplotlib(containers: Any, tmp_path: Path) -> None:
+    with docker_server(packages=["matplotlib"], read_only=True, network="bridge") as server:
+        with JupyterCodeExecutor(server, timeout=120, output_dir=tmp_path) as executor:
+            assert "Read-only file system" in run(executor, "open('/opt/x', 'w')").output
+            result = run(
+                executor,
+                "!python -m pip install -q --target /workspace/site markupsafe",
+                "import sys; sys.path.insert(0, '/workspace/site'); import markupsafe._speedups as s; print(s.__file__)",
+                "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()",
+            )
+            assert "/workspace/site/markupsafe/_speedups" in result.output
+            assert len(result.output_files) == 1
+
+
+def test_docker_through_tcp(containers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        need("docker", probe.connect_ex(("127.0.0.1", 2375)) == 0)
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:2375")
+    with docker_server() as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "x = 1", "x").output == "\n1"
+        assert len(run(executor, "print('x' * 5_000_000)").output) == 5_000_001
+
+
+@pytest.fixture
+def image(engine: Any) -> Iterator[Callable[[str], str]]:
+    """A function that builds an image from a Dockerfile; BASE and BUNDLED stand for images in it."""
+    tags: list[str] = []
+
+    def build(dockerfile: str) -> str:
+        tags.append(f"jupyter-exec-test:{len(tags)}")
+        names = {"BASE": os.environ.get("BASE_IMAGE", "python:3.13-slim"), "BUNDLED": docker_server()._image_name}
+        for name, value in names.items():
+            dockerfile = dockerfile.replace(name, value)
+        engine.images.build(fileobj=io.BytesIO(dockerfile.encode()), tag=tags[-1], rm=True, forcerm=True)
+        return tags[-1]
+
+    yield build
+    for tag in tags:
+        engine.images.remove(tag, force=True)
+
+
+def test_custom_image_with_a_noisy_entrypoint_of_root(containers: Any, image: Callable[[str], str]) -> None:
+    entrypoint = r'ENTRYPOINT ["sh", "-c", "echo Welcome; echo noise >&2; exec \"$@\"", "entry"]'
+    name = image(f'FROM BUNDLED\nUSER root\n{entrypoint}\nCMD ["never", "run"]\n')
+    with docker_server(custom_image_name=name) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "import os; print(os.getuid())").output == "1000\n"
+
+
+OLD_PYTHON = r"""FROM BASE
+RUN printf 'import sys; sys.version_info = (3, 8); exec(sys.argv[1])' >/old.py
+ENTRYPOINT ["sh", "-c", "shift 2; exec /usr/bin/python3 /old.py \"$1\"", "x"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("dockerfile", "says"),
+    [
+        ("FROM scratch\nLABEL a=b", "python3"),
+        ('FROM BASE\nENTRYPOINT ["sh", "-c", "echo trouble >&2; exit 3"]', "exit code 3.*trouble"),
+        ("FROM BASE", "-m pip install ipykernel"),
+        (OLD_PYTHON, r"Python 3\.8 is too old"),
+    ],
+    ids=["no Python", "ends at once", "no ipykernel", "old Python"],
+)
+def test_unfit_images_are_reported(containers: Any, image: Callable[[str], str], dockerfile: str, says: str) -> None:
+    with docker_server(custom_image_name=image(dockerfile)) as server:
+        with pytest.raises(JupyterExecError) as caught:
+            JupyterCodeExecutor(server)
+    assert re.search(says, str(caught.value), re.DOTALL)
+
+
+def test_missing_custom_image_is_reported(containers: Any) -> None:
+    with docker_server(custom_image_name="no/such:image") as server, pytest.raises(SandboxError) as caught:
+        JupyterCodeExecutor(server)
+    assert "Custom image no/such:image does not exist" in str(caught.value)
+
+
+def test_a_failing_build_is_reported_with_its_end(containers: Any) -> None:
+    with docker_server(packages=["no-such-package-at-all-1234"]) as server, pytest.raises(SandboxError) as caught:
+        JupyterCodeExecutor(server)
+    assert "could not be built" in str(caught.value)
+    assert "no-such-package-at-all-1234" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
+def test_docker_not_running_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
+    with pytest.raises(SandboxError, match="Docker is not running: start it, or use LocalJupyterServer"):
+        JupyterCodeExecutor(DockerJupyterServer())
+
+
+def test_no_permission_for_docker_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import docker
+
+    def refuse(**options: Any) -> None:
+        raise docker.errors.DockerException("Error while fetching server API version: [Errno 13] Permission denied")
+
+    monkeypatch.setattr(docker, "from_env", refuse)
+    with pytest.raises(SandboxError, match="No permission to use Docker: add yourself to the group docker"):
+        JupyterCodeExecutor(DockerJupyterServer())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"command": "x"}, "custom_image_name"),
+        ({"name": "x"}, "container_name"),
+        ({"log_config": {}}, "stdout of the container"),
+        ({"network": "none", "network_mode": "host"}, "not both"),
+        ({"custom_image_name": "x", "packages": ["six"]}, "bundled image"),
+        ({"packages": "six"}, "list of strings"),
+    ],
+)
+def test_docker_keywords_that_do_not_go_together(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        DockerJupyterServer(**options)
+
+
+def test_docker_kwargs_are_merged_with_ours(containers: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "labels": {"mine": "1"},
+        "security_opt": ["label=disable"],
+        "environment": ["B=2"],
+        "volumes": [f"{tmp_path}:/mine:ro"],
+        "pids_limit": 77,
+        "nano_cpus": 10**9,
+    }
+    with docker_server(docker_env={"A": "1"}, bind_dir=tmp_path, **options) as server:
+        server.kernelspecs()
+        (container,) = containers()
+        attrs = container.attrs
+        assert attrs["Config"]["Labels"].items() >= {"mine": "1", "jupyter_exec": jupyter_exec.__version__}.items()
+        assert attrs["HostConfig"]["SecurityOpt"] == ["no-new-privileges", "label=disable"]
+        assert {"A=1", "B=2"} <= set(attrs["Config"]["Env"])
+        assert {mount["Destination"] for mount in attrs["Mounts"]} == {"/mine", "/workspace"}
+        assert (attrs["HostConfig"]["PidsLimit"], attrs["HostConfig"]["NanoCpus"]) == (77, 10**9)
+
+
+def test_an_unknown_docker_keyword_is_named(containers: Any) -> None:
+    with docker_server(memory_limit="1g") as server, pytest.raises(TypeError, match="memory_limit"):
+        JupyterCodeExecutor(server)
+
+
+# Commands
+
+
+@pytest.fixture
+def sshd(tmp_path: Path) -> Iterator[list[str]]:
+    """A real sshd on loopback; returns the ssh command that reaches it."""
+    need("ssh", os.path.exists("/usr/sbin/sshd") and shutil.which("ssh"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
+    (tmp_path / "user.pub").rename(tmp_path / "authorized")
+    settings = f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host\nStrictModes no\nUsePAM no\n"
+    settings += f"AuthorizedKeysFile {tmp_path}/authorized\nPidFile {tmp_path}/pid\nPermitRootLogin yes\n"
+    (tmp_path / "config").write_text(settings)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    ssh = ["ssh", "-q", "-p", str(port), "-i", str(tmp_path / "user"), "-o", "StrictHostKeyChecking=no"]
+    daemon_command = ["/usr/sbin/sshd", "-D", "-e", "-f", str(tmp_path / "config")]
+    with subprocess.Popen(daemon_command, stderr=subprocess.PIPE) as daemon:
+        assert daemon.stderr
+        assert b"listening" in daemon.stderr.readline()
+        yield [*ssh, "-o", f"UserKnownHostsFile={tmp_path}/known", "127.0.0.1"]
+        daemon.terminate()
+
+
+def test_kernels_through_ssh(sshd: list[str]) -> None:
+    with CommandJupyterServer([*sshd, sys.executable]) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "x = 6", "x * 7").output == "\n42"
+        assert executor.execute("while True: pass", timeout=1).kernel_state == "intact"
+        assert run(executor, "'SSH_CONNECTION' in __import__('os').environ").output == "True"
+
+
+def test_ssh_that_refuses_is_reported(sshd: list[str]) -> None:
+    with CommandJupyterServer([*sshd, "/no/such/python3"]) as server, pytest.raises(KernelStartFailed) as caught:
+        JupyterCodeExecutor(server)
+    assert "/no/such/python3" in str(caught.value)
+    assert "exit code 127" in str(caught.value)
 
 
 # ======================================================================================================
