@@ -16,7 +16,8 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
 
     1  Errors         pure   one tree; data in attributes, the sentence in ``str()``
     2  Messages       pure   Message, KernelConnection
-    3  Codecs         pure   ZmqCodec (multipart + HMAC), PipeCodec (the host's pipe)
+    3  Codecs         pure   ZmqCodec (multipart + HMAC), PipeCodec (the host's pipe), JsonCodec and V1Codec
+    4  WebSocket      pure   the client's side of RFC 6455
     5  Execution      pure   state machine of one cell; folding and rendering of outputs
     6  Channels              Deadline, Loop, Pipe, the ways to reach a kernel
     7  Kernel client         one cell at a time: replies, outputs, deadline, interrupt, death
@@ -68,7 +69,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol, TextIO, TypeVar, cast
@@ -86,6 +87,7 @@ __all__ = [
     "ExecutionTimeout",
     "IPythonCodeResult",
     "JupyterCodeExecutor",
+    "JupyterConnectionInfo",
     "JupyterExecError",
     "KernelClient",
     "KernelConnection",
@@ -96,7 +98,9 @@ __all__ = [
     "LocalJupyterServer",
     "MarkdownCodeExtractor",
     "ProtocolError",
+    "RemoteJupyterServer",
     "SandboxError",
+    "ServerError",
     "SignatureError",
 ]
 
@@ -110,6 +114,10 @@ SHUTDOWN_GRACE = 2.0  # seconds that a kernel has to end by itself after shutdow
 READY_RETRY = 0.2  # seconds between kernel_info_requests while a kernel without iopub_welcome starts
 RECONNECT_INTERVAL = 5  # ms; ZeroMQ's 100 ms would be added to each start of a kernel
 DEATH_DRAIN = 0.02  # seconds of silence after a kernel's death before its output counts as complete
+PING_INTERVAL = 20.0  # seconds between pings; proxies cut a silent WebSocket after 60
+RECONNECT_TIMEOUT = 15.0  # seconds of trying until a lost connection counts as lost for good
+RECONNECT_DELAY = 0.5  # seconds between the tries
+MAX_WEBSOCKET_MESSAGE = 10 * 2**20  # bytes; tornado, below every Jupyter server, resets the connection beyond
 ENGINE_TIMEOUT = 3  # seconds for the Docker engine to answer at all
 WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as end a container
 BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
@@ -136,6 +144,7 @@ logger.addHandler(logging.NullHandler())
 #       KernelSpecNotFound       (ValueError) no kernel of that name
 #       KernelStartFailed        the process ended, or did not answer, before it was ready
 #       KernelDied               the process ended while it was in use
+#     ServerError                a Jupyter server refuses, or is none
 #     SandboxError               Docker: no engine, image or container
 #
 # Each keeps its data as attributes (every field has a default, so that pickle can rebuild it).
@@ -225,6 +234,21 @@ class KernelDied(KernelError):
     def __str__(self) -> str:
         tail = f"\n{self.stderr.rstrip()}" if self.stderr.strip() else ""
         return f"The kernel died ({self.cause or describe_exit(self.exit_code)}); all variables are lost{tail}"
+
+
+@dataclass(eq=False)
+class ServerError(JupyterExecError):
+    """A Jupyter server's refusal, or an answer that no Jupyter server gives."""
+
+    method: str = ""
+    url: str = ""  # without a token
+    status: int = 0
+    body: str = ""  # the end of it, or what it says
+
+    def __str__(self) -> str:
+        says = {401: " The token is missing or wrong.", 403: " The token is missing or wrong, or this is not allowed."}
+        where = f"{self.method} {self.url}".strip()
+        return f"The Jupyter server answered {self.status} to {where}.{says.get(self.status, '')} {self.body}".rstrip()
 
 
 @dataclass(eq=False)
@@ -526,6 +550,385 @@ class PipeCodec:
                 position += length
 
 
+CHANNELS = ("shell", "iopub", "stdin", "control")
+V1_SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"
+MAX_PARTS = 65535  # of one WebSocket message: more buffers than any widget has, few enough to allocate
+_NULLABLE = ("parent_header", "metadata", "content")
+
+
+class JsonCodec:
+    """Message <-> WebSocket message without a subprotocol: JSON text, or binary if there are buffers.
+
+    The binary form is a table (big-endian u32), the JSON, the buffers.
+
+    Spec: https://jupyter-server.readthedocs.io/en/stable/developers/websocket-protocols.html
+    """
+
+    def encode(self, message: Message) -> str | bytes:
+        names = ("channel", "header", *_NULLABLE)
+        text = dump_json({name: getattr(message, name) for name in names} | {"buffers": []})
+        return _join_parts(">I", [text, *message.buffers]) if message.buffers else text.decode("ascii")
+
+    def decode(self, data: str | bytes) -> Message:
+        """Parse what the server sent. Raises: ProtocolError."""
+        parts: list[Any] = [data] if isinstance(data, str) else _cut_parts(">I", data)
+        body = json_object(parts[0], "message")
+        # Deviation: xeus kernels send null for an empty object.
+        body |= {name: {} for name in _NULLABLE if body.get(name) is None}
+        if not all(isinstance(body.get(name), dict) for name in ("header", *_NULLABLE)):
+            raise ProtocolError("A part of a message is not a JSON object.")
+        channel, header = _channel(body.get("channel")), body["header"]
+        parent_header, metadata, content = (body[name] for name in _NULLABLE)
+        return Message(channel, header, parent_header, metadata, content, parts[1:])
+
+
+class V1Codec:
+    """Message <-> binary WebSocket message of the subprotocol V1_SUBPROTOCOL.
+
+    It is a table (little-endian u64), channel, header, parent_header, metadata, content, the buffers.
+    """
+
+    def encode(self, message: Message) -> bytes:
+        objects = (message.header, message.parent_header, message.metadata, message.content)
+        return _join_parts("<Q", [message.channel.encode(), *map(dump_json, objects), *message.buffers, b""])
+
+    def decode(self, data: str | bytes) -> Message:
+        """Parse what the server sent. Raises: ProtocolError."""
+        parts = [] if isinstance(data, str) else _cut_parts("<Q", data)
+        # "offset_n is the number of bytes in the message": nothing is left after it.
+        if len(parts) < 6 or parts.pop():
+            raise ProtocolError("A message has fewer than five parts, or bytes after the last one.")
+        channel, header = _channel(parts[0].decode("utf-8", "replace")), json_object(parts[1], "header")
+        parent_header, metadata, content = map(_object_or_null, parts[2:5], _NULLABLE)
+        return Message(channel, header, parent_header, metadata, content, parts[5:])
+
+
+def _join_parts(word: str, parts: Sequence[bytes]) -> bytes:
+    # The table is the number of parts, then the offset of each from the table's start, all in one format.
+    offsets = itertools.accumulate(map(len, parts[:-1]), initial=struct.calcsize(word) * (len(parts) + 1))
+    return b"".join((struct.pack(f"{word[0]}{len(parts) + 1}{word[1]}", len(parts), *offsets), *parts))
+
+
+def _cut_parts(word: str, data: bytes) -> list[bytes]:
+    size = struct.calcsize(word)
+    count = struct.unpack_from(word, data)[0] if len(data) >= size else 0
+    if not 1 <= count <= MAX_PARTS or len(data) < size * (count + 1):
+        raise ProtocolError("A message's table of offsets is missing or too long.")
+    # A hostile offset points back, into the table or behind the end.
+    bounds = [size * (count + 1), *struct.unpack_from(f"{word[0]}{count}{word[1]}", data, size), len(data)]
+    if bounds != sorted(bounds):
+        raise ProtocolError("A message's offsets do not fit its length.")
+    return [data[start:end] for start, end in itertools.pairwise(bounds[1:])]
+
+
+def _channel(name: object) -> str:
+    if name not in CHANNELS:
+        raise ProtocolError("A message names no channel of a kernel.")
+    return str(name)
+
+
+# ======================================================================================================
+# 4. WebSocket protocol (pure)
+#
+#   connecting --- 101 ---> open --- close() ---> closing    and from each of them to closed: by the
+#       '-------- other status -----> rejected               server's Close frame, a violation, the end
+#
+# Spec: https://www.rfc-editor.org/rfc/rfc6455; its sentences stand, by section, at the lines that obey or
+# enforce them. An enforced one is the text of the ProtocolError.
+# ======================================================================================================
+
+MAX_HEAD = 64 * 2**10  # bytes of the head of the server's answer; and of the body, if it is a refusal
+TEXT, BINARY, CLOSE, PING, PONG = 0x1, 0x2, 0x8, 0x9, 0xA
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_HEADER = re.compile(r"([!#-'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
+
+
+@dataclass(frozen=True)
+class Opened:
+    subprotocol: str | None  # one of those offered; None: the server speaks Jupyter's default protocol
+
+
+@dataclass(frozen=True)
+class Rejected:
+    status: int  # of an HTTP answer that does not switch protocols
+    reason: str
+    headers: dict[str, str]  # names in lower case
+    body: bytes  # at most MAX_HEAD, as they came (a chunked body is not decoded)
+
+
+@dataclass(frozen=True)
+class Received:
+    data: str | bytes  # a complete message, text or binary
+
+
+@dataclass(frozen=True)
+class Ponged:
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Closed:
+    code: int  # 7.1.5: 1005 if the server's Close frame has none, 1006 if no Close frame came
+    reason: str
+
+
+Event = Opened | Rejected | Received | Ponged | Closed
+
+
+@dataclass(eq=False, repr=False)
+class WebSocket:
+    """The client's side of a connection: bytes in, events and bytes out.
+
+    Send `handshake()`; feed `receive()` with what arrives, send `data_to_send()`, act on the events.
+    """
+
+    host: str  # with ":port" unless it is the scheme's own
+    target: str  # path and query, percent-encoded
+    headers: Mapping[str, str]  # further ones, such as Authorization
+    subprotocols: Sequence[str]  # on offer, the best one first
+    nonce: bytes  # 16 random bytes
+    mask: Callable[[], bytes]  # returns 4 unpredictable bytes at each call
+    max_message: int  # bytes of one message of the server
+
+    def __post_init__(self) -> None:
+        self._key = base64.b64encode(self.nonce).decode("ascii")
+        self._state = "connecting"
+        self._buffer = bytearray()  # received, not parsed yet
+        self._outgoing = bytearray()  # answers, not fetched yet
+        self._opcode = 0  # of a message of which fragments have come; 0: there is none
+        self._message = bytearray()  # these fragments
+        self._refusal = Rejected(0, "", {}, b"")  # the head of it
+        self._failure: ProtocolError | None = None
+
+    def handshake(self) -> bytes:
+        """Return the request that opens the connection. Raises: ValueError for text that HTTP forbids."""
+        headers = {"Host": self.host, "Upgrade": "websocket", "Connection": "Upgrade", **self.headers}
+        headers |= {"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": self._key}
+        if self.subprotocols:
+            headers["Sec-WebSocket-Protocol"] = ", ".join(self.subprotocols)
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        # A line break would smuggle in more headers. Values may be secret: they stay out of the error.
+        if not re.fullmatch("[!-~]+", self.target) or not all(map(_HEADER.fullmatch, lines)):
+            raise ValueError("The target or a header of a WebSocket has characters that HTTP forbids.")
+        return "\r\n".join((f"GET {self.target} HTTP/1.1", *lines, "", "")).encode("latin-1")
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Take bytes as they came; return the events that they complete.
+
+        Events before a violation are returned first: the next call, be it with b"", raises it.
+
+        Raises: ProtocolError; all is over then, but for a last `data_to_send()`.
+        """
+        self._buffer += data
+        events: list[Event] = []
+        try:
+            for event in self._parse(len(data)):
+                events.append(event)
+        except ProtocolError as error:
+            self._failure = error
+        if self._failure and not events:
+            raise self._failure
+        return events
+
+    def receive_eof(self) -> list[Event]:
+        """Take the end of the stream, or of your patience with a refusal's body. Raises: ProtocolError."""
+        state, self._state = self._state, "closed"
+        if self._failure:
+            raise self._failure
+        if state == "rejected":
+            return [replace(self._refusal, body=bytes(self._buffer[:MAX_HEAD]))]
+        return [] if state == "closed" else [Closed(1006, "")]
+
+    def data_to_send(self) -> bytes:
+        """Return, once, what answers the received bytes: Pong and Close frames."""
+        data, self._outgoing = bytes(self._outgoing), bytearray()
+        return data
+
+    def send(self, data: str | bytes) -> bytes:
+        """Return a message as one frame. Raises: ConnectionClosed unless the connection is open."""
+        return self._send(TEXT, data.encode()) if isinstance(data, str) else self._send(BINARY, data)
+
+    def ping(self, data: bytes = b"") -> bytes:
+        """Return a Ping frame. Raises: ConnectionClosed, ValueError for more than 125 bytes."""
+        return self._send(PING, data)
+
+    def pong(self, data: bytes = b"") -> bytes:
+        """Return an unsolicited Pong frame. Raises: ConnectionClosed, ValueError for more than 125 bytes."""
+        return self._send(PONG, data)
+
+    def close(self, code: int = 1000, reason: str = "") -> bytes:
+        """Return a Close frame, b"" unless the connection is open. Messages may come until `Closed` does.
+
+        Raises: ValueError for a code that is not for sending, a reason of more than 123 bytes.
+        """
+        if not _is_close_code(code):
+            raise ValueError(f"A WebSocket cannot be closed with code {code}.")
+        if self._state != "open":
+            return b""
+        frame = self._frame(CLOSE, code.to_bytes(2, "big") + reason.encode())
+        self._state = "closing"
+        return frame
+
+    def _fail(self, rule: str, code: int) -> ProtocolError:
+        # 7.1.7: "the endpoint SHOULD send a Close frame with an appropriate status code"
+        self._outgoing += self.close(code)
+        self._state = "closed"
+        return ProtocolError(f"The WebSocket failed. RFC 6455, {rule}")
+
+    def _must(self, kept: object, rule: str, code: int = 1002) -> None:
+        if not kept:
+            raise self._fail(rule, code)
+
+    def _parse(self, fresh: int) -> Iterator[Event]:
+        if self._state == "connecting":
+            yield from self._parse_answer(fresh)
+        if self._state == "rejected":
+            yield from self._parse_refusal()
+        while self._state in ("open", "closing") and (frame := self._next_frame()):
+            yield from self._handle(*frame)
+        if self._state == "closed":
+            self._buffer.clear()
+
+    def _parse_answer(self, fresh: int) -> Iterator[Event]:
+        rule = '4.2.2: "it MUST reply with a valid HTTP response"'
+        self._must(self._buffer.startswith(b"HTTP/1."[: len(self._buffer)]), rule)
+        end = self._buffer.find(b"\r\n\r\n", max(0, len(self._buffer) - fresh - 3), MAX_HEAD)
+        self._must(end >= 0 or len(self._buffer) < MAX_HEAD, f"{rule}, its head in {MAX_HEAD} bytes")
+        if end < 0:
+            return
+        status_line, *lines = self._buffer[:end].decode("latin-1").split("\r\n")
+        del self._buffer[: end + 4]
+        self._must(re.fullmatch(r"HTTP/1\.[01] [1-5][0-9]{2}( .*)?", status_line), rule)
+        self._must(all(map(_HEADER.fullmatch, lines)), rule)
+        headers: dict[str, str] = {}
+        for name, _, value in (line.partition(":") for line in lines):
+            # RFC 9110, 5.3: a header that is repeated is a list.
+            headers[name.lower()] = ", ".join(filter(None, (headers.get(name.lower()), value.strip())))
+        if status_line[9:12] != "101":
+            self._state = "rejected"
+            self._refusal = Rejected(int(status_line[9:12]), status_line[13:], headers, b"")
+        else:
+            subprotocol = self._agree(headers)
+            self._state = "open"
+            yield Opened(subprotocol)
+
+    def _agree(self, headers: Mapping[str, str]) -> str | None:
+        upgrade, connection = headers.get("upgrade", ""), headers.get("connection", "")
+        self._must(upgrade.lower() == "websocket", "4.2.2: an |Upgrade| header field with value websocket")
+        tokens = [token.strip() for token in connection.lower().split(",")]
+        self._must("upgrade" in tokens, "4.2.2: a |Connection| header field with value Upgrade")
+        digest = hashlib.sha1(self._key.encode() + _GUID, usedforsecurity=False).digest()
+        accepted = headers.get("sec-websocket-accept") == base64.b64encode(digest).decode()
+        self._must(accepted, "4.2.2: a |Sec-WebSocket-Accept| header field that answers the key")
+        none = not headers.get("sec-websocket-extensions")
+        self._must(none, '9: "A server MUST NOT respond with any extension not requested by the client."')
+        # Jupyter: if no subprotocol is selected, "the Jupyter Server must reply with an empty string".
+        subprotocol = headers.get("sec-websocket-protocol") or None
+        offered = subprotocol in (None, *self.subprotocols)
+        self._must(offered, '4.1: "a subprotocol not requested by the client"')
+        return subprotocol
+
+    def _parse_refusal(self) -> Iterator[Event]:
+        length = self._refusal.headers.get("content-length", "")
+        wanted = min(int(length), MAX_HEAD) if re.fullmatch("[0-9]{1,15}", length) else MAX_HEAD
+        # Without a length, the last chunk is the end of a chunked body; or else EOF.
+        if len(self._buffer) >= wanted or (not length and self._buffer.endswith(b"0\r\n\r\n")):
+            self._state = "closed"
+            yield replace(self._refusal, body=bytes(self._buffer[:wanted]))
+
+    def _next_frame(self) -> tuple[bool, int, bytes] | None:
+        # Every rule is enforced before more bytes are waited for.
+        if len(self._buffer) < 2:
+            return None
+        first, length = self._buffer[:2]
+        final, opcode, control = first >= 0x80, first & 0x0F, first & 0x08
+        self._must(not first & 0x70, '5.2: "RSV1, RSV2, RSV3 [...] MUST be 0"')
+        self._must(opcode in (0, TEXT, BINARY, CLOSE, PING, PONG), f'5.2: "an unknown opcode", {opcode}')
+        self._must(length < 0x80, '5.1: "A server MUST NOT mask any frames that it sends to the client."')
+        small = not control or (final and length <= 125)
+        self._must(small, '5.5: "a payload length of 125 bytes or less and MUST NOT be fragmented."')
+        in_order = control or bool(opcode) != bool(self._opcode)
+        self._must(in_order, '5.4: "The fragments of one message MUST NOT be interleaved [...]"')
+        start = 2 + {126: 2, 127: 8}.get(length, 0)
+        if len(self._buffer) < start:
+            return None
+        length = int.from_bytes(self._buffer[2:start], "big") if start > 2 else length
+        shortest = length >= {2: 0, 4: 126, 10: 2**16}[start]
+        self._must(shortest, '5.2: "the minimal number of bytes MUST be used to encode the length"')
+        fits = control or len(self._message) + length <= self.max_message
+        self._must(fits, f'7.4.1: "a message that is too big", over {self.max_message} bytes', 1009)
+        if len(self._buffer) < start + length:
+            return None
+        with memoryview(self._buffer) as view:
+            payload = bytes(view[start : start + length])
+        del self._buffer[: start + length]
+        return final, opcode, payload
+
+    def _handle(self, final: bool, opcode: int, payload: bytes) -> Iterator[Event]:
+        if opcode == PING:
+            # 5.5.2: "Upon receipt of a Ping frame, an endpoint MUST send a Pong frame in response"
+            self._outgoing += self._frame(PONG, payload)
+        elif opcode == PONG:
+            yield Ponged(payload)
+        elif opcode == CLOSE:
+            yield self._handle_close(payload)
+        else:
+            # 5.4: "all fragments of a message are of the same type, as set by the first fragment's opcode"
+            self._opcode = self._opcode or opcode
+            if self._message or not final:
+                self._message += payload
+            if final:
+                data, binary = bytes(self._message) or payload, self._opcode == BINARY
+                self._opcode, self._message = 0, bytearray()
+                yield Received(data if binary else self._text(data))
+
+    def _handle_close(self, payload: bytes) -> Closed:
+        code = int.from_bytes(payload[:2], "big") if payload else 1005
+        self._must(len(payload) != 1, '5.5.1: "the first two bytes [...] MUST be a 2-byte unsigned integer"')
+        self._must(not payload or _is_close_code(code), f"7.4: {code} is not a status code to close with")
+        reason = self._text(payload[2:])
+        if self._state == "open":
+            # 5.5.1: "the endpoint MUST send a Close frame in response", and "typically echos the status code"
+            self._outgoing += self._frame(CLOSE, payload[:2])
+        self._state = "closed"
+        return Closed(code, reason)
+
+    def _text(self, data: bytes) -> str:
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self._fail('8.1: "the byte stream is not, in fact, a valid UTF-8 stream"', 1007) from None
+
+    def _send(self, opcode: int, payload: bytes) -> bytes:
+        # 5.5.1: "The application MUST NOT send any more data frames after sending a Close frame."
+        if self._state != "open":
+            raise ConnectionClosed(f"The WebSocket is {self._state}, not open.")
+        return self._frame(opcode, payload)
+
+    def _frame(self, opcode: int, payload: bytes) -> bytes:
+        length = len(payload)
+        if opcode >= CLOSE and length > 125:
+            raise ValueError("A control frame has room for 125 bytes.")
+        # 5.2: "the minimal number of bytes MUST be used to encode the length"; 0x80: final, masked
+        if length < 126:
+            head = struct.pack(">BB", 0x80 | opcode, 0x80 | length)
+        elif length < 2**16:
+            head = struct.pack(">BBH", 0x80 | opcode, 0x80 | 126, length)
+        else:
+            head = struct.pack(">BBQ", 0x80 | opcode, 0x80 | 127, length)
+        # 5.3: "the client MUST pick a fresh masking key"
+        key = self.mask()
+        # As two big integers: octet by octet, 10 MB would take a second.
+        keys = int.from_bytes((key * (length // 4 + 1))[:length], "little")
+        masked = (int.from_bytes(payload, "little") ^ keys).to_bytes(length, "little")
+        return b"".join((head, key, masked))
+
+
+def _is_close_code(code: int) -> bool:
+    # 7.4.1 and its registry, without 1004 and those that "MUST NOT be set [...] in a Close control frame"
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
 # ======================================================================================================
 # 5. Execution (pure)
 # ======================================================================================================
@@ -618,6 +1021,8 @@ class Execution:
         self.signalled = False  # the kernel was told
         self.death: KernelExit | None = None
         self.fences: set[str] = set()
+        self.reconnected = False  # both of reply and idle may be lost
+        self._withheld = False  # the server said that it dropped output
         self._displays = displays
         self._reply: Json | None = None
         self._idle = False
@@ -633,12 +1038,12 @@ class Execution:
     def done(self) -> bool:
         if self.half_done:
             return ("shell" if self._idle else "iopub") in self._passed or self.death is not None
-        return self._idle or self.death is not None
+        return self._idle or self.death is not None or (self.reconnected and len(self._passed) == 2)
 
     @property
     def outputs_lost(self) -> bool:
-        """Whether outputs may be missing, since the idle status that comes after them is."""
-        return self._reply is not None and not self._idle
+        """Whether outputs may be missing: the idle status that comes after them is, or the server says so."""
+        return self._withheld or self.reconnected or (self._reply is not None and not self._idle)
 
     def feed(self, message: Message) -> Json | None:
         """Take any message from the kernel; return the output to show now, if there is one."""
@@ -666,6 +1071,8 @@ class Execution:
         name, text = content.get("name"), content.get("text")
         if name not in ("stdout", "stderr") or not isinstance(text, str):
             return None
+        # A Jupyter server's limit on the rate of output; the cell goes on, its output is dropped.
+        self._withheld = self._withheld or (name == "stderr" and bool(re.search(r"IOPub \w+ rate exceeded", text)))
         self._clear_if_due()
         chunk: Json = {"output_type": "stream", "name": name, "text": text}
         last = self.outputs[-1] if self.outputs else {}
@@ -758,7 +1165,11 @@ class Execution:
             return "exited", 0, "lost", "the session was ended by the code"
         if self._reply and self._reply.get("status") == "ok":
             return "ok", 0, "intact", "Some of the output was lost on its way" if self.outputs_lost else ""
-        return "error", 1, "intact", "" if self._reply else "The kernel gave up the code without a reply"
+        if self._reply:
+            return "error", 1, "intact", "Some of the output was lost on its way" if self.outputs_lost else ""
+        if self.reconnected and not self.started:
+            return "error", 1, "intact", "The connection was lost; nobody knows whether the code ran"
+        return "error", 1, "intact", "The kernel gave up the code, or its reply was lost"
 
     def _timeout_outcome(self, seconds: str) -> tuple[str, int, str, str]:
         if self.death:
@@ -1001,31 +1412,21 @@ def _writer(descriptor: int) -> Callable[[bytes], object]:
     return open(descriptor, "wb", buffering=0).write
 
 
-class Pipe:
-    """One end of the pipe between a server object and its kernel host. Belongs to its loop's thread.
+class Outbox:
+    """Writes to a stream as far as it takes bytes now, the rest when it is ready again. For the loop's thread.
 
-    `on_parts(parts)` gets each frame; `on_closed(reason)` is called once, when the other end is gone or has
-    sent something that is no frame, or when a write has been stuck for CONTROL_TIMEOUT: there is no resynchronising.
+    `on_stuck(reason)` is called when the stream breaks, or takes nothing for CONTROL_TIMEOUT.
     """
 
-    def __init__(
-        self, loop: Loop, stream: Stream, on_parts: Callable[[list[bytes]], None], on_closed: Callable[[str], None]
-    ) -> None:
-        self._loop, self._stream = loop, stream
-        self._on_parts, self._on_closed = on_parts, on_closed
-        self._codec = PipeCodec()
+    def __init__(self, loop: Loop, stream: Stream, on_stuck: Callable[[str], None]) -> None:
+        self._loop, self._stream, self._on_stuck = loop, stream, on_stuck
         self._unsent: deque[memoryview] = deque()
         self._sent_at = 0.0
-        self._closed = False
-        self._write_fd: int = getattr(stream, "write_fileno", stream.fileno)()
-        loop.on_readable(stream.fileno(), self._read)
+        self._descriptor: int = getattr(stream, "write_fileno", stream.fileno)()
 
-    def send(self, parts: Sequence[bytes]) -> None:
-        """Write a frame, now as far as the pipe takes it, the rest when it is ready again."""
-        if self._closed:
-            return
+    def send(self, data: bytes) -> None:
         waiting = bool(self._unsent)
-        self._unsent.append(memoryview(PipeCodec.encode(parts)))
+        self._unsent.append(memoryview(data))
         if not waiting:
             self._sent_at = time.monotonic()
             self._write()
@@ -1039,16 +1440,42 @@ class Pipe:
                 if not self._unsent[0]:
                     self._unsent.popleft()
         except (BlockingIOError, InterruptedError):
-            self._loop.on_writable(self._write_fd, self._write)
+            self._loop.on_writable(self._descriptor, self._write)
             self._loop.later(CONTROL_TIMEOUT, self._check_progress)
         except OSError as error:
-            self.close(f"the pipe broke: {error.strerror}")
+            self._on_stuck(f"writing failed: {error.strerror}")
         else:
-            self._loop.on_writable(self._write_fd, None)
+            self._loop.on_writable(self._descriptor, None)
 
     def _check_progress(self) -> None:
         if self._unsent and time.monotonic() - self._sent_at >= CONTROL_TIMEOUT:
-            self.close(f"nothing was read from the pipe for {CONTROL_TIMEOUT:g} s")
+            self._on_stuck(f"nothing was read for {CONTROL_TIMEOUT:g} s")
+
+    def close(self) -> None:
+        self._unsent.clear()
+        self._loop.on_writable(self._descriptor, None)
+
+
+class Pipe:
+    """One end of the pipe between a server object and its kernel host. Belongs to its loop's thread.
+
+    `on_parts(parts)` gets each frame; `on_closed(reason)` is called once, when the other end is gone, does not
+    read, or has sent something that is no frame: there is no resynchronising.
+    """
+
+    def __init__(
+        self, loop: Loop, stream: Stream, on_parts: Callable[[list[bytes]], None], on_closed: Callable[[str], None]
+    ) -> None:
+        self._loop, self._stream = loop, stream
+        self._on_parts, self._on_closed = on_parts, on_closed
+        self._codec = PipeCodec()
+        self._outbox = Outbox(loop, stream, self.close)
+        self._closed = False
+        loop.on_readable(stream.fileno(), self._read)
+
+    def send(self, parts: Sequence[bytes]) -> None:
+        if not self._closed:
+            self._outbox.send(PipeCodec.encode(parts))
 
     def _read(self) -> None:
         try:
@@ -1067,9 +1494,20 @@ class Pipe:
         if not self._closed:
             self._closed = True
             self._loop.on_readable(self._stream.fileno(), None)
-            self._loop.on_writable(self._write_fd, None)
+            self._outbox.close()
             self._stream.close()
             self._on_closed(reason)
+
+
+RawMessage = tuple[str, Any]  # channel and parts, or "WebSocket" and a message, as they came
+
+
+@dataclass(frozen=True)
+class Reconnected:
+    """A connection that was lost is there again; what was on its way may be missing."""
+
+
+MailItem = RawMessage | KernelExit | Reconnected
 
 
 class Mailbox:
@@ -1078,18 +1516,15 @@ class Mailbox:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def put(self, item: RawMessage | KernelExit) -> None:
+    def put(self, item: MailItem) -> None:
         self._queue.put(item)
 
-    def get(self, timeout: float | None) -> RawMessage | KernelExit | None:
+    def get(self, timeout: float | None) -> MailItem | None:
         """Return the next item, or None after `timeout` seconds."""
         try:
             return self._queue.get(timeout=timeout)  # type: ignore[no-any-return]
         except queue.Empty:
             return None
-
-
-RawMessage = tuple[str, list[bytes]]  # channel, parts as they came
 
 
 class Channels(Protocol):
@@ -1104,6 +1539,7 @@ class KernelControl(Protocol):
     """What can be done to a kernel besides sending it messages; implemented by the servers."""
 
     owned: bool  # False: attached to, not to be killed or restarted
+    supervised: bool  # a server starts it anew when it ends by itself: only `kill` ends it
     argv: list[str]  # of the kernel's process, empty if unknown
     connection_file: str | None  # on this machine
 
@@ -1252,6 +1688,162 @@ class PipeChannels:
         pass  # the pipe serves other kernels too
 
 
+Dial = Callable[[Deadline], "tuple[socket.socket, WebSocket]"]
+
+
+class WebSocketChannels:
+    """The channels of a kernel behind a Jupyter server; the loop's thread owns the socket.
+
+    A dropped connection is made anew, as the same session: the server replays what it has kept, and what waits
+    here is sent then; nothing is sent twice. `dial(deadline)` connects a socket and makes the WebSocket for it.
+
+    Spec: https://jupyter-server.readthedocs.io/en/stable/developers/websocket-protocols.html
+    """
+
+    def __init__(self, loop: Loop, dial: Dial, mailbox: Mailbox) -> None:
+        """Connect. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
+        self._loop, self._dial, self._mailbox = loop, dial, mailbox
+        self._backlog: list[str | bytes] = []  # to be sent when there is a connection again
+        self._outbox: Outbox | None = None  # None: there is none
+        self._heard_at = 0.0
+        self._closed = False
+        self._connect(Deadline(START_TIMEOUT))
+        loop.post(self._attend)
+        loop.later(PING_INTERVAL, self._ping)
+
+    def _connect(self, deadline: Deadline) -> None:
+        self._socket, self._websocket = self._dial(deadline)
+        try:
+            self._events = self._shake_hands(deadline)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._socket.setblocking(False)
+
+    def _shake_hands(self, deadline: Deadline) -> list[Event]:
+        self._socket.sendall(self._websocket.handshake())
+        events: list[Event] = []
+        while not events:
+            self._socket.settimeout(deadline.remaining or 1e-6)
+            data = self._socket.recv(2**16)
+            events = self._websocket.receive(data) if data else self._websocket.receive_eof()
+        opened, *rest = events
+        if isinstance(opened, Rejected):
+            raise ServerError("GET", "the kernel's channels", opened.status, opened.body.decode("utf-8", "replace"))
+        if not isinstance(opened, Opened):
+            raise ConnectionClosed("The server closed the connection at once.")
+        self._codec: V1Codec | JsonCodec = V1Codec() if opened.subprotocol else JsonCodec()
+        return rest
+
+    def _attend(self) -> None:
+        self._outbox = Outbox(self._loop, self._socket, self._drop)
+        self._loop.on_readable(self._socket.fileno(), self._read)
+        self._heard_at = time.monotonic()
+        self._handle(self._events)
+        backlog, self._backlog = self._backlog, []
+        for data in backlog:
+            self._send(data)
+
+    def _read(self) -> None:
+        try:
+            while self._outbox and (data := self._socket.recv(2**18)):
+                self._acknowledge()
+                self._heard_at = time.monotonic()
+                self._handle(self._websocket.receive(data))
+            if self._outbox:
+                self._drop("the server closed the connection")
+        except OSError as error:
+            # ssl's "want read" is an OSError of its own, and so is the ordinary end of what is there.
+            if not isinstance(error, BlockingIOError) and error.__class__.__name__ != "SSLWantReadError":
+                self._drop(str(error))
+        except ProtocolError as error:
+            self._drop(str(error))
+
+    def _acknowledge(self) -> None:
+        # The server leaves Nagle's algorithm on: a delayed acknowledgement would cost 40 ms for each cell.
+        if hasattr(socket, "TCP_QUICKACK"):
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        elif self._outbox:
+            with contextlib.suppress(ConnectionClosed):
+                self._outbox.send(self._websocket.pong())
+
+    def _handle(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Received):
+                self._mailbox.put(("WebSocket", event.data))
+        if self._outbox and (answers := self._websocket.data_to_send()):
+            self._outbox.send(answers)
+        if any(isinstance(event, Closed) for event in events):
+            self._drop("the server closed the connection")
+
+    def _ping(self) -> None:
+        """Keep the connection from being cut by a proxy, and notice when it is dead."""
+        if self._closed:
+            return
+        if self._outbox and time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
+            self._drop("the server is silent")
+        elif self._outbox:
+            with contextlib.suppress(ConnectionClosed):
+                self._outbox.send(self._websocket.ping())
+        self._loop.later(PING_INTERVAL, self._ping)
+
+    def _drop(self, reason: str) -> None:
+        if self._outbox:
+            self._hang_up()
+            self._reconnect(reason, Deadline(RECONNECT_TIMEOUT))
+
+    def _hang_up(self) -> None:
+        if self._outbox:
+            self._loop.on_readable(self._socket.fileno(), None)
+            self._outbox.close()
+            self._outbox = None
+            self._socket.close()
+
+    def _reconnect(self, reason: str, deadline: Deadline) -> None:
+        if self._closed:
+            return
+        try:
+            self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
+        except (JupyterExecError, OSError) as error:
+            if isinstance(error, ServerError) or deadline.expired:
+                self._mailbox.put(KernelExit(cause=f"the connection to its server was lost: {reason}; {error}"))
+            else:
+                self._loop.later(RECONNECT_DELAY, functools.partial(self._reconnect, reason, deadline))
+            return
+        self._mailbox.put(Reconnected())
+        self._attend()
+
+    def send(self, message: Message) -> None:
+        data = self._codec.encode(message)
+        if len(data) > MAX_WEBSOCKET_MESSAGE:
+            raise ProtocolError(
+                f"A message of {len(data)} bytes is over the server's limit of {MAX_WEBSOCKET_MESSAGE}."
+            )
+        self._loop.post(functools.partial(self._send, data))
+
+    def _send(self, data: str | bytes) -> None:
+        try:
+            if self._outbox:
+                self._outbox.send(self._websocket.send(data))
+                return
+        except ConnectionClosed:
+            pass
+        self._backlog.append(data)
+
+    def decode(self, raw: RawMessage) -> Message:
+        return self._codec.decode(raw[1])
+
+    def close(self) -> None:
+        self._loop.post(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
+        if self._outbox:
+            with contextlib.suppress(OSError):
+                self._socket.send(self._websocket.close())
+        self._hang_up()
+
+
 # ======================================================================================================
 # 7. Kernel client
 # ======================================================================================================
@@ -1328,7 +1920,7 @@ class KernelClient:
                 raise KernelStartFailed(self._control.argv, item.cause, item.exit_code, item.stderr)
             if deadline.expired:
                 raise KernelStartFailed(self._control.argv, f"no answer within {deadline.seconds:g} s")
-            if item is None:
+            if item is None or isinstance(item, Reconnected):
                 self._send("shell", "kernel_info_request", {})
             elif message := self._decode(item):
                 heard = heard or message.channel == "iopub"
@@ -1350,15 +1942,15 @@ class KernelClient:
 
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
-        if self._exit:
-            raise self._exit.error()
-        self._settle()
-        started, deadline = time.monotonic(), Deadline(timeout)
         content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=on_input is not None)
         request = self._message("shell", "execute_request", content)
-        self._running = execution = Execution(request.msg_id, self._displays)
+        execution = Execution(request.msg_id, self._displays)
+        self._settle(execution)
+        self._running = execution
+        started, deadline = time.monotonic(), Deadline(timeout)
         try:
-            self._post(request)
+            if not execution.death:
+                self._post(request)
             self._run(execution, deadline, on_output, on_input)
         except KeyboardInterrupt:
             self._signal(execution)
@@ -1393,7 +1985,7 @@ class KernelClient:
 
     def _take(
         self,
-        item: RawMessage | KernelExit | None,
+        item: MailItem | None,
         execution: Execution,
         on_output: OutputHook | None,
         on_input: InputHook | None,
@@ -1401,7 +1993,13 @@ class KernelClient:
         if isinstance(item, KernelExit):
             self._drain(execution, on_output)
             self._exit = execution.death = item
+        elif isinstance(item, Reconnected):
+            if self._running:
+                execution.reconnected = True
+                self._fence(execution)
         elif item and (message := self._decode(item)):
+            if exit := _reported_exit(message):
+                self._mailbox.put(exit)
             if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
                 self._answer(message, on_input)
             elif (output := execution.feed(message)) and on_output:
@@ -1462,22 +2060,20 @@ class KernelClient:
         execution.fences.add(fence.msg_id)
         self._post(fence)
 
-    def _settle(self) -> None:
-        """Wait until no earlier interrupt can hit the next cell."""
+    def _settle(self, execution: Execution) -> None:
+        """Take what came since the last cell, and wait until no earlier interrupt can hit this one."""
         deadline = Deadline(INTERRUPT_GRACE)
-        while self._nudges and not deadline.expired:
-            item = self._mailbox.get(deadline.remaining)
-            if isinstance(item, KernelExit):
-                self._exit = item
-                raise item.error()
-            if item:
-                self._decode(item)
+        while item := self._mailbox.get(deadline.remaining if self._nudges else 0):
+            self._take(item, execution, None, None)
+            if execution.death or deadline.expired:
+                break
         self._nudges.clear()
+        execution.fences.clear()
 
     def shutdown(self) -> None:
         """End the kernel: ask it, and after SHUTDOWN_GRACE kill it. Only disconnects from one that is not ours."""
         if self._channels and not self._exit and self._control.owned:
-            if self._ready:
+            if self._ready and not self._control.supervised:
                 self._send("control", "shutdown_request", {"restart": False})
                 self._wait_exit(SHUTDOWN_GRACE)
             if not self._exit:
@@ -1491,6 +2087,14 @@ class KernelClient:
             item = self._mailbox.get(deadline.remaining)
             if isinstance(item, KernelExit):
                 self._exit = item
+
+    def restart(self) -> None:
+        """Replace the kernel by a fresh one. Raises: KernelError if it was attached to."""
+        if not self._control.owned:
+            raise KernelError("This kernel was attached to, it is not ours to restart.")
+        if not self._control.supervised:  # a server does this by itself
+            self.shutdown()
+        self.start()
 
     def close(self) -> None:
         """Disconnect."""
@@ -1524,6 +2128,14 @@ class KernelClient:
         if message.channel == "shell":
             self._nudges.discard(message.parent_id)
         return message
+
+
+def _reported_exit(message: Message) -> KernelExit | None:
+    """Return the end of the kernel if that is what a Jupyter server says of its own, with no parent."""
+    state = message.content.get("execution_state")
+    if message.msg_type == "status" and state in ("restarting", "dead") and not message.parent_id:
+        return KernelExit(cause="its server found it dead" + (" and restarted it" if state == "restarting" else ""))
+    return None
 
 
 def _call_hook(hook: OutputHook, output: Json) -> None:
@@ -2085,7 +2697,7 @@ class HostLink:
         # Whatever stands here may come from hostile code at the other end.
         if parts[0]:
             kernel, _, channel = parts[0].decode("ascii", "replace").partition("/")
-            if (mailbox := self.mailboxes.get(kernel)) and channel in ("shell", "iopub", "stdin", "control"):
+            if (mailbox := self.mailboxes.get(kernel)) and channel in CHANNELS:
                 mailbox.put((channel, parts[1:]))
             return
         message = json_object(b"".join(parts[1:]), "control message")
@@ -2193,7 +2805,7 @@ def _quote(seen: bytes) -> str:
 class HostedKernelControl:
     """KernelControl of a kernel that a server's host runs."""
 
-    owned = True
+    owned, supervised = True, False
 
     def __init__(self, server: HostServer, kernel_name: str) -> None:
         self._server = server
@@ -2261,7 +2873,7 @@ def _interrupt_request() -> Message:
 class AttachedKernelControl:
     """KernelControl of a kernel that somebody else started; it is never killed or restarted from here."""
 
-    owned = False
+    owned, supervised = False, False
 
     def __init__(self, connection: KernelConnection, connection_file: str | None) -> None:
         self._connection = connection
@@ -2898,6 +3510,289 @@ def _as_entry(key: str, value: Any) -> str:
     return f"{key}:{value['bind']}:{value['mode']}" if isinstance(value, dict) else f"{key}={value}"
 
 
+@dataclass
+class JupyterConnectionInfo:
+    """Where a Jupyter server is: {scheme}://{host}:{port}{base_url}; the token is never part of a URL.
+
+    `base_url` is "/user/NAME/" on a JupyterHub. `ca_file` (PEM) and `client_cert` (certificate and key file) are for
+    https, whose certificates are always verified unless `verify` is False.
+    """
+
+    host: str
+    use_https: bool
+    port: int | None = None
+    token: str | None = field(default=None, repr=False)
+    base_url: str = "/"
+    ca_file: str | None = None
+    client_cert: tuple[str, str] | None = None
+    verify: bool = True
+
+    @property
+    def authority(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port is None else f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http{'s' * self.use_https}://{self.authority}{self.base_url.rstrip('/')}"
+
+
+class RestClient:
+    """The REST interface of a Jupyter server: JSON, one connection that is kept alive, one write for a request.
+
+    Spec: https://jupyter-server.readthedocs.io/en/stable/developers/rest-api.html
+    """
+
+    def __init__(self, info: JupyterConnectionInfo) -> None:
+        if not re.fullmatch(r"[\w.:-]+", info.host):
+            raise ValueError(f"host must be a name or an address, without scheme and path, not {info.host!r}.")
+        self.info = info
+        self.path = "/" + info.base_url.strip("/") if info.base_url.strip("/") else ""
+        # "Authorization: token X" is the one form that all servers accept (a kernel gateway no other).
+        self.headers = {"Authorization": f"token {info.token}"} if info.token else {}
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+
+    def dial(self, deadline: Deadline) -> socket.socket:
+        """Connect, with TLS if that is wanted. Raises: ConnectionClosed, ExecutionTimeout."""
+        info = self.info
+        port = info.port or (443 if info.use_https else 80)
+        try:
+            sock = socket.create_connection((info.host, port), deadline.within(CONTROL_TIMEOUT))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return self._secure(sock) if info.use_https else sock
+        except TimeoutError:
+            raise ExecutionTimeout(f"No answer from {info.url} in time.") from None
+        except OSError as error:
+            if verdict := getattr(error, "verify_message", ""):
+                raise ConnectionClosed(
+                    f"The certificate of {info.url} is not trusted: {verdict}. Give ca_file."
+                ) from None
+            raise ConnectionClosed(f"Cannot connect to {info.url}: {error.strerror or error}.") from None
+
+    def _secure(self, sock: socket.socket) -> socket.socket:
+        import ssl
+
+        context = ssl.create_default_context(cafile=self.info.ca_file)
+        if not self.info.verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if self.info.client_cert:
+            context.load_cert_chain(*self.info.client_cert)
+        try:
+            return context.wrap_socket(sock, server_hostname=self.info.host)
+        except BaseException:
+            sock.close()
+            raise
+
+    def request(self, method: str, path: str, body: object = None, *, timeout: float = CONTROL_TIMEOUT) -> Any:
+        """Return the JSON that the server answers. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
+        deadline = Deadline(timeout)
+        with self._lock:
+            if self._socket:
+                # The server may have ended the connection in the meantime; then it has not read this request.
+                with contextlib.suppress(ConnectionError):
+                    return self._exchange(method, path, body, deadline)
+            return self._exchange(method, path, body, deadline)
+
+    def _exchange(self, method: str, path: str, body: object, deadline: Deadline) -> Any:
+        import http.client
+
+        sock, self._socket = self._socket or self.dial(deadline), None
+        try:
+            sock.settimeout(deadline.remaining or 1e-6)
+            sock.sendall(self._encode(method, path, body))
+            response = http.client.HTTPResponse(sock, method=method)
+            response.begin()
+            data = response.read(MAX_MESSAGE)
+            if not response.will_close:
+                self._socket = sock
+            return self._result(method, path, response, data)
+        except TimeoutError:
+            raise ExecutionTimeout(
+                f"No answer to {method} {self.info.url}{path} within {deadline.seconds:g} s."
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionClosed(f"{self.info.url} broke the connection: {error!r}.") from None
+        finally:
+            if self._socket is not sock:
+                sock.close()
+
+    def _encode(self, method: str, path: str, body: object) -> bytes:
+        payload = b"" if body is None else dump_json(body)
+        headers = {"Host": self.info.authority, "Accept": "application/json", "Content-Type": "application/json"}
+        headers |= {"Content-Length": str(len(payload)), **self.headers}
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        if any("\n" in line or "\r" in line for line in lines):
+            raise ValueError("The token has a line break in it.")
+        return "\r\n".join((f"{method} {self.path}{path} HTTP/1.1", *lines, "", "")).encode("latin-1") + payload
+
+    def _result(self, method: str, path: str, response: Any, data: bytes) -> Any:
+        error = ServerError(method, self.info.url + path, response.status)
+        if 300 <= response.status < 400:
+            error.body = "It redirects elsewhere, which is not followed with a token: check token and base_url."
+        elif response.status >= 400:
+            error.body = _explanation(data)
+        elif not data:
+            return None
+        else:
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(data)
+            error.body = (
+                f"This is no Jupyter server: it sends {response.getheader('Content-Type', 'no type')}, not JSON."
+            )
+        raise error
+
+    def close(self) -> None:
+        with self._lock:
+            if self._socket:
+                self._socket.close()
+                self._socket = None
+
+
+def _explanation(data: bytes) -> str:
+    """Return what a server's error answer says: JSON's message or reason, or else its text."""
+    with contextlib.suppress(ProtocolError):
+        answer = json_object(data, "answer")
+        return " ".join(str(answer[name]) for name in ("message", "reason") if answer.get(name))[:500]
+    return re.sub(r"<[^>]*>|\s+", " ", data[:2000].decode("utf-8", "replace")).strip()[:500]
+
+
+class RemoteKernelControl:
+    """KernelControl of a kernel on a Jupyter server, which starts it anew when it ends by itself."""
+
+    supervised = True
+    connection_file: str | None = None
+
+    def __init__(self, server: RemoteJupyterServer, kernel_name: str, kernel_id: str | None) -> None:
+        self._server, self._kernel_name, self._id = server, kernel_name, kernel_id
+        self.argv: list[str] = []
+        self.owned = kernel_id is None
+        self._mailbox: Mailbox | None = None
+
+    def start(self, mailbox: Mailbox) -> Channels:
+        rest = self._server.rest
+        if self._id and self.owned:
+            try:
+                rest.request("POST", f"{self._path}/restart", {}, timeout=START_TIMEOUT)
+            except ServerError:  # the kernel is gone, or the server just restarting it by itself
+                self.kill()
+        if not self._id:
+            body = {"name": self._kernel_name, "env": self._server.env}
+            model = rest.request("POST", "/api/kernels", body, timeout=START_TIMEOUT)
+            self._id = str(model["id"] if isinstance(model, dict) else "")
+        self._mailbox = mailbox
+        session = uuid.uuid4().hex
+        return WebSocketChannels(self._server.loop, functools.partial(self._dial, session), mailbox)
+
+    @property
+    def _path(self) -> str:
+        if not re.fullmatch(r"[\w.-]+", self._id or ""):
+            raise ProtocolError(f"{self._id!r} is no kernel id.")
+        return f"/api/kernels/{self._id}"
+
+    def _dial(self, session: str, deadline: Deadline) -> tuple[socket.socket, WebSocket]:
+        rest = self._server.rest
+        target = f"{rest.path}{self._path}/channels?session_id={session}"
+        mask = functools.partial(os.urandom, 4)
+        options = (rest.info.authority, target, rest.headers, [V1_SUBPROTOCOL], os.urandom(16), mask, MAX_MESSAGE)
+        return rest.dial(deadline), WebSocket(*options)
+
+    def interrupt(self, sent: Callable[[], None]) -> None:
+        try:
+            self._server.rest.request("POST", f"{self._path}/interrupt", {})
+        except ServerError as error:
+            if error.status == 404:
+                self._report("it is no longer on the server")
+        except JupyterExecError as error:
+            logger.warning("The interrupt was not delivered: %s", error)
+        sent()
+
+    def kill(self) -> None:
+        if self._id:
+            with contextlib.suppress(JupyterExecError):
+                self._server.rest.request("DELETE", self._path)
+            self._id = None
+            self._report("it was deleted on the server")
+
+    def _report(self, cause: str) -> None:
+        if self._mailbox:
+            self._mailbox.put(KernelExit(cause=cause))
+
+    def close(self) -> None:
+        pass  # the server has the loop
+
+
+class RemoteJupyterServer:
+    """Kernels on a Jupyter server, kernel gateway or enterprise gateway that is there already.
+
+    `env` is given to each kernel (an enterprise gateway wants KERNEL_USERNAME in it). With `kernel_id`, `start_kernel`
+    attaches to that running kernel, which is then neither restarted nor deleted.
+    """
+
+    def __init__(
+        self,
+        connection_info: JupyterConnectionInfo,
+        *,
+        env: Mapping[str, str] | None = None,
+        kernel_id: str | None = None,
+    ) -> None:
+        self.connection_info = connection_info
+        self.rest = RestClient(connection_info)
+        self.env = dict(env or {})
+        self._kernel_id = kernel_id
+        self._loop: Loop | None = None
+        self._controls: list[RemoteKernelControl] = []
+
+    @property
+    def loop(self) -> Loop:
+        if self._loop is None:
+            self._loop = Loop()
+            self._loop.start("jupyter_exec I/O")
+        return self._loop
+
+    def start_kernel(self, kernel_name: str = "python3") -> KernelClient:
+        """Ask for a kernel and return its client without waiting: see KernelClient.wait_ready.
+
+        Raises: KernelSpecNotFound, ServerError, ConnectionClosed, ExecutionTimeout.
+        """
+        if self._kernel_id is None and kernel_name not in (specs := self.kernelspecs()):
+            raise KernelSpecNotFound(kernel_name, sorted(specs), [self.connection_info.url])
+        control = RemoteKernelControl(self, kernel_name, self._kernel_id)
+        client = KernelClient(control)
+        client.start()
+        self._controls.append(control)
+        return client
+
+    def kernelspecs(self) -> dict[str, Json]:
+        """Return {kernel name: kernel.json as a dict}."""
+        answer = self.rest.request("GET", "/api/kernelspecs")
+        specs = answer.get("kernelspecs") if isinstance(answer, dict) else None
+        if not isinstance(specs, dict):
+            raise ServerError("GET", f"{self.connection_info.url}/api/kernelspecs", 200, "This is no Jupyter server.")
+        return {name: dict(spec.get("spec") or {}) for name, spec in specs.items() if isinstance(spec, dict)}
+
+    def list_kernels(self) -> list[Json]:
+        """Return the models of the server's running kernels (a gateway may forbid it: ServerError 403)."""
+        return list(self.rest.request("GET", "/api/kernels") or ())
+
+    def stop(self) -> None:
+        """Delete the kernels that were started here and disconnect. May be called more than once."""
+        for control in self._controls:
+            if control.owned:
+                control.kill()
+        self._controls.clear()
+        self.rest.close()
+        loop, self._loop = self._loop, None
+        if loop:
+            loop.stop()
+
+    def __enter__(self) -> RemoteJupyterServer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+
 def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelClient:
     """Connect to a running kernel by its connection file, or by the contents of one.
 
@@ -3037,10 +3932,11 @@ def save_bundle(data: Json, directory: Path) -> tuple[str, str] | None:
 class JupyterCodeExecutor:
     """Runs code blocks in a Jupyter kernel of its own, whose variables live from block to block and call to call.
 
-    `jupyter_server` is a server object of this module, or the path of a connection file (or a KernelConnection)
-    to attach to a running kernel. `timeout` is the wall clock of one block in seconds; pictures and HTML are
-    written to `output_dir`. `on_output(output)` gets every output as it comes, in the shape of nbformat.
-    `on_input(prompt, password)` answers input() and getpass(); without it they raise in the cell.
+    `jupyter_server` is a server object of this module, a JupyterConnectionInfo or an object that has one, or the
+    path of a connection file (or a KernelConnection) to attach to a running kernel. `timeout` is the wall clock of
+    one block in seconds; pictures and HTML are written to `output_dir`. `on_output(output)` gets every output as it
+    comes, in the shape of nbformat. `on_input(prompt, password)` answers input() and getpass(); without it they
+    raise in the cell.
 
     It may be called from any thread: cells run one after another. `stop`, or leaving a `with`, ends the kernel.
 
@@ -3049,11 +3945,11 @@ class JupyterCodeExecutor:
 
     # Plain values live in __dict__ and all else in slots, so that vars(executor) can be written as JSON:
     # AutoGen's runtime logging does that.
-    __slots__ = ("__dict__", "__weakref__", "_kernel", "_lock", "_on_input", "_on_output", "_output_dir", "_server")
+    __slots__ = ("__dict__", "__weakref__", "_hooks", "_kernel", "_lock", "_output_dir", "_own_server", "_server")
 
     def __init__(
         self,
-        jupyter_server: HostServer | KernelConnection | str | os.PathLike[str],
+        jupyter_server: Any,
         kernel_name: str = "python3",
         timeout: float = 60,
         output_dir: str | os.PathLike[str] = ".",
@@ -3068,19 +3964,27 @@ class JupyterCodeExecutor:
             raise ValueError(f"Output directory {output_dir} does not exist.")
         self._timeout = timeout
         self._kernel_name = kernel_name
-        self._on_output = on_output
-        self._on_input = on_input
+        self._hooks = on_output, on_input
         self._lock = threading.RLock()
         self._server = jupyter_server
+        self._own_server: RemoteJupyterServer | None = None  # made here, for a JupyterConnectionInfo
         self._stopped = False
         self._kernel = self._new_kernel()
 
     def _new_kernel(self) -> KernelClient:
-        if isinstance(self._server, HostServer):
-            return self._server.start_kernel(self._kernel_name)
-        if isinstance(self._server, (str, os.PathLike, KernelConnection)):
-            return attach_kernel(self._server)
-        raise ValueError("jupyter_server must be a JupyterConnectable or JupyterConnectionInfo.")
+        server = self._server
+        if isinstance(server, (str, os.PathLike, KernelConnection)):
+            return attach_kernel(server)
+        if not hasattr(server, "start_kernel"):
+            # Ours, or AutoGen's: an object of four attributes, or one that has such an object.
+            info = getattr(server, "connection_info", server)
+            if not (hasattr(info, "host") and hasattr(info, "use_https")):
+                raise ValueError("jupyter_server must be a JupyterConnectable or JupyterConnectionInfo.")
+            if not isinstance(info, JupyterConnectionInfo):
+                info = JupyterConnectionInfo(info.host, info.use_https, info.port, info.token)
+            server = self._own_server = RemoteJupyterServer(info)
+        client: KernelClient = server.start_kernel(self._kernel_name)
+        return client
 
     @property
     def code_extractor(self) -> MarkdownCodeExtractor:
@@ -3116,10 +4020,12 @@ class JupyterCodeExecutor:
     def _execute_block(self, code: str) -> ExecutionResult:
         try:
             return self.execute(code)
-        except KernelError as error:
-            return ExecutionResult("died", 1, "lost", str(error), [])
-        except ConnectionClosed as error:
+        except ProtocolError as error:  # too large for the server: nothing was sent
+            return ExecutionResult("error", 1, "intact", str(error), [])
+        except (KernelDied, ConnectionClosed) as error:
             return ExecutionResult("died", 137, "lost", str(error), [])
+        except JupyterExecError as error:
+            return ExecutionResult("died", 1, "lost", str(error), [])
 
     def _save(self, files: list[str], data: Json) -> str | None:
         saved = save_bundle(data, self._output_dir)
@@ -3147,8 +4053,8 @@ class JupyterCodeExecutor:
             return self._kernel.execute(
                 code,
                 self._timeout if timeout is None else timeout,
-                on_output=on_output or self._on_output,
-                on_input=on_input or self._on_input,
+                on_output=on_output or self._hooks[0],
+                on_input=on_input or self._hooks[1],
             )
 
     def interrupt(self) -> None:
@@ -3162,10 +4068,7 @@ class JupyterCodeExecutor:
         """
         with self._lock:
             self._check_usable()
-            if not isinstance(self._server, HostServer):
-                raise KernelError("This kernel was attached to, it is not ours to restart.")
-            self._kernel.shutdown()
-            self._kernel.start()
+            self._kernel.restart()
 
     def stop(self) -> None:
         """End the kernel (or disconnect from one that was attached to). May be called more than once."""
@@ -3173,6 +4076,8 @@ class JupyterCodeExecutor:
             if not self._stopped:
                 self._stopped = True
                 self._kernel.shutdown()
+                if self._own_server:
+                    self._own_server.stop()
 
     def _check_usable(self) -> None:
         if self._stopped:
