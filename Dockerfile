@@ -22,6 +22,6 @@ FROM kernel AS gateway
 RUN pip install jupyter_kernel_gateway
 ENV TOKEN=UNSET
 EXPOSE 8888
-CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec python -m jupyter kernelgateway --KernelGatewayApp.ip=0.0.0.0 \
+CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewayApp.ip=0.0.0.0 \
  --KernelGatewayApp.port=8888 --JupyterApp.answer_yes=true --JupyterWebsocketPersonality.list_kernels=true \
  --ZMQChannelsWebsocketConnection.limit_rate=False"]

@@ -76,33 +76,11 @@ from typing import IO, Any, ClassVar, Protocol, TextIO, TypeVar, cast
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CodeBlock",
-    "CodeResult",
-    "CommandJupyterServer",
-    "ConnectionClosed",
-    "DockerJupyterServer",
-    "ExecutionError",
-    "ExecutionResult",
-    "ExecutionTimeout",
-    "IPythonCodeResult",
-    "JupyterCodeExecutor",
-    "JupyterConnectionInfo",
-    "JupyterExecError",
-    "KernelClient",
-    "KernelConnection",
-    "KernelDied",
-    "KernelError",
-    "KernelSpecNotFound",
-    "KernelStartFailed",
-    "LocalJupyterServer",
-    "MarkdownCodeExtractor",
-    "ProtocolError",
-    "RemoteJupyterServer",
-    "SandboxError",
-    "ServerError",
-    "SignatureError",
-]
+__all__ = ["CodeBlock", "CodeResult", "CommandJupyterServer", "ConnectionClosed", "DockerJupyterServer"]
+__all__ += ["ExecutionError", "ExecutionResult", "ExecutionTimeout", "IPythonCodeResult", "JupyterCodeExecutor"]
+__all__ += ["JupyterConnectionInfo", "JupyterExecError", "KernelClient", "KernelConnection", "KernelDied"]
+__all__ += ["KernelError", "KernelSpecNotFound", "KernelStartFailed", "LocalJupyterServer", "MarkdownCodeExtractor"]
+__all__ += ["ProtocolError", "RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError"]
 
 PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
@@ -117,6 +95,12 @@ DEATH_DRAIN = 0.02  # seconds of silence after a kernel's death before its outpu
 PING_INTERVAL = 20.0  # seconds between pings; proxies cut a silent WebSocket after 60
 RECONNECT_TIMEOUT = 15.0  # seconds of trying until a lost connection counts as lost for good
 RECONNECT_DELAY = 0.5  # seconds between the tries
+# Listing is for clients; the limit would drop output; nobody could answer a question.
+GATEWAY_OPTIONS = [
+    "--JupyterApp.answer_yes=true",
+    "--JupyterWebsocketPersonality.list_kernels=true",
+    "--ZMQChannelsWebsocketConnection.limit_rate=False",
+]
 MAX_WEBSOCKET_MESSAGE = 10 * 2**20  # bytes; tornado, below every Jupyter server, resets the connection beyond
 ENGINE_TIMEOUT = 3  # seconds for the Docker engine to answer at all
 WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as end a container
@@ -1984,11 +1968,7 @@ class KernelClient:
                 self._kill(execution)
 
     def _take(
-        self,
-        item: MailItem | None,
-        execution: Execution,
-        on_output: OutputHook | None,
-        on_input: InputHook | None,
+        self, item: MailItem | None, execution: Execution, on_output: OutputHook | None, on_input: InputHook | None
     ) -> None:
         if isinstance(item, KernelExit):
             self._drain(execution, on_output)
@@ -2375,13 +2355,15 @@ class KernelHost:
         addresses: Json = {"ip": ip, "transport": transport, **dict(zip(names, ports, strict=True))}
         return KernelConnection(**addresses, key=request["key"], kernel_name=request["kernel_name"])
 
-    def _launch(self, argv: list[str], spec: Json, name: str) -> tuple[subprocess.Popen[Any], int]:
-        """Return the process and, on Windows, the event that interrupts it (else 0)."""
+    def _launch(
+        self, argv: list[str], spec: Json, name: str, own: Json | None = None
+    ) -> tuple[subprocess.Popen[Any], int]:
+        """Return the process and, on Windows, the event that interrupts it (else 0); `own` is environment as it is."""
         env = dict(os.environ, JPY_PARENT_PID=str(os.getpid()))
         env.pop("PYTHONEXECUTABLE", None)  # macOS: it would override the kernel's own idea of its interpreter
         extra = spec.get("env") if isinstance(spec.get("env"), dict) else {}
         env |= {key: string.Template(str(value)).safe_substitute(os.environ) for key, value in (extra or {}).items()}
-        env[_MARKER] = f"{os.getpid()}/{name}"
+        env |= {_MARKER: f"{os.getpid()}/{name}", **(own or {})}
         if not os.access(os.path.expanduser("~"), os.W_OK):  # a container's user: IPython and matplotlib want a home
             env["HOME"] = os.path.join(self._directory, "home")
             os.makedirs(env["HOME"], exist_ok=True)
@@ -2437,6 +2419,13 @@ class KernelHost:
         if kernel and kernel.sockets:
             read_all(kernel.sockets[channel], lambda parts: self._pipe.send([address, *parts]))
 
+    def _on_spawn(self, request: Json) -> None:
+        """Run a program that is no kernel, such as a gateway, under the same watch."""
+        process, event = self._launch(request["argv"], {}, request["kernel"], request["env"])
+        kernel = HostedKernel(request["kernel"], request["kernel"], process, [], event)
+        self._kernels[kernel.name] = kernel
+        self._watch(kernel)
+
     def _on_interrupt(self, request: Json) -> None:
         if kernel := self._kernels.get(request["kernel"]):
             if os.name == "nt":
@@ -2488,6 +2477,7 @@ class KernelHost:
     _OPERATIONS: ClassVar[dict[str, Callable[[KernelHost, Json], Json | None]]] = {
         "kernelspecs": _on_kernelspecs,
         "start": _on_start,
+        "spawn": _on_spawn,
         "interrupt": _on_interrupt,
         "kill": _on_kill,
     }
@@ -2630,6 +2620,293 @@ def _repeat(loop: Loop, seconds: float, job: Callable[[], None]) -> None:
 # ======================================================================================================
 # 9. Servers
 # ======================================================================================================
+
+
+@dataclass
+class JupyterConnectionInfo:
+    """Where a Jupyter server is: {scheme}://{host}:{port}{base_url}; the token is never part of a URL.
+
+    `base_url` is "/user/NAME/" on a JupyterHub. `ca_file` (PEM) and `client_cert` (certificate and key file) are for
+    https, whose certificates are always verified unless `verify` is False.
+    """
+
+    host: str
+    use_https: bool
+    port: int | None = None
+    token: str | None = field(default=None, repr=False)
+    base_url: str = "/"
+    ca_file: str | None = None
+    client_cert: tuple[str, str] | None = None
+    verify: bool = True
+
+    @property
+    def authority(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port is None else f"{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http{'s' * self.use_https}://{self.authority}{self.base_url.rstrip('/')}"
+
+
+class RestClient:
+    """The REST interface of a Jupyter server: JSON, one connection that is kept alive, one write for a request.
+
+    Spec: https://jupyter-server.readthedocs.io/en/stable/developers/rest-api.html
+    """
+
+    def __init__(self, info: JupyterConnectionInfo) -> None:
+        if not re.fullmatch(r"[\w.:-]+", info.host):
+            raise ValueError(f"host must be a name or an address, without scheme and path, not {info.host!r}.")
+        self.info = info
+        self.path = "/" + info.base_url.strip("/") if info.base_url.strip("/") else ""
+        # "Authorization: token X" is the one form that all servers accept (a kernel gateway no other).
+        self.headers = {"Authorization": f"token {info.token}"} if info.token else {}
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+
+    def dial(self, deadline: Deadline) -> socket.socket:
+        """Connect, with TLS if that is wanted. Raises: ConnectionClosed, ExecutionTimeout."""
+        info = self.info
+        port = info.port or (443 if info.use_https else 80)
+        try:
+            sock = socket.create_connection((info.host, port), deadline.within(CONTROL_TIMEOUT))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return self._secure(sock) if info.use_https else sock
+        except TimeoutError:
+            raise ExecutionTimeout(f"No answer from {info.url} in time.") from None
+        except OSError as error:
+            if verdict := getattr(error, "verify_message", ""):
+                raise ConnectionClosed(
+                    f"The certificate of {info.url} is not trusted: {verdict}. Give ca_file."
+                ) from None
+            raise ConnectionClosed(f"Cannot connect to {info.url}: {error.strerror or error}.") from None
+
+    def _secure(self, sock: socket.socket) -> socket.socket:
+        import ssl
+
+        context = ssl.create_default_context(cafile=self.info.ca_file)
+        if not self.info.verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if self.info.client_cert:
+            context.load_cert_chain(*self.info.client_cert)
+        try:
+            return context.wrap_socket(sock, server_hostname=self.info.host)
+        except BaseException:
+            sock.close()
+            raise
+
+    def request(self, method: str, path: str, body: object = None, *, timeout: float = CONTROL_TIMEOUT) -> Any:
+        """Return the JSON that the server answers. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
+        deadline = Deadline(timeout)
+        with self._lock:
+            if self._socket:
+                # The server may have ended the connection in the meantime; then it has not read this request.
+                with contextlib.suppress(ConnectionError):
+                    return self._exchange(method, path, body, deadline)
+            return self._exchange(method, path, body, deadline)
+
+    def _exchange(self, method: str, path: str, body: object, deadline: Deadline) -> Any:
+        import http.client
+
+        sock, self._socket = self._socket or self.dial(deadline), None
+        try:
+            sock.settimeout(deadline.remaining or 1e-6)
+            sock.sendall(self._encode(method, path, body))
+            with contextlib.closing(http.client.HTTPResponse(sock, method=method)) as response:
+                response.begin()
+                data = response.read(MAX_MESSAGE)
+                if not response.will_close:
+                    self._socket = sock
+                return self._result(method, path, response, data)
+        except TimeoutError:
+            raise ExecutionTimeout(
+                f"No answer to {method} {self.info.url}{path} within {deadline.seconds:g} s."
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionClosed(f"{self.info.url} broke the connection: {error!r}.") from None
+        finally:
+            if self._socket is not sock:
+                sock.close()
+
+    def _encode(self, method: str, path: str, body: object) -> bytes:
+        payload = b"" if body is None else dump_json(body)
+        headers = {"Host": self.info.authority, "Accept": "application/json", "Content-Type": "application/json"}
+        headers |= {"Content-Length": str(len(payload)), **self.headers}
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        if any("\n" in line or "\r" in line for line in lines):
+            raise ValueError("The token has a line break in it.")
+        return "\r\n".join((f"{method} {self.path}{path} HTTP/1.1", *lines, "", "")).encode("latin-1") + payload
+
+    def _result(self, method: str, path: str, response: Any, data: bytes) -> Any:
+        error = ServerError(method, self.info.url + path, response.status)
+        if 300 <= response.status < 400:
+            error.body = "It redirects elsewhere, which is not followed with a token: check token and base_url."
+        elif response.status >= 400:
+            error.body = _explanation(data)
+        elif not data:
+            return None
+        else:
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(data)
+            error.body = (
+                f"This is no Jupyter server: it sends {response.getheader('Content-Type', 'no type')}, not JSON."
+            )
+        raise error
+
+    def close(self) -> None:
+        with self._lock:
+            if self._socket:
+                self._socket.close()
+                self._socket = None
+
+
+def _explanation(data: bytes) -> str:
+    """Return what a server's error answer says: JSON's message or reason, or else its text."""
+    with contextlib.suppress(ProtocolError):
+        answer = json_object(data, "answer")
+        return " ".join(str(answer[name]) for name in ("message", "reason") if answer.get(name))[:500]
+    return re.sub(r"<[^>]*>|\s+", " ", data[:2000].decode("utf-8", "replace")).strip()[:500]
+
+
+class RemoteKernelControl:
+    """KernelControl of a kernel on a Jupyter server, which starts it anew when it ends by itself."""
+
+    supervised = True
+    connection_file: str | None = None
+
+    def __init__(self, server: RemoteJupyterServer, kernel_name: str, kernel_id: str | None) -> None:
+        self._server, self._kernel_name, self._id = server, kernel_name, kernel_id
+        self.argv: list[str] = []
+        self.owned = kernel_id is None
+        self._mailbox: Mailbox | None = None
+        self._channels: Channels | None = None
+
+    def start(self, mailbox: Mailbox) -> Channels:
+        rest = self._server.rest
+        if self._id and self.owned:
+            try:
+                rest.request("POST", f"{self._path}/restart", {}, timeout=START_TIMEOUT)
+            except ServerError:  # the kernel is gone, or the server just restarting it by itself
+                self.kill()
+        if not self._id:
+            body = {"name": self._kernel_name, "env": self._server.env}
+            model = rest.request("POST", "/api/kernels", body, timeout=START_TIMEOUT)
+            self._id = str(model["id"] if isinstance(model, dict) else "")
+        self._mailbox = mailbox
+        dial = functools.partial(self._dial, uuid.uuid4().hex)
+        self._channels = WebSocketChannels(self._server.loop, dial, mailbox)
+        return self._channels
+
+    @property
+    def _path(self) -> str:
+        if not re.fullmatch(r"[\w.-]+", self._id or ""):
+            raise ProtocolError(f"{self._id!r} is no kernel id.")
+        return f"/api/kernels/{self._id}"
+
+    def _dial(self, session: str, deadline: Deadline) -> tuple[socket.socket, WebSocket]:
+        rest = self._server.rest
+        target = f"{rest.path}{self._path}/channels?session_id={session}"
+        mask = functools.partial(os.urandom, 4)
+        options = (rest.info.authority, target, rest.headers, [V1_SUBPROTOCOL], os.urandom(16), mask, MAX_MESSAGE)
+        return rest.dial(deadline), WebSocket(*options)
+
+    def interrupt(self, sent: Callable[[], None]) -> None:
+        try:
+            self._server.rest.request("POST", f"{self._path}/interrupt", {})
+        except ServerError as error:
+            if error.status == 404:
+                self._report("it is no longer on the server")
+        except JupyterExecError as error:
+            logger.warning("The interrupt was not delivered: %s", error)
+        sent()
+
+    def kill(self) -> None:
+        if self._id:
+            with contextlib.suppress(JupyterExecError):
+                self._server.rest.request("DELETE", self._path)
+            self._id = None
+            self._report("it was deleted on the server")
+
+    def _report(self, cause: str) -> None:
+        if self._mailbox:
+            self._mailbox.put(KernelExit(cause=cause))
+
+    def close(self) -> None:
+        if self._channels:
+            self._channels.close()
+
+
+class RemoteJupyterServer:
+    """Kernels on a Jupyter server, kernel gateway or enterprise gateway that is there already.
+
+    `env` is given to each kernel (an enterprise gateway wants KERNEL_USERNAME in it). With `kernel_id`, `start_kernel`
+    attaches to that running kernel, which is then neither restarted nor deleted.
+    """
+
+    def __init__(
+        self,
+        connection_info: JupyterConnectionInfo,
+        *,
+        env: Mapping[str, str] | None = None,
+        kernel_id: str | None = None,
+    ) -> None:
+        self.connection_info = connection_info
+        self.rest = RestClient(connection_info)
+        self.env = dict(env or {})
+        self._kernel_id = kernel_id
+        self._loop: Loop | None = None
+        self._controls: list[RemoteKernelControl] = []
+
+    @property
+    def loop(self) -> Loop:
+        if self._loop is None:
+            self._loop = Loop()
+            self._loop.start("jupyter_exec I/O")
+        return self._loop
+
+    def start_kernel(self, kernel_name: str = "python3") -> KernelClient:
+        """Ask for a kernel and return its client without waiting: see KernelClient.wait_ready.
+
+        Raises: KernelSpecNotFound, ServerError, ConnectionClosed, ExecutionTimeout.
+        """
+        if self._kernel_id is None and kernel_name not in (specs := self.kernelspecs()):
+            raise KernelSpecNotFound(kernel_name, sorted(specs), [self.connection_info.url])
+        control = RemoteKernelControl(self, kernel_name, self._kernel_id)
+        client = KernelClient(control)
+        client.start()
+        self._controls.append(control)
+        return client
+
+    def kernelspecs(self) -> dict[str, Json]:
+        """Return {kernel name: kernel.json as a dict}."""
+        answer = self.rest.request("GET", "/api/kernelspecs")
+        specs = answer.get("kernelspecs") if isinstance(answer, dict) else None
+        if not isinstance(specs, dict):
+            raise ServerError("GET", f"{self.connection_info.url}/api/kernelspecs", 200, "This is no Jupyter server.")
+        return {name: dict(spec.get("spec") or {}) for name, spec in specs.items() if isinstance(spec, dict)}
+
+    def list_kernels(self) -> list[Json]:
+        """Return the models of the server's running kernels (a gateway may forbid it: ServerError 403)."""
+        return list(self.rest.request("GET", "/api/kernels") or ())
+
+    def stop(self) -> None:
+        """Delete the kernels that were started here and disconnect. May be called more than once."""
+        for control in self._controls:
+            if control.owned:
+                control.kill()
+            control.close()
+        self._controls.clear()
+        self.rest.close()
+        loop, self._loop = self._loop, None
+        if loop:
+            loop.stop()
+
+    def __enter__(self) -> RemoteJupyterServer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
 
 
 class HostLink:
@@ -2917,9 +3194,13 @@ class HostServer:
     own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
     directory = ""  # of the connection files, if they are on this machine
 
-    def __init__(self) -> None:
+    def __init__(self, transport: str = "direct") -> None:
+        if transport not in ("direct", "gateway"):
+            raise ValueError(f'transport must be "direct" or "gateway", not {transport!r}.')
         self.serial = itertools.count(1)
-        self._lock = threading.Lock()
+        self.transport = transport
+        self._gateway: RemoteJupyterServer | None = None
+        self._lock = threading.RLock()
         self._link: HostLink | None = None
         self._stopped = False
 
@@ -2944,22 +3225,64 @@ class HostServer:
 
         Raises: KernelSpecNotFound, KernelStartFailed, ConnectionClosed.
         """
+        if self.transport == "gateway":
+            return self.get_client().start_kernel(kernel_name)
         client = KernelClient(HostedKernelControl(self, kernel_name))
         client.start()
         return client
 
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict, with "resource_dir"}."""
+        if self.transport == "gateway":
+            return self.get_client().kernelspecs()
         result = self.link().call("kernelspecs", own_python3=self.own_python3)
         return dict(result) if isinstance(result, dict) else {}
 
+    def get_client(self) -> RemoteJupyterServer:
+        """Return the client of the kernel gateway, which is started on first use.
+
+        Raises: AttributeError unless the transport is "gateway"; KernelStartFailed, SandboxError.
+        """
+        if self.transport != "gateway":
+            raise AttributeError('There is no server to connect to by the direct way: ask for transport="gateway".')
+        with self._lock:
+            if self._stopped:
+                raise ConnectionClosed("The server was stopped: make a new one.")
+            if self._gateway is None:
+                self._gateway = RemoteJupyterServer(self._start_gateway())
+            return self._gateway
+
+    def _start_gateway(self) -> JupyterConnectionInfo:
+        raise NotImplementedError
+
+    @property
+    def connection_info(self) -> JupyterConnectionInfo:
+        """Where the gateway is, for any client of Jupyter servers; AttributeError on a direct server."""
+        return self.get_client().connection_info
+
+    @property
+    def ip(self) -> str:
+        return self.connection_info.host
+
+    @property
+    def port(self) -> int:
+        return self.connection_info.port or 0
+
+    @property
+    def token(self) -> str:
+        return self.connection_info.token or ""
+
     def stop(self) -> None:
-        """End the host and all its kernels. May be called more than once."""
+        """End the host, or the gateway, and all its kernels. May be called more than once."""
         with self._lock:
             self._stopped = True
             link, self._link = self._link, None
+            gateway, self._gateway = self._gateway, None
+        if gateway:
+            gateway.stop()
         if link:
             link.close()
+        if link or gateway:
             self._disconnect()
 
     def _disconnect(self) -> None:
@@ -2970,6 +3293,29 @@ class HostServer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+
+class _GenerateToken:
+    """Stands for a token that is made up; AutoGen's default."""
+
+
+def token_of(token: str | _GenerateToken | None) -> str:
+    return token if isinstance(token, str) else secrets.token_hex(32)
+
+
+def await_server(info: JupyterConnectionInfo, check: Callable[[], None]) -> JupyterConnectionInfo:
+    """Wait until a server that was just started answers; `check()` waits a moment, and raises if it has ended."""
+    rest, deadline = RestClient(info), Deadline(START_TIMEOUT)
+    while True:
+        try:
+            rest.request("GET", "/api/kernelspecs", timeout=deadline.within(CONTROL_TIMEOUT))
+            return info
+        except (ConnectionClosed, ExecutionTimeout):
+            check()
+            if deadline.expired:
+                raise
+        finally:
+            rest.close()
 
 
 class CommandJupyterServer(HostServer):
@@ -2988,8 +3334,9 @@ class CommandJupyterServer(HostServer):
         remote_shell: bool | None = None,
         env: Mapping[str, str | None] | None = None,
         cwd: str | None = None,
+        transport: str = "direct",
     ) -> None:
-        super().__init__()
+        super().__init__(transport)
         if isinstance(argv, str) or not argv:
             raise ValueError("argv must be a list of strings: the command and its arguments.")
         if cwd is not None and not os.path.isdir(cwd):
@@ -3039,20 +3386,65 @@ class LocalJupyterServer(CommandJupyterServer):
     """Kernels on this machine, in `python` (default: this interpreter), with `cwd` and `env` of their own.
 
     `env` is merged over the environment of this process; None as a value removes a name. With `python`, the
-    kernel name "python3" means that interpreter.
+    kernel name "python3" means that interpreter. `transport="gateway"`, which giving `ip`, `port` or `token` implies,
+    starts a Jupyter Kernel Gateway that other clients can use too (see `connection_info`), with a log in `log_file`.
     """
 
     relays = False
+    GenerateToken = _GenerateToken
 
     def __init__(
         self,
+        ip: str | None = None,
+        port: int | None = None,
+        token: str | _GenerateToken | None = None,
+        log_file: str | os.PathLike[str] | None = None,
+        log_level: str = "INFO",
+        log_max_bytes: int = 2**20,
+        log_backup_count: int = 3,
         *,
         python: str | os.PathLike[str] | None = None,
         cwd: str | os.PathLike[str] | None = None,
         env: Mapping[str, str | None] | None = None,
+        transport: str | None = None,
     ) -> None:
-        super().__init__([os.fspath(python or sys.executable)], env=env, cwd=None if cwd is None else os.fspath(cwd))
+        implied = "direct" if ip is None and port is None and token is None else "gateway"
+        cwd = None if cwd is None else os.fspath(cwd)
+        super().__init__([os.fspath(python or sys.executable)], env=env, cwd=cwd, transport=transport or implied)
         self.own_python3 = python is not None
+        self._address = ip or "127.0.0.1", port
+        self._token = token
+        handler = {"class": "logging.handlers.RotatingFileHandler", "level": log_level, "maxBytes": log_max_bytes}
+        handler |= {"backupCount": log_backup_count, "filename": os.path.abspath(log_file or os.devnull)}
+        self._logging = {"handlers": {"file": handler}, "loggers": {"KernelGatewayApp": {"handlers": ["file"]}}}
+        self._logs = log_file is not None
+
+    def _start_gateway(self) -> JupyterConnectionInfo:
+        ip, port = self._address
+        if port is None:
+            with socket.socket() as probe:
+                probe.bind((ip, 0))
+                port = probe.getsockname()[1]
+        info = JupyterConnectionInfo(ip, False, port, token_of(self._token))
+        # -m would put the working directory on sys.path, where an agent's signal.py shadows the library.
+        program = (
+            "import sys; sys.path[:] = filter(None, sys.path); from kernel_gateway import launch_instance as run; run()"
+        )
+        argv = [*self._argv, "-c", program, f"--KernelGatewayApp.ip={ip}", f"--KernelGatewayApp.port={port}"]
+        argv += ["--KernelGatewayApp.port_retries=0", *GATEWAY_OPTIONS]
+        argv += [f"--JupyterApp.logging_config={json.dumps(self._logging)}"] if self._logs else []
+        link, mailbox = self.link(), Mailbox()
+        link.mailboxes["gateway"] = mailbox
+        link.call("spawn", kernel="gateway", argv=argv, env={"KG_AUTH_TOKEN": info.token})
+
+        def check() -> None:
+            if isinstance(end := mailbox.get(0.05), KernelExit):
+                advice = (
+                    f"; run {self._argv[0]} -m pip install jupyter_kernel_gateway" if "No module" in end.stderr else ""
+                )
+                raise KernelStartFailed(argv[:1], f"the gateway has ended ({end.sentence()}){advice}", None, end.stderr)
+
+        return await_server(info, check)
 
     def _connect(self) -> HostLink:
         self._remove_directory()
@@ -3211,6 +3603,7 @@ class DockerJupyterServer(HostServer):
     Raises: ValueError for keywords that do not go together. A kernel's start raises SandboxError.
     """
 
+    GenerateToken = _GenerateToken
     DEFAULT_DOCKERFILE: ClassVar[str] = """\
 # The image of jupyter_exec.DockerJupyterServer. Target "kernel": Python with ipykernel, enough for the direct way.
 ARG BASE_IMAGE=python:3.13-slim
@@ -3236,7 +3629,7 @@ FROM kernel AS gateway
 RUN pip install jupyter_kernel_gateway
 ENV TOKEN=UNSET
 EXPOSE 8888
-CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec python -m jupyter kernelgateway --KernelGatewayApp.ip=0.0.0.0 \\
+CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewayApp.ip=0.0.0.0 \\
  --KernelGatewayApp.port=8888 --JupyterApp.answer_yes=true --JupyterWebsocketPersonality.list_kernels=true \\
  --ZMQChannelsWebsocketConnection.limit_rate=False"]
 """
@@ -3261,15 +3654,19 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec python -m jupyter kernelgateway --Ke
         custom_image_name: str | None = None,
         container_name: str | None = None,
         auto_remove: bool = True,
+        stop_container: bool = True,
         docker_env: Mapping[str, str] | None = None,
+        token: str | _GenerateToken | None = None,
         base_image: str | None = None,
         packages: Sequence[str] = (),
         network: str | None = None,
         bind_dir: str | os.PathLike[str] | None = None,
         work_dir: str = "/workspace",
+        transport: str | None = None,
         **docker_kwargs: Any,
     ) -> None:
-        super().__init__()
+        implied = "direct" if token is None and stop_container else "gateway"
+        super().__init__(transport or implied)
         for name in sorted(self._RESERVED.keys() & docker_kwargs.keys()):
             raise ValueError(f"{name!r} is not for docker_kwargs; use {self._RESERVED[name]}.")
         if network is not None and "network_mode" in docker_kwargs:
@@ -3278,6 +3675,10 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec python -m jupyter kernelgateway --Ke
             raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
         if isinstance(packages, str):
             raise ValueError("packages must be a list of strings.")
+        if self.transport == "gateway" and "none" in (network, docker_kwargs.get("network_mode")):
+            raise ValueError('A gateway cannot be reached without a network: use transport="direct".')
+        self._stop_container = stop_container
+        self._token = token
         self._custom_image = custom_image_name
         self._container_name = container_name
         self._auto_remove = auto_remove
@@ -3316,11 +3717,47 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec python -m jupyter kernelgateway --Ke
             raise SandboxError(reason, self._image_name, name, logs) from None
         return HostLink(stream, lambda: f"{self._epitaph()}{_log_of(stream)}")
 
+    def _start_gateway(self) -> JupyterConnectionInfo:
+        """Run the image's own command, with the port published on the loopback address of the engine only."""
+        client = self._client = docker_client()
+        token = token_of(self._token)
+        try:
+            with _engine_errors(self._image_name):
+                _remove_forsaken(client)
+                image = self._image(client)
+                options = self._options(client, image.attrs.get("Config") or {}, None)
+                for name in ("stdin_open", "log_config", "auto_remove", *([] if self._bind_dir else ["working_dir"])):
+                    del options[name]
+                options["environment"] = _merged(options["environment"], {"TOKEN": token})
+                if self._stop_container:
+                    options["labels"] = _merged(options["labels"], {"jupyter_exec.forsakable": "1"})
+                options["ports"] = _merged({"8888/tcp": ("127.0.0.1", None)}, options.get("ports") or {})
+                self._container = client.containers.create(image.id, **options)
+                self._container.start()
+                self._container.reload()
+                published = (self._container.ports.get("8888/tcp") or [{}])[0].get("HostPort", 0)
+            return await_server(JupyterConnectionInfo("127.0.0.1", False, int(published), token), self._check_gateway)
+        except BaseException:
+            self._stop_container = True
+            self._disconnect()
+            raise
+
+    def _check_gateway(self) -> None:
+        time.sleep(0.05)
+        self._container.reload()
+        if self._container.status not in ("created", "running"):
+            logs = self._container.logs(tail=20).decode("utf-8", "replace")
+            raise SandboxError("The container has ended before its gateway answered", self._image_name, "", logs)
+
+    @property
+    def _target(self) -> str:
+        return "gateway" if self.transport == "gateway" else "kernel"
+
     @property
     def _image_name(self) -> str:
         if self._custom_image:
             return self._custom_image
-        content = json.dumps([self.DEFAULT_DOCKERFILE, self._base_image, self._packages])
+        content = json.dumps([self.DEFAULT_DOCKERFILE, self._base_image, self._packages, self._target])
         return f"jupyter-exec:{hashlib.sha256(content.encode('utf-8')).hexdigest()[:12]}"
 
     def _image(self, client: Any) -> Any:
@@ -3344,7 +3781,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec python -m jupyter kernelgateway --Ke
         steps = client.api.build(
             fileobj=io.BytesIO(self.DEFAULT_DOCKERFILE.encode("utf-8")),
             tag=self._image_name,
-            target="kernel",
+            target=self._target,
             buildargs=arguments,
             decode=True,
             rm=True,
@@ -3382,7 +3819,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec python -m jupyter kernelgateway --Ke
         finally:
             probe.remove()
 
-    def _options(self, client: Any, config: Json, command: list[str]) -> Json:
+    def _options(self, client: Any, config: Json, command: list[str] | None) -> Json:
         """Return the arguments of containers.create: ours, merged with those of the user."""
         user = self._docker_kwargs.get("user") or self._user(client, config)
         options: Json = {
@@ -3394,7 +3831,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec python -m jupyter kernelgateway --Ke
             "network_mode": self._network,
             "environment": self._env,
             "working_dir": self._work_dir,
-            "labels": {"jupyter_exec": __version__},
+            "labels": {"jupyter_exec": __version__, "jupyter_exec.owner": _owner_label(os.getpid())},
             "user": user,
             "init": True,  # without it, an interrupted subprocess is not noticed by PID 1
             "cap_drop": ["ALL"],
@@ -3448,13 +3885,27 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec python -m jupyter kernelgateway --Ke
 
     def _disconnect(self) -> None:
         container, self._container = self._container, None
-        if container and (self._exit_code() is None or not self._auto_remove):
+        if container and self._stop_container and (self._exit_code() is None or not self._auto_remove):
             with contextlib.suppress(Exception):  # whatever it is: the container is gone, or the engine is
-                if self._auto_remove:
-                    container.remove(force=True)
-                else:
-                    container.kill()
+                container.remove(force=True) if self._auto_remove else container.kill()
         self._client.close()
+
+
+def _owner_label(pid: int) -> str:
+    started = ""
+    with contextlib.suppress(OSError):  # Linux: pids are used again
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {pid} {started}"
+
+
+def _remove_forsaken(client: Any) -> None:
+    """Remove the gateway containers of processes of this machine that are gone: nothing tells a gateway of that."""
+    for container in client.containers.list(filters={"label": "jupyter_exec.forsakable"}, ignore_removed=True):
+        label = container.labels.get("jupyter_exec.owner", "")
+        host, pid = (*label.split(" "), "")[:2]
+        if host == socket.gethostname() and pid.isdigit() and label != _owner_label(int(pid)):
+            with contextlib.suppress(Exception):  # somebody else was faster
+                container.remove(force=True)
 
 
 def _log_of(stream: DockerStream) -> str:
@@ -3508,289 +3959,6 @@ def _merged(ours: Any, theirs: Any) -> Any:
 
 def _as_entry(key: str, value: Any) -> str:
     return f"{key}:{value['bind']}:{value['mode']}" if isinstance(value, dict) else f"{key}={value}"
-
-
-@dataclass
-class JupyterConnectionInfo:
-    """Where a Jupyter server is: {scheme}://{host}:{port}{base_url}; the token is never part of a URL.
-
-    `base_url` is "/user/NAME/" on a JupyterHub. `ca_file` (PEM) and `client_cert` (certificate and key file) are for
-    https, whose certificates are always verified unless `verify` is False.
-    """
-
-    host: str
-    use_https: bool
-    port: int | None = None
-    token: str | None = field(default=None, repr=False)
-    base_url: str = "/"
-    ca_file: str | None = None
-    client_cert: tuple[str, str] | None = None
-    verify: bool = True
-
-    @property
-    def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port is None else f"{host}:{self.port}"
-
-    @property
-    def url(self) -> str:
-        return f"http{'s' * self.use_https}://{self.authority}{self.base_url.rstrip('/')}"
-
-
-class RestClient:
-    """The REST interface of a Jupyter server: JSON, one connection that is kept alive, one write for a request.
-
-    Spec: https://jupyter-server.readthedocs.io/en/stable/developers/rest-api.html
-    """
-
-    def __init__(self, info: JupyterConnectionInfo) -> None:
-        if not re.fullmatch(r"[\w.:-]+", info.host):
-            raise ValueError(f"host must be a name or an address, without scheme and path, not {info.host!r}.")
-        self.info = info
-        self.path = "/" + info.base_url.strip("/") if info.base_url.strip("/") else ""
-        # "Authorization: token X" is the one form that all servers accept (a kernel gateway no other).
-        self.headers = {"Authorization": f"token {info.token}"} if info.token else {}
-        self._socket: socket.socket | None = None
-        self._lock = threading.Lock()
-
-    def dial(self, deadline: Deadline) -> socket.socket:
-        """Connect, with TLS if that is wanted. Raises: ConnectionClosed, ExecutionTimeout."""
-        info = self.info
-        port = info.port or (443 if info.use_https else 80)
-        try:
-            sock = socket.create_connection((info.host, port), deadline.within(CONTROL_TIMEOUT))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return self._secure(sock) if info.use_https else sock
-        except TimeoutError:
-            raise ExecutionTimeout(f"No answer from {info.url} in time.") from None
-        except OSError as error:
-            if verdict := getattr(error, "verify_message", ""):
-                raise ConnectionClosed(
-                    f"The certificate of {info.url} is not trusted: {verdict}. Give ca_file."
-                ) from None
-            raise ConnectionClosed(f"Cannot connect to {info.url}: {error.strerror or error}.") from None
-
-    def _secure(self, sock: socket.socket) -> socket.socket:
-        import ssl
-
-        context = ssl.create_default_context(cafile=self.info.ca_file)
-        if not self.info.verify:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        if self.info.client_cert:
-            context.load_cert_chain(*self.info.client_cert)
-        try:
-            return context.wrap_socket(sock, server_hostname=self.info.host)
-        except BaseException:
-            sock.close()
-            raise
-
-    def request(self, method: str, path: str, body: object = None, *, timeout: float = CONTROL_TIMEOUT) -> Any:
-        """Return the JSON that the server answers. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
-        deadline = Deadline(timeout)
-        with self._lock:
-            if self._socket:
-                # The server may have ended the connection in the meantime; then it has not read this request.
-                with contextlib.suppress(ConnectionError):
-                    return self._exchange(method, path, body, deadline)
-            return self._exchange(method, path, body, deadline)
-
-    def _exchange(self, method: str, path: str, body: object, deadline: Deadline) -> Any:
-        import http.client
-
-        sock, self._socket = self._socket or self.dial(deadline), None
-        try:
-            sock.settimeout(deadline.remaining or 1e-6)
-            sock.sendall(self._encode(method, path, body))
-            response = http.client.HTTPResponse(sock, method=method)
-            response.begin()
-            data = response.read(MAX_MESSAGE)
-            if not response.will_close:
-                self._socket = sock
-            return self._result(method, path, response, data)
-        except TimeoutError:
-            raise ExecutionTimeout(
-                f"No answer to {method} {self.info.url}{path} within {deadline.seconds:g} s."
-            ) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise ConnectionClosed(f"{self.info.url} broke the connection: {error!r}.") from None
-        finally:
-            if self._socket is not sock:
-                sock.close()
-
-    def _encode(self, method: str, path: str, body: object) -> bytes:
-        payload = b"" if body is None else dump_json(body)
-        headers = {"Host": self.info.authority, "Accept": "application/json", "Content-Type": "application/json"}
-        headers |= {"Content-Length": str(len(payload)), **self.headers}
-        lines = [f"{name}: {value}" for name, value in headers.items()]
-        if any("\n" in line or "\r" in line for line in lines):
-            raise ValueError("The token has a line break in it.")
-        return "\r\n".join((f"{method} {self.path}{path} HTTP/1.1", *lines, "", "")).encode("latin-1") + payload
-
-    def _result(self, method: str, path: str, response: Any, data: bytes) -> Any:
-        error = ServerError(method, self.info.url + path, response.status)
-        if 300 <= response.status < 400:
-            error.body = "It redirects elsewhere, which is not followed with a token: check token and base_url."
-        elif response.status >= 400:
-            error.body = _explanation(data)
-        elif not data:
-            return None
-        else:
-            with contextlib.suppress(ValueError, RecursionError):
-                return json.loads(data)
-            error.body = (
-                f"This is no Jupyter server: it sends {response.getheader('Content-Type', 'no type')}, not JSON."
-            )
-        raise error
-
-    def close(self) -> None:
-        with self._lock:
-            if self._socket:
-                self._socket.close()
-                self._socket = None
-
-
-def _explanation(data: bytes) -> str:
-    """Return what a server's error answer says: JSON's message or reason, or else its text."""
-    with contextlib.suppress(ProtocolError):
-        answer = json_object(data, "answer")
-        return " ".join(str(answer[name]) for name in ("message", "reason") if answer.get(name))[:500]
-    return re.sub(r"<[^>]*>|\s+", " ", data[:2000].decode("utf-8", "replace")).strip()[:500]
-
-
-class RemoteKernelControl:
-    """KernelControl of a kernel on a Jupyter server, which starts it anew when it ends by itself."""
-
-    supervised = True
-    connection_file: str | None = None
-
-    def __init__(self, server: RemoteJupyterServer, kernel_name: str, kernel_id: str | None) -> None:
-        self._server, self._kernel_name, self._id = server, kernel_name, kernel_id
-        self.argv: list[str] = []
-        self.owned = kernel_id is None
-        self._mailbox: Mailbox | None = None
-
-    def start(self, mailbox: Mailbox) -> Channels:
-        rest = self._server.rest
-        if self._id and self.owned:
-            try:
-                rest.request("POST", f"{self._path}/restart", {}, timeout=START_TIMEOUT)
-            except ServerError:  # the kernel is gone, or the server just restarting it by itself
-                self.kill()
-        if not self._id:
-            body = {"name": self._kernel_name, "env": self._server.env}
-            model = rest.request("POST", "/api/kernels", body, timeout=START_TIMEOUT)
-            self._id = str(model["id"] if isinstance(model, dict) else "")
-        self._mailbox = mailbox
-        session = uuid.uuid4().hex
-        return WebSocketChannels(self._server.loop, functools.partial(self._dial, session), mailbox)
-
-    @property
-    def _path(self) -> str:
-        if not re.fullmatch(r"[\w.-]+", self._id or ""):
-            raise ProtocolError(f"{self._id!r} is no kernel id.")
-        return f"/api/kernels/{self._id}"
-
-    def _dial(self, session: str, deadline: Deadline) -> tuple[socket.socket, WebSocket]:
-        rest = self._server.rest
-        target = f"{rest.path}{self._path}/channels?session_id={session}"
-        mask = functools.partial(os.urandom, 4)
-        options = (rest.info.authority, target, rest.headers, [V1_SUBPROTOCOL], os.urandom(16), mask, MAX_MESSAGE)
-        return rest.dial(deadline), WebSocket(*options)
-
-    def interrupt(self, sent: Callable[[], None]) -> None:
-        try:
-            self._server.rest.request("POST", f"{self._path}/interrupt", {})
-        except ServerError as error:
-            if error.status == 404:
-                self._report("it is no longer on the server")
-        except JupyterExecError as error:
-            logger.warning("The interrupt was not delivered: %s", error)
-        sent()
-
-    def kill(self) -> None:
-        if self._id:
-            with contextlib.suppress(JupyterExecError):
-                self._server.rest.request("DELETE", self._path)
-            self._id = None
-            self._report("it was deleted on the server")
-
-    def _report(self, cause: str) -> None:
-        if self._mailbox:
-            self._mailbox.put(KernelExit(cause=cause))
-
-    def close(self) -> None:
-        pass  # the server has the loop
-
-
-class RemoteJupyterServer:
-    """Kernels on a Jupyter server, kernel gateway or enterprise gateway that is there already.
-
-    `env` is given to each kernel (an enterprise gateway wants KERNEL_USERNAME in it). With `kernel_id`, `start_kernel`
-    attaches to that running kernel, which is then neither restarted nor deleted.
-    """
-
-    def __init__(
-        self,
-        connection_info: JupyterConnectionInfo,
-        *,
-        env: Mapping[str, str] | None = None,
-        kernel_id: str | None = None,
-    ) -> None:
-        self.connection_info = connection_info
-        self.rest = RestClient(connection_info)
-        self.env = dict(env or {})
-        self._kernel_id = kernel_id
-        self._loop: Loop | None = None
-        self._controls: list[RemoteKernelControl] = []
-
-    @property
-    def loop(self) -> Loop:
-        if self._loop is None:
-            self._loop = Loop()
-            self._loop.start("jupyter_exec I/O")
-        return self._loop
-
-    def start_kernel(self, kernel_name: str = "python3") -> KernelClient:
-        """Ask for a kernel and return its client without waiting: see KernelClient.wait_ready.
-
-        Raises: KernelSpecNotFound, ServerError, ConnectionClosed, ExecutionTimeout.
-        """
-        if self._kernel_id is None and kernel_name not in (specs := self.kernelspecs()):
-            raise KernelSpecNotFound(kernel_name, sorted(specs), [self.connection_info.url])
-        control = RemoteKernelControl(self, kernel_name, self._kernel_id)
-        client = KernelClient(control)
-        client.start()
-        self._controls.append(control)
-        return client
-
-    def kernelspecs(self) -> dict[str, Json]:
-        """Return {kernel name: kernel.json as a dict}."""
-        answer = self.rest.request("GET", "/api/kernelspecs")
-        specs = answer.get("kernelspecs") if isinstance(answer, dict) else None
-        if not isinstance(specs, dict):
-            raise ServerError("GET", f"{self.connection_info.url}/api/kernelspecs", 200, "This is no Jupyter server.")
-        return {name: dict(spec.get("spec") or {}) for name, spec in specs.items() if isinstance(spec, dict)}
-
-    def list_kernels(self) -> list[Json]:
-        """Return the models of the server's running kernels (a gateway may forbid it: ServerError 403)."""
-        return list(self.rest.request("GET", "/api/kernels") or ())
-
-    def stop(self) -> None:
-        """Delete the kernels that were started here and disconnect. May be called more than once."""
-        for control in self._controls:
-            if control.owned:
-                control.kill()
-        self._controls.clear()
-        self.rest.close()
-        loop, self._loop = self._loop, None
-        if loop:
-            loop.stop()
-
-    def __enter__(self) -> RemoteJupyterServer:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
 
 
 def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelClient:
@@ -3983,7 +4151,12 @@ class JupyterCodeExecutor:
             if not isinstance(info, JupyterConnectionInfo):
                 info = JupyterConnectionInfo(info.host, info.use_https, info.port, info.token)
             server = self._own_server = RemoteJupyterServer(info)
-        client: KernelClient = server.start_kernel(self._kernel_name)
+        try:
+            client: KernelClient = server.start_kernel(self._kernel_name)
+        except BaseException:
+            if self._own_server:
+                self._own_server.stop()
+            raise
         return client
 
     @property
@@ -4164,13 +4337,46 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
     for command in (run, kernels):
-        command.add_argument("--python", metavar="PATH", help="the interpreter that python3 means")
+        where = command.add_mutually_exclusive_group()
+        where.add_argument("--python", metavar="PATH", help="the local interpreter that python3 means")
+        where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (default: our image)")
+        where.add_argument("--server", metavar="URL", help="on a Jupyter server; the token comes from JUPYTER_TOKEN")
+        command.add_argument("--network", metavar="NAME", help="of the container: none, bridge (default), ...")
+        command.add_argument("--package", action="append", default=[], metavar="NAME", help="to be in our image")
+        command.add_argument("--base-image", metavar="IMAGE", help="what our image is built on")
+        command.add_argument("--token-file", metavar="FILE", help="the server's token, instead of JUPYTER_TOKEN")
+        command.add_argument("--ca-file", metavar="FILE", help="certificates to trust (https)")
     return parser
 
 
+def _server_of(options: argparse.Namespace) -> HostServer | RemoteJupyterServer:
+    if options.docker is not None:
+        network, image = options.network or "bridge", options.docker or None
+        return DockerJupyterServer(
+            custom_image_name=image, base_image=options.base_image, packages=options.package, network=network
+        )
+    if options.server is None:
+        return LocalJupyterServer(python=options.python)
+    from urllib.parse import parse_qs, urlsplit
+
+    url = urlsplit(options.server)
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError(f"{options.server} is no URL of a Jupyter server, such as https://host:8888/.")
+    token = parse_qs(url.query).get("token", [os.environ.get("JUPYTER_TOKEN")])[0]
+    if options.token_file:
+        token = Path(options.token_file).read_text(encoding="utf-8").strip()
+    base_url = url.path.rstrip("/") or "/"
+    return RemoteJupyterServer(
+        JupyterConnectionInfo(url.hostname, url.scheme == "https", url.port, token, base_url, options.ca_file)
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: that of the code, 1 for trouble, 130 for Ctrl-C."""
+    """Run the command line; returns the exit status: that of the code, 1 for trouble, 128 + N for signal N."""
     options = _parser().parse_args(argv)
+    for name in ("SIGTERM", "SIGHUP") if argv is None else ():  # the same clean-up as after Ctrl-C
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
     try:
         return _run(options) if options.command == "run" else _list_kernels(options)
     except KeyboardInterrupt:
@@ -4186,7 +4392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     blocks = [CodeBlock(options.code)] if options.code is not None else read_blocks(options.file)
     printer = None if options.json else LivePrinter(Path(options.output_dir))
-    with LocalJupyterServer(python=options.python) as server:
+    with _server_of(options) as server:
         executor = JupyterCodeExecutor(server, options.kernel, options.timeout, options.output_dir, on_output=printer)
         with executor:
             if printer is None:
@@ -4207,7 +4413,7 @@ def _run_live(executor: JupyterCodeExecutor, blocks: Iterable[CodeBlock], printe
 
 
 def _list_kernels(options: argparse.Namespace) -> int:
-    with LocalJupyterServer(python=options.python) as server:
+    with _server_of(options) as server:
         for name, spec in sorted(server.kernelspecs().items()):
             print(f"{name}\t{spec.get('display_name', '')}\t{spec.get('resource_dir', '')}")
     return 0

@@ -13,46 +13,72 @@ Rules of this file
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import contextlib
 import gc
+import hashlib
+import importlib.util
 import io
+import itertools
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import tornado.httpserver
+import tornado.netutil
+import tornado.web
+import tornado.websocket
 import zmq
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.session import Session
+from jupyter_server.services.kernels.connection import base as jupyter_server_base
 from markdown_it import MarkdownIt
+from websockets.frames import Close, Frame, Opcode
+from websockets.http11 import Request
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+from websockets.sync.server import ServerConnection, serve
 
 import jupyter_exec
 from jupyter_exec import (
+    MAX_HEAD,
+    MAX_PARTS,
+    V1_SUBPROTOCOL,
+    Closed,
     CodeBlock,
     CodeResult,
     CommandJupyterServer,
     ConnectionClosed,
     DockerJupyterServer,
+    Event,
     ExecutionError,
     ExecutionTimeout,
+    JsonCodec,
     JupyterCodeExecutor,
+    JupyterConnectionInfo,
     JupyterExecError,
     KernelConnection,
     KernelDied,
@@ -61,10 +87,22 @@ from jupyter_exec import (
     KernelStartFailed,
     LocalJupyterServer,
     MarkdownCodeExtractor,
+    Message,
+    Opened,
+    Ponged,
     ProtocolError,
+    Received,
+    Rejected,
+    RemoteJupyterServer,
     SandboxError,
+    ServerError,
     SignatureError,
+    V1Codec,
+    WebSocket,
 )
+
+settings.register_profile("here", deadline=None)
+settings.load_profile("here")
 
 HERE = Path(__file__).parent
 MODULE = Path(jupyter_exec.__file__)
@@ -288,6 +326,7 @@ ERRORS = [
     KernelStartFailed(["python3"], "", 1, "boom"),
     KernelDied(cause="", exit_code=-11, stderr="tail"),
     SandboxError("no", "image", "container", "log"),
+    ServerError("GET", "http://a/api", 403, "no"),
 ]
 
 
@@ -518,6 +557,1130 @@ def test_random_bytes_never_crash_the_pipe_codec(data: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         for parts in jupyter_exec.PipeCodec(limit=1000).feed(data):
             assert parts
+
+
+# ======================================================================================================
+# 4. WebSocket protocol, and the codecs of the WebSocket
+#
+# The judges are other people's code: the `websockets` package (its sans-io server, and its threaded server on a
+# socket), tornado (what Jupyter servers run on), jupyter_server's own serialisers. Bytes are written by hand only
+# where a judge refuses to produce them: violations.
+# ======================================================================================================
+
+judge: Any = jupyter_server_base  # untyped
+TIMEOUT = PATIENCE
+MAX_MESSAGE = 2**20
+SAMPLE_NONCE = b"the sample nonce"  # of RFC 6455, 1.3
+
+
+# Helpers
+
+
+def make(**options: Any) -> WebSocket:
+    """Make a client whose masks are a reproducible sequence."""
+    source = random.Random(1)
+    values: dict[str, Any] = {
+        "host": "127.0.0.1:8888",
+        "target": "/api/kernels/1/channels?session_id=2",
+        "headers": {"Authorization": "token s3cret"},
+        "subprotocols": [V1_SUBPROTOCOL],
+        "nonce": SAMPLE_NONCE,
+        "mask": lambda: source.randbytes(4),
+        "max_message": MAX_MESSAGE,
+    }
+    return WebSocket(**(values | options))
+
+
+def answer(*lines: str, status: str = "101 Switching Protocols", **headers: str | None) -> bytes:
+    """Return a correct answer to SAMPLE_NONCE, with headers replaced, added, or taken out by None."""
+    values: dict[str, str | None] = {
+        "Upgrade": "websocket",
+        "Connection": "Upgrade",
+        "Sec-WebSocket-Accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=",  # as given in RFC 6455, 1.3
+    }
+    values |= {name.replace("_", "-"): value for name, value in headers.items()}
+    fields = [f"{name}: {value}" for name, value in values.items() if value is not None]
+    return "\r\n".join([f"HTTP/1.1 {status}", *fields, *lines, "", ""]).encode("latin-1")
+
+
+def opened(**options: Any) -> WebSocket:
+    client = make(**options)
+    assert client.receive(answer()) == [Opened(None)]
+    return client
+
+
+def frame(opcode: int, data: bytes = b"", fin: bool = True) -> bytes:
+    """Return a legal frame of a server, as `websockets` writes it."""
+    return Frame(Opcode(opcode), data, fin).serialize(mask=False)
+
+
+def frame_of(event: object) -> Frame:
+    assert isinstance(event, Frame)
+    return event
+
+
+def cut(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
+    start = 0
+    for size in sizes:
+        if start >= len(data):
+            return
+        yield data[start : start + size]
+        start += size
+    yield data[start:]
+
+
+class Pair:
+    """A client and a `websockets` server, connected in memory."""
+
+    def __init__(self, **options: Any) -> None:
+        self.client = make(nonce=os.urandom(16), mask=lambda: os.urandom(4), **options)
+        subprotocols: list[Any] = list(self.client.subprotocols)
+        self.server = ServerProtocol(subprotocols=subprotocols or None, max_size=None)
+        (request,) = self.to_server(self.client.handshake())
+        assert isinstance(request, Request)
+        self.request = request
+        self.server.send_response(self.server.accept(request))
+        self.opening = self.to_client()
+
+    def to_server(self, data: bytes) -> list[Any]:
+        self.server.receive_data(data)
+        if self.server.parser_exc:
+            raise self.server.parser_exc
+        return self.server.events_received()
+
+    def to_client(self, sizes: Iterable[int] = ()) -> list[Event]:
+        """Deliver what the server has to say, in pieces of `sizes`, and the client's answers to it."""
+        data = b"".join(self.server.data_to_send())
+        events = [event for piece in cut(data, sizes) for event in self.client.receive(piece)]
+        self.answers = self.to_server(self.client.data_to_send())
+        return events
+
+
+# Opening handshake
+
+
+def test_a_server_accepts_the_request_and_the_client_its_answer() -> None:
+    pair = Pair()
+    assert pair.opening == [Opened(V1_SUBPROTOCOL)]
+    assert pair.request.path == "/api/kernels/1/channels?session_id=2"
+    assert pair.request.headers["Host"] == "127.0.0.1:8888"
+    assert pair.request.headers["Authorization"] == "token s3cret"
+    assert pair.request.headers["Sec-WebSocket-Protocol"] == V1_SUBPROTOCOL
+
+
+def test_the_key_is_the_nonce_of_the_rfc() -> None:
+    assert b"\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" in make().handshake()
+
+
+def test_no_subprotocol_is_offered_when_there_is_none() -> None:
+    pair = Pair(subprotocols=[])
+    assert "Sec-WebSocket-Protocol" not in pair.request.headers
+    assert pair.opening == [Opened(None)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": "/a\r\nX: s3cret"},
+        {"target": "/a\nX: s3cret"},
+        {"target": "/s3cret b"},
+        {"target": ""},
+        {"target": "/s3cret\u00e9"},
+        {"host": "h\r\nX: s3cret"},
+        {"headers": {"Authorization": "token s3cret\r\nX: y"}},
+        {"headers": {"Authorization": "token s3cret\n"}},
+        {"headers": {"Authorization": "token s3cret\r"}},
+        {"headers": {"Authorization": "token s3cret\0"}},
+        {"headers": {"Authorization": "token s3cret\u20ac"}},
+        {"headers": {"X: s3cret\r\nY": "z"}},
+        {"headers": {"": "s3cret"}},
+        {"subprotocols": ["a\r\nX: s3cret"]},
+    ],
+)
+def test_a_request_refuses_line_breaks_and_keeps_secrets(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="HTTP forbids") as caught:
+        make(**options).handshake()
+    assert "s3cret" not in repr(caught.value)
+
+
+def test_the_token_is_in_no_repr() -> None:
+    assert "s3cret" not in repr(make())
+
+
+@pytest.mark.parametrize(
+    ("reply", "subprotocol"),
+    [
+        (answer(Upgrade="WebSocket", Connection="keep-alive ,\tUPGRADE"), None),
+        (answer(Sec_WebSocket_Protocol=V1_SUBPROTOCOL), V1_SUBPROTOCOL),
+        (answer(Sec_WebSocket_Protocol=""), None),  # what Jupyter's page asks of servers
+        (answer(Sec_WebSocket_Extensions=""), None),
+        (answer("sec-websocket-accept:", Server="TornadoServer/6.5", X_Empty=""), None),
+        (answer(status="101"), None),
+        (answer(status="101 "), None),
+    ],
+)
+def test_an_answer_may_be_written_in_many_ways(reply: bytes, subprotocol: str | None) -> None:
+    assert make().receive(reply) == [Opened(subprotocol)]
+
+
+@pytest.mark.parametrize(
+    ("reply", "sentence"),
+    [
+        (answer(Upgrade=None), "Upgrade"),
+        (answer(Upgrade="h2c"), "Upgrade"),
+        (answer(Connection=None), "Connection"),
+        (answer(Connection="keep-alive, Upgrades"), "Connection"),
+        (answer(Sec_WebSocket_Accept=None), "Sec-WebSocket-Accept"),
+        (answer(Sec_WebSocket_Accept="s3pPLMBiTxaQ9kYGzzhZRbK+xOO="), "Sec-WebSocket-Accept"),
+        (answer("Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo="), "Sec-WebSocket-Accept"),
+        (answer(Sec_WebSocket_Extensions="permessage-deflate"), "extension"),
+        (answer(Sec_WebSocket_Protocol="other"), "subprotocol"),
+        (answer(f"Sec-WebSocket-Protocol: {V1_SUBPROTOCOL}", Sec_WebSocket_Protocol="x"), "subprotocol"),
+        (answer("no colon"), "valid HTTP"),
+        (answer(" folded: line"), "valid HTTP"),
+        (answer("space : before"), "valid HTTP"),
+        (answer("X: control\x07"), "valid HTTP"),
+        (answer("X: bare\rreturn"), "valid HTTP"),
+        (answer(status="99 x"), "valid HTTP"),
+        (answer(status="1010 x"), "valid HTTP"),
+        (answer().replace(b"HTTP/1.1", b"HTTP/1.2"), "valid HTTP"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "valid HTTP"),
+        (b"H2", "valid HTTP"),
+    ],
+)
+def test_a_wrong_answer_fails_the_connection(reply: bytes, sentence: str) -> None:
+    client = make()
+    with pytest.raises(ProtocolError, match=sentence):
+        client.receive(reply)
+    assert client.data_to_send() == b""  # there is no WebSocket yet on which to send a Close frame
+    with pytest.raises(ProtocolError, match=sentence):
+        client.receive(answer())
+
+
+def padded(size: int) -> bytes:
+    filler = size - len(answer("X-Filler: "))
+    return answer("X-Filler: " + "x" * filler)
+
+
+@pytest.mark.parametrize("step", [1, 1000, 2 * MAX_HEAD])
+def test_a_head_of_the_greatest_size_is_accepted(step: int) -> None:
+    client = make()
+    reply = padded(MAX_HEAD)
+    assert len(reply) == MAX_HEAD
+    pieces = cut(reply, itertools.repeat(step))
+    assert [event for piece in pieces for event in client.receive(piece)] == [Opened(None)]
+
+
+@pytest.mark.parametrize("step", [1, 1000, 2 * MAX_HEAD])
+def test_a_greater_head_is_refused(step: int) -> None:
+    client = make()
+    with pytest.raises(ProtocolError, match=str(MAX_HEAD)):
+        for piece in cut(padded(MAX_HEAD + 1), itertools.repeat(step)):
+            client.receive(piece)
+
+
+def test_a_head_without_end_is_refused() -> None:
+    client = make()
+    reply = answer()[:-2] + b"X: "
+    assert client.receive(reply + b"x" * (MAX_HEAD - 1 - len(reply))) == []
+    with pytest.raises(ProtocolError, match="65536 bytes"):
+        client.receive(b"x")
+
+
+def test_frames_may_come_with_the_answer() -> None:
+    assert make().receive(answer() + frame(1, b"hi")) == [Opened(None), Received("hi")]
+
+
+def test_nothing_is_sent_before_the_answer() -> None:
+    client = make()
+    with pytest.raises(ConnectionClosed):
+        client.send("x")
+    assert client.close() == b""
+
+
+# Refusals
+
+REFUSED = "HTTP/1.1 401 Unauthorized\r\nContent-Length: 11\r\nWWW-Authenticate: a\r\nwww-authenticate: b\r\n\r\n"
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_a_401_comes_with_its_body(step: int) -> None:
+    client = make()
+    data = REFUSED.encode() + b"Bad token.\n" + b"no part of it"
+    events = [event for piece in cut(data, itertools.repeat(step)) for event in client.receive(piece)]
+    headers = {"content-length": "11", "www-authenticate": "a, b"}
+    assert events == [Rejected(401, "Unauthorized", headers, b"Bad token.\n")]
+    assert client.receive_eof() == []
+
+
+def test_a_refusal_waits_for_its_body() -> None:
+    client = make()
+    assert client.receive(REFUSED.encode() + b"Bad token.") == []
+    (event,) = client.receive(b"\n")
+    assert isinstance(event, Rejected)
+
+
+def test_the_end_of_the_stream_cuts_a_body_short() -> None:
+    client = make()
+    client.receive(REFUSED.encode() + b"Bad")
+    (event,) = client.receive_eof()
+    assert isinstance(event, Rejected) and event.body == b"Bad"
+    assert client.receive_eof() == []
+
+
+def test_a_redirect_is_a_refusal_with_its_location() -> None:
+    (event,) = make().receive(b"HTTP/1.1 302 Found\r\nLocation: /hub/login\r\nContent-Length: 0\r\n\r\n")
+    assert event == Rejected(302, "Found", {"location": "/hub/login", "content-length": "0"}, b"")
+
+
+def test_a_page_without_length_ends_with_the_stream() -> None:
+    client = make()
+    assert client.receive(b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n<html>") == []
+    assert client.receive(b"</html>") == []
+    assert client.receive_eof() == [Rejected(200, "OK", {"content-type": "text/html"}, b"<html></html>")]
+
+
+def test_a_chunked_page_ends_with_its_last_chunk() -> None:
+    client = make()
+    assert client.receive(b"HTTP/1.1 503\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbusy\r\n0\r\n") == []
+    (event,) = client.receive(b"\r\n")
+    assert event == Rejected(503, "", {"transfer-encoding": "chunked"}, b"4\r\nbusy\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("length", ["", "Content-Length: 200000\r\n", f"Content-Length: {'9' * 5000}\r\n"])
+def test_a_long_body_is_cut(length: str) -> None:
+    client = make()
+    assert client.receive(f"HTTP/1.1 500 Oops\r\n{length}\r\n".encode()) == []
+    assert client.receive(b"x" * (MAX_HEAD - 1)) == []
+    (event,) = client.receive(b"yz")
+    assert isinstance(event, Rejected) and event.body == b"x" * (MAX_HEAD - 1) + b"y"
+
+
+@pytest.mark.parametrize("received", [b"", b"HTTP/1.1 101 Switching"])
+def test_a_stream_that_ends_before_the_answer_is_a_loss(received: bytes) -> None:
+    client = make()
+    client.receive(received)
+    assert client.receive_eof() == [Closed(1006, "")]
+
+
+# Messages from the server
+
+STORY = (
+    answer(Sec_WebSocket_Protocol=V1_SUBPROTOCOL)
+    + frame(1, "h\u00e9llo \U0001f600".encode())
+    + frame(1, b"")
+    + frame(2, b"\xff\x00", fin=False)
+    + frame(9, b"are you there?")
+    + frame(0, b"", fin=False)
+    + frame(10, b"unasked")
+    + frame(0, b"\x01" * 200)
+    + frame(1, "\U0001f600".encode()[:3], fin=False)
+    + frame(0, "\U0001f600".encode()[3:])
+    + frame(2, b"\x02" * 70)
+    + frame(8, Close(1001, "going \u2192 away").serialize())
+)
+EVENTS = [
+    Opened(V1_SUBPROTOCOL),
+    Received("h\u00e9llo \U0001f600"),
+    Received(""),
+    Ponged(b"unasked"),
+    Received(b"\xff\x00" + b"\x01" * 200),
+    Received("\U0001f600"),
+    Received(b"\x02" * 70),
+    Closed(1001, "going \u2192 away"),
+]
+
+
+def tell(pieces: Iterable[bytes]) -> tuple[list[Event], bytes]:
+    client = make()
+    events = [event for piece in pieces for event in client.receive(piece)]
+    return events, client.data_to_send()
+
+
+def test_the_story_in_one_piece() -> None:
+    events, answers = tell([STORY])
+    assert events == EVENTS
+    server = ServerProtocol(state=State.OPEN)
+    server.receive_data(answers)
+    pong, close = map(frame_of, server.events_received())
+    assert (pong.opcode, pong.data) == (Opcode.PONG, b"are you there?")
+    assert (close.opcode, close.data) == (Opcode.CLOSE, struct.pack(">H", 1001))
+
+
+def test_the_story_split_at_every_position() -> None:
+    whole = tell([STORY])
+    for position in range(len(STORY) + 1):
+        assert tell([STORY[:position], STORY[position:]]) == whole
+
+
+def test_the_story_byte_by_byte() -> None:
+    assert tell(cut(STORY, itertools.repeat(1))) == tell([STORY])
+
+
+@given(st.lists(st.integers(0, 60)))
+def test_the_story_in_any_pieces(sizes: list[int]) -> None:
+    assert tell(cut(STORY, sizes)) == tell([STORY])
+
+
+messages = st.one_of(st.text(), st.binary(), st.sampled_from([125, 126, 65535, 65536, 65537]).map(bytes))
+
+
+@given(st.lists(st.tuples(messages, st.lists(st.integers(0, 40), max_size=4))), st.lists(st.integers(1, 200)))
+def test_whatever_a_server_sends_in_fragments_arrives(plan: list[Any], sizes: list[int]) -> None:
+    pair = Pair()
+    pings = 0
+    for message, cuts in plan:
+        text = isinstance(message, str)
+        pieces = list(cut(message.encode() if text else message, cuts)) or [b""]
+        last = len(pieces) - 1
+        for number, piece in enumerate(pieces):
+            if number:
+                pair.server.send_continuation(piece, fin=number == last)
+            elif text:
+                pair.server.send_text(piece, fin=number == last)
+            else:
+                pair.server.send_binary(piece, fin=number == last)
+            pair.server.send_ping(b"%d" % pings)
+            pings += 1
+    assert pair.to_client(sizes) == [Received(message) for message, _ in plan]
+    assert [(pong.opcode, pong.data) for pong in pair.answers] == [
+        (Opcode.PONG, b"%d" % number) for number in range(pings)
+    ]
+
+
+# Messages to the server
+
+
+@given(messages)
+@example("")
+@example("\U0001f600 h\u00e9")
+def test_whatever_is_sent_arrives(message: str | bytes) -> None:
+    pair = Pair()
+    (received,) = pair.to_server(pair.client.send(message))
+    assert received.fin
+    assert received.opcode == (Opcode.TEXT if isinstance(message, str) else Opcode.BINARY)
+    assert bytes(received.data) == (message.encode() if isinstance(message, str) else message)
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536, 10_000_000])
+def test_a_frame_is_what_the_judge_writes(size: int) -> None:
+    data, key = os.urandom(size), b"\x01\x80\xfe\x00"
+    written = opened(mask=lambda: key).send(data)
+    expected = Frame(Opcode.BINARY, data).serialize(mask=False)
+    head = len(expected) - size
+    assert written[0] == expected[0]
+    assert written[1] == expected[1] | 0x80
+    assert written[2:head] == expected[2:head]
+    assert written[head : head + 4] == key
+    assert written[head + 4 :] == bytes(map(int.__xor__, data, itertools.cycle(key)))
+
+
+def test_the_masked_hello_of_the_rfc() -> None:
+    client = opened(mask=lambda: bytes.fromhex("37fa213d"))
+    assert client.send("Hello") == bytes.fromhex("8185 37fa213d 7f9f4d5158")
+
+
+def test_every_frame_asks_for_a_fresh_mask() -> None:
+    keys = [bytes([number]) * 4 for number in range(1, 6)]
+    left = iter(keys)
+    client = opened(mask=lambda: next(left))
+    client.receive(frame(9, b"ping"))
+    frames = [client.data_to_send(), client.send("x"), client.ping(b"y"), client.pong(b"z"), client.close()]
+    assert [data[2:6] for data in frames] == keys
+
+
+def test_a_ping_comes_back() -> None:
+    pair = Pair()
+    (ping,) = pair.to_server(pair.client.ping(b"x" * 125))
+    assert ping.opcode == Opcode.PING
+    assert pair.to_client() == [Ponged(b"x" * 125)]
+
+
+def test_an_unsolicited_pong_is_taken() -> None:
+    pair = Pair()
+    (pong,) = pair.to_server(pair.client.pong())
+    assert (pong.opcode, pong.data) == (Opcode.PONG, b"")
+
+
+@pytest.mark.parametrize("method", ["ping", "pong"])
+def test_a_control_frame_has_room_for_125_bytes(method: str) -> None:
+    with pytest.raises(ValueError, match="125"):
+        getattr(opened(), method)(b"x" * 126)
+
+
+def test_answers_are_returned_once() -> None:
+    client = opened()
+    client.receive(frame(9))
+    assert client.data_to_send()[:2] == b"\x8a\x80"
+    assert client.data_to_send() == b""
+
+
+# Violations
+
+STARTED = frame(1, b"a", fin=False)
+MASKED = Frame(Opcode.TEXT, b"Hello").serialize(mask=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "sentence"),
+    [
+        pytest.param(MASKED[:2], 1002, "MUST NOT mask", id="masked"),
+        pytest.param(b"\x81\x80", 1002, "MUST NOT mask", id="masked, empty"),
+        pytest.param(b"\xc1\x00", 1002, "RSV1", id="rsv1"),
+        pytest.param(b"\xa1\x00", 1002, "RSV1", id="rsv2"),
+        pytest.param(b"\x91\x00", 1002, "RSV1", id="rsv3"),
+        pytest.param(b"\x83\x05", 1002, "unknown opcode", id="opcode 3"),
+        pytest.param(b"\x87\x05", 1002, "unknown opcode", id="opcode 7"),
+        pytest.param(b"\x8b\x05", 1002, "unknown opcode", id="opcode 11"),
+        pytest.param(b"\x8f\x05", 1002, "unknown opcode", id="opcode 15"),
+        pytest.param(b"\x09\x05", 1002, "fragmented", id="ping in fragments"),
+        pytest.param(b"\x08\x02", 1002, "fragmented", id="close in fragments"),
+        pytest.param(b"\x89\x7e", 1002, "125 bytes", id="ping over 125"),
+        pytest.param(b"\x8a\x7f", 1002, "125 bytes", id="pong over 125"),
+        pytest.param(b"\x88\x7e", 1002, "125 bytes", id="close over 125"),
+        pytest.param(b"\x80\x05", 1002, "interleaved", id="continuation of nothing"),
+        pytest.param(b"\x00\x05", 1002, "interleaved", id="continuation of nothing, not final"),
+        pytest.param(STARTED + b"\x81\x05", 1002, "interleaved", id="text within a message"),
+        pytest.param(STARTED + b"\x02\x05", 1002, "interleaved", id="binary within a message"),
+        pytest.param(frame(1, b"", fin=False) + b"\x81\x00", 1002, "interleaved", id="within an empty start"),
+        pytest.param(frame(1, b"x") + b"\x80\x00", 1002, "interleaved", id="continuation of a whole"),
+        pytest.param(STARTED + frame(0) + b"\x80\x00", 1002, "interleaved", id="continuation of an end"),
+        pytest.param(b"\x82\x7e\x00\x7d", 1002, "minimal number", id="125 in 16 bits"),
+        pytest.param(b"\x82\x7f" + struct.pack(">Q", 65535), 1002, "minimal number", id="65535 in 64 bits"),
+        pytest.param(b"\x82\x7f" + struct.pack(">Q", 5), 1002, "minimal number", id="5 in 64 bits"),
+        pytest.param(b"\x82\x7f" + struct.pack(">Q", MAX_MESSAGE + 1), 1009, str(MAX_MESSAGE), id="too big"),
+        pytest.param(b"\x82\x7f" + b"\xff" * 8, 1009, str(MAX_MESSAGE), id="highest bit"),
+        pytest.param(frame(1, b"\xff"), 1007, "UTF-8", id="text, bad byte"),
+        pytest.param(frame(1, b"\xed\xa0\x80"), 1007, "UTF-8", id="text, surrogate"),
+        pytest.param(frame(1, "\u20ac".encode()[:2]), 1007, "UTF-8", id="text, cut"),
+        pytest.param(STARTED + frame(0, b"\xff"), 1007, "UTF-8", id="text in fragments"),
+        pytest.param(frame(8, b"\x03\xe8\xff"), 1007, "UTF-8", id="close reason"),
+        pytest.param(frame(8, b"\x03"), 1002, "2-byte unsigned", id="close with one byte"),
+        *(
+            pytest.param(frame(8, struct.pack(">H", code)), 1002, f"{code} is not", id=f"close with {code}")
+            for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)
+        ),
+    ],
+)
+@pytest.mark.parametrize("step", [1, 1000])
+def test_a_violation_fails_the_connection(data: bytes, code: int, sentence: str, step: int) -> None:
+    pair = Pair()
+    with pytest.raises(ProtocolError, match=sentence) as caught:
+        for piece in [*cut(data, itertools.repeat(step)), b""]:  # events before it come first
+            pair.client.receive(piece)
+    assert str(caught.value).startswith("The WebSocket failed. RFC 6455, ")
+    (close,) = pair.to_server(pair.client.data_to_send())
+    assert Close.parse(close.data).code == code
+    with pytest.raises(ProtocolError, match=sentence):
+        pair.client.receive(frame(1, b"more"))
+    with pytest.raises(ProtocolError, match=sentence):
+        pair.client.receive_eof()
+    with pytest.raises(ConnectionClosed):
+        pair.client.send("x")
+    assert pair.client.data_to_send() == b""
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1007, 1008, 1011, 1012, 1013, 1014, 3000, 4999])
+def test_registered_close_codes_are_taken(code: int) -> None:
+    assert opened().receive(frame(8, struct.pack(">H", code))) == [Closed(code, "")]
+
+
+def test_events_before_a_violation_are_not_lost() -> None:
+    client = opened()
+    assert client.receive(frame(1, b"good") + b"\xc1\x00") == [Received("good")]
+    with pytest.raises(ProtocolError, match="RSV1"):
+        client.receive(b"")
+
+
+def test_a_violation_after_our_close_frame_sends_no_second_one() -> None:
+    client = opened()
+    client.close()
+    with pytest.raises(ProtocolError, match="RSV1"):
+        client.receive(b"\xc1\x00")
+    assert client.data_to_send() == b""
+
+
+# Sizes
+
+
+def test_a_message_of_the_greatest_size_is_taken() -> None:
+    assert opened(max_message=300).receive(frame(2, bytes(300))) == [Received(bytes(300))]
+
+
+def test_a_greater_message_is_refused_before_it_comes() -> None:
+    with pytest.raises(ProtocolError, match="over 300 bytes"):
+        opened(max_message=300).receive(frame(2, bytes(301))[:4])
+
+
+def test_fragments_count_together() -> None:
+    client = opened(max_message=300)
+    assert client.receive(frame(2, bytes(200), fin=False) + frame(0, bytes(100), fin=False)) == []
+    assert client.receive(frame(9, b"x" * 125)) == []  # control frames do not count
+    assert client.receive(frame(0)) == [Received(bytes(300))]
+    assert client.receive(frame(2, bytes(300))) == [Received(bytes(300))]  # the count starts anew
+    assert client.receive(frame(2, bytes(200), fin=False)) == []
+    with pytest.raises(ProtocolError, match="over 300 bytes"):
+        client.receive(frame(0, bytes(101))[:2])
+
+
+def test_bytes_after_the_end_are_not_kept() -> None:
+    client = opened()
+    client.receive(frame(8))
+    tracemalloc.start()
+    try:
+        for _ in range(100):
+            client.receive(bytes(100_000))
+        assert tracemalloc.get_traced_memory()[0] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def seconds_for(size: int, step: int, fragment: int) -> float:
+    """Return the processor time of a message of `size` bytes, in frames of `fragment`, read by `step`."""
+    pieces = list(cut(bytes(size), itertools.repeat(fragment, size // fragment - 1)))
+    data = b"".join(frame(0 if n else 2, piece, n == len(pieces) - 1) for n, piece in enumerate(pieces))
+    client = opened(max_message=size)
+    started = time.process_time()
+    events = [event for piece in cut(data, itertools.repeat(step)) for event in client.receive(piece)]
+    elapsed = time.process_time() - started
+    assert events == [Received(bytes(size))]
+    return elapsed
+
+
+@pytest.mark.parametrize(
+    ("size", "step", "fragment"),
+    [
+        pytest.param(50_000, 1, 50_000, id="byte by byte"),
+        pytest.param(8_000_000, 4096, 8_000_000, id="one great frame"),
+        pytest.param(100_000, 65536, 2, id="many small frames"),
+    ],
+)
+def test_the_cost_is_linear(size: int, step: int, fragment: int) -> None:
+    # Eight times the work takes 8 times as long; it would take 64 times if bytes were moved again and again.
+    small = min(seconds_for(size, step, fragment) for _ in range(3))
+    great = min(seconds_for(8 * size, step, fragment if fragment < size else 8 * size) for _ in range(2))
+    assert great < 30 * small + 0.05
+
+
+# Closing handshake
+
+
+def test_the_server_closes() -> None:
+    pair = Pair()
+    pair.server.send_close(1001, "bye")
+    assert pair.to_client() == [Closed(1001, "bye")]
+    assert pair.server.close_rcvd == Close(1001, "")
+    with pytest.raises(ConnectionClosed):
+        pair.client.send("x")
+    assert pair.client.close() == b""
+    assert pair.client.receive_eof() == []
+
+
+def test_the_client_closes() -> None:
+    pair = Pair()
+    pair.to_server(pair.client.close(1000, "d\u00e9j\u00e0 vu"))
+    assert pair.server.close_rcvd == Close(1000, "d\u00e9j\u00e0 vu")
+    with pytest.raises(ConnectionClosed):
+        pair.client.send("x")
+    with pytest.raises(ConnectionClosed):
+        pair.client.ping()
+    assert pair.to_client() == [Closed(1000, "d\u00e9j\u00e0 vu")]
+    assert pair.client.data_to_send() == b""
+
+
+def test_both_close_at_once() -> None:
+    pair = Pair()
+    pair.server.send_close(1012, "restart")
+    sent = pair.client.close(1000)
+    assert pair.to_client() == [Closed(1012, "restart")]
+    assert pair.answers == []
+    (close,) = pair.to_server(sent)
+    assert Close.parse(close.data).code == 1000
+
+
+def test_messages_may_come_until_the_server_closes() -> None:
+    pair = Pair()
+    pair.server.send_text(b"last words")
+    pair.server.send_ping(b"!")
+    sent = pair.client.close()
+    assert pair.to_client() == [Received("last words")]
+    assert [pong.data for pong in pair.answers] == [b"!"]
+    pair.to_server(sent)
+    assert pair.to_client() == [Closed(1000, "")]
+
+
+def test_a_close_frame_without_code_is_echoed_so() -> None:
+    pair = Pair()
+    pair.server.send_close()
+    assert pair.to_client() == [Closed(1005, "")]
+    assert [(close.opcode, close.data) for close in pair.answers] == [(Opcode.CLOSE, b"")]
+
+
+def test_a_second_close_says_nothing() -> None:
+    client = opened()
+    assert client.close() != b""
+    assert client.close() == b""
+
+
+def test_nothing_counts_after_a_close_frame() -> None:
+    client = opened()
+    assert client.receive(frame(8) + frame(9) + frame(1, b"\xff") + b"\xff\xff") == [Closed(1005, "")]
+    assert client.data_to_send()[:1] == b"\x88"
+    assert client.receive(frame(1, b"late")) == []
+    assert client.data_to_send() == b""
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_stream_that_ends_without_close_frame_is_a_loss(closing: bool) -> None:
+    client = opened()
+    if closing:
+        client.close()
+    client.receive(frame(1, b"cut short")[:-1])
+    assert client.receive_eof() == [Closed(1006, "")]
+    assert client.receive_eof() == []
+    with pytest.raises(ConnectionClosed):
+        client.send("x")
+
+
+@pytest.mark.parametrize("code", [0, 999, 1004, 1005, 1006, 1015, 2000, 5000, 65536])
+def test_codes_that_are_not_for_sending_are_refused(code: int) -> None:
+    client = opened()
+    with pytest.raises(ValueError, match=str(code)):
+        client.close(code)
+    assert client.send("still open")
+
+
+def test_a_reason_has_room_for_123_bytes() -> None:
+    client = opened()
+    with pytest.raises(ValueError, match="125"):
+        client.close(1000, "\u00e9" * 62)
+    assert len(client.close(1000, "\u00e9" * 61 + "e")) == 6 + 125
+
+
+# Real sockets: websockets and tornado
+
+
+class Driver:
+    """The least that a program has to do around a WebSocket."""
+
+    def __init__(self, port: int, target: str = "/", **options: Any) -> None:
+        self.ws = make(nonce=os.urandom(16), mask=lambda: os.urandom(4), target=target, **options)
+        self.socket = socket.create_connection(("127.0.0.1", port), TIMEOUT)
+        self.waiting: list[Event] = []
+        self.socket.sendall(self.ws.handshake())
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def write(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def next(self) -> Event:
+        while not self.waiting:
+            data = self.socket.recv(65536)
+            self.waiting += self.ws.receive(data) if data else self.ws.receive_eof()
+            self.socket.sendall(self.ws.data_to_send())
+            assert data or self.waiting, "the stream ended"
+        return self.waiting.pop(0)
+
+
+@contextlib.contextmanager
+def websockets_server(handler: Callable[[ServerConnection], None], **options: Any) -> Iterator[int]:
+    with serve(handler, "127.0.0.1", 0, open_timeout=TIMEOUT, close_timeout=TIMEOUT, **options) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server.socket.getsockname()[1]
+        finally:
+            server.shutdown()
+            thread.join(TIMEOUT)
+            assert not thread.is_alive()
+
+
+def echo(connection: ServerConnection) -> None:
+    for message in connection:
+        connection.send(message)
+
+
+def test_a_real_server_echoes_and_closes() -> None:
+    options = {"subprotocols": [V1_SUBPROTOCOL], "max_size": None}
+    with websockets_server(echo, **options) as port, Driver(port) as driver:
+        assert driver.next() == Opened(V1_SUBPROTOCOL)
+        for message in ("h\u00e9llo", b"", os.urandom(MAX_MESSAGE)):
+            driver.write(driver.ws.send(message))
+            assert driver.next() == Received(message)
+        driver.write(driver.ws.ping(b"ping"))
+        assert driver.next() == Ponged(b"ping")
+        driver.write(driver.ws.close(1000, "done"))
+        assert driver.next() == Closed(1000, "done")
+        assert driver.socket.recv(1) == b""
+
+
+def test_a_real_server_pings_and_closes_first() -> None:
+    def handler(connection: ServerConnection) -> None:
+        assert connection.ping(b"are you there?").wait(TIMEOUT)
+        connection.send(["in ", "three ", "fragments"])
+        connection.close(1001, "going away")
+
+    with websockets_server(handler) as port, Driver(port) as driver:
+        assert [driver.next() for _ in range(3)] == [
+            Opened(None),
+            Received("in three fragments"),
+            Closed(1001, "going away"),
+        ]
+        assert driver.socket.recv(1) == b""
+
+
+def test_a_real_server_is_told_of_a_message_that_is_too_big() -> None:
+    codes: list[int | None] = []
+
+    def handler(connection: ServerConnection) -> None:
+        connection.send(b"x" * 1001)
+        with contextlib.suppress(Exception):
+            connection.recv(TIMEOUT)
+        codes.append(connection.close_code)
+
+    with websockets_server(handler) as port, Driver(port, max_message=1000) as driver:
+        assert driver.next() == Opened(None)
+        with pytest.raises(ProtocolError, match="over 1000 bytes"):
+            driver.next()
+        driver.write(driver.ws.data_to_send())
+    assert codes == [1009]
+
+
+def test_a_real_server_refuses() -> None:
+    def refuse(connection: ServerConnection, request: Request) -> Any:
+        return connection.respond(HTTPStatus.UNAUTHORIZED, "Bad token.\n")
+
+    with websockets_server(echo, process_request=refuse) as port, Driver(port) as driver:
+        event = driver.next()
+    assert isinstance(event, Rejected)
+    assert (event.status, event.reason, event.body) == (401, "Unauthorized", b"Bad token.\n")
+
+
+class TornadoEcho(tornado.websocket.WebSocketHandler):
+    def select_subprotocol(self, subprotocols: list[str]) -> str | None:
+        return V1_SUBPROTOCOL if V1_SUBPROTOCOL in subprotocols else None
+
+    def on_message(self, message: str | bytes) -> None:
+        if message == "close":
+            self.close(1000, "as you wish")
+        elif message == "vanish":
+            self.close()
+        else:
+            self.ping(b"x")
+            self.write_message(message, binary=isinstance(message, bytes))
+
+
+class TornadoForbidden(tornado.web.RequestHandler):
+    def get(self) -> None:
+        raise tornado.web.HTTPError(403)
+
+
+@pytest.fixture(scope="module")
+def tornado_port() -> Iterator[int]:
+    """A tornado server, the one under every Jupyter server, in a thread of its own."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    loop = asyncio.new_event_loop()
+    started = threading.Event()
+
+    async def main() -> None:
+        routes = [("/ws", TornadoEcho), ("/forbidden", TornadoForbidden)]
+        redirect = ("/login", tornado.web.RedirectHandler, {"url": "/hub/login", "permanent": False})
+        server = tornado.httpserver.HTTPServer(tornado.web.Application([*routes, redirect]))
+        listener.setblocking(False)
+        server.add_socket(listener)
+        started.set()
+        await stop.wait()
+        server.stop()
+        await server.close_all_connections()
+
+    async def begin() -> asyncio.Event:
+        return asyncio.Event()
+
+    stop = loop.run_until_complete(begin())
+    thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
+    thread.start()
+    assert started.wait(TIMEOUT)
+    yield listener.getsockname()[1]
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
+    loop.close()
+    listener.close()
+
+
+@pytest.mark.parametrize(("offered", "chosen"), [([V1_SUBPROTOCOL], V1_SUBPROTOCOL), (["other"], None), ([], None)])
+def test_tornado_echoes_and_closes(tornado_port: int, offered: list[str], chosen: str | None) -> None:
+    with Driver(tornado_port, "/ws", subprotocols=offered) as driver:
+        assert driver.next() == Opened(chosen)
+        for message in ("h\u00e9llo", os.urandom(200_000)):
+            driver.write(driver.ws.send(message))
+            assert driver.next() == Received(message)
+        driver.write(driver.ws.send("close"))
+        assert driver.next() == Closed(1000, "as you wish")
+        assert driver.socket.recv(1) == b""
+
+
+def test_tornado_closes_without_a_code(tornado_port: int) -> None:
+    with Driver(tornado_port, "/ws") as driver:
+        driver.next()
+        driver.write(driver.ws.send("vanish"))
+        assert driver.next() == Closed(1005, "")
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "location"), [("/forbidden", 403, None), ("/none", 404, None), ("/login", 302, "/hub/login")]
+)
+def test_tornado_refuses_on_a_connection_that_it_keeps(
+    tornado_port: int, target: str, status: int, location: str | None
+) -> None:
+    with Driver(tornado_port, target) as driver:
+        event = driver.next()
+        assert isinstance(event, Rejected)
+        assert (event.status, event.headers.get("location")) == (status, location)
+        assert len(event.body) == int(event.headers["content-length"])
+
+
+# Codecs
+
+numbers = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+ws_values = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+ws_objects = st.dictionaries(st.text(), ws_values, max_size=3)
+channels = st.sampled_from(["shell", "iopub", "stdin", "control"])
+buffers = st.lists(st.binary(), max_size=4)
+kernel_messages = st.builds(Message, channels, ws_objects, ws_objects, ws_objects, ws_objects, buffers)
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """The message in the form of jupyter_server."""
+    names = ("channel", "header", "parent_header", "metadata", "content", "buffers")
+    return {name: getattr(message, name) for name in names}
+
+
+def any_message(**values: Any) -> Message:
+    default = Message("iopub", {"msg_type": "stream", "msg_id": "1"}, {"msg_id": "0"}, {}, {"text": "x"}, [])
+    return Message(**(as_dict(default) | values))
+
+
+def pack(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+@given(kernel_messages)
+def test_json_round_trip(sent: Message) -> None:
+    data = JsonCodec().encode(sent)
+    assert isinstance(data, bytes) == bool(sent.buffers)
+    assert JsonCodec().decode(data) == sent
+
+
+@given(kernel_messages)
+def test_v1_round_trip(sent: Message) -> None:
+    assert V1Codec().decode(V1Codec().encode(sent)) == sent
+
+
+@given(kernel_messages)
+def test_the_server_understands_json(sent: Message) -> None:
+    data = JsonCodec().encode(sent)
+    received = json.loads(data) if isinstance(data, str) else judge.deserialize_binary_message(data)
+    assert received == as_dict(sent)
+
+
+@given(kernel_messages)
+def test_json_of_the_server_is_understood(sent: Message) -> None:
+    values = as_dict(sent)
+    assert JsonCodec().decode(judge.serialize_binary_message(values)) == sent
+    sent.buffers.clear()
+    assert JsonCodec().decode(json.dumps(values)) == sent
+
+
+@given(kernel_messages)
+def test_the_server_understands_v1(sent: Message) -> None:
+    channel, parts = judge.deserialize_msg_from_ws_v1(V1Codec().encode(sent))
+    assert channel == sent.channel
+    assert [json.loads(part) for part in parts[:4]] == [sent.header, sent.parent_header, sent.metadata, sent.content]
+    assert parts[4:] == sent.buffers
+
+
+@given(kernel_messages)
+def test_v1_of_the_server_is_understood(sent: Message) -> None:
+    parts = [pack(part) for part in (sent.header, sent.parent_header, sent.metadata, sent.content)]
+    data = judge.serialize_msg_to_ws_v1([*parts, *sent.buffers], sent.channel)
+    assert V1Codec().decode(data) == sent
+    sent.buffers.clear()
+    assert V1Codec().decode(judge.serialize_msg_to_ws_v1(as_dict(sent), sent.channel, pack=pack)) == sent
+
+
+@pytest.mark.parametrize("codec", [JsonCodec(), V1Codec()])
+def test_a_lone_surrogate_survives(codec: JsonCodec | V1Codec) -> None:
+    sent = any_message(content={"code": "print('\ud83d')"})
+    assert codec.decode(codec.encode(sent)) == sent
+
+
+def test_null_stands_for_an_empty_object() -> None:
+    text = '{"channel":"iopub","header":{"msg_id":"1"},"parent_header":null,"metadata":null,"content":null}'
+    expected = Message("iopub", {"msg_id": "1"}, {}, {}, {}, [])
+    assert JsonCodec().decode(text) == expected
+    parts = [b'{"msg_id":"1"}', b"null", b"null", b"null"]
+    assert V1Codec().decode(judge.serialize_msg_to_ws_v1(parts, "iopub")) == expected
+
+
+def test_raw_surrogates_of_a_kernel_do_not_lose_the_message() -> None:
+    parts = [b"{}", b"{}", b"{}", b'{"text":"a\xffb"}']
+    assert V1Codec().decode(judge.serialize_msg_to_ws_v1(parts, "iopub")).content == {"text": "a\ufffdb"}
+
+
+def json_of(**values: Any) -> str:
+    return json.dumps(as_dict(any_message()) | values)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "",
+        "[]",
+        "null",
+        "{",
+        "[" * 100_000,
+        json_of(header=None),
+        json_of(header=[]),
+        json_of(header="x"),
+        json_of(parent_header=[]),
+        json_of(metadata=0),
+        json_of(content=False),
+        json_of(channel=None),
+        json_of(channel="hb"),
+        json_of(channel=["shell"]),
+        json_of(channel={}),
+        "{}",
+    ],
+)
+def test_malformed_json_is_refused(data: str) -> None:
+    with pytest.raises(ProtocolError):
+        JsonCodec().decode(data)
+
+
+def v1_of(*parts: bytes, channel: str = "shell") -> bytes:
+    return bytes(judge.serialize_msg_to_ws_v1(list(parts), channel))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "text",
+        v1_of(b"{}", b"{}", b"{}"),
+        v1_of(b"null", b"{}", b"{}", b"{}"),
+        v1_of(b"[]", b"{}", b"{}", b"{}"),
+        v1_of(b"{}", b"[]", b"{}", b"{}"),
+        v1_of(b"{}", b"{}", b"", b"{}"),
+        v1_of(b"{}", b"{}", b"{}", b"{"),
+        v1_of(b"{}", b"{}", b"{}", b"{}", channel="hb"),
+        v1_of(b"{}", b"{}", b"{}", b"{}", channel=""),
+        v1_of(b"{}", b"{}", b"{}", b"{}", channel="sh\u00e9ll"),
+        v1_of(b"{}", b"{}", b"{}", b"{}").replace(b"shell", b"she\xffl"),
+        v1_of(b"{}", b"{}", b"{}", b"{}") + b"x",
+        v1_of(b"{}", b"{}", b"{}", b"{}")[:-1],
+    ],
+)
+def test_malformed_v1_is_refused(data: str | bytes) -> None:
+    with pytest.raises(ProtocolError):
+        V1Codec().decode(data)
+
+
+CODECS: dict[str, Any] = {">I": JsonCodec(), "<Q": V1Codec()}
+PLAIN: dict[str, bytes] = {
+    word: codec.encode(any_message(buffers=[b"ab", b"", b"cd"])) for word, codec in CODECS.items()
+}
+
+
+@pytest.mark.parametrize("word", [">I", "<Q"])
+def test_no_prefix_of_a_message_is_taken_for_one(word: str) -> None:
+    codec, data = CODECS[word], PLAIN[word]
+    size = struct.calcsize(word)
+    count = struct.unpack_from(word, data)[0]
+    # Only the JSON form has no end of its own: there, the last buffer ("cd") may be cut.
+    end = len(data) - 2 if word == ">I" else len(data)
+    assert end > size * (count + 1)
+    for length in range(end):
+        with pytest.raises(ProtocolError):
+            codec.decode(data[:length])
+
+
+@pytest.mark.parametrize("word", [">I", "<Q"])
+def test_hostile_tables_are_refused(word: str) -> None:
+    codec, data = CODECS[word], PLAIN[word]
+    size = struct.calcsize(word)
+    count = struct.unpack_from(word, data)[0]
+    largest = 2 ** (8 * size) - 1
+    refused = 0
+    for index in range(count + 1):
+        (right,) = struct.unpack_from(word, data, size * index)
+        before = struct.unpack_from(word, data, size * (index - 1))[0] if index > 1 else size * (count + 1)
+        after = struct.unpack_from(word, data, size * (index + 1))[0] if index < count else len(data)
+        offsets = {0, before - 1, after + 1, len(data) + 1, largest, largest // 2}
+        for number in (offsets if index else {0, largest}) - {right}:
+            with pytest.raises(ProtocolError):
+                codec.decode(data[: size * index] + struct.pack(word, number) + data[size * (index + 1) :])
+            refused += 1
+    assert refused > 5 * count
+
+
+@pytest.mark.parametrize("word", [">I", "<Q"])
+def test_the_number_of_parts_is_bounded(word: str) -> None:
+    codec = CODECS[word]
+    extra = {">I": 1, "<Q": 6}[word]  # the JSON; channel, four objects and the end
+    most = any_message(buffers=[b""] * (MAX_PARTS - extra))
+    assert codec.decode(codec.encode(most)) == most
+    most.buffers.append(b"")
+    with pytest.raises(ProtocolError, match="too long"):
+        codec.decode(codec.encode(most))
+
+
+@given(st.binary())
+def test_no_bytes_raise_anything_else(data: bytes) -> None:
+    for codec in (JsonCodec(), V1Codec()):
+        with pytest.raises(ProtocolError):
+            codec.decode(data)
+
+
+byte_changes = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1)
+
+
+@given(st.sampled_from([">I", "<Q"]), byte_changes)
+def test_no_change_of_bytes_raises_anything_else(word: str, changes: list[tuple[int, int]]) -> None:
+    codec, data = CODECS[word], bytearray(PLAIN[word])
+    for position, value in changes:
+        data[position % len(data)] = value
+    with contextlib.suppress(ProtocolError):
+        assert isinstance(codec.decode(bytes(data)), Message)
+
+
+@given(st.binary(), st.lists(st.integers(1, 9)))
+def test_no_frames_raise_anything_else(data: bytes, sizes: list[int]) -> None:
+    def outcome(pieces: Iterable[bytes]) -> tuple[list[Event], str]:
+        client, events = opened(), []
+        try:
+            for piece in pieces:
+                events += client.receive(piece)
+            events += client.receive_eof()
+        except ProtocolError as error:
+            return events, str(error)
+        return events, ""
+
+    assert outcome(cut(data, sizes)) == outcome([data])
+
+
+def test_the_accept_key_of_this_file_is_right() -> None:
+    # The constant in answer() is the RFC's; this ties it to the nonce that the tests use.
+    key = base64.b64encode(SAMPLE_NONCE) + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    assert base64.b64encode(hashlib.sha1(key).digest()) in answer()
 
 
 # ======================================================================================================
@@ -866,7 +2029,7 @@ def without_reply(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("script", "exit_code", "note"),
-    [(without_idle, 0, "Some of the output was lost on its way"), (without_reply, 1, "without a reply")],
+    [(without_idle, 0, "Some of the output was lost on its way"), (without_reply, 1, "its reply was lost")],
 )
 def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
     script: Any, exit_code: int, note: str, monkeypatch: pytest.MonkeyPatch
@@ -1718,6 +2881,499 @@ def test_docker_kwargs_are_merged_with_ours(containers: Any, tmp_path: Path) -> 
 def test_an_unknown_docker_keyword_is_named(containers: Any) -> None:
     with docker_server(memory_limit="1g") as server, pytest.raises(TypeError, match="memory_limit"):
         JupyterCodeExecutor(server)
+
+
+# Servers
+
+
+@dataclass
+class Peer:
+    """A real Jupyter server that the tests started."""
+
+    info: JupyterConnectionInfo
+    log: Path
+
+    def client(self, **options: Any) -> RemoteJupyterServer:
+        return RemoteJupyterServer(self.info, **options)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+GATEWAY = ["kernelgateway", "--KernelGatewayApp.port_retries=0", "--JupyterWebsocketPersonality.list_kernels=true"]
+SERVER = ["server", "--allow-root", "--no-browser", "--ServerApp.port_retries=0", "--ServerApp.open_browser=False"]
+
+
+@contextlib.contextmanager
+def peer(tmp_path: Path, *options: str, python: str = sys.executable, **info: Any) -> Iterator[Peer]:
+    """Run `python -m jupyter OPTIONS` with a token until it answers."""
+    port, token, log = free_port(), "s3cret-t0ken", tmp_path / "peer.log"
+    app = "ServerApp" if options[0] == "server" else "KernelGatewayApp"
+    app = "EnterpriseGatewayApp" if options[0] == "enterprisegateway" else app
+    command = [python, "-m", "jupyter", *options, f"--{app}.port={port}", f"--{app}.ip=127.0.0.1"]
+    environment = os.environ | {"KG_AUTH_TOKEN": token, "JUPYTER_TOKEN": token, "EG_AUTH_TOKEN": token}
+    connection = JupyterConnectionInfo("127.0.0.1", info.pop("use_https", False), port, token, **info)
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=environment, cwd=tmp_path, start_new_session=True
+        )
+        try:
+            with RemoteJupyterServer(connection) as client:
+                eventually(lambda: answers(client) or process.poll() is not None, "the server answers")
+            assert process.poll() is None, log.read_text()
+            yield Peer(connection, log)
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def answers(client: RemoteJupyterServer) -> bool:
+    with contextlib.suppress(ConnectionClosed, ExecutionTimeout):
+        return bool(client.kernelspecs())
+    return False
+
+
+def installed(*names: str) -> bool:
+    return all(importlib.util.find_spec(name) for name in names)
+
+
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    need("server", installed("kernel_gateway"))
+    with peer(tmp_path_factory.mktemp("gateway"), *GATEWAY) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def jupyter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    need("server", installed("jupyter_server"))
+    with peer(
+        tmp_path_factory.mktemp("server"), *SERVER, "--ServerApp.base_url=/user/ann/", base_url="/user/ann"
+    ) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def enterprise_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    """Enterprise Gateway pins an older jupyter-server: it lives in an environment of its own."""
+    python = os.environ.get("JUPYTER_EXEC_ENTERPRISE_PYTHON", "")
+    need("enterprise", os.path.exists(python))
+    with peer(tmp_path_factory.mktemp("enterprise"), "enterprisegateway", python=python) as started:
+        yield started
+
+
+@pytest.fixture(params=["gateway", "jupyter_server"])
+def remote(request: pytest.FixtureRequest, gateway: Peer, jupyter_server: Peer) -> Peer:
+    return {"gateway": gateway, "jupyter_server": jupyter_server}[request.param]
+
+
+@pytest.fixture
+def far(remote: Peer, tmp_path: Path) -> Iterator[JupyterCodeExecutor]:
+    with JupyterCodeExecutor(remote.info, output_dir=tmp_path) as executor:
+        yield executor
+
+
+def test_remote_kernels_work_like_local_ones(far: JupyterCodeExecutor, tmp_path: Path) -> None:
+    assert run(far, "x = 6", "x * 7").output == "\n42"
+    failed = run(far, "print('before')\n1/0")
+    assert failed.exit_code == 1
+    assert failed.output.startswith("before\nZeroDivisionError")
+    assert run(far, "from IPython.display import HTML\nHTML('<b>')").output_files[0].startswith(str(tmp_path))
+    assert far.execute("while True: pass", timeout=1).kernel_state == "intact"
+    assert run(far, "x").output == "6"
+    assert far.connection_file is None
+
+
+def test_remote_restart_and_death(far: JupyterCodeExecutor) -> None:
+    run(far, "x = 1")
+    far.restart()
+    assert run(far, "'x' in dir()").output == "False"
+    result = run(far, "import os; os._exit(1)")
+    assert (result.exit_code, result.kernel_state) == (137, "lost")
+    assert "its server found it dead" in result.output
+    assert run(far, "1").output == "1"
+
+
+def test_remote_kernels_are_deleted_and_attached_ones_are_not(remote: Peer) -> None:
+    with remote.client() as owner:
+        client = owner.start_kernel()
+        client.wait_ready(jupyter_exec.Deadline(PATIENCE))
+        client.execute("x = 5", PATIENCE)
+        (model,) = owner.list_kernels()
+        with remote.client(kernel_id=model["id"]) as guest, JupyterCodeExecutor(guest) as executor:
+            assert run(executor, "x").output == "5"
+            with pytest.raises(KernelError, match="not ours"):
+                executor.restart()
+        assert client.execute("x", PATIENCE).text == "5"
+    with remote.client() as witness:
+        assert witness.list_kernels() == []
+
+
+def test_remote_kernel_gets_its_environment(gateway: Peer) -> None:
+    with gateway.client(env={"KERNEL_GREETING": "hello"}) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "import os; os.environ['KERNEL_GREETING']").output == "'hello'"
+
+
+def test_remote_input(gateway: Peer) -> None:
+    with JupyterCodeExecutor(gateway.info, on_input=lambda prompt, password: "blue") as executor:
+        assert run(executor, "input('colour? ')").output.endswith("'blue'")
+
+
+def test_the_default_subprotocol_works_too(jupyter_server: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "V1_SUBPROTOCOL", "unknown.to.the.server")
+    with JupyterCodeExecutor(jupyter_server.info) as executor:
+        assert run(executor, "6 * 7").output == "42"
+        assert isinstance(executor._kernel._channels, jupyter_exec.WebSocketChannels)
+        assert isinstance(executor._kernel._channels._codec, jupyter_exec.JsonCodec)
+
+
+def test_a_dropped_connection_is_made_anew_and_the_rest_replayed(jupyter_server: Peer, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    code = f"import os, time\nprint('first', flush=True)\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\nn += 1\n7"
+    with JupyterCodeExecutor(jupyter_server.info) as executor:
+        run(executor, "n = 0")
+
+        def cut(output: dict[str, Any]) -> None:
+            if output.get("text") == "first\n":
+                channels: Any = executor._kernel._channels
+                channels._loop.post(lambda: channels._socket.shutdown(socket.SHUT_RDWR))
+                gate.touch()
+
+        result = executor.execute(code, on_output=cut, timeout=PATIENCE)
+        assert (result.status, result.kernel_state) == ("ok", "intact")
+        assert result.text.startswith("first\n7")
+        assert run(executor, "n").output == "1"
+
+
+def test_a_server_that_goes_away_in_mid_cell_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("server", installed("kernel_gateway"))
+    monkeypatch.setattr(jupyter_exec, "RECONNECT_TIMEOUT", 1.0)
+    killed = threading.Event()
+    with contextlib.ExitStack() as stack:
+        started = stack.enter_context(peer(tmp_path, *GATEWAY))
+        executor = stack.enter_context(JupyterCodeExecutor(started.info))
+        (pid,) = [pid for pid in descendants(os.getpid()) if f"port={started.info.port}" in command_line(pid)]
+        kernels = descendants(pid)
+
+        def kill(output: dict[str, Any]) -> None:
+            if not killed.is_set():
+                killed.set()
+                os.kill(pid, signal.SIGKILL)
+
+        result = executor.execute("print('go', flush=True)\nwhile True: pass", on_output=kill, timeout=60)
+        assert (result.status, result.exit_code, result.kernel_state) == ("died", 137, "lost")
+        assert "the connection to its server was lost" in result.note
+        assert "Connection refused" in result.note
+        assert run(executor, "1").exit_code != 0
+        for kernel in kernels:  # its server cannot any more
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(kernel, signal.SIGKILL)
+
+
+def command_line(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def test_a_deleted_kernel_is_reported(remote: Peer) -> None:
+    with remote.client() as server, JupyterCodeExecutor(server, timeout=1) as executor:
+        (model,) = server.list_kernels()
+        delete = threading.Thread(target=lambda: server.rest.request("DELETE", f"/api/kernels/{model['id']}"))
+        result = executor.execute("print('go', flush=True)\nwhile True: pass", on_output=lambda output: started(delete))
+        delete.join()
+        assert result.kernel_state == "lost"
+        assert result.exit_code != 0
+        assert run(executor, "1").output == "1"
+
+
+def started(thread: threading.Thread) -> None:
+    if thread.ident is None:
+        thread.start()
+
+
+def test_output_over_the_rate_limit_is_said_to_be_lost(gateway: Peer) -> None:
+    with JupyterCodeExecutor(gateway.info) as executor:
+        result = run(executor, "print('x' * 9_000_000)\nprint('end')")
+        assert "Some of the output was lost" in result.output
+
+
+def test_code_over_the_servers_limit_is_not_sent(gateway: Peer) -> None:
+    with JupyterCodeExecutor(gateway.info) as executor:
+        result = run(executor, "x = 1", "#" * 11_000_000)
+        assert (result.exit_code, result.kernel_state) == (1, "intact")
+        assert "over the server's limit" in result.output
+        assert run(executor, "x").output == "1"
+
+
+def test_a_cell_after_a_long_pause_works(tmp_path: Path) -> None:
+    need("server", installed("jupyter_server"))
+    options = ["--ServerApp.tornado_settings={'ws_ping_interval': 500, 'ws_ping_timeout': 1500}"]
+    with peer(tmp_path, *SERVER, *options) as started, JupyterCodeExecutor(started.info) as executor:
+        run(executor, "x = 5")
+        channels: Any = executor._kernel._channels
+        heard = channels._heard_at
+        # The server pings each half a second, and cuts a client that has not answered for 1.5 seconds.
+        eventually(lambda: channels._heard_at > heard + 4, "pings of four seconds were answered")
+        assert run(executor, "x").output == "5"
+        assert "ping timeout" not in started.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1 and its key."""
+    path = tmp_path_factory.mktemp("tls")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(path / "key"), "-out", str(path / "cert")]
+    subprocess.run(command, check=True, capture_output=True)
+    return path / "cert", path / "key"
+
+
+def test_https_is_verified(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    need("server", installed("jupyter_server"))
+    cert, key = certificate
+    options = [f"--ServerApp.certfile={cert}", f"--ServerApp.keyfile={key}"]
+    with peer(tmp_path, *SERVER, *options, use_https=True, ca_file=str(cert)) as started:
+        with JupyterCodeExecutor(started.info) as executor:
+            assert run(executor, "x = 6", "x * 7").output == "\n42"
+            assert len(run(executor, "print('x' * 900_000)").output) == 900_001
+        with pytest.raises(ConnectionClosed, match=r"certificate of .* is not trusted"):
+            JupyterCodeExecutor(replace(started.info, ca_file=None))
+        with JupyterCodeExecutor(replace(started.info, ca_file=None, verify=False)) as executor:
+            assert run(executor, "1").output == "1"
+
+
+def test_a_client_certificate_is_presented(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    need("server", installed("jupyter_server"))
+    cert, key = certificate
+    options = [f"--ServerApp.certfile={cert}", f"--ServerApp.keyfile={key}", f"--ServerApp.client_ca={cert}"]
+    info = {"use_https": True, "ca_file": str(cert), "client_cert": (str(cert), str(key))}
+    with peer(tmp_path, *SERVER, *options, **info) as started:
+        with JupyterCodeExecutor(started.info) as executor:
+            assert run(executor, "1").output == "1"
+        with pytest.raises(ConnectionClosed):
+            JupyterCodeExecutor(replace(started.info, client_cert=None))
+
+
+def test_enterprise_gateway(enterprise_gateway: Peer) -> None:
+    with enterprise_gateway.client(env={"KERNEL_USERNAME": "ann"}) as server:
+        with JupyterCodeExecutor(server, "python3") as executor:
+            assert run(executor, "x = 6", "x * 7").output == "\n42"
+            assert executor.execute("while True: pass", timeout=1).kernel_state == "intact"
+            executor.restart()
+            assert run(executor, "'x' in dir()").output == "False"
+
+
+def test_enterprise_gateway_tells_why_it_refuses(enterprise_gateway: Peer) -> None:
+    with enterprise_gateway.client(env={"KERNEL_USERNAME": "root"}) as server, pytest.raises(ServerError) as caught:
+        JupyterCodeExecutor(server)
+    assert caught.value.status == 403
+    assert "root" in str(caught.value)
+
+
+def test_any_object_with_connection_info_is_a_server(gateway: Peer) -> None:
+    class Theirs:
+        host, use_https, port, token = "127.0.0.1", False, gateway.info.port, gateway.info.token
+
+    class Connectable:
+        connection_info = Theirs()
+
+    with JupyterCodeExecutor(Connectable()) as executor:
+        assert run(executor, "1").output == "1"
+
+
+def test_wrong_token_unknown_kernel_and_forbidden_list_are_said(remote: Peer, tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="token is missing or wrong"):
+        JupyterCodeExecutor(replace(remote.info, token="wrong"))
+    with pytest.raises(ValueError, match="Kernel nope is not installed"):
+        JupyterCodeExecutor(remote.info, "nope")
+    with pytest.raises(ConnectionClosed, match="Cannot connect"):
+        JupyterCodeExecutor(replace(remote.info, port=free_port()))
+
+
+def test_listing_kernels_may_be_forbidden(tmp_path: Path) -> None:
+    need("server", installed("kernel_gateway"))
+    with peer(tmp_path, "kernelgateway") as started, started.client() as server:
+        with pytest.raises(ServerError) as caught:
+            server.list_kernels()
+        assert caught.value.status == 403
+        with JupyterCodeExecutor(server) as executor:
+            assert run(executor, "1").output == "1"
+
+
+@contextlib.contextmanager
+def fake_server(answer: bytes) -> Iterator[JupyterConnectionInfo]:
+    """A server that sends `answer` to each connection and then waits."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stopping = threading.Event()
+
+        def serve() -> None:
+            listener.settimeout(0.05)
+            clients = []
+            while not stopping.is_set():
+                with contextlib.suppress(TimeoutError):
+                    clients.append(listener.accept()[0])
+                    clients[-1].sendall(answer)
+            for client in clients:
+                client.close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield JupyterConnectionInfo("127.0.0.1", False, listener.getsockname()[1], "s3cret-t0ken")
+        stopping.set()
+        thread.join()
+
+
+def http(status: str, body: str, kind: str = "text/html", *more: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", f"Content-Type: {kind}", f"Content-Length: {len(body)}", *more, "", body]
+    return "\r\n".join(lines).encode()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (http("200 OK", "<html>Please log in</html>"), "no Jupyter server: it sends text/html"),
+        (http("302 Found", "", "text/html", "Location: /hub/login"), "redirects elsewhere"),
+        (http("500 Oops", '{"message": "it broke", "reason": null}', "application/json"), "500.*it broke"),
+        (http("200 OK", "[1]", "application/json"), "no Jupyter server"),
+        (http("200 OK", "[" * 100_000, "application/json"), "no Jupyter server"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "broke the connection"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "Jupyter server|broke|No answer"),
+        (b"", "No answer to GET .* within 0.5 s"),
+    ],
+)
+def test_what_is_no_jupyter_server_is_told(answer: bytes, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec.RestClient.request, "__kwdefaults__", {"timeout": 0.5})
+    with fake_server(answer) as info, pytest.raises(JupyterExecError) as caught:
+        JupyterCodeExecutor(info)
+    assert re.search(says, str(caught.value))
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["http://example.com", "example.com/path", "a b", ""])
+def test_a_host_that_is_none_is_refused(host: str) -> None:
+    with pytest.raises(ValueError, match="host must be a name or an address"):
+        RemoteJupyterServer(JupyterConnectionInfo(host, True))
+
+
+def test_the_token_is_in_no_repr_url_log_or_command_line(
+    gateway: Peer, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("DEBUG")
+    token = gateway.info.token or ""
+    with JupyterCodeExecutor(gateway.info) as executor:
+        run(executor, "1")
+        texts = [repr(gateway.info), str(gateway.info), gateway.info.url, repr(executor), repr(vars(executor))]
+        texts += [caplog.text, gateway.log.read_text(), *capfd.readouterr(), *map(command_line, [os.getpid()])]
+    for text in texts:
+        assert token not in text
+
+
+def test_a_local_gateway_serves_others_and_goes_with_its_server(tmp_path: Path) -> None:
+    need("server", installed("kernel_gateway"))
+    log = tmp_path / "gateway.log"
+    with LocalJupyterServer(token="my$token", log_file=log, cwd=tmp_path) as server:
+        (tmp_path / "signal.py").write_text("raise SystemExit('shadowed')")
+        with JupyterCodeExecutor(server) as executor, RemoteJupyterServer(server.connection_info) as other:
+            assert run(executor, "6 * 7").output == "42"
+            assert len(other.list_kernels()) == 1
+            assert (server.ip, server.token, server.get_client().list_kernels()) == (
+                "127.0.0.1",
+                "my$token",
+                other.list_kernels(),
+            )
+            assert not any("my$token" in command_line(pid) for pid in descendants(os.getpid()))
+            assert len(run(executor, "print('x' * 9_000_000)").output) == 9_000_001
+    assert "Kernel started" in log.read_text()
+    with pytest.raises(ConnectionClosed, match="stopped"):
+        server.get_client()
+
+
+def test_a_local_gateway_dies_with_a_killed_client(tmp_path: Path) -> None:
+    need("server", installed("kernel_gateway"))
+    marker = f"mark-{time.time_ns()}"
+    program = """
+        import sys, time, jupyter_exec
+        server = jupyter_exec.LocalJupyterServer(transport="gateway", env={"MARK": sys.argv[1]})
+        assert jupyter_exec.JupyterCodeExecutor(server).execute("1").status == "ok"
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), marker]
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as client:
+        assert client.stdout
+        assert client.stdout.readline() == b"ready\n"
+        client.kill()
+    eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
+
+
+def test_a_gateway_whose_port_is_taken_is_reported(tmp_path: Path) -> None:
+    need("server", installed("kernel_gateway"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        taken.close()
+        with LocalJupyterServer(port=port) as first:
+            first.get_client()
+            with LocalJupyterServer(port=port) as second, pytest.raises(JupyterExecError) as caught:
+                second.get_client()
+    assert "already in use" in str(caught.value) or "token is missing or wrong" in str(caught.value)
+
+
+def test_a_python_without_kernel_gateway_says_what_to_install(bare_python: str) -> None:
+    with (
+        LocalJupyterServer(python=bare_python, transport="gateway") as server,
+        pytest.raises(KernelStartFailed) as caught,
+    ):
+        server.get_client()
+    assert f"{bare_python} -m pip install jupyter_kernel_gateway" in str(caught.value)
+
+
+def test_a_direct_server_has_no_connection_info() -> None:
+    for name in ("connection_info", "ip", "port", "token", "get_client"):
+        with pytest.raises(AttributeError, match='transport="gateway"'):
+            getattr(LocalJupyterServer(), name)()
+
+
+def test_a_docker_gateway(containers: Any) -> None:
+    with docker_server(network=None, token="t0ken") as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "6 * 7").output == "42"
+        with RemoteJupyterServer(server.connection_info) as other:
+            assert len(other.list_kernels()) == 1
+        (container,) = containers()
+        assert container.ports["8888/tcp"][0]["HostIp"] == "127.0.0.1"
+        assert container.attrs["Config"]["User"] == "1000:1000"
+
+
+def test_a_docker_gateway_may_be_left_running(engine: Any, containers: Any) -> None:
+    with docker_server(network=None, stop_container=False, container_name="jupyter-exec-test-left") as server:
+        info = server.connection_info
+    with JupyterCodeExecutor(info) as executor:
+        assert run(executor, "1").output == "1"
+    engine.containers.get("jupyter-exec-test-left").remove(force=True)
+
+
+def test_a_gateway_container_of_a_dead_process_is_removed_at_the_next_start(containers: Any) -> None:
+    program = """
+        import os, sys, jupyter_exec
+        server = jupyter_exec.DockerJupyterServer(base_image=sys.argv[1] or None, transport="gateway")
+        server.connection_info
+        os.kill(os.getpid(), 9)
+    """
+    run_python(program, os.environ.get("BASE_IMAGE", ""))
+    (forsaken,) = containers()
+    with docker_server(network=None, transport="gateway") as server:
+        server.get_client()
+        assert [container.id for container in containers()] != [forsaken.id]
+        assert len(containers()) == 1
+
+
+def test_a_gateway_without_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be reached without a network"):
+        DockerJupyterServer(network="none", transport="gateway")
 
 
 # Commands
