@@ -167,7 +167,10 @@ def _exists(descriptor: str) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def no_leaks() -> Iterator[None]:
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("bench"):  # a rival's leaks are not ours
+        yield
+        return
     before = resources()
     yield
     after: dict[str, Any] = {}
@@ -3852,3 +3855,100 @@ def test_linters_are_content(command: list[str]) -> None:
     files = ["jupyter_exec.py"] if command[0] == "mypy" else ["jupyter_exec.py", "test_jupyter_exec.py"]
     result = subprocess.run([sys.executable, "-m", *command, *files], capture_output=True, text=True, cwd=HERE)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+# ======================================================================================================
+# Benchmarks: `pytest -m bench`; each group beside its rivals in one run, to be read as ratios
+# ======================================================================================================
+
+
+@pytest.fixture
+def rivals(request: pytest.FixtureRequest) -> Callable[[str], JupyterCodeExecutor]:
+    """A function that makes an executor with a running kernel by its name."""
+    stack = contextlib.ExitStack()
+    request.addfinalizer(stack.close)
+    servers: dict[str, Callable[[], Any]] = {
+        "local": LocalJupyterServer,
+        "relay": lambda: CommandJupyterServer([sys.executable]),
+        "docker": docker_server,
+        "docker gateway": lambda: docker_server(network=None, transport="gateway"),
+        "local gateway": lambda: LocalJupyterServer(transport="gateway"),
+    }
+
+    def make(name: str) -> JupyterCodeExecutor:
+        executor = stack.enter_context(JupyterCodeExecutor(stack.enter_context(servers[name]())))
+        assert executor.execute("1").status == "ok"
+        return executor
+
+    return make
+
+
+WAYS = ["local", "relay", "docker", "local gateway", "docker gateway"]
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="a cell of `1`")
+@pytest.mark.parametrize("way", [*WAYS, "jupyter_client", "raw"])
+def test_bench_cell(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
+    if way in WAYS:
+        executor = rivals(way)
+        benchmark.pedantic(lambda: executor.execute("1"), rounds=200, warmup_rounds=20)
+        return
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel()
+    try:
+        cell = raw_cell(client) if way == "raw" else lambda: client.execute_interactive("1", output_hook=lambda m: None)
+        benchmark.pedantic(cell, rounds=200, warmup_rounds=20)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def raw_cell(client: Any) -> Callable[[], None]:
+    """A loop of bare pyzmq over the client's sockets, as lean as can be."""
+    shell, iopub = client.shell_channel.socket, client.iopub_channel.socket
+    poller = zmq.Poller()
+    poller.register(shell, zmq.POLLIN)
+    poller.register(iopub, zmq.POLLIN)
+
+    def cell() -> None:
+        sent = client.session.send(shell, "execute_request", jupyter_exec.execute_content("1"))["header"]["msg_id"]
+        replied = idle = False
+        while not (replied and idle):
+            for sock, _ in poller.poll():
+                parts = sock.recv_multipart()
+                start = parts.index(b"<IDS|MSG>")
+                if json.loads(parts[start + 3]).get("msg_id") == sent:
+                    replied = replied or sock is shell
+                    idle = idle or b'"idle"' in parts[start + 5]
+
+    return cell
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="100 MB of stdout")
+@pytest.mark.parametrize("way", WAYS[:3])
+def test_bench_output(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
+    executor = rivals(way)
+    benchmark.pedantic(lambda: executor.execute("print('x' * 100_000_000)"), rounds=3)
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="first result")
+@pytest.mark.parametrize("way", [*WAYS, "jupyter_client"])
+def test_bench_first_result(
+    benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor], engine: Any
+) -> None:
+    def ours() -> None:
+        rivals(way)._server.stop()
+
+    def theirs() -> None:
+        from jupyter_client.manager import start_new_kernel
+
+        manager, client = start_new_kernel()
+        client.execute_interactive("1", output_hook=lambda m: None)
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+    benchmark.pedantic(ours if way in WAYS else theirs, rounds=3)
