@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import contextlib
 import functools
 import hashlib
@@ -67,6 +66,7 @@ import tempfile
 import threading
 import time
 import uuid
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -107,6 +107,12 @@ WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as end 
 BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
 PIDS_LIMIT = 512  # processes and threads in a container; a fork bomb ends there
 TMPFS_SIZE = "512m"  # of each temporary file system of a read-only container
+STREAM_PIECE = 2**20  # bytes of a stream message that are parsed at a time
+MAILBOX_LIMIT = 256 * 2**20  # bytes of unread messages of a kernel beyond which stream output is dropped
+MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
+MAX_SPILL = 256 * 2**20  # characters of such a file
+MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
+MAX_RICH = 256 * 2**20  # characters of the rich outputs of one cell that are kept
 STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
 PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between choosing and binding them
 
@@ -459,10 +465,10 @@ class ZmqCodec:
         signed = [dump_json(part) for part in dicts]
         return [DELIMITER, self._sign(signed), *signed, *message.buffers]
 
-    def decode(self, channel: str, parts: Sequence[bytes]) -> Message:
+    def decode(self, channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
         """Verify and parse `parts`; identities and the topic, if any, stand before the delimiter.
 
-        Raises: SignatureError, ProtocolError.
+        Yields one message; a huge one of type stream comes in pieces. Raises: SignatureError, ProtocolError.
         """
         try:
             start = parts.index(DELIMITER) + 1
@@ -476,14 +482,46 @@ class ZmqCodec:
         # "The signature is computed over the *serialized* parts exactly as sent; buffers are not signed."
         if not hmac.compare_digest(signature, self._sign((header, parent_header, metadata, content))):
             raise SignatureError("A message is not signed with the kernel's key.")
-        return Message(
-            channel,
-            json_object(header, "header"),
-            _object_or_null(parent_header, "parent_header"),
-            _object_or_null(metadata, "metadata"),
-            _object_or_null(content, "content"),
-            list(parts[start + 5 :]),
-        )
+        dicts = json_object(header, "header"), _object_or_null(parent_header, "parent_header")
+        for piece in stream_pieces(content):
+            rest = _object_or_null(metadata, "metadata"), _object_or_null(piece, "content")
+            yield Message(channel, *dicts, *rest, list(parts[start + 5 :]))
+
+
+_STREAM_START = re.compile(rb'\{\s*"name"\s*:\s*"std(?:out|err)"\s*,\s*"text"\s*:\s*"')
+
+
+def stream_pieces(content: bytes) -> Iterator[bytes]:
+    """Cut the JSON of a stream message that is larger than STREAM_PIECE into several of the kind.
+
+    A print of 200 MB is then never parsed as a whole. Anything else comes through as it is.
+    """
+    start = _STREAM_START.match(content[:100])
+    if len(content) <= STREAM_PIECE or not start or not content.endswith(b'"}'):
+        yield content
+        return
+    position, end = start.end(), len(content) - 2
+    while position < end:
+        after = _safe_cut(content, position + STREAM_PIECE) if position + STREAM_PIECE < end else end
+        yield b"".join((start[0], content[position:after], b'"}'))
+        position = after
+
+
+def _safe_cut(text: bytes, cut: int) -> int:
+    """Move a cut through JSON text back to where it tears neither a character nor an escape."""
+    while text[cut] & 0xC0 == 0x80:  # within a character of UTF-8
+        cut -= 1
+    escape = text.rfind(b"\\", cut - 6, cut)
+    if escape >= 0:
+        run = 0
+        while text[escape - run - 1 : escape - run] == b"\\":
+            run += 1
+        starts = run % 2 == 0  # and is not itself an escaped backslash
+        length = 6 if text[escape + 1 : escape + 2] == b"u" else 2
+        cut = escape if starts and escape + length > cut else cut
+    if re.fullmatch(rb"\\u[dD][89abAB][0-9a-fA-F]{2}", text[cut - 6 : cut]):  # one half of a surrogate pair
+        cut -= 6
+    return cut
 
 
 class PipeCodec:
@@ -553,7 +591,7 @@ class JsonCodec:
         text = dump_json({name: getattr(message, name) for name in names} | {"buffers": []})
         return _join_parts(">I", [text, *message.buffers]) if message.buffers else text.decode("ascii")
 
-    def decode(self, data: str | bytes) -> Message:
+    def decode(self, data: str | bytes) -> Iterator[Message]:
         """Parse what the server sent. Raises: ProtocolError."""
         parts: list[Any] = [data] if isinstance(data, str) else _cut_parts(">I", data)
         body = json_object(parts[0], "message")
@@ -563,7 +601,7 @@ class JsonCodec:
             raise ProtocolError("A part of a message is not a JSON object.")
         channel, header = _channel(body.get("channel")), body["header"]
         parent_header, metadata, content = (body[name] for name in _NULLABLE)
-        return Message(channel, header, parent_header, metadata, content, parts[1:])
+        yield Message(channel, header, parent_header, metadata, content, parts[1:])
 
 
 class V1Codec:
@@ -576,15 +614,16 @@ class V1Codec:
         objects = (message.header, message.parent_header, message.metadata, message.content)
         return _join_parts("<Q", [message.channel.encode(), *map(dump_json, objects), *message.buffers, b""])
 
-    def decode(self, data: str | bytes) -> Message:
-        """Parse what the server sent. Raises: ProtocolError."""
+    def decode(self, data: str | bytes) -> Iterator[Message]:
+        """Parse what the server sent; a huge message of type stream comes in pieces. Raises: ProtocolError."""
         parts = [] if isinstance(data, str) else _cut_parts("<Q", data)
         # "offset_n is the number of bytes in the message": nothing is left after it.
         if len(parts) < 6 or parts.pop():
             raise ProtocolError("A message has fewer than five parts, or bytes after the last one.")
         channel, header = _channel(parts[0].decode("utf-8", "replace")), json_object(parts[1], "header")
-        parent_header, metadata, content = map(_object_or_null, parts[2:5], _NULLABLE)
-        return Message(channel, header, parent_header, metadata, content, parts[5:])
+        for piece in stream_pieces(parts[4]):
+            parent_header, metadata, content = map(_object_or_null, (*parts[2:4], piece), _NULLABLE)
+            yield Message(channel, header, parent_header, metadata, content, parts[5:])
 
 
 def _join_parts(word: str, parts: Sequence[bytes]) -> bytes:
@@ -921,7 +960,20 @@ _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@
 _DEFAULT_REPR = re.compile(r"<[^\n]*>\Z")  # <Figure size 640x480 with 1 Axes>, <IPython.core.display.HTML object>
 
 # What goes to a file, best first: MIME type -> (word of AutoGen's sentence, suffix).
-FILE_TYPES = {"image/png": ("Image", ".png"), "text/html": ("HTML", ".html")}
+FILE_TYPES = {
+    "image/png": ("Image", ".png"),
+    "image/jpeg": ("Image", ".jpg"),
+    "image/gif": ("Image", ".gif"),
+    "image/webp": ("Image", ".webp"),
+    "image/svg+xml": ("Image", ".svg"),
+    "application/pdf": ("PDF", ".pdf"),
+    "application/vnd.plotly.v1+json": ("JSON", ".json"),
+    "application/geo+json": ("JSON", ".json"),
+    "text/html": ("HTML", ".html"),
+    "application/json": ("JSON", ".json"),
+}
+_VEGA = re.compile(r"application/vnd\.vega(lite)?\.v\d+(\.\d+)*\+json")
+_BASE64 = (".png", ".jpg", ".gif", ".webp", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -986,6 +1038,63 @@ class ExecutionResult:
             raise JupyterExecError(self.note or "The cell did not end well.")
 
 
+_GAP = re.compile(r"\n\[(\d+) characters are missing here[^\]\n]*\]\n")
+
+
+class Tape:
+    """Text as a terminal would have left it, of which a head and a tail of `limit` characters in all are kept."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._head = ""
+        self._missing = 0  # characters after the head
+        self._parts: list[str] = []  # what follows them
+        self._size = 0
+
+    def add(self, text: str) -> None:
+        self._parts.append(text)
+        self._size += len(text)
+        if "\r" in text or "\b" in text or (self._limit is not None and self._size > 2 * self._limit):
+            self._compact()
+
+    def _compact(self) -> None:
+        text = collapse("".join(self._parts))
+        if self._limit is not None and len(self._head) + len(text) > self._limit:
+            room = max(0, self._limit // 2 - len(self._head))
+            self._head, text = self._head + text[:room], text[room:]
+            tail = text[max(0, len(text) - self._limit // 2) :]
+            self._missing, text = self._missing + len(text) - len(tail), tail
+        self._parts, self._size = [text], len(text)
+
+    def __str__(self) -> str:
+        self._compact()
+        gap = f"\n[{self._missing} characters are missing here]\n" if self._missing else ""
+        return "".join((self._head, gap, *self._parts))
+
+
+def collapse(text: str) -> str:
+    """Drop what a carriage return or a backspace has overwritten: of a progress bar its last state remains.
+
+    A carriage return at the very end is kept: what will overwrite the line has not come yet.
+    """
+    if "\r" in text:
+        text = re.sub(r"(?m)^[^\n]*\r(?=[^\n\r])", "", text.replace("\r\n", "\n"))
+    while "\b" in text:
+        shorter = re.sub(r"[^\x08\n]\x08", "", text)
+        text = shorter if shorter != text else text.replace("\b", "")
+    return text
+
+
+def shorten(text: str, limit: int | None, where: str) -> str:
+    """Return head and tail of `text`, `limit` characters in all, with one mark that says `where` the rest is."""
+    if limit is None or (len(text) <= limit and not _GAP.search(text)):
+        return text
+    head, tail = text[: limit // 2], text[max(limit // 2, len(text) - limit // 2) :]
+    middle = text[len(head) : len(text) - len(tail)]
+    missing = len(_GAP.sub("", middle)) + sum(int(gap[1]) for gap in _GAP.finditer(middle))
+    return f"{head}\n[{missing} characters are missing here; {where}]\n{tail}"
+
+
 class Execution:
     """State machine of one execute_request: messages in, outputs and an outcome out.
 
@@ -995,8 +1104,11 @@ class Execution:
     display_id of the kernel's life to the outputs that show it.
     """
 
-    def __init__(self, msg_id: str, displays: dict[str, list[Json]]) -> None:
+    def __init__(self, msg_id: str, displays: dict[str, list[Json]], limit: int | None = None) -> None:
+        """`limit`: characters that are kept of each of its streams."""
         self.msg_id = msg_id
+        self._limit = limit
+        self._room = MAX_RICH
         self.outputs: list[Json] = []
         self.execution_count: int | None = None
         self.timed_out: float | None = None  # seconds, once the deadline has passed
@@ -1006,7 +1118,7 @@ class Execution:
         self.death: KernelExit | None = None
         self.fences: set[str] = set()
         self.reconnected = False  # both of reply and idle may be lost
-        self._withheld = False  # the server said that it dropped output
+        self.withheld = False  # output was dropped on its way
         self._displays = displays
         self._reply: Json | None = None
         self._idle = False
@@ -1027,7 +1139,7 @@ class Execution:
     @property
     def outputs_lost(self) -> bool:
         """Whether outputs may be missing: the idle status that comes after them is, or the server says so."""
-        return self._withheld or self.reconnected or (self._reply is not None and not self._idle)
+        return self.withheld or self.reconnected or (self._reply is not None and not self._idle)
 
     def feed(self, message: Message) -> Json | None:
         """Take any message from the kernel; return the output to show now, if there is one."""
@@ -1040,9 +1152,22 @@ class Execution:
         # "Clients should ignore messages that they do not understand."
         return handler(self, message.content) if handler else None
 
-    def _on_reply(self, content: Json) -> None:
+    def _on_reply(self, content: Json) -> Json | None:
         self._reply = content
         self._count(content)
+        # Deprecated, but the only place of what `print?` and %load have to say.
+        shown = None
+        for entry in self._payload:
+            text = entry.get("text") if entry.get("source") == "set_next_input" else None
+            data = {"text/plain": text} if isinstance(text, str) else entry.get("data")
+            if entry.get("source") in ("page", "set_next_input") and isinstance(data, dict):
+                shown = self._append({"output_type": "display_data"}, {"data": data})
+        return shown
+
+    @property
+    def _payload(self) -> list[Json]:
+        payload = (self._reply or {}).get("payload")
+        return [entry for entry in payload if isinstance(entry, dict)] if isinstance(payload, list) else []
 
     def _on_status(self, content: Json) -> None:
         self._idle = self._idle or content.get("execution_state") == "idle"
@@ -1056,14 +1181,15 @@ class Execution:
         if name not in ("stdout", "stderr") or not isinstance(text, str):
             return None
         # A Jupyter server's limit on the rate of output; the cell goes on, its output is dropped.
-        self._withheld = self._withheld or (name == "stderr" and bool(re.search(r"IOPub \w+ rate exceeded", text)))
+        self.withheld = self.withheld or (name == "stderr" and bool(re.search(r"IOPub \w+ rate exceeded", text)))
         self._clear_if_due()
         chunk: Json = {"output_type": "stream", "name": name, "text": text}
-        last = self.outputs[-1] if self.outputs else {}
-        if last.get("name") == name:
-            last["text"] += text
-        else:
-            self.outputs.append(dict(chunk))
+        if not self.outputs or self.outputs[-1].get("name") != name:
+            if len(self.outputs) >= MAX_OUTPUTS:
+                self.withheld = True
+                return chunk
+            self.outputs.append(chunk | {"text": Tape(self._limit)})  # becomes text in `result`
+        self.outputs[-1]["text"].add(text)
         return chunk
 
     def _on_result(self, content: Json) -> Json:
@@ -1078,13 +1204,21 @@ class Execution:
 
     def _append(self, output: Json, content: Json) -> Json:
         self._clear_if_due()
-        self.outputs.append(output | _bundle(content))
-        return self.outputs[-1]
+        output |= _bundle(content)
+        self._room -= sum(len(value) for value in output["data"].values() if isinstance(value, str))
+        if self._room < 0 or len(self.outputs) >= MAX_OUTPUTS:
+            self.withheld = True
+        else:
+            self.outputs.append(output)
+        return output
 
     def _on_update(self, content: Json) -> Json:
         # "update_display_data: ... update any and all of the displays that have the given display_id"
-        for output in self._displays.get(_display_id(content), ()):
+        shown = self._displays.get(_display_id(content), [])
+        for output in shown:
             output.update(_bundle(content))
+        if not any(output is own for output in shown for own in self.outputs):
+            self._append({"output_type": "display_data"}, content)  # of an earlier cell: said here, too
         return {"output_type": "update_display_data"} | _bundle(content)
 
     def _on_error(self, content: Json) -> Json:
@@ -1122,13 +1256,14 @@ class Execution:
     @property
     def ended_session(self) -> bool:
         """Whether the code called exit() or quit()."""
-        payload = (self._reply or {}).get("payload")
-        entries = payload if isinstance(payload, list) else []
-        exits = [entry for entry in entries if isinstance(entry, dict) and entry.get("source") == "ask_exit"]
+        exits = [entry for entry in self._payload if entry.get("source") == "ask_exit"]
         return any(not entry.get("keepkernel") for entry in exits)
 
     def result(self, duration: float) -> ExecutionResult:
         """Sum up; `duration` in seconds. The sentences are those of the README's table of failures."""
+        for output in self.outputs:
+            if output["output_type"] == "stream":
+                output["text"] = str(output["text"])
         status, exit_code, state, note = self._outcome()
         if self.outputs == [] and status == "error" and self._reply:
             self._on_error(self._reply)  # the error came with the reply only
@@ -1187,7 +1322,7 @@ def render(outputs: Iterable[Json], note: str, save: Callable[[Json], str | None
     text, line_open = "", False
     for output in outputs:
         is_stream = output["output_type"] == "stream"
-        piece = strip_ansi(output["text"]) if is_stream else "\n".join(_lines(output, save))
+        piece = collapse(strip_ansi(output["text"])) if is_stream else "\n".join(_lines(output, save))
         if not piece:
             continue
         if text and not text.endswith("\n") and (line_open or not is_stream):
@@ -1203,12 +1338,36 @@ def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
         yield f"{output['ename']}: {output['evalue']}"
         yield from map(strip_ansi, output["traceback"])
         return
-    saved = save(output["data"])
-    plain = output["data"].get("text/plain")
-    if isinstance(plain, str) and not (saved and _DEFAULT_REPR.match(plain)):
-        yield strip_ansi(plain)
-    if saved:
-        yield saved
+    data = output["data"]
+    saved = save(data)
+    # One representation: text/plain, unless it is only an object's default repr and something better is there.
+    texts = [data.get(mime) for mime in ("text/plain", "text/markdown", "text/latex")]
+    plain, *others = [text if isinstance(text, str) else "" for text in texts]
+    if not plain or _DEFAULT_REPR.match(plain):
+        plain = "" if saved else next(filter(None, others), plain)
+    yield from filter(None, (strip_ansi(plain), saved))
+
+
+def best_file(data: Json) -> tuple[str, str, Any] | None:
+    """Return (word, suffix, content) of the representation that belongs into a file, None if there is none."""
+    for mime, (word, suffix) in FILE_TYPES.items():
+        if mime == "text/html":
+            for vega in filter(_VEGA.fullmatch, data):
+                return "JSON", ".json", data[vega]
+        if data.get(mime) is not None:
+            return word, suffix, data[mime]
+    return None
+
+
+def file_bytes(suffix: str, content: Any) -> bytes:
+    """Return the bytes of a file of `best_file`. Raises: ValueError for content that cannot be such a file."""
+    if suffix == ".json":
+        return json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "replace")
+    if isinstance(content, list):  # a notebook's way to write a string
+        content = "".join(map(str, content))
+    if not isinstance(content, str):
+        raise ValueError("it is no string")
+    return base64.b64decode(content) if suffix in _BASE64 else content.encode("utf-8", "replace")
 
 
 # ======================================================================================================
@@ -1499,23 +1658,44 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._put_bytes = self._got_bytes = 0  # each written by one thread only
+        self.dropped = False  # stream output, since nobody came for it
 
     def put(self, item: MailItem) -> None:
+        size = _size_of(item)
+        if self._put_bytes + size - self._got_bytes > MAILBOX_LIMIT and size and _is_stream(item):
+            self.dropped = True
+            return
+        self._put_bytes += size
         self._queue.put(item)
 
     def get(self, timeout: float | None) -> MailItem | None:
         """Return the next item, or None after `timeout` seconds."""
         try:
-            return self._queue.get(timeout=timeout)  # type: ignore[no-any-return]
+            item: MailItem = self._queue.get(timeout=timeout)
         except queue.Empty:
             return None
+        self._got_bytes += _size_of(item)
+        return item
+
+
+def _size_of(item: MailItem) -> int:
+    if not isinstance(item, tuple):
+        return 0
+    return len(item[1]) if isinstance(item[1], (str, bytes)) else sum(map(len, item[1]))
+
+
+def _is_stream(item: Any) -> bool:
+    data = item[1]
+    heads = [data[:2000]] if isinstance(data, (str, bytes)) else [part[:2000] for part in data[:5]]
+    return any((b'"stream"' if isinstance(head, bytes) else '"stream"') in head for head in heads)
 
 
 class Channels(Protocol):
     """A way to exchange messages with one kernel. Usable from any thread."""
 
     def send(self, message: Message) -> None: ...
-    def decode(self, raw: RawMessage) -> Message: ...
+    def decode(self, raw: RawMessage) -> Iterator[Message]: ...
     def close(self) -> None: ...
 
 
@@ -1639,7 +1819,7 @@ class ZmqChannels:
                 self._sockets[channel].send_multipart(parts, zmq.NOBLOCK)
             self._read(channel)
 
-    def decode(self, raw: RawMessage) -> Message:
+    def decode(self, raw: RawMessage) -> Iterator[Message]:
         return self._codec.decode(*raw)
 
     def close(self) -> None:
@@ -1665,7 +1845,7 @@ class PipeChannels:
     def send(self, message: Message) -> None:
         self._relay(message.channel, self._codec.encode(message))
 
-    def decode(self, raw: RawMessage) -> Message:
+    def decode(self, raw: RawMessage) -> Iterator[Message]:
         return self._codec.decode(*raw)
 
     def close(self) -> None:
@@ -1814,7 +1994,7 @@ class WebSocketChannels:
             pass
         self._backlog.append(data)
 
-    def decode(self, raw: RawMessage) -> Message:
+    def decode(self, raw: RawMessage) -> Iterator[Message]:
         return self._codec.decode(raw[1])
 
     def close(self) -> None:
@@ -1906,10 +2086,11 @@ class KernelClient:
                 raise KernelStartFailed(self._control.argv, f"no answer within {deadline.seconds:g} s")
             if item is None or isinstance(item, Reconnected):
                 self._send("shell", "kernel_info_request", {})
-            elif message := self._decode(item):
-                heard = heard or message.channel == "iopub"
-                if message.msg_type == "kernel_info_reply":
-                    self.kernel_info = message.content
+            else:
+                for message in self._decode(item):
+                    heard = heard or message.channel == "iopub"
+                    if message.msg_type == "kernel_info_reply":
+                        self.kernel_info = message.content
         self._ready = True
 
     def execute(
@@ -1919,17 +2100,20 @@ class KernelClient:
         *,
         silent: bool = False,
         store_history: bool = True,
+        max_output: int | None = None,
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
     ) -> ExecutionResult:
         """Run one cell and return what it did; `timeout` is the wall clock in seconds, None for no limit.
 
+        `max_output` is how many characters of each of its streams are kept, None for all.
+
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
         content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=on_input is not None)
         request = self._message("shell", "execute_request", content)
-        execution = Execution(request.msg_id, self._displays)
-        self._settle(execution)
+        execution = Execution(request.msg_id, self._displays, max_output)
+        self._settle(execution, on_output)
         self._running = execution
         started, deadline = time.monotonic(), Deadline(timeout)
         try:
@@ -1977,15 +2161,29 @@ class KernelClient:
             if self._running:
                 execution.reconnected = True
                 self._fence(execution)
-        elif item and (message := self._decode(item)):
-            if exit := _reported_exit(message):
-                self._mailbox.put(exit)
-            if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
-                self._answer(message, on_input)
-            elif (output := execution.feed(message)) and on_output:
-                _call_hook(on_output, output)
-            if execution.started and execution.interrupted and not execution.signalled:
-                self._signal(execution)
+        elif item:
+            execution.withheld, self._mailbox.dropped = execution.withheld or self._mailbox.dropped, False
+            for message in self._decode(item):
+                self._feed(message, execution, on_output, on_input)
+
+    def _feed(
+        self, message: Message, execution: Execution, on_output: OutputHook | None, on_input: InputHook | None
+    ) -> None:
+        if exit := _reported_exit(message):
+            self._mailbox.put(exit)
+        if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
+            self._answer(message, on_input)
+        elif (output := execution.feed(message) or self._late_output(message, execution)) and on_output:
+            _call_hook(on_output, output)
+        if execution.started and execution.interrupted and not execution.signalled:
+            self._signal(execution)
+
+    def _late_output(self, message: Message, execution: Execution) -> Json | None:
+        """Return what a thread of an earlier cell of ours has printed, marked as "late"."""
+        if message.parent_id == execution.msg_id or message.parent_header.get("session") != self._session:
+            return None
+        output = Execution(message.parent_id, self._displays).feed(message) if message.channel == "iopub" else None
+        return output and output | {"late": True}
 
     def _drain(self, execution: Execution, on_output: OutputHook | None) -> None:
         """Take what a dead kernel had sent: it may arrive after the news of its death."""
@@ -2040,11 +2238,11 @@ class KernelClient:
         execution.fences.add(fence.msg_id)
         self._post(fence)
 
-    def _settle(self, execution: Execution) -> None:
+    def _settle(self, execution: Execution, on_output: OutputHook | None) -> None:
         """Take what came since the last cell, and wait until no earlier interrupt can hit this one."""
         deadline = Deadline(INTERRUPT_GRACE)
         while item := self._mailbox.get(deadline.remaining if self._nudges else 0):
-            self._take(item, execution, None, None)
+            self._take(item, execution, on_output, None)
             if execution.death or deadline.expired:
                 break
         self._nudges.clear()
@@ -2096,18 +2294,15 @@ class KernelClient:
             raise ConnectionClosed("The kernel's connection is closed.")
         self._channels.send(message)
 
-    def _decode(self, item: RawMessage) -> Message | None:
-        """Return the message, or None for one that must not be trusted or has done its duty here."""
-        if self._channels is None:
-            return None
+    def _decode(self, item: RawMessage) -> Iterator[Message]:
+        """Yield the message of an item, unless it must not be trusted; a huge one comes in pieces."""
         try:
-            message = self._channels.decode(item)
+            for message in self._channels.decode(item) if self._channels else ():
+                if message.channel == "shell":
+                    self._nudges.discard(message.parent_id)
+                yield message
         except ProtocolError as error:
             logger.warning("Ignored a message on %s: %s", item[0], error)
-            return None
-        if message.channel == "shell":
-            self._nudges.discard(message.parent_id)
-        return message
 
 
 def _reported_exit(message: Message) -> KernelExit | None:
@@ -4083,18 +4278,105 @@ def save_bundle(data: Json, directory: Path) -> tuple[str, str] | None:
 
     Returns (the sentence that names the file, its absolute path), or None if text is the best there is.
     """
-    for mime, (word, suffix) in FILE_TYPES.items():
-        content = data.get(mime)
-        if not isinstance(content, str):
-            continue
-        try:
-            payload = base64.b64decode(content) if suffix == ".png" else content.encode("utf-8", "surrogatepass")
-            path = directory.absolute() / f"{uuid.uuid4().hex}{suffix}"
-            path.write_bytes(payload)
-        except (OSError, binascii.Error) as error:
-            return f"{word} data could not be saved: {error}", ""
-        return f"{word} data saved to {path}", str(path)
-    return None
+    best = best_file(data)
+    if best is None:
+        return None
+    word, suffix, content = best
+    path = directory.absolute() / f"{uuid.uuid4().hex}{suffix}"
+    try:
+        path.write_bytes(file_bytes(suffix, content))
+    except (OSError, ValueError, RecursionError) as error:
+        with contextlib.suppress(OSError):  # half of a file, on a full disk
+            path.unlink()
+        return f"{word} data could not be saved: {error}", ""
+    return f"{word} data saved to {path}", str(path)
+
+
+class Spill:
+    """The whole text of a call that is too long to be returned: in memory up to `limit`, then in a file."""
+
+    def __init__(self, directory: Path, limit: int | None) -> None:
+        self._directory, self._limit = directory, limit
+        self._parts: list[str] = []
+        self._size = 0
+        self._file: TextIO | None = None
+        self._trouble = ""
+        self.path = ""
+
+    def add(self, output: Json) -> None:
+        """Take an output as it comes; an OnOutput."""
+        if self._limit is not None and output["output_type"] not in ("clear_output", "update_display_data"):
+            is_stream = output["output_type"] == "stream"
+            self._write(strip_ansi(output["text"]) if is_stream else render([output], "", lambda data: None) + "\n")
+
+    def _write(self, text: str) -> None:
+        before, self._size = self._size, self._size + len(text)
+        if before >= MAX_SPILL or self._trouble:
+            return
+        self._parts.append(text[: MAX_SPILL - before])
+        if self._size > (self._limit or 0):
+            try:
+                self._flush()
+            except OSError as error:
+                self._trouble = str(error)
+
+    def _flush(self) -> None:
+        if self._file is None:
+            self.path = str(self._directory.absolute() / f"{uuid.uuid4().hex}.txt")
+            self._file = open(self.path, "w", encoding="utf-8", errors="replace", newline="")  # noqa: SIM115
+        self._file.write("".join(self._parts))
+        self._file.flush()
+        self._parts.clear()
+
+    def close(self) -> str:
+        """Say where the text is, for the mark in what is returned."""
+        if self._file:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        if self._trouble:
+            return f"the full text could not be saved: {self._trouble}"
+        beyond = f" (its first {MAX_SPILL} characters)" if self._size > MAX_SPILL else ""
+        return f"the full text is in {self.path}{beyond}"
+
+
+class Journal:
+    """The cells of a session, kept on disk for `save_notebook`: one line of JSON each."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+
+    def add(self, code: str, result: ExecutionResult) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
+            weakref.finalize(self, self._file.close)
+        outputs = list(map(_notebook_output, result.outputs))
+        if result.note:
+            outputs.append({"output_type": "stream", "name": "stderr", "text": result.note})
+        cell = {"cell_type": "code", "id": uuid.uuid4().hex[:8], "metadata": {}, "source": code, "outputs": outputs}
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(dump_json(cell | {"execution_count": result.execution_count}) + b"\n")
+
+    def save(self, path: str | os.PathLike[str], metadata: Json) -> None:
+        """Write a notebook. Spec: https://nbformat.readthedocs.io/en/latest/format_description.html"""
+        with open(path, "wb") as file:
+            head = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata}
+            file.write(dump_json(head)[:-1] + b',"cells":[\n')
+            if self._file:
+                self._file.seek(0)
+                for number, line in enumerate(self._file):
+                    file.write((b"," if number else b"") + line)
+            file.write(b"]}\n")
+
+
+def _notebook_output(output: Json) -> Json:
+    """Return an output as nbformat allows it: a MIME value is a string unless the type is JSON."""
+    if "data" not in output:
+        return output
+    data = {
+        mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
+        for mime, value in output["data"].items()
+    }
+    return output | {"data": data}
 
 
 class JupyterCodeExecutor:
@@ -4102,9 +4384,10 @@ class JupyterCodeExecutor:
 
     `jupyter_server` is a server object of this module, a JupyterConnectionInfo or an object that has one, or the
     path of a connection file (or a KernelConnection) to attach to a running kernel. `timeout` is the wall clock of
-    one block in seconds; pictures and HTML are written to `output_dir`. `on_output(output)` gets every output as it
-    comes, in the shape of nbformat. `on_input(prompt, password)` answers input() and getpass(); without it they
-    raise in the cell.
+    one block in seconds; pictures and other files are written to `output_dir`. `on_output(output)` gets every output
+    as it comes, in the shape of nbformat; what a thread prints after its cell has ended is marked "late".
+    `on_input(prompt, password)` answers input() and getpass(); without it they raise in the cell. Of longer text
+    than `max_output` characters a call returns head and tail, and names the file with the whole; None is no limit.
 
     It may be called from any thread: cells run one after another. `stop`, or leaving a `with`, ends the kernel.
 
@@ -4113,7 +4396,8 @@ class JupyterCodeExecutor:
 
     # Plain values live in __dict__ and all else in slots, so that vars(executor) can be written as JSON:
     # AutoGen's runtime logging does that.
-    __slots__ = ("__dict__", "__weakref__", "_hooks", "_kernel", "_lock", "_output_dir", "_own_server", "_server")
+    _SLOTS = "_hooks", "_journal", "_kernel", "_lock", "_output_dir", "_own_server", "_server"
+    __slots__ = ("__dict__", "__weakref__", *_SLOTS)
 
     def __init__(
         self,
@@ -4122,6 +4406,7 @@ class JupyterCodeExecutor:
         timeout: float = 60,
         output_dir: str | os.PathLike[str] = ".",
         *,
+        max_output: int | None = MAX_OUTPUT,
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
     ) -> None:
@@ -4132,6 +4417,8 @@ class JupyterCodeExecutor:
             raise ValueError(f"Output directory {output_dir} does not exist.")
         self._timeout = timeout
         self._kernel_name = kernel_name
+        self._max_output = max_output
+        self._journal = Journal()
         self._hooks = on_output, on_input
         self._lock = threading.RLock()
         self._server = jupyter_server
@@ -4180,19 +4467,27 @@ class JupyterCodeExecutor:
         texts: list[str] = []
         files: list[str] = []
         exit_code, state = 0, "intact"
+        spill = Spill(self._output_dir, self._max_output)
         with self._lock:
             self._check_usable()
             for block in code_blocks:
-                result = self._execute_block(str(block.code))
+                result = self._execute_block(str(block.code), spill)
                 texts.append(render(result.outputs, result.note, functools.partial(self._save, files)))
                 exit_code, state = result.exit_code, result.kernel_state
                 if result.status != "ok":
                     break
-        return CodeResult(exit_code, "\n".join(texts), files, state)
+        where = spill.close()
+        text = shorten("\n".join(texts), self._max_output, where)
+        return CodeResult(exit_code, text, files + [spill.path] * bool(spill.path), state)
 
-    def _execute_block(self, code: str) -> ExecutionResult:
+    def _execute_block(self, code: str, spill: Spill) -> ExecutionResult:
+        def on_output(output: Json) -> None:
+            spill.add(output)
+            if self._hooks[0]:
+                self._hooks[0](output)
+
         try:
-            return self.execute(code)
+            return self.execute(code, on_output=on_output)
         except ProtocolError as error:  # too large for the server: nothing was sent
             return ExecutionResult("error", 1, "intact", str(error), [])
         except (KernelDied, ConnectionClosed) as error:
@@ -4223,12 +4518,27 @@ class JupyterCodeExecutor:
             if not self._kernel.alive:
                 self._kernel.start()
             self._kernel.wait_ready(Deadline(START_TIMEOUT))
-            return self._kernel.execute(
+            result = self._kernel.execute(
                 code,
                 self._timeout if timeout is None else timeout,
+                max_output=self._max_output,
                 on_output=on_output or self._hooks[0],
                 on_input=on_input or self._hooks[1],
             )
+            self._journal.add(code, result)
+            return result
+
+    def save_notebook(self, path: str | os.PathLike[str]) -> None:
+        """Write the session so far as a notebook: each cell with its outputs, failed and timed-out ones too.
+
+        Raises: OSError.
+        """
+        with self._lock:
+            language = self._kernel.kernel_info.get("language_info")
+            metadata: Json = {"kernelspec": {"name": self._kernel_name, "display_name": self._kernel_name}}
+            if isinstance(language, dict) and isinstance(language.get("name"), str):
+                metadata["language_info"] = {"name": language["name"]}
+            self._journal.save(path, metadata)
 
     def interrupt(self) -> None:
         """Interrupt the running cell, from any thread; its variables are kept."""
@@ -4293,34 +4603,59 @@ def read_blocks(source: str) -> list[CodeBlock]:
 
 
 class LivePrinter:
-    """Prints outputs as they come: streams as they are, everything else on lines of its own."""
+    """Prints outputs as they come: streams as they are, everything else on lines of its own.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    Where stderr is a terminal, a line there tells how far the run is, and goes away before anything is printed.
+    """
+
+    def __init__(self, directory: Path, blocks: int) -> None:
+        self._directory, self._blocks = directory, blocks
+        self._block = 0
         self._line_open = False
-        self.files: list[str] = []
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        if sys.stderr.isatty():
+            threading.Thread(target=self._tick, daemon=True).start()
+
+    def _tick(self) -> None:
+        while not self._ended.wait(1):
+            with self._lock:
+                if self._block and not self._line_open:
+                    seconds = time.monotonic() - self._started
+                    sys.stderr.write(f"\r\x1b[Kblock {self._block} of {self._blocks}, {seconds:.0f} s\r")
+                    sys.stderr.flush()
+
+    def begin(self) -> None:
+        self._started = time.monotonic()
+        self._block += 1
+
+    def close(self) -> None:
+        self._ended.set()
+        self._write(sys.stderr, "")
 
     def __call__(self, output: Json) -> None:
         if output["output_type"] == "stream":
             self._write(sys.stdout if output["name"] == "stdout" else sys.stderr, output["text"])
         elif output["output_type"] == "error":
             self.line(render([output], "", lambda data: None), sys.stderr)
-        elif output["output_type"] in ("execute_result", "display_data"):
+        elif output["output_type"] != "clear_output":
             self.line(render([output], "", self._save), sys.stdout)
 
     def _save(self, data: Json) -> str | None:
         saved = save_bundle(data, self._directory)
-        if saved and saved[1]:
-            self.files.append(saved[1])
         return saved[0] if saved else None
 
     def line(self, text: str, stream: TextIO) -> None:
         self._write(stream, ("\n" if self._line_open else "") + text + "\n")
 
     def _write(self, stream: TextIO, text: str) -> None:
-        stream.write(text)
-        stream.flush()
-        self._line_open = not text.endswith("\n")
+        with self._lock:
+            if sys.stderr.isatty() and not self._line_open:
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
+            stream.write(text)
+            stream.flush()
+            self._line_open = not text.endswith("\n") if text else self._line_open
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -4334,6 +4669,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--kernel", default="python3", metavar="NAME", help="kernel name (default: python3)")
     run.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds for one block (default: 60)")
     run.add_argument("--output-dir", default=".", metavar="DIR", help="where pictures and HTML go (default: .)")
+    run.add_argument("--notebook", metavar="FILE", help="write what was run, with its outputs, as .ipynb")
     run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
     for command in (run, kernels):
@@ -4391,19 +4727,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     blocks = [CodeBlock(options.code)] if options.code is not None else read_blocks(options.file)
-    printer = None if options.json else LivePrinter(Path(options.output_dir))
-    with _server_of(options) as server:
+    printer = None if options.json else LivePrinter(Path(options.output_dir), len(blocks))
+    with _server_of(options) as server, contextlib.ExitStack() as stack:
         executor = JupyterCodeExecutor(server, options.kernel, options.timeout, options.output_dir, on_output=printer)
-        with executor:
-            if printer is None:
-                result = executor.execute_code_blocks(blocks)
-                print(json.dumps(asdict(result)))
-                return result.exit_code
-            return _run_live(executor, blocks, printer)
+        stack.enter_context(executor)
+        if options.notebook:
+            stack.callback(executor.save_notebook, options.notebook)
+        if printer is None:
+            result = executor.execute_code_blocks(blocks)
+            print(json.dumps(asdict(result)))
+            return result.exit_code
+        stack.callback(printer.close)
+        return _run_live(executor, blocks, printer)
 
 
 def _run_live(executor: JupyterCodeExecutor, blocks: Iterable[CodeBlock], printer: LivePrinter) -> int:
     for block in blocks:
+        printer.begin()
         result = executor.execute(block.code)
         if result.note:
             printer.line(f"jupyter-exec: {result.note}", sys.stderr)

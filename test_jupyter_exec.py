@@ -44,6 +44,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, ClassVar
 
+import nbformat
 import pytest
 import tornado.httpserver
 import tornado.netutil
@@ -441,6 +442,7 @@ json_values = st.recursive(
 )
 json_objects = st.dictionaries(st.text(), json_values, max_size=5)
 buffer_lists = st.lists(st.binary(max_size=50), max_size=3)
+topic_lists = st.lists(st.binary(max_size=9).filter(lambda topic: topic != b"<IDS|MSG>"), max_size=2)
 schemes = st.sampled_from(["hmac-sha256", "hmac-md5", "hmac-sha512"])
 
 
@@ -462,19 +464,25 @@ def test_jupyter_client_reads_what_we_write(
     assert [bytes(buffer) for buffer in read["buffers"]] == buffers
 
 
-@given(json_objects, buffer_lists, schemes, st.sampled_from(["", "key"]), st.lists(st.binary(max_size=9), max_size=2))
+@given(json_objects, buffer_lists, schemes, st.sampled_from(["", "key"]), topic_lists)
 def test_we_read_what_jupyter_client_writes(
     content: dict[str, Any], buffers: list[bytes], scheme: str, key: str, topics: list[bytes]
 ) -> None:
     judge = Session(key=key.encode(), signature_scheme=scheme)
     written = judge.serialize(judge.msg("status", content), ident=topics) + buffers
-    read = jupyter_exec.ZmqCodec(key, scheme).decode("iopub", written)
+    read = decoded(jupyter_exec.ZmqCodec(key, scheme), "iopub", written)
     assert (read.content, read.msg_type, read.channel, read.buffers) == (content, "status", "iopub", buffers)
+
+
+def decoded(codec: Any, *data: Any) -> jupyter_exec.Message:
+    (message,) = codec.decode(*data)
+    assert isinstance(message, jupyter_exec.Message)
+    return message
 
 
 def test_lone_surrogates_survive_the_way_to_the_kernel() -> None:
     codec = jupyter_exec.ZmqCodec("key")
-    assert codec.decode("shell", codec.encode(message({"code": "\ud83d"}, {}, []))).content == {"code": "\ud83d"}
+    assert decoded(codec, "shell", codec.encode(message({"code": "\ud83d"}, {}, []))).content == {"code": "\ud83d"}
 
 
 def signed(*parts: bytes, key: str = "key") -> list[bytes]:
@@ -483,7 +491,7 @@ def signed(*parts: bytes, key: str = "key") -> list[bytes]:
 
 def test_invalid_utf8_and_null_dicts_of_real_kernels_are_read() -> None:
     parts = signed(b'{"msg_type":"stream"}', b"null", b"null", b'{"text":"\xed\xb3\xbf"}')
-    read = jupyter_exec.ZmqCodec("key").decode("iopub", parts)
+    read = decoded(jupyter_exec.ZmqCodec("key"), "iopub", parts)
     assert (read.parent_header, read.metadata, read.parent_id) == ({}, {}, "")
     assert read.content["text"].startswith("�")
 
@@ -503,13 +511,13 @@ def test_invalid_utf8_and_null_dicts_of_real_kernels_are_read() -> None:
 )
 def test_malformed_messages_are_refused(parts: list[bytes], says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
-        jupyter_exec.ZmqCodec("key").decode("iopub", parts)
+        decoded(jupyter_exec.ZmqCodec("key"), "iopub", parts)
 
 
 def test_a_huge_message_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_MESSAGE", 1000)
     with pytest.raises(ProtocolError, match="larger than 1000"):
-        jupyter_exec.ZmqCodec("key").decode("iopub", signed(b"{}", b"{}", b"{}", b" " * 1000))
+        decoded(jupyter_exec.ZmqCodec("key"), "iopub", signed(b"{}", b"{}", b"{}", b" " * 1000))
 
 
 @pytest.mark.parametrize("position", range(1, 6))
@@ -517,7 +525,7 @@ def test_any_change_breaks_the_signature(position: int) -> None:
     parts = jupyter_exec.ZmqCodec("key").encode(message({}, {}, []))
     parts[position] = parts[position][:-1] + b" "
     with pytest.raises(SignatureError):
-        jupyter_exec.ZmqCodec("key").decode("shell", parts)
+        decoded(jupyter_exec.ZmqCodec("key"), "shell", parts)
 
 
 def test_a_forged_copy_does_not_get_the_genuine_message_refused() -> None:
@@ -525,8 +533,19 @@ def test_a_forged_copy_does_not_get_the_genuine_message_refused() -> None:
     genuine = codec.encode(message({"a": 1}, {}, []))
     forged = [*genuine[:5], b'{"a":2}']
     with pytest.raises(SignatureError):
-        codec.decode("shell", forged)
-    assert codec.decode("shell", genuine).content == {"a": 1}
+        decoded(codec, "shell", forged)
+    assert decoded(codec, "shell", genuine).content == {"a": 1}
+
+
+@pytest.mark.parametrize("piece", [40, 41, 42, 43, 44, 45, 46, 47])
+@given(st.text(alphabet=st.sampled_from('a"\\\n\u00e9\u20ac\U0001f600\ud83d\x01'), max_size=200), st.booleans())
+def test_a_huge_stream_message_comes_in_pieces(piece: int, text: str, ascii_only: bool) -> None:
+    content = json.dumps({"name": "stdout", "text": text}, ensure_ascii=ascii_only).encode("utf-8", "replace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jupyter_exec, "STREAM_PIECE", piece)
+        pieces = [json.loads(cut) for cut in jupyter_exec.stream_pieces(content)]
+    assert "".join(cut["text"] for cut in pieces) == json.loads(content)["text"]
+    assert {cut["name"] for cut in pieces} <= {"stdout"}
 
 
 @given(st.lists(st.lists(st.binary(max_size=40), min_size=1, max_size=5), max_size=5), st.data())
@@ -1481,12 +1500,12 @@ def pack(value: Any) -> bytes:
 def test_json_round_trip(sent: Message) -> None:
     data = JsonCodec().encode(sent)
     assert isinstance(data, bytes) == bool(sent.buffers)
-    assert JsonCodec().decode(data) == sent
+    assert decoded(JsonCodec(), data) == sent
 
 
 @given(kernel_messages)
 def test_v1_round_trip(sent: Message) -> None:
-    assert V1Codec().decode(V1Codec().encode(sent)) == sent
+    assert decoded(V1Codec(), V1Codec().encode(sent)) == sent
 
 
 @given(kernel_messages)
@@ -1499,9 +1518,9 @@ def test_the_server_understands_json(sent: Message) -> None:
 @given(kernel_messages)
 def test_json_of_the_server_is_understood(sent: Message) -> None:
     values = as_dict(sent)
-    assert JsonCodec().decode(judge.serialize_binary_message(values)) == sent
+    assert decoded(JsonCodec(), judge.serialize_binary_message(values)) == sent
     sent.buffers.clear()
-    assert JsonCodec().decode(json.dumps(values)) == sent
+    assert decoded(JsonCodec(), json.dumps(values)) == sent
 
 
 @given(kernel_messages)
@@ -1516,28 +1535,28 @@ def test_the_server_understands_v1(sent: Message) -> None:
 def test_v1_of_the_server_is_understood(sent: Message) -> None:
     parts = [pack(part) for part in (sent.header, sent.parent_header, sent.metadata, sent.content)]
     data = judge.serialize_msg_to_ws_v1([*parts, *sent.buffers], sent.channel)
-    assert V1Codec().decode(data) == sent
+    assert decoded(V1Codec(), data) == sent
     sent.buffers.clear()
-    assert V1Codec().decode(judge.serialize_msg_to_ws_v1(as_dict(sent), sent.channel, pack=pack)) == sent
+    assert decoded(V1Codec(), judge.serialize_msg_to_ws_v1(as_dict(sent), sent.channel, pack=pack)) == sent
 
 
 @pytest.mark.parametrize("codec", [JsonCodec(), V1Codec()])
 def test_a_lone_surrogate_survives(codec: JsonCodec | V1Codec) -> None:
     sent = any_message(content={"code": "print('\ud83d')"})
-    assert codec.decode(codec.encode(sent)) == sent
+    assert decoded(codec, codec.encode(sent)) == sent
 
 
 def test_null_stands_for_an_empty_object() -> None:
     text = '{"channel":"iopub","header":{"msg_id":"1"},"parent_header":null,"metadata":null,"content":null}'
     expected = Message("iopub", {"msg_id": "1"}, {}, {}, {}, [])
-    assert JsonCodec().decode(text) == expected
+    assert decoded(JsonCodec(), text) == expected
     parts = [b'{"msg_id":"1"}', b"null", b"null", b"null"]
-    assert V1Codec().decode(judge.serialize_msg_to_ws_v1(parts, "iopub")) == expected
+    assert decoded(V1Codec(), judge.serialize_msg_to_ws_v1(parts, "iopub")) == expected
 
 
 def test_raw_surrogates_of_a_kernel_do_not_lose_the_message() -> None:
     parts = [b"{}", b"{}", b"{}", b'{"text":"a\xffb"}']
-    assert V1Codec().decode(judge.serialize_msg_to_ws_v1(parts, "iopub")).content == {"text": "a\ufffdb"}
+    assert decoded(V1Codec(), judge.serialize_msg_to_ws_v1(parts, "iopub")).content == {"text": "a\ufffdb"}
 
 
 def json_of(**values: Any) -> str:
@@ -1567,7 +1586,7 @@ def json_of(**values: Any) -> str:
 )
 def test_malformed_json_is_refused(data: str) -> None:
     with pytest.raises(ProtocolError):
-        JsonCodec().decode(data)
+        decoded(JsonCodec(), data)
 
 
 def v1_of(*parts: bytes, channel: str = "shell") -> bytes:
@@ -1594,7 +1613,7 @@ def v1_of(*parts: bytes, channel: str = "shell") -> bytes:
 )
 def test_malformed_v1_is_refused(data: str | bytes) -> None:
     with pytest.raises(ProtocolError):
-        V1Codec().decode(data)
+        decoded(V1Codec(), data)
 
 
 CODECS: dict[str, Any] = {">I": JsonCodec(), "<Q": V1Codec()}
@@ -1613,7 +1632,7 @@ def test_no_prefix_of_a_message_is_taken_for_one(word: str) -> None:
     assert end > size * (count + 1)
     for length in range(end):
         with pytest.raises(ProtocolError):
-            codec.decode(data[:length])
+            decoded(codec, data[:length])
 
 
 @pytest.mark.parametrize("word", [">I", "<Q"])
@@ -1630,7 +1649,7 @@ def test_hostile_tables_are_refused(word: str) -> None:
         offsets = {0, before - 1, after + 1, len(data) + 1, largest, largest // 2}
         for number in (offsets if index else {0, largest}) - {right}:
             with pytest.raises(ProtocolError):
-                codec.decode(data[: size * index] + struct.pack(word, number) + data[size * (index + 1) :])
+                decoded(codec, data[: size * index] + struct.pack(word, number) + data[size * (index + 1) :])
             refused += 1
     assert refused > 5 * count
 
@@ -1640,17 +1659,17 @@ def test_the_number_of_parts_is_bounded(word: str) -> None:
     codec = CODECS[word]
     extra = {">I": 1, "<Q": 6}[word]  # the JSON; channel, four objects and the end
     most = any_message(buffers=[b""] * (MAX_PARTS - extra))
-    assert codec.decode(codec.encode(most)) == most
+    assert decoded(codec, codec.encode(most)) == most
     most.buffers.append(b"")
     with pytest.raises(ProtocolError, match="too long"):
-        codec.decode(codec.encode(most))
+        decoded(codec, codec.encode(most))
 
 
 @given(st.binary())
 def test_no_bytes_raise_anything_else(data: bytes) -> None:
     for codec in (JsonCodec(), V1Codec()):
         with pytest.raises(ProtocolError):
-            codec.decode(data)
+            decoded(codec, data)
 
 
 byte_changes = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1)
@@ -1662,7 +1681,7 @@ def test_no_change_of_bytes_raises_anything_else(word: str, changes: list[tuple[
     for position, value in changes:
         data[position % len(data)] = value
     with contextlib.suppress(ProtocolError):
-        assert isinstance(codec.decode(bytes(data)), Message)
+        assert isinstance(decoded(codec, bytes(data)), Message)
 
 
 @given(st.binary(), st.lists(st.integers(1, 9)))
@@ -1725,7 +1744,7 @@ def test_reply_on_the_wrong_channel_does_not_end_a_cell() -> None:
 
 
 def test_stream_chunks_of_one_kind_are_joined_and_kinds_kept_in_order() -> None:
-    outputs = execution(stream("a"), stream("b\n"), stream("e\n", "stderr"), stream("c")).outputs
+    outputs = execution(stream("a"), stream("b\n"), stream("e\n", "stderr"), stream("c")).result(0).outputs
     assert [(output["name"], output["text"]) for output in outputs] == [
         ("stdout", "ab\n"),
         ("stderr", "e\n"),
@@ -1741,8 +1760,8 @@ def test_update_display_data_changes_every_display_of_that_id() -> None:
 def test_clear_output_clears_at_once_or_at_the_next_output() -> None:
     now, wait = ("iopub", "clear_output", {"wait": False}), ("iopub", "clear_output", {"wait": True})
     assert execution(stream("a"), now).outputs == []
-    assert [output["text"] for output in execution(stream("a"), wait).outputs] == ["a"]
-    assert [output["text"] for output in execution(stream("a"), wait, stream("b")).outputs] == ["b"]
+    assert [output["text"] for output in execution(stream("a"), wait).result(0).outputs] == ["a"]
+    assert [output["text"] for output in execution(stream("a"), wait, stream("b")).result(0).outputs] == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -2435,7 +2454,7 @@ def test_a_long_tmpdir_does_not_break_socket_files(tmp_path: Path, monkeypatch: 
 
 
 def test_a_kernel_reached_only_through_the_pipe(tmp_path: Path) -> None:
-    with CommandJupyterServer([sys.executable]) as server, JupyterCodeExecutor(server, output_dir=tmp_path) as executor:
+    with CommandJupyterServer([sys.executable]) as server, JupyterCodeExecutor(server, max_output=None) as executor:
         assert run(executor, "x = 6", "x * 7").output == "\n42"
         assert executor.connection_file is None
         assert len(run(executor, "print('x' * 20_000_000)").output) == 20_000_001
@@ -2761,7 +2780,7 @@ def test_docker_through_tcp(containers: Any, monkeypatch: pytest.MonkeyPatch) ->
         probe.settimeout(1)
         need("docker", probe.connect_ex(("127.0.0.1", 2375)) == 0)
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:2375")
-    with docker_server() as server, JupyterCodeExecutor(server) as executor:
+    with docker_server() as server, JupyterCodeExecutor(server, max_output=None) as executor:
         assert run(executor, "x = 1", "x").output == "\n1"
         assert len(run(executor, "print('x' * 5_000_000)").output) == 5_000_001
 
@@ -3086,7 +3105,9 @@ def test_a_deleted_kernel_is_reported(remote: Peer) -> None:
     with remote.client() as server, JupyterCodeExecutor(server, timeout=1) as executor:
         (model,) = server.list_kernels()
         delete = threading.Thread(target=lambda: server.rest.request("DELETE", f"/api/kernels/{model['id']}"))
-        result = executor.execute("print('go', flush=True)\nwhile True: pass", on_output=lambda output: started(delete))
+        # The server interrupts what it deletes: this is not to be the end of the cell.
+        code = "import time\nprint('go', flush=True)\nwhile True:\n    try: time.sleep(1)\n    except KeyboardInterrupt: pass"
+        result = executor.execute(code, on_output=lambda output: started(delete))
         delete.join()
         assert result.kernel_state == "lost"
         assert result.exit_code != 0
@@ -3140,7 +3161,7 @@ def test_https_is_verified(certificate: tuple[Path, Path], tmp_path: Path) -> No
     cert, key = certificate
     options = [f"--ServerApp.certfile={cert}", f"--ServerApp.keyfile={key}"]
     with peer(tmp_path, *SERVER, *options, use_https=True, ca_file=str(cert)) as started:
-        with JupyterCodeExecutor(started.info) as executor:
+        with JupyterCodeExecutor(started.info, max_output=None) as executor:
             assert run(executor, "x = 6", "x * 7").output == "\n42"
             assert len(run(executor, "print('x' * 900_000)").output) == 900_001
         with pytest.raises(ConnectionClosed, match=r"certificate of .* is not trusted"):
@@ -3280,7 +3301,8 @@ def test_a_local_gateway_serves_others_and_goes_with_its_server(tmp_path: Path) 
     log = tmp_path / "gateway.log"
     with LocalJupyterServer(token="my$token", log_file=log, cwd=tmp_path) as server:
         (tmp_path / "signal.py").write_text("raise SystemExit('shadowed')")
-        with JupyterCodeExecutor(server) as executor, RemoteJupyterServer(server.connection_info) as other:
+        client = RemoteJupyterServer(server.connection_info)
+        with JupyterCodeExecutor(server, max_output=None) as executor, client as other:
             assert run(executor, "6 * 7").output == "42"
             assert len(other.list_kernels()) == 1
             assert (server.ip, server.token, server.get_client().list_kernels()) == (
@@ -3653,6 +3675,263 @@ def test_execute_gives_nbformat_shaped_outputs(executor: JupyterCodeExecutor) ->
 def test_surrogates_in_code_reach_the_kernel_as_characters(executor: JupyterCodeExecutor) -> None:
     assert run(executor, "print('\ud83d\ude00', ord('\ud83d') == 0xFFFD)").output == "😀 True\n"
     assert run(executor, "1").output == "1"
+
+
+# Results for a model and for a person
+
+
+def test_long_output_is_head_and_tail_with_one_mark_and_a_file(executor: JupyterCodeExecutor) -> None:
+    result = run(executor, "for i in range(100_000): print(i)", "print('end')")
+    (path,) = result.output_files
+    whole = "".join(f"{i}\n" for i in range(100_000)) + "end\n"
+    assert Path(path).read_text() == whole
+    (mark,) = re.findall(r"\n\[(\d+) characters are missing here; the full text is in (.*)\]\n", result.output)
+    head, tail = result.output.split(f"\n[{mark[0]} characters are missing here; the full text is in {path}]\n")
+    assert mark[1] == path
+    assert whole.startswith(head)
+    assert (head + tail).replace("\n\nend", "\nend").endswith("99998\n99999\nend\n")
+    assert len(head) + len(tail) == 100_000
+    assert len(head) + int(mark[0]) + len(tail) == len(whole) + 1  # the newline between the blocks
+    assert run(executor, "1").output_files == []
+
+
+def test_max_output_none_is_no_limit(server: LocalJupyterServer, tmp_path: Path) -> None:
+    with JupyterCodeExecutor(server, output_dir=tmp_path, max_output=None) as executor:
+        result = run(executor, "print('x' * 300_000)")
+    assert (len(result.output), result.output_files) == (300_001, [])
+
+
+def test_memory_stays_bounded_however_much_is_printed(tmp_path: Path) -> None:
+    program = """
+        import resource, sys, jupyter_exec
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        with jupyter_exec.LocalJupyterServer() as server:
+            executor = jupyter_exec.JupyterCodeExecutor(server, output_dir=sys.argv[1])
+            block = jupyter_exec.CodeBlock
+            executor.execute_code_blocks([block("print(1)")])
+            before = peak()
+            result = executor.execute_code_blocks([block("for i in range(1_000_000): print('y' * 99)")])
+            print(peak() - before, len(result.output), result.output_files[0])
+            result = executor.execute_code_blocks([block("print('z' * 200_000_000)")])
+            print(peak() - before, len(result.output), result.output_files[0])
+            executor.stop()
+    """
+    lines, one = (line.split() for line in run_python(program, str(tmp_path)).stdout.splitlines())
+    assert int(lines[0]) < 60
+    assert int(one[0]) < 500  # the message itself, which ZeroMQ hands over in one piece, and its copy
+    assert int(lines[1]) < 101_000 and int(one[1]) < 101_000
+    assert Path(lines[2]).stat().st_size == 100_000_000
+    assert Path(one[2]).stat().st_size == 200_000_001
+
+
+@pytest.mark.parametrize(
+    ("raw", "left"),
+    [
+        ("\r10%\r20%\r30%\n", "30%\n"),
+        ("a\r\nb\r\n", "a\nb\n"),
+        ("abc\b\bX\n", "aX\n"),
+        ("\b\bx", "x"),
+        ("keep\r", "keep\r"),
+        ("1\n2\r3\n4", "1\n3\n4"),
+        ("no\n", "no\n"),
+    ],
+)
+def test_text_is_as_a_terminal_would_have_left_it(raw: str, left: str) -> None:
+    assert jupyter_exec.collapse(raw) == left
+
+
+@given(st.lists(st.text(alphabet="ab\n", max_size=30), max_size=20), st.integers(2, 40))
+def test_a_tape_keeps_head_and_tail(texts: list[str], limit: int) -> None:
+    tape, whole = jupyter_exec.Tape(limit), "".join(texts)
+    for text in texts:
+        tape.add(text)
+    left = str(tape)
+    if len(whole) <= limit:
+        assert left == whole
+    else:
+        (gap,) = re.findall(r"\n\[(\d+) characters are missing here\]\n", left)
+        head, tail = left.split(f"\n[{gap} characters are missing here]\n")
+        assert whole.startswith(head) and whole.endswith(tail)
+        assert len(head) + int(gap) + len(tail) == len(whole)
+        assert len(head) + len(tail) <= limit
+
+
+def test_a_progress_bar_leaves_its_last_state(executor: JupyterCodeExecutor) -> None:
+    code = (
+        "import time\nfor i in range(5): print(f'\\r{i * 25}%', end='', flush=True); time.sleep(0.05)\nprint(' done')"
+    )
+    assert run(executor, code).output == "100% done\n"
+
+
+def test_page_and_load_texts_are_shown(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
+    assert "Docstring" in run(executor, "print?").output
+    (tmp_path / "code.py").write_text("loaded = 1")
+    assert "loaded = 1" in run(executor, f"%load {tmp_path}/code.py").output
+
+
+def test_updates_of_displays(executor: JupyterCodeExecutor) -> None:
+    show = "from IPython.display import display, update_display, Markdown\ndisplay('one', display_id='d')"
+    assert run(executor, show + "\nupdate_display('two', display_id='d')").output == "'two'"
+    assert run(executor, "update_display('three', display_id='d')").output == "'three'"
+
+
+@pytest.mark.parametrize(
+    ("data", "word", "suffix", "start"),
+    [
+        ({"image/png": base64.b64encode(b"\x89PNG").decode()}, "Image", ".png", b"\x89PNG"),
+        ({"image/jpeg": base64.b64encode(b"\xff\xd8").decode()}, "Image", ".jpg", b"\xff\xd8"),
+        ({"image/gif": base64.b64encode(b"GIF8").decode()}, "Image", ".gif", b"GIF8"),
+        ({"image/webp": base64.b64encode(b"RIFF").decode()}, "Image", ".webp", b"RIFF"),
+        ({"image/svg+xml": "<svg>ü</svg>"}, "Image", ".svg", "<svg>ü</svg>".encode()),
+        ({"application/pdf": base64.b64encode(b"%PDF").decode()}, "PDF", ".pdf", b"%PDF"),
+        ({"text/html": "<b>"}, "HTML", ".html", b"<b>"),
+        ({"application/json": {"a": [1, "ü"]}}, "JSON", ".json", b'{\n "a"'),
+        ({"application/json": 5}, "JSON", ".json", b"5"),
+        ({"application/vnd.plotly.v1+json": {"data": []}, "text/html": "<div>"}, "JSON", ".json", b"{"),
+        ({"application/vnd.vegalite.v5+json": {"mark": "bar"}, "text/html": "<div>"}, "JSON", ".json", b"{"),
+        ({"application/geo+json": {"type": "Point"}}, "JSON", ".json", b"{"),
+        ({"text/html": ["<b>", "x"]}, "HTML", ".html", b"<b>x"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_every_mime_type_gets_its_file(tmp_path: Path, data: Any, word: str, suffix: str, start: bytes) -> None:
+    saved = jupyter_exec.save_bundle(data, tmp_path)
+    assert saved is not None
+    sentence, path = saved
+    assert sentence == f"{word} data saved to {path}"
+    assert Path(path).suffix == suffix
+    assert Path(path).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(
+    "data", [{"image/png": "!"}, {"image/png": 5}, {"text/html": {}}, {"image/png": "a" * 5}, {"application/pdf": True}]
+)
+def test_what_cannot_be_a_file_is_said(tmp_path: Path, data: Any) -> None:
+    saved = jupyter_exec.save_bundle(data, tmp_path)
+    assert saved is not None
+    assert ("could not be saved" in saved[0]) == (saved[1] == "")
+    assert len(list(tmp_path.iterdir())) == (1 if saved[1] else 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ({"text/markdown": "**b**", "text/plain": "<IPython.core.display.Markdown object>"}, "**b**"),
+        ({"text/latex": "$x$", "text/plain": "x"}, "x"),
+        ({"text/latex": "$x$", "text/plain": "<IPython.core.display.Latex object>"}, "$x$"),
+        ({"application/javascript": "alert()", "text/plain": "<IPython.core.display.Javascript object>"}, "<IPython"),
+        ({"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider(value=0)"}, "IntSlider(value=0)"),
+    ],
+)
+def test_text_is_chosen_where_text_is_best(tmp_path: Path, data: Any, text: str) -> None:
+    output = {"output_type": "display_data", "data": data, "metadata": {}}
+    assert jupyter_exec.render([output], "", lambda data: None).startswith(text)
+    assert jupyter_exec.save_bundle(data, tmp_path) is None
+
+
+LIBRARIES = """
+import matplotlib.pyplot as plt, pandas as pd, plotly.graph_objects as go
+from PIL import Image
+from IPython.display import display, SVG
+display(pd.DataFrame({"a": [1, 2]}))
+plt.plot([1, 3, 2]); plt.show()
+display(go.Figure(go.Bar(y=[1, 2])))
+display(Image.new("RGB", (8, 8), "red"))
+display(SVG("<svg xmlns='http://www.w3.org/2000/svg'/>"))
+"""
+
+
+def test_real_libraries(executor: JupyterCodeExecutor) -> None:
+    result = run(executor, LIBRARIES)
+    assert [Path(path).suffix for path in result.output_files] == [".html", ".png", ".json", ".png", ".svg"]
+    assert result.output.startswith("   a\n0  1\n1  2\nHTML data saved to ")
+    assert "<Figure" not in result.output and "<PIL" not in result.output
+    assert json.loads(Path(result.output_files[2]).read_text())["data"][0]["type"] == "bar"
+
+
+def test_late_output_is_marked_and_not_in_the_next_cell(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
+    gate, done, seen = tmp_path / "gate", tmp_path / "done", []
+    code = f"""
+        import os, threading, time
+        def work():
+            while not os.path.exists({str(gate)!r}): time.sleep(0.01)
+            print('late', flush=True)
+            time.sleep(0.5)  # ipykernel sends from a thread of its own
+            open({str(done)!r}, 'w').close()
+        thread = threading.Thread(target=work); thread.start()
+    """
+    run(executor, textwrap.dedent(code))
+    gate.touch()
+    eventually(done.exists, "the thread has printed")
+    result = executor.execute("thread.join(); print('own')", on_output=seen.append)
+    assert result.text == "own\n"
+    assert {"output_type": "stream", "name": "stdout", "text": "late\n", "late": True} in seen
+
+
+def test_a_notebook_of_the_session(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
+    run(executor, "x = 1\nprint('a')", "x + 1", "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()")
+    run(executor, "1 / 0")
+    executor.execute("import time\ntime.sleep(60)", timeout=1)
+    run(executor, "print?")
+    path = tmp_path / "session.ipynb"
+    executor.save_notebook(path)
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert [cell.execution_count for cell in notebook.cells] == [1, 2, 3, 4, 5, 6]
+    assert notebook.cells[1].outputs[0].data["text/plain"] == "2"
+    assert notebook.cells[2].outputs[0].data["image/png"].startswith("iVBOR")
+    assert notebook.cells[3].outputs[0].ename == "ZeroDivisionError"
+    assert notebook.cells[4].outputs[-1].text == "Timeout: interrupted after 1 s; variables are kept"
+    assert notebook.metadata.language_info.name == "python"
+
+
+def malformed(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+    deep: Any = []
+    for _ in range(50):
+        deep = [deep]
+    bundles = [{"image/png": "%%%"}, {"image/png": {"a": 1}}, {"text/plain": 5}, {"../../etc/passwd": "x"}, None, 7]
+    for bundle in [*bundles, {"application/json": deep}, {"text/html": None, "text/plain": "fine"}]:
+        kernel.publish("display_data", {"data": bundle, "metadata": None, "transient": None}, request)
+    kernel.publish("stream", {"name": "stdout", "text": "end"}, request)
+    kernel.finish(request)
+
+
+def test_malformed_bundles_cost_only_themselves(tmp_path: Path) -> None:
+    kernel = ScriptedKernel(malformed)
+    try:
+        with JupyterCodeExecutor(kernel.connection, output_dir=tmp_path) as executor:
+            result = run(executor, "1")
+            executor.save_notebook(tmp_path / "n.ipynb")
+    finally:
+        kernel.close()
+    assert result.exit_code == 0
+    assert result.output.endswith("fine\nend")
+    assert "Image data could not be saved" in result.output
+    assert all(Path(path).parent == tmp_path for path in result.output_files)
+    nbformat.validate(nbformat.read(tmp_path / "n.ipynb", as_version=4))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "small"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)], capture_output=True)
+    need("mount", mounted.returncode == 0)
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk: Path) -> None:
+    with JupyterCodeExecutor(server, output_dir=small_disk) as executor:
+        result = run(
+            executor, "from IPython.display import HTML\ndisplay(HTML('x' * 10**6))\nprint('y' * 10**6)\nprint('end')"
+        )
+    assert result.exit_code == 0
+    assert "HTML data could not be saved: " in result.output
+    assert "No space left" in result.output
+    assert "the full text could not be saved: " in result.output
+    assert result.output.endswith("end\n")
 
 
 def extract(message: Any) -> list[tuple[str, str]]:
