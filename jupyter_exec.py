@@ -23,7 +23,7 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
     7  Kernel client         one cell at a time: replies, outputs, deadline, interrupt, death
     8  Kernel host           kernelspecs, launch, watch, relay; runs at the other end of a pipe
     9  Servers               LocalJupyterServer, CommandJupyterServer, attaching
-    10 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor
+    10 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor and its async face
     11 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
     12 License
 
@@ -63,6 +63,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
@@ -76,17 +77,19 @@ from typing import IO, Any, ClassVar, Protocol, TextIO, TypeVar, cast
 
 __version__ = "0.1.0"
 
-__all__ = ["CodeBlock", "CodeResult", "CommandJupyterServer", "ConnectionClosed", "DockerJupyterServer"]
-__all__ += ["ExecutionError", "ExecutionResult", "ExecutionTimeout", "IPythonCodeResult", "JupyterCodeExecutor"]
-__all__ += ["JupyterConnectionInfo", "JupyterExecError", "KernelClient", "KernelConnection", "KernelDied"]
-__all__ += ["KernelError", "KernelSpecNotFound", "KernelStartFailed", "LocalJupyterServer", "MarkdownCodeExtractor"]
-__all__ += ["ProtocolError", "RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError"]
+__all__ = ["CODE_WRITER_SYSTEM_MESSAGE", "AsyncJupyterCodeExecutor", "CodeBlock", "CodeResult"]
+__all__ += ["CommandJupyterServer", "ConnectionClosed", "DockerJupyterServer", "ExecutionError", "ExecutionResult"]
+__all__ += ["ExecutionTimeout", "IPythonCodeResult", "JupyterCodeExecutor", "JupyterConnectionInfo"]
+__all__ += ["JupyterExecError", "KernelClient", "KernelConnection", "KernelDied", "KernelError", "KernelSpecNotFound"]
+__all__ += ["KernelStartFailed", "LocalJupyterServer", "MarkdownCodeExtractor", "ProtocolError"]
+__all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError"]
 
 PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
 START_TIMEOUT = 60.0  # seconds from asking for a kernel to its first answer, host or container included
 CONTROL_TIMEOUT = 10.0  # seconds for the host to answer a control request; it answers in milliseconds
 INTERRUPT_GRACE = 5.0  # seconds that an interrupted cell has to end before its kernel is killed
+INTERRUPT_RETRY = 0.05  # seconds between the interrupts of a cancelled cell until it has begun and ended
 FENCE_DELAY = 1.0  # seconds between an execute_reply and its idle after which the other counts as overdue
 SHUTDOWN_GRACE = 2.0  # seconds that a kernel has to end by itself after shutdown_request
 READY_RETRY = 0.2  # seconds between kernel_info_requests while a kernel without iopub_welcome starts
@@ -2029,7 +2032,7 @@ class KernelClient:
         self._session = ""
         self._serial = itertools.count(1)
         self._displays: dict[str, list[Json]] = {}
-        self._ready = False
+        self.ready = False
         self._running: Execution | None = None
         self._nudges: set[str] = set()  # interrupts whose effect is not yet known to be over
         self._exit: KernelExit | None = None
@@ -2042,6 +2045,12 @@ class KernelClient:
         return self._control.connection_file
 
     @property
+    def language(self) -> str:
+        """The name of the language that the kernel speaks, as it said; "" before it is ready."""
+        info = self.kernel_info.get("language_info")
+        return str(info.get("name", "")) if isinstance(info, dict) else ""
+
+    @property
     def alive(self) -> bool:
         """Whether there is a kernel that can run a cell, as far as known now."""
         return self._channels is not None and self._exit is None and not self._ended
@@ -2049,7 +2058,7 @@ class KernelClient:
     def start(self) -> None:
         """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready."""
         self.close()
-        self._mailbox, self._exit, self._ready, self.kernel_info = Mailbox(), None, False, {}
+        self._mailbox, self._exit, self.ready, self.kernel_info = Mailbox(), None, False, {}
         self._ended = False
         self._displays.clear()
         self._nudges.clear()
@@ -2062,7 +2071,7 @@ class KernelClient:
         Raises: KernelStartFailed.
         """
         attempts = PORT_ATTEMPTS if self._control.owned else 1
-        while not self._ready:
+        while not self.ready:
             attempts -= 1
             try:
                 self._greet(deadline)
@@ -2091,7 +2100,7 @@ class KernelClient:
                     heard = heard or message.channel == "iopub"
                     if message.msg_type == "kernel_info_reply":
                         self.kernel_info = message.content
-        self._ready = True
+        self.ready = True
 
     def execute(
         self,
@@ -2220,7 +2229,7 @@ class KernelClient:
         if running := self._running:
             running.interrupted = True
             # A kernel ignores the signal until it has begun with the cell: then the reading thread sends it.
-            if running.started:
+            if running.started and not running.signalled:
                 self._signal(running)
 
     def _signal(self, execution: Execution) -> None:
@@ -2251,7 +2260,7 @@ class KernelClient:
     def shutdown(self) -> None:
         """End the kernel: ask it, and after SHUTDOWN_GRACE kill it. Only disconnects from one that is not ours."""
         if self._channels and not self._exit and self._control.owned:
-            if self._ready and not self._control.supervised:
+            if self.ready and not self._control.supervised:
                 self._send("control", "shutdown_request", {"restart": False})
                 self._wait_exit(SHUTDOWN_GRACE)
             if not self._exit:
@@ -4379,6 +4388,75 @@ def _notebook_output(output: Json) -> Json:
     return output | {"data": data}
 
 
+_PYTHON_NAMES = re.compile(r"i?py(thon)?[\d.]*")
+_SHELLS = {"bash": "bash", "shell": "bash", "sh": "sh"}
+_PIP_LINE = re.compile(r"(?m)^([ \t]*)[!%][ \t]*pip3?[ \t]+install\b")
+_SHELL_PIP_LINE = re.compile(r"(?m)^([ \t]*pip3?[ \t]+install)\b")
+_QUIET = "-qq --disable-pip-version-check"  # errors stay visible
+# Runs a shell script with the kernel's own Python first on PATH; its exit status comes back as an exception.
+_SHELL_CELL = """\
+def _run_shell(command):
+    import os, shlex, sys
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
+    get_ipython().system(f"PATH={{shlex.quote(path)}} {shell} -c {{shlex.quote(command)}}")
+    if get_ipython().user_ns["_exit_code"]:
+        error = type("ShellExit", (Exception,), {{"_render_traceback_": lambda self: []}})
+        raise error(get_ipython().user_ns["_exit_code"])
+_run_shell({script!r})
+"""
+
+
+def cell_of(block: Any, kernel_name: str, kernel_language: str) -> str:
+    """Return the cell that runs a code block in a kernel of that name and language.
+
+    Raises: ValueError for a language that the kernel does not speak.
+    """
+    code, language = str(block.code), str(block.language or "").strip().lower()
+    speaks_python = kernel_language.lower() == "python"
+    if speaks_python and language in _SHELLS and code.lstrip()[:1] not in ("!", "%"):
+        script = _SHELL_PIP_LINE.sub(rf"\1 {_QUIET}", code)
+        return _SHELL_CELL.format(shell=_SHELLS[language], script=script)
+    own = {"", kernel_language.lower(), kernel_name.lower(), *(_SHELLS if speaks_python else ())}
+    if language in own or (speaks_python and _PYTHON_NAMES.fullmatch(language)):
+        return _PIP_LINE.sub(rf"""\1!"{{__import__('sys').executable}}" -m pip install {_QUIET}""", code)
+    others = " or bash" if speaks_python else ""
+    raise ValueError(f"The kernel runs {kernel_language}{others}, not {block.language}: the block was not run.")
+
+
+def function_source(function: Callable[..., Any]) -> str:
+    """Return the source of a plain function, to be defined in a kernel. Raises: ValueError if it is not plain."""
+    import inspect
+
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        source = ""
+    if not source.startswith(("def ", "async def ")) or function.__closure__:
+        raise ValueError(f"{function!r} cannot be sent to a kernel: it must be a plain function without closure.")
+    return source
+
+
+CODE_WRITER_SYSTEM_MESSAGE = """\
+You can run Python code in a Jupyter kernel by writing it in a fenced code block that starts with ```python.
+The kernel keeps its state: variables, imports and functions of earlier blocks are there in later ones, so write small
+blocks, one step at a time, and never repeat what has already run. After an error only the failing block has to be
+corrected and run again. The value of a block's last expression is shown, and so is what it prints.
+Plots and other pictures come back as paths of files: call plt.show(). Install packages with `%pip install NAME`.
+Shell commands go into a block that starts with ```bash. The code cannot ask for input.
+If the reply says that all variables are lost, the kernel is fresh: run again what you need.
+"""
+
+
+class _UserCapability:
+    """AutoGen 0.2.13 to 0.2.18: tells an agent how to write code for the executor."""
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+
+    def add_to_agent(self, agent: Any) -> None:
+        agent.update_system_message(agent.system_message + self._message)
+
+
 class JupyterCodeExecutor:
     """Runs code blocks in a Jupyter kernel of its own, whose variables live from block to block and call to call.
 
@@ -4388,6 +4466,7 @@ class JupyterCodeExecutor:
     as it comes, in the shape of nbformat; what a thread prints after its cell has ended is marked "late".
     `on_input(prompt, password)` answers input() and getpass(); without it they raise in the cell. Of longer text
     than `max_output` characters a call returns head and tail, and names the file with the whole; None is no limit.
+    `functions` (plain ones, with their source at hand) are defined in the kernel whenever it is fresh.
 
     It may be called from any thread: cells run one after another. `stop`, or leaving a `with`, ends the kernel.
 
@@ -4396,7 +4475,10 @@ class JupyterCodeExecutor:
 
     # Plain values live in __dict__ and all else in slots, so that vars(executor) can be written as JSON:
     # AutoGen's runtime logging does that.
-    _SLOTS = "_hooks", "_journal", "_kernel", "_lock", "_output_dir", "_own_server", "_server"
+    UserCapability = _UserCapability
+    CODE_WRITER_SYSTEM_MESSAGE = CODE_WRITER_SYSTEM_MESSAGE
+
+    _SLOTS = "_functions", "_hooks", "_journal", "_kernel", "_lock", "_output_dir", "_own_server", "_server"
     __slots__ = ("__dict__", "__weakref__", *_SLOTS)
 
     def __init__(
@@ -4406,6 +4488,7 @@ class JupyterCodeExecutor:
         timeout: float = 60,
         output_dir: str | os.PathLike[str] = ".",
         *,
+        functions: Sequence[Callable[..., Any]] = (),
         max_output: int | None = MAX_OUTPUT,
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
@@ -4418,6 +4501,8 @@ class JupyterCodeExecutor:
         self._timeout = timeout
         self._kernel_name = kernel_name
         self._max_output = max_output
+        self._functions = tuple(functions)
+        self._prelude()  # raises for a function that cannot be sent
         self._journal = Journal()
         self._hooks = on_output, on_input
         self._lock = threading.RLock()
@@ -4452,6 +4537,25 @@ class JupyterCodeExecutor:
         return MarkdownCodeExtractor()
 
     @property
+    def system_message(self) -> str:
+        """CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of the installed functions."""
+        import inspect
+
+        lines = [
+            f"    {function.__name__}{inspect.signature(function)}: {inspect.getdoc(function) or ''}".rstrip(" :")
+            for function in self._functions
+        ]
+        return "\n".join([CODE_WRITER_SYSTEM_MESSAGE + "These functions are defined already:" * bool(lines), *lines])
+
+    @property
+    def user_capability(self) -> _UserCapability:
+        return _UserCapability(self.system_message)
+
+    def _prelude(self) -> str:
+        source = "\n".join(["from __future__ import annotations", *map(function_source, self._functions)])
+        return f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())"
+
+    @property
     def connection_file(self) -> str | None:
         """Path of the kernel's connection file, for `jupyter console --existing`; None if it is not on this machine."""
         return self._kernel.connection_file
@@ -4471,7 +4575,7 @@ class JupyterCodeExecutor:
         with self._lock:
             self._check_usable()
             for block in code_blocks:
-                result = self._execute_block(str(block.code), spill)
+                result = self._execute_block(block, spill)
                 texts.append(render(result.outputs, result.note, functools.partial(self._save, files)))
                 exit_code, state = result.exit_code, result.kernel_state
                 if result.status != "ok":
@@ -4480,15 +4584,21 @@ class JupyterCodeExecutor:
         text = shorten("\n".join(texts), self._max_output, where)
         return CodeResult(exit_code, text, files + [spill.path] * bool(spill.path), state)
 
-    def _execute_block(self, code: str, spill: Spill) -> ExecutionResult:
+    def _execute_block(self, block: Any, spill: Spill) -> ExecutionResult:
         def on_output(output: Json) -> None:
             spill.add(output)
             if self._hooks[0]:
                 self._hooks[0](output)
 
         try:
-            return self.execute(code, on_output=on_output)
-        except ProtocolError as error:  # too large for the server: nothing was sent
+            self._make_ready()
+            cell = cell_of(block, self._kernel_name, self._kernel.language)
+            result = self.execute(cell, on_output=on_output)
+            if (error := result.error) and error["ename"] == "ShellExit":
+                result.outputs.remove(error)
+                result.exit_code = abs(int(error["evalue"])) if re.fullmatch(r"-?\d+", error["evalue"]) else 1
+            return result
+        except (ProtocolError, ValueError) as error:  # too large for the server, not its language: nothing was sent
             return ExecutionResult("error", 1, "intact", str(error), [])
         except (KernelDied, ConnectionClosed) as error:
             return ExecutionResult("died", 137, "lost", str(error), [])
@@ -4515,9 +4625,7 @@ class JupyterCodeExecutor:
         """
         with self._lock:
             self._check_usable()
-            if not self._kernel.alive:
-                self._kernel.start()
-            self._kernel.wait_ready(Deadline(START_TIMEOUT))
+            self._make_ready()
             result = self._kernel.execute(
                 code,
                 self._timeout if timeout is None else timeout,
@@ -4528,16 +4636,26 @@ class JupyterCodeExecutor:
             self._journal.add(code, result)
             return result
 
+    def _make_ready(self) -> None:
+        """Have a kernel that answers, with our functions in it."""
+        if not self._kernel.alive:
+            self._kernel.start()
+        if not self._kernel.ready:
+            self._kernel.wait_ready(Deadline(START_TIMEOUT))
+            if self._functions:
+                result = self._kernel.execute(self._prelude(), START_TIMEOUT, silent=True, store_history=False)
+                if result.status != "ok":
+                    raise JupyterExecError(f"The functions could not be defined in the kernel: {result.text}")
+
     def save_notebook(self, path: str | os.PathLike[str]) -> None:
         """Write the session so far as a notebook: each cell with its outputs, failed and timed-out ones too.
 
         Raises: OSError.
         """
         with self._lock:
-            language = self._kernel.kernel_info.get("language_info")
             metadata: Json = {"kernelspec": {"name": self._kernel_name, "display_name": self._kernel_name}}
-            if isinstance(language, dict) and isinstance(language.get("name"), str):
-                metadata["language_info"] = {"name": language["name"]}
+            if self._kernel.language:
+                metadata["language_info"] = {"name": self._kernel.language}
             self._journal.save(path, metadata)
 
     def interrupt(self) -> None:
@@ -4572,8 +4690,112 @@ class JupyterCodeExecutor:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
+    def __copy__(self) -> JupyterCodeExecutor:
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> JupyterCodeExecutor:
         return self  # frameworks copy their tools, and with them what must stay one kernel
+
+
+class AsyncJupyterCodeExecutor:
+    """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, cells run in a thread of its own.
+
+    Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts the cell; variables are kept. It serves
+    as a code executor of autogen-agentchat 0.4 and newer (`result_type` is then their CodeResult, if there is a
+    model_client), and as a CodeEnvironment of AG2 1.x.
+    """
+
+    supported_languages = ("python", "bash")
+
+    def __init__(
+        self, jupyter_server: Any, *args: Any, result_type: Callable[..., Any] = CodeResult, **options: Any
+    ) -> None:
+        self._make = functools.partial(JupyterCodeExecutor, jupyter_server, *args, **options)
+        self._result_type = result_type
+        self._executor: JupyterCodeExecutor | None = None
+        self._pool: Any = None
+
+    async def start(self) -> None:
+        """Ask for the kernel. Raises what JupyterCodeExecutor raises."""
+        await self._in_thread(self._sync)
+
+    def _sync(self) -> JupyterCodeExecutor:
+        self._executor = self._executor or self._make()
+        return self._executor
+
+    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._pool = self._pool or ThreadPoolExecutor(1, "jupyter_exec cells")
+        work = self._pool.submit(function, *args)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(work))
+        except asyncio.CancelledError:
+            while not work.cancel() and not work.done():  # it has begun: its cell has, or will soon
+                self.interrupt()
+                await asyncio.sleep(INTERRUPT_RETRY)
+            raise
+
+    async def execute_code_blocks(self, code_blocks: Iterable[Any], cancellation_token: Any = None) -> Any:
+        """Like JupyterCodeExecutor.execute_code_blocks. Raises: CancelledError."""
+        import asyncio
+
+        task = asyncio.ensure_future(self._in_thread(lambda: self._sync().execute_code_blocks(code_blocks)))
+        if cancellation_token is not None:
+            cancellation_token.link_future(task)
+        try:
+            result = await task
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if self._result_type is CodeResult:
+            return result
+        return self._result_type(exit_code=result.exit_code, output=result.output)
+
+    async def execute(self, code: str, **options: Any) -> ExecutionResult:
+        """Like JupyterCodeExecutor.execute."""
+        result: ExecutionResult = await self._in_thread(lambda: self._sync().execute(code, **options))
+        return result
+
+    async def run(self, code: str, language: str = "python", *, context: Any = None) -> CodeResult:
+        """Run one block: the CodeEnvironment of AG2 1.x."""
+        block = CodeBlock(code, language)
+        result: CodeResult = await self._in_thread(lambda: self._sync().execute_code_blocks([block]))
+        return result
+
+    async def restart(self) -> None:
+        await self._in_thread(lambda: self._sync().restart())
+
+    def interrupt(self) -> None:
+        if self._executor:
+            self._executor.interrupt()
+
+    async def save_notebook(self, path: str | os.PathLike[str]) -> None:
+        await self._in_thread(lambda: self._sync().save_notebook(path))
+
+    async def stop(self) -> None:
+        """End the kernel and the thread. May be called more than once."""
+        executor, pool, self._pool = self._executor, self._pool, None
+        if executor:
+            import asyncio
+
+            await asyncio.get_running_loop().run_in_executor(pool, executor.stop)
+        if pool:
+            pool.shutdown(wait=False)
+
+    async def __aenter__(self) -> AsyncJupyterCodeExecutor:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.stop()
+
+    def __copy__(self) -> AsyncJupyterCodeExecutor:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AsyncJupyterCodeExecutor:
+        return self
 
 
 # ======================================================================================================

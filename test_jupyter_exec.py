@@ -16,6 +16,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import copy
 import gc
 import hashlib
 import importlib.util
@@ -68,6 +69,7 @@ from jupyter_exec import (
     MAX_HEAD,
     MAX_PARTS,
     V1_SUBPROTOCOL,
+    AsyncJupyterCodeExecutor,
     Closed,
     CodeBlock,
     CodeResult,
@@ -3932,6 +3934,276 @@ def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk:
     assert "No space left" in result.output
     assert "the full text could not be saved: " in result.output
     assert result.output.endswith("end\n")
+
+
+# Languages, pip, functions
+
+
+def run_block(executor: JupyterCodeExecutor, code: str, language: str) -> CodeResult:
+    return executor.execute_code_blocks([CodeBlock(code, language)])
+
+
+@pytest.mark.parametrize("language", ["python", "py", "Python", "ipython", "python3", "python3.11", "", None])
+def test_names_of_python(executor: JupyterCodeExecutor, language: Any) -> None:
+    assert run_block(executor, "6 * 7", language).output == "42"
+
+
+@pytest.mark.parametrize("language", ["bash", "sh", "shell", "BASH"])
+def test_shell_blocks_run_in_a_shell_and_give_their_status(executor: JupyterCodeExecutor, language: str) -> None:
+    result = run_block(executor, "for i in 1 2; do echo $i; done\necho 'it''s'\necho err >&2", language)
+    assert (result.exit_code, result.output.split()) == (0, ["1", "2", "its", "err"])
+    failed = run_block(executor, "echo before; exit 3", language)
+    assert (failed.exit_code, failed.output, failed.kernel_state) == (3, "before\n", "intact")
+
+
+def test_shell_blocks_use_the_kernels_python(executor: JupyterCodeExecutor) -> None:
+    found = run_block(executor, "command -v python", "bash").output.strip()
+    assert Path(found).parent == Path(sys.executable).parent
+
+
+def test_autogens_bang_in_a_bash_block_goes_to_ipython(executor: JupyterCodeExecutor) -> None:
+    assert run_block(executor, '!echo "hello world!"', "bash").output.strip() == "hello world!"
+    assert run_block(executor, "%time 1", "sh").exit_code == 0
+
+
+def test_a_language_that_the_kernel_does_not_speak_is_refused(executor: JupyterCodeExecutor) -> None:
+    result = run_block(executor, "puts 1", "ruby")
+    assert (result.exit_code, result.output) == (1, "The kernel runs python or bash, not ruby: the block was not run.")
+
+
+def test_pip_is_quiet_but_its_failures_are_not(executor: JupyterCodeExecutor) -> None:
+    for line in ("!pip install pip", "%pip install pip", "! pip3 install pip"):
+        assert (run(executor, line).exit_code, run(executor, line).output) == (0, "")
+    assert "ERROR: " in run(executor, "!pip install no-such-package-at-all-1234").output
+    assert run_block(executor, "pip install pip", "bash").output == ""
+
+
+def add_two(a: int, b: int = 2) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+def test_functions_are_there_from_the_start_and_after_every_restart(server: LocalJupyterServer) -> None:
+    with JupyterCodeExecutor(server, functions=[add_two]) as executor:
+        assert run(executor, "add_two(3)").output == "5"
+        assert executor.execute("1").execution_count == 2
+        executor.restart()
+        assert run(executor, "add_two(4)").output == "6"
+        run(executor, "import os; os._exit(1)")
+        assert run(executor, "add_two(5)").output == "7"
+        assert "add_two(a: 'int', b: 'int' = 2) -> 'int': Add two numbers." in executor.system_message
+        assert executor.system_message.startswith(jupyter_exec.CODE_WRITER_SYSTEM_MESSAGE)
+
+
+def test_functions_that_cannot_be_sent_are_refused(server: LocalJupyterServer) -> None:
+    free = 5
+    for function in (lambda: 1, len, lambda: free):
+        with pytest.raises(ValueError, match="plain function"):
+            JupyterCodeExecutor(server, functions=[function])
+
+
+def test_an_empty_list_of_blocks_is_fine(executor: JupyterCodeExecutor) -> None:
+    assert str(executor.execute_code_blocks([])) == "exit_code=0 output='' output_files=[]"
+
+
+# asyncio
+
+
+def test_async_executor_runs_blocks_on_a_loop(server: LocalJupyterServer, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(server, output_dir=tmp_path) as executor:
+            assert (await executor.execute_code_blocks([CodeBlock("x = 6"), CodeBlock("x * 7")])).output == "\n42"
+            assert (await executor.execute("x")).text == "6"
+            assert (await executor.run("echo hi", "bash")).output == "hi\n"
+            await executor.restart()
+            assert (await executor.run("'x' in dir()", "python", context=None)).output == "False"
+            await executor.save_notebook(tmp_path / "n.ipynb")
+
+    asyncio.run(main())
+
+
+def test_cancelling_interrupts_the_cell_and_keeps_the_kernel(server: LocalJupyterServer) -> None:
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(server) as executor:
+            await executor.run("x = 5\nimport time")
+            for delay in (0.0, 0.3):
+                task = asyncio.ensure_future(executor.run("time.sleep(60)"))
+                await asyncio.sleep(delay)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert (await executor.run("x")).output == "5"
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_a_cancellation_token_interrupts_too(server: LocalJupyterServer) -> None:
+    class Token:
+        def link_future(self, future: Any) -> None:
+            asyncio.get_running_loop().call_later(0.3, future.cancel)
+
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(server) as executor:
+            with pytest.raises(asyncio.CancelledError):
+                await executor.execute_code_blocks([CodeBlock("x = 5\nimport time; time.sleep(60)")], Token())
+            assert (await executor.run("x")).output == "5"
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_many_cells_do_not_block_the_event_loop(server: LocalJupyterServer) -> None:
+    async def main() -> list[float]:
+        async with contextlib.AsyncExitStack() as stack:
+            executors = [await stack.enter_async_context(AsyncJupyterCodeExecutor(server)) for _ in range(4)]
+            await asyncio.gather(*(executor.run("import time") for executor in executors))
+            cells = asyncio.gather(*(executor.run("time.sleep(0.5)") for executor in executors))
+            lags = []
+            while not cells.done():
+                before = time.monotonic()
+                await asyncio.sleep(0)
+                lags.append(time.monotonic() - before)
+                await asyncio.sleep(0.01)
+            await cells
+            return lags
+
+    lags = asyncio.run(main())
+    assert len(lags) > 20  # the loop went on turning for half a second
+    assert sorted(lags)[len(lags) // 2] < 0.02
+
+
+def test_copies_of_an_executor_are_itself(executor: JupyterCodeExecutor) -> None:
+    assert copy.copy(executor) is copy.deepcopy(executor) is executor
+    other = AsyncJupyterCodeExecutor(None)
+    assert copy.copy(other) is copy.deepcopy(other) is other
+
+
+# Frameworks: each in an environment of its own, which JUPYTER_EXEC_FRAMEWORKS holds
+
+
+def run_framework(name: str, program: str, tmp_path: Path) -> str:
+    """Run a program with the framework of that name and return what it printed last."""
+    python = Path(os.environ.get("JUPYTER_EXEC_FRAMEWORKS", "/nowhere")) / name / "bin" / "python"
+    need(name, python.exists())
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "AUTOGEN_USE_DOCKER": "0"}
+    command = [str(python), "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.rstrip("\n").rpartition("\n")[2]
+
+
+CLASSIC = """
+    import asyncio, json, os, tempfile
+    import autogen
+    from autogen import ConversableAgent, GroupChat, GroupChatManager
+    from autogen.coding.base import CodeExecutor, CodeExtractor
+    from autogen.coding import CodeBlock
+    import jupyter_exec
+    from jupyter_exec import JupyterCodeExecutor, LocalJupyterServer
+
+    DEFINE = "def fibonacci(n):\\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)"
+    FIBONACCI = f"Here:\\n```python\\n{DEFINE}\\n```\\nand then\\n```python\\nfibonacci(14)\\n```"
+
+    def writer(name="writer"):
+        agent = ConversableAgent(name, llm_config=False, human_input_mode="NEVER")
+        agent.register_reply([autogen.Agent, None], lambda *a, **k: (True, FIBONACCI))
+        return agent
+
+    def runner(executor, name="runner"):
+        config = {"executor": executor, "last_n_messages": "auto"}
+        return ConversableAgent(name, llm_config=False, human_input_mode="NEVER", code_execution_config=config)
+
+    with LocalJupyterServer() as server, tempfile.TemporaryDirectory() as directory:
+        executor = JupyterCodeExecutor(server, output_dir=directory)
+        assert isinstance(executor, CodeExecutor) and isinstance(JupyterCodeExecutor, CodeExecutor)
+        autogen.runtime_logging.start(config={"dbname": os.path.join(directory, "log.db")})
+        agent = runner(executor)
+        assert agent.code_executor is executor
+        expected = "exitcode: 0 (execution succeeded)\\nCode output: \\n377"
+        agent.initiate_chat(writer(), message="calculate the 14th Fibonacci number", max_turns=2)
+        autogen.runtime_logging.stop()
+        assert [m["content"] for m in agent.chat_messages[list(agent.chat_messages)[0]]][-2] == expected
+
+        async def chat():
+            other = runner(JupyterCodeExecutor(server, output_dir=directory))
+            await other.a_initiate_chat(writer(), message="calculate", max_turns=2)
+            return other.chat_messages[list(other.chat_messages)[0]][-2]["content"]
+
+        assert asyncio.run(chat()) == expected
+
+        group = GroupChat([writer(), runner(executor)], messages=[], max_round=3, speaker_selection_method="round_robin")
+        manager = GroupChatManager(group, llm_config=False)
+        ConversableAgent("user", llm_config=False, human_input_mode="NEVER").initiate_chat(manager, message="go", max_turns=1)
+        assert group.messages[-1]["content"] == expected, group.messages
+
+        result = executor.execute_code_blocks([CodeBlock(code="x = 1", language="python"), CodeBlock(code="x", language="python")])
+        assert (result.exit_code, result.output) == (0, "\\n1")
+        executor.restart()
+    print("all is well")
+"""
+
+
+@pytest.mark.parametrize("line", ["autogen-classic", "autogen-0.2"])
+def test_autogen_and_ag2_classic(line: str, tmp_path: Path) -> None:
+    assert run_framework(line, CLASSIC, tmp_path) == "all is well"
+
+
+def test_autogen_agentchat(tmp_path: Path) -> None:
+    program = """
+        import asyncio, warnings
+        from autogen_agentchat.agents import CodeExecutorAgent
+        from autogen_agentchat.messages import TextMessage
+        from autogen_core import CancellationToken
+        from autogen_ext.tools.code_execution import PythonCodeExecutionTool
+        from jupyter_exec import AsyncJupyterCodeExecutor, LocalJupyterServer
+
+        async def main():
+            warnings.simplefilter("ignore")
+            with LocalJupyterServer() as server:
+                async with AsyncJupyterCodeExecutor(server) as executor:
+                    agent = CodeExecutorAgent("runner", code_executor=executor)
+                    for code, output in (("x = 20\\nprint('set')", "set"), ("print(x + 1)", "21")):
+                        message = TextMessage(content=f"```python\\n{code}\\n```", source="user")
+                        response = await agent.on_messages([message], CancellationToken())
+                        assert response.chat_message.content.strip() == output, response.chat_message.content
+                    tool = PythonCodeExecutionTool(executor)
+                    result = await tool.run_json({"code": "x + 2"}, CancellationToken())
+                    assert (result.success, result.output) == (True, "22"), result
+                    token = CancellationToken()
+                    task = asyncio.ensure_future(tool.run_json({"code": "import time; time.sleep(60)"}, token))
+                    await asyncio.sleep(0.5)
+                    token.cancel()
+                    try:
+                        await task
+                        raise SystemExit("not cancelled")
+                    except asyncio.CancelledError:
+                        pass
+                    assert (await executor.run("x")).output == "20"
+            print("all is well")
+
+        asyncio.run(main())
+    """
+    assert run_framework("autogen-0.7", program, tmp_path) == "all is well"
+
+
+def test_ag2_one(tmp_path: Path) -> None:
+    program = """
+        import asyncio
+        from ag2.tools import SandboxCodeTool
+        from ag2.tools.code import CodeEnvironment
+        from jupyter_exec import AsyncJupyterCodeExecutor, LocalJupyterServer
+
+        async def main():
+            with LocalJupyterServer() as server:
+                async with AsyncJupyterCodeExecutor(server) as executor:
+                    assert isinstance(executor, CodeEnvironment)
+                    tool = SandboxCodeTool(executor)
+                    assert (await executor.run("x = 6", "python")).exit_code == 0
+                    assert (await executor.run("print(x * 7)", "python", context=None)).output == "42\\n"
+            print("all is well")
+
+        asyncio.run(main())
+    """
+    assert run_framework("ag2-1", program, tmp_path) == "all is well"
 
 
 def extract(message: Any) -> list[tuple[str, str]]:
