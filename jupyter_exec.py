@@ -67,6 +67,7 @@ import textwrap
 import threading
 import time
 import uuid
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1558,6 +1559,21 @@ def _writer(descriptor: int) -> Callable[[bytes], object]:
     return open(descriptor, "wb", buffering=0).write
 
 
+_inherited: weakref.WeakSet[Pipe] = weakref.WeakSet()
+
+
+def _close_inherited() -> None:
+    """In a forked child: close its copies, so that the pipe closes when the parent ends."""
+    for pipe in list(_inherited):
+        with contextlib.suppress(OSError):
+            stream: Any = pipe.stream
+            os.close(getattr(stream, "raw", stream).detach())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
 class Outbox:
     """Writes to a stream as far as it takes bytes now, the rest when it is ready again. For the loop's thread.
 
@@ -1612,8 +1628,10 @@ class Pipe:
     def __init__(
         self, loop: Loop, stream: Stream, on_parts: Callable[[list[bytes]], None], on_closed: Callable[[str], None]
     ) -> None:
-        self._loop, self._stream = loop, stream
+        self._loop, self.stream = loop, stream
         self._on_parts, self._on_closed = on_parts, on_closed
+        if hasattr(getattr(stream, "raw", stream), "detach"):
+            _inherited.add(self)
         self._codec = PipeCodec()
         self._outbox = Outbox(loop, stream, self.close)
         self._closed = False
@@ -1625,7 +1643,7 @@ class Pipe:
 
     def _read(self) -> None:
         try:
-            data = self._stream.recv(2**18)
+            data = self.stream.recv(2**18)
             if not data:
                 self.close("the pipe was closed")
                 return
@@ -1639,9 +1657,9 @@ class Pipe:
     def close(self, reason: str) -> None:
         if not self._closed:
             self._closed = True
-            self._loop.on_readable(self._stream.fileno(), None)
+            self._loop.on_readable(self.stream.fileno(), None)
             self._outbox.close()
-            self._stream.close()
+            self.stream.close()
             self._on_closed(reason)
 
 
@@ -2268,6 +2286,11 @@ class KernelClient:
                 self._wait_exit(SHUTDOWN_GRACE)
         self.close()
 
+    def abort(self) -> None:
+        """Kill the kernel, from any thread, so that a running cell ends; without effect on one that is not ours."""
+        if self._control.owned:
+            self._control.kill()
+
     def _wait_exit(self, seconds: float) -> None:
         deadline = Deadline(seconds)
         while not self._exit and not deadline.expired:
@@ -2665,7 +2688,7 @@ class KernelHost:
 
     def _end(self, kernel: HostedKernel) -> None:
         """Free what belongs to a kernel, dead or not."""
-        _kill_family(kernel.process, f"{_MARKER}={os.getpid()}/{kernel.name}".encode())
+        _kill_family(kernel.process, f"\0{_MARKER}={os.getpid()}/{kernel.name}\0".encode())
         if kernel.process.stderr:
             self._read_stderr(kernel)
             self._loop.on_readable(kernel.process.stderr.fileno(), None)
@@ -2728,11 +2751,15 @@ def _kill_family(process: subprocess.Popen[Any], marker: bytes) -> None:
     if os.name == "nt":
         process.kill()
         return
-    for pid in {process.pid, *_family(process.pid, marker)}:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    _kill_all({process.pid, *_family(process.pid, marker)})
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _kill_all(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _family(session: int, marker: bytes) -> Iterator[int]:
@@ -2742,7 +2769,7 @@ def _family(session: int, marker: bytes) -> Iterator[int]:
                 with open(f"/proc/{entry}/stat", "rb") as file:
                     fields_after_name = file.read().rpartition(b")")[2].split()
                 with open(f"/proc/{entry}/environ", "rb") as file:
-                    marked = marker in file.read().split(b"\0")
+                    marked = marker in b"\0%b\0" % file.read()
                 if marked or int(fields_after_name[3]) == session:
                     yield int(entry)
 
@@ -3665,6 +3692,8 @@ class LocalJupyterServer(CommandJupyterServer):
         return [*super()._command(program), self.directory]
 
     def _disconnect(self) -> None:
+        if self._process:  # a host that was killed could not end what its kernels had started
+            _kill_all(_family(-1, f"\0{_MARKER}={self._process.pid}/".encode()))
         super()._disconnect()
         self._remove_directory()
 
@@ -3726,12 +3755,12 @@ class DockerStream:
 
     def __init__(self, attached: Any) -> None:
         self._attached = attached  # the SDK's wrapper: it closes the socket when it is collected
-        self._socket = getattr(attached, "_sock", attached)
+        self.raw = getattr(attached, "_sock", attached)
         self._buffer = bytearray()
         self.stderr = bytearray()
-        self._is_tcp = getattr(self._socket, "family", None) in (socket.AF_INET, socket.AF_INET6)
+        self._is_tcp = getattr(self.raw, "family", None) in (socket.AF_INET, socket.AF_INET6)
         if self._is_tcp:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def recv(self, size: int, /) -> bytes:
         while data := self._receive(size):
@@ -3743,14 +3772,14 @@ class DockerStream:
         import ssl
 
         try:
-            data: bytes = self._socket.recv(size)
-            while getattr(self._socket, "pending", int)():  # decrypted already: poll would not tell of it
-                data += self._socket.recv(size)
+            data: bytes = self.raw.recv(size)
+            while getattr(self.raw, "pending", int)():  # decrypted already: poll would not tell of it
+                data += self.raw.recv(size)
         except ssl.SSLWantReadError:
             raise BlockingIOError from None
         if self._is_tcp and hasattr(socket, "TCP_QUICKACK"):
             # The kernel delays acknowledgements by 40 ms otherwise, and forgets this setting at each read.
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         return data
 
     def _demultiplex(self, data: bytes) -> bytes:
@@ -3778,21 +3807,21 @@ class DockerStream:
         import ssl
 
         try:
-            return int(self._socket.send(data))
+            return int(self.raw.send(data))
         except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
             raise BlockingIOError from None
 
     def fileno(self) -> int:
-        return int(self._socket.fileno())
+        return int(self.raw.fileno())
 
     def settimeout(self, seconds: float, /) -> None:
-        self._socket.settimeout(seconds)
+        self.raw.settimeout(seconds)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # the response of the SDK holds the descriptor, too
+            self.raw.shutdown(socket.SHUT_RDWR)  # the response of the SDK holds the descriptor, too
         self._attached.close()
-        self._socket.close()
+        self.raw.close()
 
 
 class DockerJupyterServer(HostServer):
@@ -4457,6 +4486,46 @@ class _UserCapability:
         agent.update_system_message(agent.system_message + self._message)
 
 
+class Turns:
+    """A re-entrant lock that lets threads in by the order in which they came."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._queue: deque[int] = deque()  # thread ids; the first one is in
+        self._depth = 0
+
+    @property
+    def taken(self) -> bool:
+        """Whether another thread is in."""
+        return bool(self._queue) and self._queue[0] != threading.get_ident()
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            if not (self._queue and self._queue[0] == me):
+                self._queue.append(me)
+                try:
+                    self._changed.wait_for(lambda: self._queue[0] == me)
+                except BaseException:
+                    self._queue.remove(me)
+                    raise
+            self._depth += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._queue.popleft()
+                self._changed.notify_all()
+
+
+def _end_forgotten(kernel: KernelClient) -> None:
+    if kernel.alive:
+        warnings.warn("A JupyterCodeExecutor was forgotten, not stopped; its kernel is ended.", ResourceWarning, 2)
+        kernel.abort()
+        kernel.close()
+
+
 class JupyterCodeExecutor:
     """Runs code blocks in a Jupyter kernel of its own, whose variables live from block to block and call to call.
 
@@ -4505,11 +4574,12 @@ class JupyterCodeExecutor:
         self._prelude()  # raises for a function that cannot be sent
         self._journal = Journal()
         self._hooks = on_output, on_input
-        self._lock = threading.RLock()
+        self._lock = Turns()
         self._server = jupyter_server
         self._own_server: RemoteJupyterServer | None = None  # made here, for a JupyterConnectionInfo
         self._stopped = False
         self._kernel = self._new_kernel()
+        weakref.finalize(self, _end_forgotten, self._kernel).atexit = False
 
     def _new_kernel(self) -> KernelClient:
         server = self._server
@@ -4568,6 +4638,9 @@ class JupyterCodeExecutor:
 
         Raises: JupyterExecError after `stop`; TypeError for something that is no code block.
         """
+        code_blocks = list(code_blocks)
+        if not all(hasattr(block, "code") and hasattr(block, "language") for block in code_blocks):
+            raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
         texts: list[str] = []
         files: list[str] = []
         exit_code, state = 0, "intact"
@@ -4667,12 +4740,16 @@ class JupyterCodeExecutor:
 
         Raises: KernelError if it cannot be started, or is not ours (attached by a connection file).
         """
+        if self._lock.taken and self._kernel.alive:
+            self._kernel.abort()  # the cell of another thread ends at once
         with self._lock:
             self._check_usable()
             self._kernel.restart()
 
     def stop(self) -> None:
         """End the kernel (or disconnect from one that was attached to). May be called more than once."""
+        if self._lock.taken:
+            self._kernel.abort()
         with self._lock:
             if not self._stopped:
                 self._stopped = True

@@ -3936,6 +3936,292 @@ def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk:
     assert result.output.endswith("end\n")
 
 
+# When things go wrong
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nif os.fork() == 0:\n    import time; time.sleep(60); os._exit(0)\nos.wait()",
+        "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('caught')",
+        "import subprocess; subprocess.run('sleep 60 & sleep 60', shell=True)",
+        "import threading; threading.Event().wait()",
+    ],
+)
+def test_more_cells_that_can_be_interrupted(executor: JupyterCodeExecutor, code: str) -> None:
+    run(executor, "x = 5")
+    result = executor.execute(code, timeout=1)
+    assert (result.status, result.kernel_state) == ("timeout", "intact")
+    assert run(executor, "x").output == "5"
+
+
+def test_c_code_that_never_returns_is_killed(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
+    code = "import ctypes\nlibc = ctypes.PyDLL(None)\nprint('in', flush=True)\nwhile True:\n    libc.sleep(60)"
+    mask = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
+    result = executor.execute(mask + code, timeout=1)
+    assert (result.status, result.kernel_state) == ("timeout", "lost")
+    assert "the kernel was killed and restarted" in result.note
+    assert run(executor, "1").output == "1"
+
+
+def test_a_kernel_that_dies_between_calls_is_told_and_the_code_not_run(
+    executor: JupyterCodeExecutor, tmp_path: Path
+) -> None:
+    pid = int(run(executor, "import os; os.getpid()").output)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: pid not in descendants(os.getpid()), "the kernel is gone")
+    result = run(executor, f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert (result.exit_code, result.kernel_state) == (137, "lost")
+    assert "SIGKILL" in result.output and "all variables are lost" in result.output
+    assert not (tmp_path / "ran").exists()
+    assert run(executor, "1").output == "1"
+
+
+@pytest.mark.parametrize("what", ["restart", "stop"])
+def test_restart_and_stop_while_a_cell_runs_in_another_thread(server: LocalJupyterServer, what: str) -> None:
+    with JupyterCodeExecutor(server) as executor:
+        going = threading.Event()
+        results: list[Any] = []
+        code = "print('go', flush=True)\nwhile True: pass"
+        cell = threading.Thread(
+            target=lambda: results.append(executor.execute(code, on_output=lambda output: going.set()))
+        )
+        cell.start()
+        assert going.wait(PATIENCE)
+        getattr(executor, what)()
+        cell.join(PATIENCE)
+        assert (results[0].status, results[0].kernel_state) == ("died", "lost")
+        if what == "restart":
+            assert run(executor, "1").output == "1"
+
+
+def test_cells_of_many_threads_run_in_the_order_of_the_calls(executor: JupyterCodeExecutor) -> None:
+    run(executor, "import time; order = []")
+    threads = []
+    for number in range(8):
+        threads.append(threading.Thread(target=run, args=(executor, f"order.append({number}); time.sleep(0.02)")))
+        threads[-1].start()
+        eventually(lambda: len(executor._lock._queue) > 0 or not threads[-1].is_alive(), "the thread is in the queue")
+    for thread in threads:
+        thread.join()
+    assert run(executor, "order").output == str(sorted(range(8)))
+
+
+def test_sixteen_kernels_at_work_on_one_server(server: LocalJupyterServer) -> None:
+    with contextlib.ExitStack() as stack:
+        executors = [stack.enter_context(JupyterCodeExecutor(server)) for _ in range(16)]
+        outputs = {}
+
+        def work(number: int) -> None:
+            outputs[number] = [run(executors[number], f"print({number})").output for _ in range(5)]
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert outputs == {number: [f"{number}\n"] * 5 for number in range(16)}
+
+
+def test_an_executor_in_a_forked_child_says_so() -> None:
+    program = """
+        import os, sys, warnings, jupyter_exec
+        warnings.simplefilter("ignore")
+        server = jupyter_exec.LocalJupyterServer()
+        executor = jupyter_exec.JupyterCodeExecutor(server)
+        executor.execute("x = 5")
+        if os.fork() == 0:
+            result = executor.execute_code_blocks([jupyter_exec.CodeBlock("1")])
+            print(result.exit_code, "forked" in result.output, flush=True)
+            os._exit(0)
+        os.wait()
+        print(executor.execute("x").text)
+    """
+    result = run_python(program)
+    assert (result.stdout, result.stderr) == ("1 True\n5\n", "")
+
+
+@pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "1 / 0", "os.kill(os.getpid(), 15)"])
+def test_forgotten_servers_end_silently_with_the_program(ending: str, tmp_path: Path) -> None:
+    marker = f"mark-{time.time_ns()}"
+    program = f"""
+        import os, sys, threading, jupyter_exec
+        server = jupyter_exec.LocalJupyterServer(env={{"MARK": sys.argv[1]}})
+        executor = jupyter_exec.JupyterCodeExecutor(server)
+        executor.execute("1")
+        threading.Thread(target=executor.execute, args=("while True: pass",), daemon=True).start()
+        {ending}
+    """
+    result = run_python(program, marker, env=os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)})
+    noise = [
+        line
+        for line in result.stderr.splitlines()
+        if "ZeroDivision" not in line and not line.startswith(("Trace", "  "))
+    ]
+    assert noise == []
+    eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
+    eventually(lambda: not list(tmp_path.iterdir()), "every file is gone")
+
+
+def test_a_forgotten_executor_is_ended_with_a_warning(server: LocalJupyterServer) -> None:
+    executor: JupyterCodeExecutor | None = JupyterCodeExecutor(server)
+    assert executor
+    pid = int(run(executor, "import os; os.getpid()").output)
+    with pytest.warns(ResourceWarning, match="forgotten"):
+        del executor
+        gc.collect()
+    eventually(lambda: pid not in descendants(os.getpid()), "the kernel is gone")
+
+
+def test_what_kernels_of_a_killed_host_had_started_is_ended(tmp_path: Path) -> None:
+    marker = f"mark-{time.time_ns()}"
+    with LocalJupyterServer(env={"MARK": marker}) as server, JupyterCodeExecutor(server) as executor:
+        code = "import os, signal, subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
+        assert run(executor, code + "os.kill(os.getppid(), signal.SIGKILL)").kernel_state == "lost"
+        assert run(executor, "1").output == "1"
+        assert sum("sleep" in command_line(pid) for pid in marked_processes(f"MARK={marker}")) == 0
+
+
+def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: Path) -> None:
+    program = """
+        import jupyter_exec
+        with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:
+            code = "print('go', flush=True)\\nfor i in range(30_000): display(i)"
+            seen = []
+            result = executor.execute(code, timeout=60, on_output=lambda o: print("go", flush=True) if not seen.append(1) and len(seen) == 1 else None)
+            print(result.status, len(result.outputs) == 30_001 or "lost" in result.note, executor.execute("7").text)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as client:
+        assert client.stdout
+        assert client.stdout.readline() == "go\n"
+        client.send_signal(signal.SIGSTOP)
+        kernel = max(descendants(client.pid))
+        busy = [-1.0]
+
+        def still() -> bool:  # the kernel has nothing to do any more, or nobody to do it for
+            before, busy[0] = busy[0], sum(map(float, Path(f"/proc/{kernel}/stat").read_text().split()[13:15]))
+            time.sleep(0.2)
+            return busy[0] == before
+
+        eventually(still, "the flood is over")
+        client.send_signal(signal.SIGCONT)
+        status, truth, after = client.stdout.readline().split()
+    assert (status, truth, after) == ("ok", "True", "7")
+
+
+def test_a_slow_hook_loses_nothing(executor: JupyterCodeExecutor) -> None:
+    seen = []
+
+    def slow(output: dict[str, Any]) -> None:
+        if not seen:
+            time.sleep(1)
+        seen.append(output)
+
+    executor.execute("for i in range(5000): display(i)", on_output=slow)
+    assert len(seen) == 5000
+
+
+def test_unread_output_is_bounded(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 10_000_000)
+    first = threading.Event()
+    mailbox = executor._kernel._mailbox
+
+    def slow(output: dict[str, Any]) -> None:
+        if not first.is_set():
+            first.set()
+            eventually(lambda: mailbox.dropped, "output is dropped")
+
+    code = "import time\nfor i in range(60): print('x' * 1_000_000, flush=True); time.sleep(0.005)\nprint('end', flush=True)"
+    result = executor.execute(code, timeout=60, on_output=slow)
+    assert (result.status, result.exit_code) == ("ok", 0)
+    assert "Some of the output was lost" in result.note
+
+
+@pytest.mark.slow
+def test_two_hundred_kernels_leave_nothing(server: LocalJupyterServer) -> None:
+    for number in range(200):
+        with JupyterCodeExecutor(server) as executor:
+            if number % 20 == 0:
+                assert run(executor, "1").output == "1"
+        if number == 20:
+            before = resources()
+    after = resources()
+    assert after["sockets"] <= before["sockets"] + 2
+    assert after["threads"] == before["threads"]
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_many_cells() -> None:
+    program = """
+        import gc, jupyter_exec
+        def used():
+            gc.collect()
+            return int(open("/proc/self/statm").read().split()[1]) * 4
+        with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:
+            for number in range(20_000):
+                executor.execute("1")
+                if number == 2000:
+                    before = used()
+            print(used() - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
+    grown = int(subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment).stdout)
+    assert grown < 4000  # KB
+
+
+FAULTS: dict[str, tuple[str, set[tuple[int, str]]]] = {
+    "fine": ("print('fine')", {(0, "intact")}),
+    "raise": ("1 / 0", {(1, "intact")}),
+    "timeout": ("while True: pass", {(124, "intact")}),
+    "sleep": ("import time; time.sleep(60)", {(124, "intact")}),
+    "await": ("import asyncio; await asyncio.sleep(60)", {(124, "intact")}),
+    "flood": ("while True: print('x' * 1000)", {(124, "intact")}),
+    "exit": ("exit()", {(0, "lost")}),
+    "crash": ("import os; os.kill(os.getpid(), 11)", {(139, "lost")}),
+    "kill": ("import os; os.kill(os.getpid(), 9)", {(137, "lost")}),
+    "end": ("import os; os._exit(4)", {(1, "lost")}),
+    "host": ("import os, time; os.kill(os.getppid(), 9); time.sleep(60)", {(137, "lost")}),
+    "orphan": ("import subprocess; subprocess.Popen(['sleep', '600'], start_new_session=True)", {(0, "intact")}),
+    "big": ("print('y' * 3_000_000)", {(0, "intact")}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_soak_of_random_faults(tmp_path: Path) -> None:
+    seed = int(os.environ.get("JUPYTER_EXEC_SEED", time.time_ns() % 10**6))
+    choose = random.Random(seed)
+    end = time.monotonic() + 60
+    counts = dict.fromkeys(FAULTS, 0)
+    with LocalJupyterServer() as server:
+        executors = [JupyterCodeExecutor(server, output_dir=tmp_path, timeout=1) for _ in range(3)]
+        alive = [False] * 3  # whether the variable of each kernel is set
+        while time.monotonic() < end:
+            which, fault = choose.randrange(3), choose.choice(list(FAULTS))
+            code, expected = FAULTS[fault]
+            counts[fault] += 1
+            what = f"seed {seed}, {counts}, {fault}"
+            result = run(executors[which], "x = 5", code)
+            if result.output.startswith("The kernel died (its host is gone"):  # by a fault in another kernel
+                alive[which] = False
+                continue
+            assert (result.exit_code, result.kernel_state) in expected, f"{what}: {result}"
+            assert ("variables are lost" in result.output) == (result.kernel_state == "lost" and fault != "exit"), what
+            if fault == "host":
+                alive = [False] * 3
+                continue
+            alive[which] = result.kernel_state == "intact"
+            kept = run(executors[which], "'x' in dir()").output
+            assert kept == str(alive[which]), f"{what}: {kept}"
+        for executor in executors:
+            executor.stop()
+    print(f"soak: seed {seed}, {sum(counts.values())} cells, {counts}")
+
+
 # Languages, pip, functions
 
 
