@@ -241,6 +241,7 @@ class ServerError(JupyterExecError):
 
     def __str__(self) -> str:
         says = {401: " The token is missing or wrong.", 403: " The token is missing or wrong, or this is not allowed."}
+        says[404] = " Is base_url right?" if "/api/kernelspecs" in self.url else ""
         where = f"{self.method} {self.url}".strip()
         return f"The Jupyter server answered {self.status} to {where}.{says.get(self.status, '')} {self.body}".rstrip()
 
@@ -1762,6 +1763,15 @@ def write_private(path: str, text: str) -> None:
         file.write(text)
 
 
+def new_context() -> Any:
+    """Return a ZeroMQ context. Raises: JupyterExecError without pyzmq."""
+    try:
+        import zmq
+    except ImportError:
+        raise JupyterExecError("The package pyzmq is not installed: pip install pyzmq") from None
+    return zmq.Context()
+
+
 def open_sockets(context: Any, connection: KernelConnection, identity: bytes) -> dict[str, Any]:
     """Connect shell, iopub, stdin and control; returns {channel: zmq.Socket}. The caller closes them."""
     import zmq
@@ -2628,13 +2638,11 @@ class KernelHost:
             self._loop.on_readable(descriptor, None)
 
     def _open_context(self) -> None:
-        if self._context is None:
-            try:
-                import zmq
-            except ImportError:
-                advice = f"pyzmq is not installed there; run {sys.executable} -m pip install pyzmq ipykernel"
-                raise KernelStartFailed([sys.executable], advice) from None
-            self._context = zmq.Context()
+        try:
+            self._context = self._context or new_context()
+        except JupyterExecError:
+            advice = f"pyzmq is not installed there; run {sys.executable} -m pip install pyzmq ipykernel"
+            raise KernelStartFailed([sys.executable], advice) from None
 
     def _open_relay(self, kernel: HostedKernel, connection: KernelConnection, identity: str) -> None:
         kernel.sockets = open_sockets(self._context, connection, identity.encode("ascii"))
@@ -2997,7 +3005,8 @@ def _explanation(data: bytes) -> str:
     with contextlib.suppress(ProtocolError):
         answer = json_object(data, "answer")
         return " ".join(str(answer[name]) for name in ("message", "reason") if answer.get(name))[:500]
-    return re.sub(r"<[^>]*>|\s+", " ", data[:2000].decode("utf-8", "replace")).strip()[:500]
+    text = re.sub(r"(?s)<(style|script|head)\b.*?</\1>|<[^>]*>", " ", data[:20_000].decode("utf-8", "replace"))
+    return " ".join(text.split())[:300]
 
 
 class RemoteKernelControl:
@@ -3159,11 +3168,8 @@ class HostLink:
 
     def context(self) -> Any:
         """Return the ZeroMQ context of the loop's sockets."""
-        import zmq
-
         with self._context_lock:
-            if self._context is None:
-                self._context = zmq.Context()
+            self._context = self._context or new_context()
             return self._context
 
     def call(self, op: str, **parameters: object) -> Any:
@@ -3392,10 +3398,8 @@ class AttachedKernelControl:
         self.connection_file = connection_file
 
     def start(self, mailbox: Mailbox) -> Channels:
-        import zmq
-
         self.close()
-        self._loop, self._context = Loop(), zmq.Context()
+        self._loop, self._context = Loop(), new_context()
         self._loop.start("jupyter_exec I/O")
         self._channels = ZmqChannels(self._loop, self._context, self._connection, mailbox, watch=True)
         return self._channels
@@ -3652,10 +3656,13 @@ class LocalJupyterServer(CommandJupyterServer):
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         ip, port = self._address
-        if port is None:
-            with socket.socket() as probe:
-                probe.bind((ip, 0))
-                port = probe.getsockname()[1]
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
+            try:
+                probe.bind((ip, port or 0))
+            except OSError as error:  # never send a token to whoever listens there
+                raise KernelStartFailed([], f"no gateway can listen on {ip}:{port}: {error.strerror}") from None
+            port = int(probe.getsockname()[1])
         info = JupyterConnectionInfo(ip, False, port, token_of(self._token))
         # -m would put the working directory on sys.path, where an agent's signal.py shadows the library.
         program = (
@@ -3917,7 +3924,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._auto_remove = auto_remove
         self._env = dict(docker_env or {})
         self._base_image = base_image
-        self._packages = sorted(packages)
+        self._packages = sorted("".join(package.split()) for package in packages)  # no spaces: one word each
         self._network = network or "bridge"
         self._bind_dir = None if bind_dir is None else os.path.abspath(bind_dir)
         self._work_dir = work_dir
@@ -3928,7 +3935,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._exit_status: int | None = None
 
     def _connect(self) -> HostLink:
-        client = self._client = docker_client()
+        client = self._client = self._new_client()
         nonce = secrets.token_hex(16)
         command = ["python3", "-c", BOOTSTRAP.replace("NONCE", nonce)]
         try:
@@ -3952,7 +3959,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         """Run the image's own command, with the port published on the loopback address of the engine only."""
-        client = self._client = docker_client()
+        client = self._client = self._new_client()
         token = token_of(self._token)
         try:
             with _engine_errors(self._image_name):
@@ -3966,6 +3973,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
                     options["labels"] = _merged(options["labels"], {"jupyter_exec.forsakable": "1"})
                 options["ports"] = _merged({"8888/tcp": ("127.0.0.1", None)}, options.get("ports") or {})
                 self._container = client.containers.create(image.id, **options)
+                if self._stop_container:
+                    weakref.finalize(self, _remove_quietly, self._container)  # also at the end of the program
                 self._container.start()
                 self._container.reload()
                 published = (self._container.ports.get("8888/tcp") or [{}])[0].get("HostPort", 0)
@@ -3981,6 +3990,14 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if self._container.status not in ("created", "running"):
             logs = self._container.logs(tail=20).decode("utf-8", "replace")
             raise SandboxError("The container has ended before its gateway answered", self._image_name, "", logs)
+
+    def _new_client(self) -> Any:
+        client = docker_client()
+        here = client.api.base_url.startswith("http+docker://")  # a socket of this machine
+        if here and self._bind_dir and not os.path.isdir(self._bind_dir):
+            client.close()
+            raise SandboxError(f"bind_dir {self._bind_dir} does not exist")  # the engine would make it, for root
+        return client
 
     @property
     def _target(self) -> str:
@@ -4024,13 +4041,16 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         tail: deque[str] = deque(maxlen=20)
         failed = False
         for step in steps:  # to the end: the engine's answer has to be read up
-            text = str(step.get("stream") or step.get("status") or step.get("error") or "").strip()
-            tail.append(text)
+            text = strip_ansi(str(step.get("stream") or step.get("status") or step.get("error") or "")).strip()
+            tail.extend([text] * bool(text))
             if text.startswith("Step "):
                 print(f"jupyter_exec: {text[:100]}", file=sys.stderr)
             failed = failed or "error" in step
         if failed:
-            raise SandboxError("The image could not be built", self._image_name, "", "\n".join(tail))
+            advice = (
+                "" if self._base_image else " (where no registry is reached, base_image names an image that is there)"
+            )
+            raise SandboxError(f"The image could not be built{advice}", self._image_name, "", "\n".join(tail))
 
     def _create(self, client: Any, image: Any, command: list[str]) -> Any:
         options = self._options(client, image.attrs.get("Config") or {}, command)
@@ -4131,14 +4151,18 @@ def _owner_label(pid: int) -> str:
     return f"{socket.gethostname()} {pid} {started}"
 
 
+def _remove_quietly(container: Any) -> None:
+    with contextlib.suppress(Exception):  # it is gone already, or the engine is
+        container.remove(force=True)
+
+
 def _remove_forsaken(client: Any) -> None:
     """Remove the gateway containers of processes of this machine that are gone: nothing tells a gateway of that."""
     for container in client.containers.list(filters={"label": "jupyter_exec.forsakable"}, ignore_removed=True):
         label = container.labels.get("jupyter_exec.owner", "")
         host, pid = (*label.split(" "), "")[:2]
         if host == socket.gethostname() and pid.isdigit() and label != _owner_label(int(pid)):
-            with contextlib.suppress(Exception):  # somebody else was faster
-                container.remove(force=True)
+            _remove_quietly(container)
 
 
 def _log_of(stream: DockerStream) -> str:
@@ -4170,8 +4194,10 @@ def _engine_errors(image: str = "") -> Iterator[None]:
     except (docker.errors.DockerException, OSError) as error:
         if "Permission denied" in str(error):
             reason = "No permission to use Docker: add yourself to the group docker, or use LocalJupyterServer"
-        else:
+        elif isinstance(error, OSError) or "Error while fetching server" in str(error):
             reason = f"Docker is not running: start it, or use LocalJupyterServer ({error})"
+        else:
+            reason = f"Docker refuses: {error}"
         raise SandboxError(reason, image) from None
 
 
@@ -4952,8 +4978,11 @@ class LivePrinter:
             if sys.stderr.isatty() and not self._line_open:
                 sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()
-            stream.write(text)
-            stream.flush()
+            try:
+                stream.write(text)
+                stream.flush()
+            except BrokenPipeError:  # nobody reads any more: as good as Ctrl-C
+                raise KeyboardInterrupt from None
             self._line_open = not text.endswith("\n") if text else self._line_open
 
 
@@ -4974,7 +5003,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, kernels):
         where = command.add_mutually_exclusive_group()
         where.add_argument("--python", metavar="PATH", help="the local interpreter that python3 means")
-        where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (default: our image)")
+        where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (give FILE first)")
         where.add_argument("--server", metavar="URL", help="on a Jupyter server; the token comes from JUPYTER_TOKEN")
         command.add_argument("--network", metavar="NAME", help="of the container: none, bridge (default), ...")
         command.add_argument("--package", action="append", default=[], metavar="NAME", help="to be in our image")
@@ -4985,6 +5014,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _server_of(options: argparse.Namespace) -> HostServer | RemoteJupyterServer:
+    modes = {
+        "network": "docker",
+        "package": "docker",
+        "base_image": "docker",
+        "token_file": "server",
+        "ca_file": "server",
+    }
+    for name, mode in modes.items():  # silently ignored, --network none would be a trap
+        if getattr(options, name) and getattr(options, mode) is None:
+            raise ValueError(f"--{name.replace('_', '-')} is of use with --{mode} only.")
     if options.docker is not None:
         network, image = options.network or "bridge", options.docker or None
         return DockerJupyterServer(
@@ -5020,12 +5059,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (JupyterExecError, ValueError, OSError) as error:
-        print(f"jupyter-exec: {error}", file=sys.stderr)
+        named = isinstance(error, OSError) and error.filename is not None
+        says = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and named else str(error)
+        print(f"jupyter-exec: {says}", file=sys.stderr)
         return 1
 
 
 def _run(options: argparse.Namespace) -> int:
     blocks = [CodeBlock(options.code)] if options.code is not None else read_blocks(options.file)
+    if not blocks:
+        raise ValueError(f"There is no code in {options.file}.")
     printer = None if options.json else LivePrinter(Path(options.output_dir), len(blocks))
     with _server_of(options) as server, contextlib.ExitStack() as stack:
         executor = JupyterCodeExecutor(server, options.kernel, options.timeout, options.output_dir, on_output=printer)
