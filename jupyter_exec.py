@@ -1682,9 +1682,11 @@ class Mailbox:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._put_bytes = self._got_bytes = 0  # each written by one thread only
         self.dropped = False  # stream output, since nobody came for it
+        self.ended = False  # the kernel's exit is in it
 
     def put(self, item: MailItem) -> None:
         size = _size_of(item)
+        self.ended = self.ended or isinstance(item, KernelExit)
         if self._put_bytes + size - self._got_bytes > MAILBOX_LIMIT and size and _is_stream(item):
             self.dropped = True
             return
@@ -2083,6 +2085,11 @@ class KernelClient:
         """Whether there is a kernel that can run a cell, as far as known now."""
         return self._channels is not None and self._exit is None and not self._ended
 
+    @property
+    def ended(self) -> bool:
+        """Whether the kernel has ended, be it that nobody has been told yet."""
+        return self._exit is not None or self._mailbox.ended
+
     def start(self) -> None:
         """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready."""
         self.close()
@@ -2104,7 +2111,9 @@ class KernelClient:
             try:
                 self._greet(deadline)
             except KernelStartFailed as error:
-                if not attempts or "Address already in use" not in error.stderr:
+                # Its port was taken in the meantime, or its host killed by another kernel's code: nothing is lost.
+                passing = "Address already in use" in error.stderr or "its host is gone" in error.reason
+                if not attempts or not passing:
                     self.close()
                     raise
                 self.start()
@@ -4467,6 +4476,7 @@ def cell_of(block: Any, kernel_name: str, kernel_language: str) -> str:
     Raises: ValueError for a language that the kernel does not speak.
     """
     code, language = str(block.code), str(block.language or "").strip().lower()
+    kernel_language = kernel_language or "python"  # a kernel that does not say
     speaks_python = kernel_language.lower() == "python"
     if speaks_python and language in _SHELLS and code.lstrip()[:1] not in ("!", "%"):
         script = _SHELL_PIP_LINE.sub(rf"\1 {_QUIET}", code)
@@ -4546,7 +4556,7 @@ class Turns:
 
 
 def _end_forgotten(kernel: KernelClient) -> None:
-    if kernel.alive:
+    if kernel.alive and not kernel.ended:
         warnings.warn("A JupyterCodeExecutor was forgotten, not stopped; its kernel is ended.", ResourceWarning, 2)
         kernel.abort()
         kernel.close()
