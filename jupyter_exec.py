@@ -95,10 +95,11 @@ FENCE_DELAY = 1.0  # seconds between an execute_reply and its idle after which t
 SHUTDOWN_GRACE = 2.0  # seconds that a kernel has to end by itself after shutdown_request
 READY_RETRY = 0.2  # seconds between kernel_info_requests while a kernel without iopub_welcome starts
 RECONNECT_INTERVAL = 5  # ms; ZeroMQ's 100 ms would be added to each start of a kernel
+READ_BATCH = 100  # messages that are read of one socket before the others have their turn
 DEATH_DRAIN = 0.02  # seconds of silence after a kernel's death before its output counts as complete
 PING_INTERVAL = 20.0  # seconds between pings; proxies cut a silent WebSocket after 60
 RECONNECT_TIMEOUT = 15.0  # seconds of trying until a lost connection counts as lost for good
-RECONNECT_DELAY = 0.5  # seconds between the tries
+RECONNECT_DELAY = 0.2  # seconds before each try
 # Listing is for clients; the limit would drop output; nobody could answer a question.
 GATEWAY_OPTIONS = [
     "--JupyterApp.answer_yes=true",
@@ -1120,6 +1121,7 @@ class Execution:
         self.started = False  # the kernel is at it
         self.interrupted = False  # somebody asked for it
         self.signalled = False  # the kernel was told
+        self.killed = False  # by us, since that did not help
         self.death: KernelExit | None = None
         self.fences: set[str] = set()
         self.reconnected = False  # both of reply and idle may be lost
@@ -1144,7 +1146,7 @@ class Execution:
     @property
     def outputs_lost(self) -> bool:
         """Whether outputs may be missing: the idle status that comes after them is, or the server says so."""
-        return self.withheld or self.reconnected or (self._reply is not None and not self._idle)
+        return self.withheld or (self._reply is not None and not self._idle)
 
     def feed(self, message: Message) -> Json | None:
         """Take any message from the kernel; return the output to show now, if there is one."""
@@ -1270,8 +1272,9 @@ class Execution:
             if output["output_type"] == "stream":
                 output["text"] = str(output["text"])
         status, exit_code, state, note = self._outcome()
-        if self.outputs == [] and status == "error" and self._reply:
-            self._on_error(self._reply)  # the error came with the reply only
+        if status == "error" and self._reply and not any(output["output_type"] == "error" for output in self.outputs):
+            named = {"ename": "Aborted", "evalue": "the kernel did not run the code"} | self._reply
+            self._on_error(named)  # the error came with the reply only
         return ExecutionResult(status, exit_code, state, note, self.outputs, self.execution_count, duration, self.death)
 
     def _outcome(self) -> tuple[str, int, str, str]:
@@ -1288,16 +1291,25 @@ class Execution:
         if self.ended_session:
             return "exited", 0, "lost", "the session was ended by the code"
         if self._reply and self._reply.get("status") == "ok":
-            return "ok", 0, "intact", "Some of the output was lost on its way" if self.outputs_lost else ""
+            return "ok", 0, "intact", self._loss_note
         if self._reply:
-            return "error", 1, "intact", "Some of the output was lost on its way" if self.outputs_lost else ""
+            return "error", 1, "intact", self._loss_note
         if self.reconnected and not self.started:
             return "error", 1, "intact", "The connection was lost; nobody knows whether the code ran"
         return "error", 1, "intact", "The kernel gave up the code, or its reply was lost"
 
+    @property
+    def _loss_note(self) -> str:
+        if self.outputs_lost:
+            return "Some of the output was lost on its way"
+        gap = "The connection was lost for a moment; some of the output may be missing"
+        return gap if self.reconnected else ""
+
     def _timeout_outcome(self, seconds: str) -> tuple[str, int, str, str]:
         if self.death:
             sentence = f"Timeout: the code ignored the interrupt after {seconds}; the kernel was killed and restarted"
+            if not self.killed:
+                sentence = f"Timeout: interrupted after {seconds}; the kernel died ({self.death.sentence()})"
             return "timeout", 124, "lost", f"{sentence}; all variables are lost"
         if self.done:
             return "timeout", 124, "intact", f"Timeout: interrupted after {seconds}; variables are kept"
@@ -1387,7 +1399,7 @@ class Deadline:
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
-        self._at = None if seconds is None else time.monotonic() + seconds
+        self._at = None if seconds is None or seconds == float("inf") else time.monotonic() + seconds
 
     @property
     def remaining(self) -> float | None:
@@ -1583,6 +1595,7 @@ class Outbox:
 
     def __init__(self, loop: Loop, stream: Stream, on_stuck: Callable[[str], None]) -> None:
         self._loop, self._stream, self._on_stuck = loop, stream, on_stuck
+        self.patient = False  # waits for ever: the other end may be stopped in a debugger
         self._unsent: deque[memoryview] = deque()
         self._sent_at = 0.0
         self._descriptor: int = getattr(stream, "write_fileno", stream.fileno)()
@@ -1602,16 +1615,17 @@ class Outbox:
                 self._unsent[0] = self._unsent[0][sent:]
                 if not self._unsent[0]:
                     self._unsent.popleft()
-        except (BlockingIOError, InterruptedError):
-            self._loop.on_writable(self._descriptor, self._write)
-            self._loop.later(CONTROL_TIMEOUT, self._check_progress)
         except OSError as error:
+            if isinstance(error, (BlockingIOError, InterruptedError)) or type(error).__name__.startswith("SSLWant"):
+                self._loop.on_writable(self._descriptor, self._write)
+                self._loop.later(CONTROL_TIMEOUT, self._check_progress)
+                return
             self._on_stuck(f"writing failed: {error.strerror}")
         else:
             self._loop.on_writable(self._descriptor, None)
 
     def _check_progress(self) -> None:
-        if self._unsent and time.monotonic() - self._sent_at >= CONTROL_TIMEOUT:
+        if not self.patient and self._unsent and time.monotonic() - self._sent_at >= CONTROL_TIMEOUT:
             self._on_stuck(f"nothing was read for {CONTROL_TIMEOUT:g} s")
 
     def close(self) -> None:
@@ -1634,13 +1648,13 @@ class Pipe:
         if hasattr(getattr(stream, "raw", stream), "detach"):
             _inherited.add(self)
         self._codec = PipeCodec()
-        self._outbox = Outbox(loop, stream, self.close)
+        self.outbox = Outbox(loop, stream, self.close)
         self._closed = False
         loop.on_readable(stream.fileno(), self._read)
 
     def send(self, parts: Sequence[bytes]) -> None:
         if not self._closed:
-            self._outbox.send(PipeCodec.encode(parts))
+            self.outbox.send(PipeCodec.encode(parts))
 
     def _read(self) -> None:
         try:
@@ -1659,7 +1673,7 @@ class Pipe:
         if not self._closed:
             self._closed = True
             self._loop.on_readable(self.stream.fileno(), None)
-            self._outbox.close()
+            self.outbox.close()
             self.stream.close()
             self._on_closed(reason)
 
@@ -1798,8 +1812,33 @@ def open_sockets(context: Any, connection: KernelConnection, identity: bytes) ->
     return sockets
 
 
+class SocketReader:
+    """Reads a ZeroMQ socket when its descriptor tells of a change, in batches, so that a flood starves nobody."""
+
+    def __init__(self, loop: Loop, sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
+        self._loop, self._socket, self._deliver = loop, sock, deliver
+        self._again = False  # a further batch is on the loop's list
+        loop.on_readable(sock.fd, self.read)
+
+    def read(self) -> None:
+        if not self._again:
+            self._read_batch()
+
+    def _read_batch(self) -> None:
+        import zmq
+
+        self._again = False
+        with contextlib.suppress(zmq.Again):
+            for _ in range(READ_BATCH):
+                if self._socket.closed:
+                    return
+                self._deliver(self._socket.recv_multipart(zmq.NOBLOCK))
+            self._again = True
+            self._loop.post(self._read_batch)
+
+
 def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
-    """Read a ZeroMQ socket empty: its descriptor tells of changes only."""
+    """Read a ZeroMQ socket empty."""
     import zmq
 
     with contextlib.suppress(zmq.Again):
@@ -1817,13 +1856,14 @@ class ZmqChannels:
         self._loop = loop
         self._codec = ZmqCodec(connection.key, connection.signature_scheme)
         self._sockets: dict[str, Any] = {}
+        self._readers: dict[str, SocketReader] = {}
         self._mailbox = mailbox
         loop.post(functools.partial(self._open, context, connection, watch))
 
     def _open(self, context: Any, connection: KernelConnection, watch: bool) -> None:
         self._sockets = open_sockets(context, connection, secrets.token_hex(16).encode())
         for channel, sock in self._sockets.items():
-            self._loop.on_readable(sock.fd, functools.partial(self._read, channel))
+            self._readers[channel] = SocketReader(self._loop, sock, functools.partial(self._deliver, channel))
         if watch:
             import zmq
 
@@ -1831,8 +1871,8 @@ class ZmqChannels:
             self._loop.on_readable(self._monitor.fd, self._on_disconnected)
             read_all(self._monitor, lambda parts: None)
 
-    def _read(self, channel: str) -> None:
-        read_all(self._sockets[channel], lambda parts: self._mailbox.put((channel, parts)))
+    def _deliver(self, channel: str, parts: list[bytes]) -> None:
+        self._mailbox.put((channel, parts))
 
     def _on_disconnected(self) -> None:
         events: list[list[bytes]] = []
@@ -1850,7 +1890,7 @@ class ZmqChannels:
 
             with contextlib.suppress(zmq.Again):  # a kernel that takes nothing: its death or the deadline tells
                 self._sockets[channel].send_multipart(parts, zmq.NOBLOCK)
-            self._read(channel)
+            self._readers[channel].read()  # sending may have eaten the descriptor's signal
 
     def decode(self, raw: RawMessage) -> Iterator[Message]:
         return self._codec.decode(*raw)
@@ -1912,10 +1952,14 @@ class WebSocketChannels:
         self._socket, self._websocket = self._dial(deadline)
         try:
             self._events = self._shake_hands(deadline)
-        except BaseException:
+            self._socket.setblocking(False)
+        except BaseException as error:
             self._socket.close()
+            if isinstance(error, TimeoutError):
+                raise ExecutionTimeout("The server did not open the kernel's channels in time.") from None
+            if isinstance(error, OSError) and not isinstance(error, JupyterExecError):
+                raise ConnectionClosed(f"The server broke the connection: {error}.") from None
             raise
-        self._socket.setblocking(False)
 
     def _shake_hands(self, deadline: Deadline) -> list[Event]:
         self._socket.sendall(self._websocket.handshake())
@@ -1943,12 +1987,16 @@ class WebSocketChannels:
 
     def _read(self) -> None:
         try:
-            while self._outbox and (data := self._socket.recv(2**18)):
+            for _ in range(READ_BATCH):
+                if not self._outbox:
+                    return
+                if not (data := self._socket.recv(2**16)):
+                    self._drop("the server closed the connection")
+                    return
                 self._acknowledge()
                 self._heard_at = time.monotonic()
                 self._handle(self._websocket.receive(data))
-            if self._outbox:
-                self._drop("the server closed the connection")
+            self._loop.post(self._read)  # others have their turn; TLS may hold bytes that no descriptor tells of
         except OSError as error:
             # ssl's "want read" is an OSError of its own, and so is the ordinary end of what is there.
             if not isinstance(error, BlockingIOError) and error.__class__.__name__ != "SSLWantReadError":
@@ -1989,6 +2037,11 @@ class WebSocketChannels:
             self._hang_up()
             self._reconnect(reason, Deadline(RECONNECT_TIMEOUT))
 
+    def _reconnect(self, reason: str, deadline: Deadline) -> None:
+        # In a thread for the time of the attempt: other kernels of the server must not wait for it.
+        if not self._closed:
+            threading.Thread(target=self._try_again, args=(reason, deadline), daemon=True).start()
+
     def _hang_up(self) -> None:
         if self._outbox:
             self._loop.on_readable(self._socket.fileno(), None)
@@ -1996,19 +2049,24 @@ class WebSocketChannels:
             self._outbox = None
             self._socket.close()
 
-    def _reconnect(self, reason: str, deadline: Deadline) -> None:
-        if self._closed:
-            return
+    def _try_again(self, reason: str, deadline: Deadline) -> None:
+        time.sleep(RECONNECT_DELAY)  # a server that accepts and closes must not make this a race
         try:
             self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
-        except (JupyterExecError, OSError) as error:
-            if isinstance(error, ServerError) or deadline.expired:
+        except JupyterExecError as error:
+            if deadline.expired or (isinstance(error, ServerError) and error.status < 500):
                 self._mailbox.put(KernelExit(cause=f"the connection to its server was lost: {reason}; {error}"))
             else:
-                self._loop.later(RECONNECT_DELAY, functools.partial(self._reconnect, reason, deadline))
+                self._loop.post(functools.partial(self._reconnect, reason, deadline))
             return
-        self._mailbox.put(Reconnected())
-        self._attend()
+        self._loop.post(self._resume)
+
+    def _resume(self) -> None:
+        if self._closed:
+            self._socket.close()
+        else:
+            self._mailbox.put(Reconnected())
+            self._attend()
 
     def send(self, message: Message) -> None:
         data = self._codec.encode(message)
@@ -2066,6 +2124,7 @@ class KernelClient:
         self._running: Execution | None = None
         self._nudges: set[str] = set()  # interrupts whose effect is not yet known to be over
         self._exit: KernelExit | None = None
+        self._closing = False
         self._ended = False  # the code has called exit(): the process is about to end
         self.kernel_info: Json = {}
 
@@ -2094,7 +2153,7 @@ class KernelClient:
         """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready."""
         self.close()
         self._mailbox, self._exit, self.ready, self.kernel_info = Mailbox(), None, False, {}
-        self._ended = False
+        self._ended = self._closing = False
         self._displays.clear()
         self._nudges.clear()
         self._session = uuid.uuid4().hex
@@ -2114,7 +2173,7 @@ class KernelClient:
                 # Its port was taken in the meantime, or its host killed by another kernel's code: nothing is lost.
                 passing = "Address already in use" in error.stderr or "its host is gone" in error.reason
                 if not attempts or not passing:
-                    self.close()
+                    self.give_up()
                     raise
                 self.start()
 
@@ -2156,6 +2215,8 @@ class KernelClient:
 
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
+        if self._running:
+            raise JupyterExecError("A cell is running: its hooks cannot run another one.")
         content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=on_input is not None)
         request = self._message("shell", "execute_request", content)
         execution = Execution(request.msg_id, self._displays, max_output)
@@ -2167,7 +2228,7 @@ class KernelClient:
                 self._post(request)
             self._run(execution, deadline, on_output, on_input)
         except KeyboardInterrupt:
-            self._signal(execution)
+            self._stop_cell(execution)
             self._run(execution, Deadline(INTERRUPT_GRACE), None, None)
             raise
         finally:
@@ -2180,17 +2241,21 @@ class KernelClient:
     ) -> None:
         """Read messages until the cell is done; climb the ladder interrupt, kill as deadlines pass."""
         grace: Deadline | None = None
+        overdue: Deadline | None = None  # when the missing one of reply and idle is
         while not execution.done:
             limit = grace or deadline
             item = self._mailbox.get(limit.within(FENCE_DELAY) if execution.half_done else limit.remaining)
             self._take(item, execution, on_output, on_input)
+            overdue = (overdue or Deadline(FENCE_DELAY)) if execution.half_done else None
             if execution.done:
                 pass
-            elif item is None and execution.half_done and not execution.fences:
+            elif self._exit:  # taken by whoever stopped the kernel in the meantime
+                execution.death = self._exit
+            elif overdue and overdue.expired and not execution.fences:
                 self._fence(execution)
             elif grace is None and deadline.expired:
                 execution.timed_out = execution.timed_out or deadline.seconds
-                self._signal(execution)
+                self._stop_cell(execution)
                 grace = Deadline(INTERRUPT_GRACE)
             elif grace and grace.expired:
                 if not self._control.owned:
@@ -2233,7 +2298,8 @@ class KernelClient:
 
     def _drain(self, execution: Execution, on_output: OutputHook | None) -> None:
         """Take what a dead kernel had sent: it may arrive after the news of its death."""
-        while (item := self._mailbox.get(DEATH_DRAIN)) is not None:
+        deadline = Deadline(FENCE_DELAY)
+        while not deadline.expired and (item := self._mailbox.get(DEATH_DRAIN)) is not None:
             if not isinstance(item, KernelExit):
                 self._take(item, execution, on_output, None)
 
@@ -2242,12 +2308,15 @@ class KernelClient:
         if on_input:
             try:
                 value = on_input(str(message.content.get("prompt", "")), bool(message.content.get("password")))
-            except EOFError:
+            except Exception as error:
+                if not isinstance(error, EOFError):
+                    logger.exception("on_input raised; the cell gets EOFError")
                 value = "\x04"  # the kernel raises EOFError for it
         self._send("stdin", "input_reply", {"value": value})
 
     def _kill(self, execution: Execution) -> None:
         """Kill a kernel that ignores the interrupt and start it anew; its variables are lost."""
+        execution.killed = True
         self._control.kill()
         deadline = Deadline(SHUTDOWN_GRACE)
         while not execution.death:
@@ -2257,17 +2326,21 @@ class KernelClient:
                 self._exit = execution.death = KernelExit(cause="it was killed")
         death = execution.death
         try:
-            self.start()
+            if not self._closing and not self._control.supervised:  # a server takes its time: at the next call
+                self.start()
         except JupyterExecError:
             self._exit = death  # the next call tries again and reports
 
     def interrupt(self) -> None:
         """Interrupt the running cell, from any thread; without effect while none runs."""
         if running := self._running:
-            running.interrupted = True
-            # A kernel ignores the signal until it has begun with the cell: then the reading thread sends it.
-            if running.started and not running.signalled:
-                self._signal(running)
+            self._stop_cell(running)
+
+    def _stop_cell(self, execution: Execution) -> None:
+        execution.interrupted = True
+        # A kernel ignores the signal until it has begun with the cell: then the reading thread sends it.
+        if execution.started and not execution.signalled:
+            self._signal(execution)
 
     def _signal(self, execution: Execution) -> None:
         execution.signalled = True
@@ -2276,7 +2349,8 @@ class KernelClient:
         nudge = self._message("shell", "kernel_info_request", {})
         self._nudges.add(nudge.msg_id)
         execution.fences.add(nudge.msg_id)
-        self._control.interrupt(functools.partial(self._post, nudge))
+        channels = self._channels
+        self._control.interrupt(lambda: channels.send(nudge) if channels else None)
 
     def _fence(self, execution: Execution) -> None:
         """Ask something that the kernel will answer after all that belongs to the cell."""
@@ -2296,11 +2370,12 @@ class KernelClient:
 
     def shutdown(self) -> None:
         """End the kernel: ask it, and after SHUTDOWN_GRACE kill it. Only disconnects from one that is not ours."""
-        if self._channels and not self._exit and self._control.owned:
-            if self.ready and not self._control.supervised:
+        self._closing = True
+        if self._channels and self._control.owned:
+            if self.ready and not self._exit and not self._control.supervised:
                 self._send("control", "shutdown_request", {"restart": False})
                 self._wait_exit(SHUTDOWN_GRACE)
-            if not self._exit:
+            if not self._exit or self._control.supervised:
                 self._control.kill()
                 self._wait_exit(SHUTDOWN_GRACE)
         self.close()
@@ -2309,6 +2384,11 @@ class KernelClient:
         """Kill the kernel, from any thread, so that a running cell ends; without effect on one that is not ours."""
         if self._control.owned:
             self._control.kill()
+
+    def give_up(self) -> None:
+        """Kill the kernel, if it is ours, and disconnect."""
+        self.abort()
+        self.close()
 
     def _wait_exit(self, seconds: float) -> None:
         deadline = Deadline(seconds)
@@ -2499,6 +2579,7 @@ class HostedKernel:
         self.event = event  # that interrupts it on Windows
         self.stderr = bytearray()
         self.sockets: dict[str, Any] = {}  # of a relayed kernel
+        self.readers: dict[str, SocketReader] = {}
 
 
 class KernelHost:
@@ -2511,11 +2592,13 @@ class KernelHost:
         self._context: Any = None
         self._oom_kills = _oom_kills()
         self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
-        self._pipe.send([b"", dump_json({"event": "ready", "directory": directory})])
+        self._pipe.outbox.patient = True
 
     def _on_closed(self, reason: str) -> None:
         for kernel in self._kernels.values():
             self._end(kernel)
+        for _ in range(10):  # what has left its kernel's session and environment was adopted by this process
+            _kill_all(_children())
         self._loop.stop()
 
     def close(self) -> None:
@@ -2533,7 +2616,7 @@ class KernelHost:
 
             with contextlib.suppress(zmq.Again):
                 kernel.sockets[channel].send_multipart(parts[1:], zmq.NOBLOCK)
-            self._relay(name, channel)
+            kernel.readers[channel].read()
 
     def _on_request(self, request: Json) -> None:
         try:
@@ -2656,12 +2739,11 @@ class KernelHost:
     def _open_relay(self, kernel: HostedKernel, connection: KernelConnection, identity: str) -> None:
         kernel.sockets = open_sockets(self._context, connection, identity.encode("ascii"))
         for channel, sock in kernel.sockets.items():
-            self._loop.on_readable(sock.fd, functools.partial(self._relay, kernel.name, channel))
+            address = f"{kernel.name}/{channel}".encode("ascii")
+            kernel.readers[channel] = SocketReader(self._loop, sock, functools.partial(self._relay, address))
 
-    def _relay(self, name: str, channel: str) -> None:
-        kernel, address = self._kernels.get(name), f"{name}/{channel}".encode("ascii")
-        if kernel and kernel.sockets:
-            read_all(kernel.sockets[channel], lambda parts: self._pipe.send([address, *parts]))
+    def _relay(self, address: bytes, parts: list[bytes]) -> None:
+        self._pipe.send([address, *parts])
 
     def _on_spawn(self, request: Json) -> None:
         """Run a program that is no kernel, such as a gateway, under the same watch."""
@@ -2681,7 +2763,10 @@ class KernelHost:
 
     def _on_kill(self, request: Json) -> None:
         if kernel := self._kernels.get(request["kernel"]):
-            kernel.process.kill()
+            if os.name == "nt":
+                kernel.process.kill()
+            else:  # Popen.kill would collect the exit, which then nobody reports
+                _kill_all([kernel.process.pid])
 
     def reap(self) -> None:
         """Collect every process that has ended: kernels, and orphans that this process has adopted."""
@@ -2693,8 +2778,8 @@ class KernelHost:
 
     def _report_exit(self, kernel: HostedKernel) -> None:
         if kernel.name in self._kernels:
-            for channel in kernel.sockets:
-                self._relay(kernel.name, channel)
+            for channel, sock in kernel.sockets.items():
+                read_all(sock, functools.partial(self._relay, f"{kernel.name}/{channel}".encode("ascii")))
             self._end(self._kernels.pop(kernel.name))
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.process.returncode}
             event["stderr"] = kernel.stderr.decode("utf-8", "replace")
@@ -2773,6 +2858,13 @@ def _kill_family(process: subprocess.Popen[Any], marker: bytes) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def _children() -> list[int]:
+    """Return the pids of this process's children, adopted ones too (Linux)."""
+    with contextlib.suppress(OSError):
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    return []
+
+
 def _kill_all(pids: Iterable[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -2825,12 +2917,12 @@ def host_main() -> None:
     stream = _own_stdio()
     directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="jx-")
     host = KernelHost(loop, stream, directory)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda *_: None)  # SIG_IGN would be inherited by the kernels
     signal.signal(signal.SIGTERM, lambda *_: loop.post(host.close))
     if os.name == "nt":
         _repeat(loop, 0.05, host.reap)
     else:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, lambda *_: None)
         signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
     if sys.platform == "linux":
@@ -2907,6 +2999,8 @@ class RestClient:
         if not re.fullmatch(r"[\w.:-]+", info.host):
             raise ValueError(f"host must be a name or an address, without scheme and path, not {info.host!r}.")
         self.info = info
+        if not re.fullmatch(r"[!-~]*", (info.token or "") + info.base_url):
+            raise ValueError("The token or base_url has characters that HTTP forbids.")  # and neither is shown
         self.path = "/" + info.base_url.strip("/") if info.base_url.strip("/") else ""
         # "Authorization: token X" is the one form that all servers accept (a kernel gateway no other).
         self.headers = {"Authorization": f"token {info.token}"} if info.token else {}
@@ -2933,12 +3027,12 @@ class RestClient:
     def _secure(self, sock: socket.socket) -> socket.socket:
         import ssl
 
-        context = ssl.create_default_context(cafile=self.info.ca_file)
-        if not self.info.verify:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        if self.info.client_cert:
-            context.load_cert_chain(*self.info.client_cert)
         try:
+            context = ssl.create_default_context(cafile=self.info.ca_file)
+            if not self.info.verify:
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            if self.info.client_cert:
+                context.load_cert_chain(*self.info.client_cert)
             return context.wrap_socket(sock, server_hostname=self.info.host)
         except BaseException:
             sock.close()
@@ -2948,24 +3042,28 @@ class RestClient:
         """Return the JSON that the server answers. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
         deadline = Deadline(timeout)
         with self._lock:
-            if self._socket:
-                # The server may have ended the connection in the meantime; then it has not read this request.
-                with contextlib.suppress(ConnectionError):
-                    return self._exchange(method, path, body, deadline)
-            return self._exchange(method, path, body, deadline)
+            kept, self._socket = self._socket, None  # one at a time; others dial for themselves
+        if kept and method == "POST":  # never to be said twice, so not on a connection that may have ended
+            kept.close()
+        elif kept:
+            with contextlib.suppress(ConnectionClosed):
+                return self._exchange(kept, method, path, body, deadline)
+        return self._exchange(self.dial(deadline), method, path, body, deadline)
 
-    def _exchange(self, method: str, path: str, body: object, deadline: Deadline) -> Any:
+    def _exchange(self, sock: socket.socket, method: str, path: str, body: object, deadline: Deadline) -> Any:
         import http.client
 
-        sock, self._socket = self._socket or self.dial(deadline), None
+        keep = False
         try:
             sock.settimeout(deadline.remaining or 1e-6)
             sock.sendall(self._encode(method, path, body))
             with contextlib.closing(http.client.HTTPResponse(sock, method=method)) as response:
                 response.begin()
-                data = response.read(MAX_MESSAGE)
-                if not response.will_close:
-                    self._socket = sock
+                data = b""
+                while len(data) < MAX_MESSAGE and (more := response.read1(2**16)):
+                    data += more
+                    sock.settimeout(deadline.remaining or 1e-6)
+                keep = not response.will_close
                 return self._result(method, path, response, data)
         except TimeoutError:
             raise ExecutionTimeout(
@@ -2974,7 +3072,10 @@ class RestClient:
         except (OSError, http.client.HTTPException) as error:
             raise ConnectionClosed(f"{self.info.url} broke the connection: {error!r}.") from None
         finally:
-            if self._socket is not sock:
+            with self._lock:
+                keep = keep and self._socket is None
+                self._socket = sock if keep else self._socket
+            if not keep:
                 sock.close()
 
     def _encode(self, method: str, path: str, body: object) -> bytes:
@@ -2982,8 +3083,6 @@ class RestClient:
         headers = {"Host": self.info.authority, "Accept": "application/json", "Content-Type": "application/json"}
         headers |= {"Content-Length": str(len(payload)), **self.headers}
         lines = [f"{name}: {value}" for name, value in headers.items()]
-        if any("\n" in line or "\r" in line for line in lines):
-            raise ValueError("The token has a line break in it.")
         return "\r\n".join((f"{method} {self.path}{path} HTTP/1.1", *lines, "", "")).encode("latin-1") + payload
 
     def _result(self, method: str, path: str, response: Any, data: bytes) -> Any:
@@ -3032,7 +3131,7 @@ class RemoteKernelControl:
         self._channels: Channels | None = None
 
     def start(self, mailbox: Mailbox) -> Channels:
-        rest = self._server.rest
+        rest, loop = self._server.rest, self._server.loop
         if self._id and self.owned:
             try:
                 rest.request("POST", f"{self._path}/restart", {}, timeout=START_TIMEOUT)
@@ -3044,7 +3143,7 @@ class RemoteKernelControl:
             self._id = str(model["id"] if isinstance(model, dict) else "")
         self._mailbox = mailbox
         dial = functools.partial(self._dial, uuid.uuid4().hex)
-        self._channels = WebSocketChannels(self._server.loop, dial, mailbox)
+        self._channels = WebSocketChannels(loop, dial, mailbox)
         return self._channels
 
     @property
@@ -3062,7 +3161,7 @@ class RemoteKernelControl:
 
     def interrupt(self, sent: Callable[[], None]) -> None:
         try:
-            self._server.rest.request("POST", f"{self._path}/interrupt", {})
+            self._server.rest.request("POST", f"{self._path}/interrupt", {}, timeout=INTERRUPT_GRACE)
         except ServerError as error:
             if error.status == 404:
                 self._report("it is no longer on the server")
@@ -3073,7 +3172,7 @@ class RemoteKernelControl:
     def kill(self) -> None:
         if self._id:
             with contextlib.suppress(JupyterExecError):
-                self._server.rest.request("DELETE", self._path)
+                self._server.rest.request("DELETE", self._path, timeout=INTERRUPT_GRACE)
             self._id = None
             self._report("it was deleted on the server")
 
@@ -3104,27 +3203,37 @@ class RemoteJupyterServer:
         self.rest = RestClient(connection_info)
         self.env = dict(env or {})
         self._kernel_id = kernel_id
+        self._lock = threading.Lock()
         self._loop: Loop | None = None
+        self._stopped = False
         self._controls: list[RemoteKernelControl] = []
 
     @property
     def loop(self) -> Loop:
-        if self._loop is None:
-            self._loop = Loop()
-            self._loop.start("jupyter_exec I/O")
-        return self._loop
+        with self._lock:
+            if self._stopped:
+                raise ConnectionClosed("The server object was stopped: make a new one.")
+            if self._loop is None:
+                self._loop = Loop()
+                self._loop.start("jupyter_exec I/O")
+            return self._loop
 
     def start_kernel(self, kernel_name: str = "python3") -> KernelClient:
         """Ask for a kernel and return its client without waiting: see KernelClient.wait_ready.
 
         Raises: KernelSpecNotFound, ServerError, ConnectionClosed, ExecutionTimeout.
         """
-        if self._kernel_id is None and kernel_name not in (specs := self.kernelspecs()):
-            raise KernelSpecNotFound(kernel_name, sorted(specs), [self.connection_info.url])
+        if self._kernel_id is None:
+            specs = self.kernelspecs()
+            names = {name.lower(): name for name in specs}
+            wanted = "python3" if kernel_name == "python" and "python" not in names else kernel_name.lower()
+            if wanted not in names:
+                raise KernelSpecNotFound(kernel_name, sorted(specs), [self.connection_info.url])
+            kernel_name = names[wanted]
         control = RemoteKernelControl(self, kernel_name, self._kernel_id)
+        self._controls.append(control)
         client = KernelClient(control)
         client.start()
-        self._controls.append(control)
         return client
 
     def kernelspecs(self) -> dict[str, Json]:
@@ -3147,7 +3256,9 @@ class RemoteJupyterServer:
             control.close()
         self._controls.clear()
         self.rest.close()
-        loop, self._loop = self._loop, None
+        with self._lock:
+            self._stopped = True
+            loop, self._loop = self._loop, None
         if loop:
             loop.stop()
 
@@ -3228,20 +3339,20 @@ class HostLink:
             if mailbox := self.mailboxes.pop(str(message.get("kernel")), None):
                 mailbox.put(_kernel_exit(message))
         elif isinstance(message.get("id"), int) and (then := self._answers.pop(message["id"], None)):
-            then(message)
+            self.loop.post(functools.partial(then, message))  # its failure is not the pipe's
 
     def _on_closed(self, reason: str) -> None:
         end = "" if self._closing else self._on_lost()
         self.lost = f"{reason}; {end}" if end else reason
         self._fail_answers()
-        for mailbox in self.mailboxes.values():
+        for mailbox in list(self.mailboxes.values()):
             mailbox.put(KernelExit(cause=f"its host is gone: {self.lost}" if not self._closing else reason))
         self.mailboxes.clear()
 
     def _fail_answers(self) -> None:
         answers, self._answers = self._answers, {}
         for then in answers.values():
-            then({"error": "ConnectionClosed", "data": self.lost})
+            self.loop.post(functools.partial(then, {"error": "ConnectionClosed", "data": self.lost}))
 
     def close(self, reason: str = "the server was stopped") -> None:
         """Close the pipe, which ends the host and its kernels; end the loop and its sockets."""
@@ -3361,13 +3472,16 @@ class HostedKernelControl:
         except JupyterExecError:
             link.mailboxes.pop(self._name, None)
             raise
-        self.argv = [str(arg) for arg in result.get("argv", ())]
+        if not isinstance(result, dict):
+            raise ProtocolError("The kernel host gives a strange answer.")
+        argv = result.get("argv")
+        self.argv = [str(arg) for arg in argv] if isinstance(argv, list) else []
         self._by_message = result.get("interrupt_mode") == "message"
         if self._server.relays:
             self._channels = PipeChannels(functools.partial(link.relay, self._name), self._key)
         else:
             self.connection_file = os.path.join(self._server.directory, f"kernel-{self._slot}.json")
-            connection = KernelConnection.from_json(str(result["connection"]))
+            connection = KernelConnection.from_json(str(result.get("connection")))
             self._channels = ZmqChannels(link.loop, link.context(), connection, mailbox)
         return self._channels
 
@@ -3492,9 +3606,15 @@ class HostServer:
         with self._lock:
             if self._stopped:
                 raise ConnectionClosed("The server was stopped: make a new one.")
+            if self._gateway and self._gateway_ended():
+                self._gateway.stop()
+                self._gateway = None
             if self._gateway is None:
                 self._gateway = RemoteJupyterServer(self._start_gateway())
             return self._gateway
+
+    def _gateway_ended(self) -> bool:
+        return False
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         raise NotImplementedError
@@ -3662,6 +3782,10 @@ class LocalJupyterServer(CommandJupyterServer):
         handler |= {"backupCount": log_backup_count, "filename": os.path.abspath(log_file or os.devnull)}
         self._logging = {"handlers": {"file": handler}, "loggers": {"KernelGatewayApp": {"handlers": ["file"]}}}
         self._logs = log_file is not None
+        self._gateway_mailbox = Mailbox()
+
+    def _gateway_ended(self) -> bool:
+        return self._gateway_mailbox.ended
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         ip, port = self._address
@@ -3681,7 +3805,7 @@ class LocalJupyterServer(CommandJupyterServer):
         argv += ["--KernelGatewayApp.port_retries=0", *GATEWAY_OPTIONS]
         argv += [f"--JupyterApp.logging_config={json.dumps(self._logging)}"] if self._logs else []
         link, mailbox = self.link(), Mailbox()
-        link.mailboxes["gateway"] = mailbox
+        link.mailboxes["gateway"] = self._gateway_mailbox = mailbox
         link.call("spawn", kernel="gateway", argv=argv, env={"KG_AUTH_TOKEN": info.token})
 
         def check() -> None:
@@ -3953,6 +4077,9 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
                 stream = self._attach(client)
                 self._container.start()
         except BaseException:
+            self._ended = None  # nothing to wait for
+            if self._container:
+                _remove_quietly(self._container)
             self._disconnect()
             raise
         try:
@@ -4558,8 +4685,8 @@ class Turns:
 def _end_forgotten(kernel: KernelClient) -> None:
     if kernel.alive and not kernel.ended:
         warnings.warn("A JupyterCodeExecutor was forgotten, not stopped; its kernel is ended.", ResourceWarning, 2)
-        kernel.abort()
-        kernel.close()
+        # Not here: the garbage collector may have come in the middle of anything.
+        threading.Thread(target=kernel.give_up, daemon=True).start()
 
 
 class JupyterCodeExecutor:
@@ -4598,7 +4725,7 @@ class JupyterCodeExecutor:
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
     ) -> None:
-        if timeout < 1:
+        if not timeout >= 1:
             raise ValueError("Timeout must be greater than or equal to 1.")
         self._output_dir = Path(output_dir)
         if not self._output_dir.is_dir():
@@ -4709,8 +4836,6 @@ class JupyterCodeExecutor:
             return result
         except (ProtocolError, ValueError) as error:  # too large for the server, not its language: nothing was sent
             return ExecutionResult("error", 1, "intact", str(error), [])
-        except (KernelDied, ConnectionClosed) as error:
-            return ExecutionResult("died", 137, "lost", str(error), [])
         except JupyterExecError as error:
             return ExecutionResult("died", 1, "lost", str(error), [])
 
@@ -4930,7 +5055,8 @@ def read_blocks(source: str) -> list[CodeBlock]:
         cells = json_object(text, f"notebook {source}").get("cells")
         if not isinstance(cells, list):
             raise ProtocolError(f"The notebook {source} has no cells.")
-        return [CodeBlock("".join(cell.get("source", ""))) for cell in cells if cell.get("cell_type") == "code"]
+        code = [cell for cell in cells if isinstance(cell, dict) and cell.get("cell_type") == "code"]
+        return [CodeBlock("".join(cell.get("source") or "")) for cell in code]
     if source.endswith((".md", ".markdown")):
         blocks = MarkdownCodeExtractor().extract_code_blocks(text.decode("utf-8-sig"))
         return [block for block in blocks if block.language.lower() in PYTHON_LANGUAGES]
@@ -5045,7 +5171,9 @@ def _server_of(options: argparse.Namespace) -> HostServer | RemoteJupyterServer:
 
     url = urlsplit(options.server)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError(f"{options.server} is no URL of a Jupyter server, such as https://host:8888/.")
+        raise ValueError(
+            f"{options.server.partition('?')[0]} is no URL of a Jupyter server, such as https://host:8888/."
+        )
     token = parse_qs(url.query).get("token", [os.environ.get("JUPYTER_TOKEN")])[0]
     if options.token_file:
         token = Path(options.token_file).read_text(encoding="utf-8").strip()
@@ -5058,6 +5186,9 @@ def _server_of(options: argparse.Namespace) -> HostServer | RemoteJupyterServer:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: that of the code, 1 for trouble, 128 + N for signal N."""
     options = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is not to vanish
+            stream.reconfigure(errors="backslashreplace")
     for name in ("SIGTERM", "SIGHUP") if argv is None else ():  # the same clean-up as after Ctrl-C
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))

@@ -3166,6 +3166,7 @@ def test_https_is_verified(certificate: tuple[Path, Path], tmp_path: Path) -> No
         with JupyterCodeExecutor(started.info, max_output=None) as executor:
             assert run(executor, "x = 6", "x * 7").output == "\n42"
             assert len(run(executor, "print('x' * 900_000)").output) == 900_001
+            assert run(executor, f"len('{'y' * 8_000_000}')").output == "8000000"
         with pytest.raises(ConnectionClosed, match=r"certificate of .* is not trusted"):
             JupyterCodeExecutor(replace(started.info, ca_file=None))
         with JupyterCodeExecutor(replace(started.info, ca_file=None, verify=False)) as executor:
@@ -4224,6 +4225,55 @@ def test_soak_of_random_faults(tmp_path: Path) -> None:
     print(f"soak: seed {seed}, {sum(counts.values())} cells, {counts}")
 
 
+@pytest.mark.parametrize("kind", ["direct", "relay"])
+def test_a_flood_of_small_messages_starves_nobody(kind: str) -> None:
+    made = LocalJupyterServer() if kind == "direct" else CommandJupyterServer([sys.executable])
+    with made as server, JupyterCodeExecutor(server) as executor, JupyterCodeExecutor(server) as bystander:
+        run(bystander, "y = 7")
+        results: list[Any] = []
+        flood = threading.Thread(target=lambda: results.append(executor.execute("while True: display(1)", timeout=2)))
+        flood.start()
+        assert run(bystander, "y").output == "7"
+        flood.join(PATIENCE)
+        assert (results[0].status, results[0].kernel_state) == ("timeout", "intact")
+        assert run(bystander, "y").output == "7"
+
+
+def test_children_without_session_and_environment_die_with_the_server() -> None:
+    with LocalJupyterServer() as server, JupyterCodeExecutor(server) as executor:
+        number = f"9{time.time_ns() % 10**8}"
+        run(executor, f"import os; os.system('setsid env -i /bin/sleep {number} &')")
+        sleepers = eventually(
+            lambda: [pid for pid in descendants(os.getpid()) if number in command_line(pid)], "it sleeps"
+        )
+    eventually(lambda: not any(number in command_line(pid) for pid in sleepers), "it is gone")
+
+
+def test_a_hook_cannot_run_another_cell(executor: JupyterCodeExecutor, caplog: pytest.LogCaptureFixture) -> None:
+    result = executor.execute("print('outer')", on_output=lambda output: executor.execute("print('inner')"))
+    assert (result.status, result.text) == ("ok", "outer\n")
+    assert "its hooks cannot run another one" in caplog.text
+
+
+def test_a_failing_on_input_ends_the_input_not_the_session(executor: JupyterCodeExecutor) -> None:
+    def broken(prompt: str, password: bool) -> str:
+        raise RuntimeError("no operator")
+
+    assert "EOFError" in executor.execute("input()", on_input=broken, timeout=PATIENCE).text
+    assert run(executor, "1").output == "1"
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), 0, -1])
+def test_timeouts_that_are_none(server: LocalJupyterServer, timeout: float) -> None:
+    with pytest.raises(ValueError, match="Timeout must be greater"):
+        JupyterCodeExecutor(server, timeout=timeout)
+
+
+def test_an_infinite_timeout_is_no_limit(server: LocalJupyterServer) -> None:
+    with JupyterCodeExecutor(server, timeout=float("inf")) as executor:
+        assert run(executor, "1").output == "1"
+
+
 # Languages, pip, functions
 
 
@@ -4674,6 +4724,46 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing() -> None:
         assert process.stdout.readline() == "go\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 130
+
+
+def test_run_in_docker(engine: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("import os, six; print(os.getuid(), len(os.listdir('/sys/class/net')))")
+    base = ["--base-image", os.environ["BASE_IMAGE"]] if "BASE_IMAGE" in os.environ else []
+    result = cli("run", str(tmp_path / "a.py"), "--docker", "--network", "none", "--package", "six", *base)
+    assert result.stdout == "1000 1\n"
+    engine.images.remove(docker_server(packages=["six"])._image_name)
+
+
+def test_run_on_a_server(gateway: Peer, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(f"{gateway.info.token}\n")
+    url = gateway.info.url
+    environment = os.environ | {"JUPYTER_TOKEN": gateway.info.token or ""}
+    assert cli("run", "-c", "print(6 * 7)", "--server", url, env=environment).stdout == "42\n"
+    assert cli("run", "-c", "print(6 * 7)", "--server", url, "--token-file", str(tmp_path / "token")).stdout == "42\n"
+    assert "python3" in cli("kernels", "--server", url, env=environment).stdout
+    assert "token is missing or wrong" in cli("run", "-c", "1", "--server", url).stderr
+    assert "SECRET" not in cli("run", "-c", "1", "--server", "localhost:8888/?token=SECRET").stderr
+
+
+@pytest.mark.parametrize("option", [["--network", "none"], ["--package", "six"], ["--token-file", "x"]])
+def test_options_of_another_mode_are_refused(option: list[str]) -> None:
+    assert "is of use with" in cli("run", "-c", "1", *option).stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_end_with_their_status_and_leave_nothing(number: int, status: int, tmp_path: Path) -> None:
+    code = "print('go', flush=True)\nwhile True: pass"
+    command = [sys.executable, str(MODULE), "run", "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "go\n"
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == status
+
+
+def test_what_the_terminal_cannot_show_is_escaped() -> None:
+    result = cli("run", "-c", "print('é')\nprint('after')", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert result.stdout == "\\xe9\nafter\n"
 
 
 def test_runs_as_a_module_too() -> None:
