@@ -2482,6 +2482,9 @@ module.host_main()
 """
 
 _PYTHON = re.compile(r"python[0-9.]*(\.exe)?\Z")
+# What a kernel that serves a program does without: the history database and a pause after each cell. In, Out and
+# %history are there all the same.
+LEAN_OPTIONS = ["--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0"]
 _MARKER = "JUPYTER_EXEC_KERNEL"  # environment variable by which a kernel's runaway children are known
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
 
@@ -2568,6 +2571,10 @@ def command_of(spec: Json, connection_file: str) -> list[str]:
     return [os.path.expanduser(arg) for arg in argv]
 
 
+def _is_ipykernel(argv: list[str]) -> bool:
+    return bool(_PYTHON.search(argv[0])) and any("ipykernel" in arg for arg in argv)
+
+
 class HostedKernel:
     """A kernel process and what the host knows of it."""
 
@@ -2640,6 +2647,7 @@ class KernelHost:
             self._end(self._kernels.pop(old.name))
         path = os.path.join(self._directory, f"kernel-{request['slot']}.json")
         argv = command_of(spec, path)
+        argv += LEAN_OPTIONS if request["lean"] and _is_ipykernel(argv) else []
         with contextlib.ExitStack() as ports:
             connection = self._connection(request, argv, ports)
             write_private(path, connection.to_json())
@@ -2673,8 +2681,7 @@ class KernelHost:
     def _connection(self, request: Json, argv: list[str], held: contextlib.ExitStack) -> KernelConnection:
         """Choose where the kernel listens: socket files if it is surely able to, or ports that `held` keeps."""
         ports, ip, transport = [1, 2, 3, 4, 5], os.path.join(self._directory, request["slot"]), "ipc"
-        is_ipykernel = _PYTHON.search(argv[0]) and any("ipykernel" in arg for arg in argv)
-        if os.name == "nt" or not is_ipykernel:
+        if os.name == "nt" or not _is_ipykernel(argv):
             # Open together until the launch, so that no two kernels are given the same.
             listeners = [held.enter_context(contextlib.closing(socket.socket())) for _ in range(5)]
             for listener in listeners:
@@ -3468,6 +3475,7 @@ class HostedKernelControl:
                 identity=secrets.token_hex(16),
                 relay=self._server.relays,
                 own_python3=self._server.own_python3,
+                lean=self._server.lean,
             )
         except JupyterExecError:
             link.mailboxes.pop(self._name, None)
@@ -3549,6 +3557,7 @@ class HostServer:
     """What servers whose kernels are run by a kernel host have in common. Starts on first use."""
 
     relays = True  # messages through the pipe, not straight over ZeroMQ
+    lean = True  # an ipykernel is started with LEAN_OPTIONS
     own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
     directory = ""  # of the connection files, if they are on this machine
 
@@ -3688,7 +3697,7 @@ class CommandJupyterServer(HostServer):
     `argv` is that command up to the interpreter: ["ssh", "box", "python3"], ["kubectl", "exec", "-i", "pod", "--",
     "python3"], ["podman", "exec", "-i", "name", "python3"]. Its Python needs ipykernel. `remote_shell` says whether
     what follows passes through a shell over there; None means that it does if the command is ssh. `env` and
-    `cwd` are those of the command itself.
+    `cwd` are those of the command itself. `ipython_defaults` gives kernels their history database back.
     """
 
     def __init__(
@@ -3699,8 +3708,10 @@ class CommandJupyterServer(HostServer):
         env: Mapping[str, str | None] | None = None,
         cwd: str | None = None,
         transport: str = "direct",
+        ipython_defaults: bool = False,
     ) -> None:
         super().__init__(transport)
+        self.lean = not ipython_defaults
         if isinstance(argv, str) or not argv:
             raise ValueError("argv must be a list of strings: the command and its arguments.")
         if cwd is not None and not os.path.isdir(cwd):
@@ -3771,10 +3782,12 @@ class LocalJupyterServer(CommandJupyterServer):
         cwd: str | os.PathLike[str] | None = None,
         env: Mapping[str, str | None] | None = None,
         transport: str | None = None,
+        ipython_defaults: bool = False,
     ) -> None:
         implied = "direct" if ip is None and port is None and token is None else "gateway"
         cwd = None if cwd is None else os.fspath(cwd)
-        super().__init__([os.fspath(python or sys.executable)], env=env, cwd=cwd, transport=transport or implied)
+        argv = [os.fspath(python or sys.executable)]
+        super().__init__(argv, env=env, cwd=cwd, transport=transport or implied, ipython_defaults=ipython_defaults)
         self.own_python3 = python is not None
         self._address = ip or "127.0.0.1", port
         self._token = token
@@ -4036,10 +4049,12 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         bind_dir: str | os.PathLike[str] | None = None,
         work_dir: str = "/workspace",
         transport: str | None = None,
+        ipython_defaults: bool = False,
         **docker_kwargs: Any,
     ) -> None:
         implied = "direct" if token is None and stop_container else "gateway"
         super().__init__(transport or implied)
+        self.lean = not ipython_defaults
         for name in sorted(self._RESERVED.keys() & docker_kwargs.keys()):
             raise ValueError(f"{name!r} is not for docker_kwargs; use {self._RESERVED[name]}.")
         if network is not None and "network_mode" in docker_kwargs:

@@ -2170,7 +2170,7 @@ def test_kernelspec_argv_env_and_name(kernels_dir: Path) -> None:
         assert run(executor, "import os, sys; print(os.environ['A'], os.environ['C'], sys.executable)").output == (
             f"b-x $ {sys.executable}\n"
         )
-        assert run(executor, "print(sys.argv[-1])").output == f"{kernels_dir}/mine|{sys.prefix}|{{unknown}}\n"
+        assert run(executor, "print(sys.argv[-3])").output == f"{kernels_dir}/mine|{sys.prefix}|{{unknown}}\n"
 
 
 def test_interrupt_mode_message(kernels_dir: Path) -> None:
@@ -2181,6 +2181,18 @@ def test_interrupt_mode_message(kernels_dir: Path) -> None:
             result = executor.execute("while True: pass", timeout=1)
             assert (result.status, result.kernel_state) == ("timeout", "intact")
             assert run(executor, "x").output == "1"
+
+
+def test_kernels_are_lean_and_history_works_all_the_same(executor: JupyterCodeExecutor) -> None:
+    run(executor, "a = 1", "a + 1")
+    assert run(executor, "In[2], Out[2], _").output == "('a + 1', 2, 2)"
+    assert run(executor, "%history").output.startswith("a = 1\na + 1\n")
+    assert run(executor, "get_ipython().history_manager.enabled").output == "False"
+
+
+def test_ipythons_defaults_are_a_keyword_away() -> None:
+    with LocalJupyterServer(ipython_defaults=True) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "get_ipython().history_manager.enabled").output == "True"
 
 
 TCP_KERNEL = ["python", "{resource_dir}/start.py", "{connection_file}"]
