@@ -22,7 +22,7 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
     6  Channels              Deadline, Loop, Pipe, the ways to reach a kernel
     7  Kernel client         one cell at a time: replies, outputs, deadline, interrupt, death
     8  Kernel host           kernelspecs, launch, watch, relay; runs at the other end of a pipe
-    9  Servers               LocalJupyterServer, CommandJupyterServer, attaching
+    9  Servers               LocalJupyterServer, DockerJupyterServer, CommandJupyterServer, RemoteJupyterServer
     10 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor and its async face
     11 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
     12 License
@@ -2661,7 +2661,6 @@ class KernelHost:
         return {
             "argv": argv,
             "connection": connection.to_json(),
-            "connection_file": path,
             "interrupt_mode": str(spec.get("interrupt_mode", "signal")),
         }
 
@@ -4855,10 +4854,9 @@ class JupyterCodeExecutor:
             return ExecutionResult("died", 1, "lost", str(error), [])
 
     def _save(self, files: list[str], data: Json) -> str | None:
-        saved = save_bundle(data, self._output_dir)
-        if saved and saved[1]:
-            files.append(saved[1])
-        return saved[0] if saved else None
+        sentence, path = save_bundle(data, self._output_dir) or (None, "")
+        files += [path] * bool(path)
+        return sentence
 
     def execute(
         self,
@@ -5118,8 +5116,7 @@ class LivePrinter:
             self.line(render([output], "", self._save), sys.stdout)
 
     def _save(self, data: Json) -> str | None:
-        saved = save_bundle(data, self._directory)
-        return saved[0] if saved else None
+        return (save_bundle(data, self._directory) or (None, ""))[0]
 
     def line(self, text: str, stream: TextIO) -> None:
         self._write(stream, ("\n" if self._line_open else "") + text + "\n")
