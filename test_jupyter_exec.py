@@ -54,6 +54,7 @@ import tornado.websocket
 import zmq
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.session import Session
 from jupyter_server.services.kernels.connection import base as jupyter_server_base
@@ -2118,7 +2119,8 @@ def test_kernelspec_directories_are_those_of_jupyter(changes: dict[str, str]) ->
     environ = {key: value for key, value in os.environ.items() if not key.startswith("JUPYTER")} | changes
     program = """
         import os, jupyter_exec
-        from jupyter_client.kernelspec import KernelSpecManager
+        from jupyter_client.blocking import BlockingKernelClient
+from jupyter_client.kernelspec import KernelSpecManager
         judge = KernelSpecManager().kernel_dirs
         ours = jupyter_exec.kernel_dirs(os.environ)
         assert [d for d in ours if d in judge] == [d for d in judge if d in ours] and set(judge) <= set(ours), (judge, ours)
@@ -2387,6 +2389,166 @@ def test_children_that_left_the_session_die_with_their_kernel(server: LocalJupyt
         eventually(lambda: first not in descendants(os.getpid()), "the child of the stopped kernel is gone")
         assert second in descendants(os.getpid())
     eventually(lambda: second not in descendants(os.getpid()), "the other one too")
+
+
+# What a kernel is by, told by a cell: all of it is to be the same however the kernel came to be.
+FACTS = r"""
+import atexit, gc, json, locale, logging, os, resource, signal, sys, threading, warnings
+import __main__
+private = ("JUPYTER_EXEC_KERNEL", "JPY_PARENT_PID", "_", "PYDEVD_USE_FRAME_EVAL")
+own = {"session": os.getsid(0) == os.getpid(), "group": os.getpgrp() == os.getpid(), "cwd": os.getcwd()}
+own |= {"path": sys.path, "env": {key: value for key, value in os.environ.items() if key not in private}}
+own |= {"argv": [sys.argv[0], sys.argv[1], *sys.argv[3:]], "flags": str(sys.flags), "umask": os.umask(0o22)}
+own |= {"signals": {s.name: str(signal.getsignal(s)) for s in signal.Signals}, "gc": gc.isenabled()}
+own |= {"threads": sorted({thread.name.split(" ")[0] for thread in threading.enumerate()}), "main": str(__main__.__dict__.get("__file__"))}
+own |= {"files": sorted({os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in "012"}), "locale": locale.getlocale()}
+own |= {"parent": open(f"/proc/{os.getppid()}/cmdline").read()[:60], "warnings": str(warnings.filters[:4])}
+own |= {"logging": str(logging.root.handlers), "dumpable": os.stat("/proc/self/environ").st_uid == os.getuid()}
+own |= {"oom": open("/proc/self/oom_score_adj").read(), "debugpy": sys.modules.get("debugpy", "absent")}
+own |= {"limits": [resource.getrlimit(name) for name in (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE)]}
+own |= {"mark": os.environ["JUPYTER_EXEC_KERNEL"] in open("/proc/self/environ").read(), "stack": len(__import__("inspect").stack()) > 1}
+print(json.dumps(own, default=str))
+"""
+
+
+def facts(preload: list[str] | None) -> Any:
+    with (
+        LocalJupyterServer(preload=preload, cwd=tempfile.gettempdir()) as server,
+        JupyterCodeExecutor(server) as executor,
+    ):
+        return json.loads(run(executor, FACTS).output)
+
+
+def test_a_forked_kernel_is_like_a_launched_one() -> None:
+    forked, launched = facts([]), facts(None)
+    assert launched.pop("debugpy") != "absent"
+    assert forked.pop("debugpy") == "absent"
+    assert forked == launched
+
+
+def is_forked(executor: JupyterCodeExecutor) -> bool:
+    return "fork_server" in run(executor, "open('/proc/self/cmdline').read()").output
+
+
+def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
+    add_spec(kernels_dir, "own", argv=IPYKERNEL, display_name="o", language="python", env={"PYTHONOPTIMIZE": "1"})
+    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+        with JupyterCodeExecutor(server) as forked, JupyterCodeExecutor(server, "own") as own:
+            assert is_forked(forked)
+            assert not is_forked(own)
+            assert run(own, "import sys; sys.flags.optimize").output == "1"
+    with LocalJupyterServer(preload=None) as server, JupyterCodeExecutor(server) as launched:
+        assert not is_forked(launched)
+    with pytest.raises(ValueError, match="preload must be a list"):
+        LocalJupyterServer(preload="numpy")
+
+
+OWN = """
+import os, random, sys, uuid
+was_there = "numpy" in sys.modules
+import numpy
+a = numpy.random.rand(300, 300)
+inverse = numpy.linalg.inv(a) @ a
+print(was_there, bool(abs(inverse - numpy.eye(300)).max() < 1e-6))
+print(random.random(), numpy.random.random(), uuid.uuid4(), os.getpid(), id(a), os.environ.get("LEFT"))
+os.environ["LEFT"] = "behind"; os.chdir("/"); sys.path.append("/left"); numpy.left = random.left = 1
+"""
+
+
+def test_forked_kernels_share_nothing_and_blas_works() -> None:
+    with LocalJupyterServer(preload=["numpy"]) as server, contextlib.ExitStack() as stack:
+        executors = [stack.enter_context(JupyterCodeExecutor(server)) for _ in range(3)]
+        first, second = (run(executor, OWN).output.splitlines() for executor in executors[:2])
+        assert first[0] == second[0] == "True True"
+        assert first[1].split()[-1] == second[1].split()[-1] == "None"
+        assert not set(first[1].split()[:4]) & set(second[1].split()[:4])
+        left = "import os, sys, random, numpy; hasattr(random, 'left'), hasattr(numpy, 'left'), '/left' in sys.path, os.getcwd()"
+        assert run(executors[2], left).output == str((False, False, False, os.getcwd()))
+
+
+def test_debugpy_can_be_imported_in_a_lean_kernel(executor: JupyterCodeExecutor) -> None:
+    assert run(executor, "import debugpy; debugpy.__name__").output == "'debugpy'"
+    assert "debugger" not in executor._kernel.kernel_info["supported_features"]
+
+
+def test_a_forked_kernel_with_ipythons_defaults_can_be_debugged() -> None:
+    with LocalJupyterServer(ipython_defaults=True) as server, JupyterCodeExecutor(server) as executor:
+        assert is_forked(executor)
+        judge = BlockingKernelClient(connection_file=executor.connection_file)
+        judge.load_connection_file()
+        judge.start_channels()
+        arguments = {"clientID": "judge", "adapterID": "", "pathFormat": "path"}
+        content = {"type": "request", "seq": 1, "command": "initialize", "arguments": arguments}
+        judge.control_channel.send(judge.session.msg("debug_request", content))
+        reply = judge.control_channel.get_msg(timeout=PATIENCE)
+        judge.stop_channels()
+        assert reply["content"]["success"]
+
+
+def fork_server_of(server: LocalJupyterServer) -> int:
+    assert server._process
+    (found,) = (pid for pid in descendants(server._process.pid) if is_fork_server(pid))
+    return found
+
+
+def is_fork_server(pid: int) -> bool:
+    """Whether this is a fork server; its kernels have the same command line but another mark."""
+    return "/fork-server" in Path(f"/proc/{pid}/environ").read_text()
+
+
+def test_kernels_survive_their_fork_server_and_the_next_has_a_new_one() -> None:
+    with LocalJupyterServer() as server, JupyterCodeExecutor(server) as one:
+        run(one, "x = 1")
+        first = fork_server_of(server)
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: first not in descendants(os.getpid()), "the fork server is gone")
+        assert run(one, "x").output == "1"
+        with JupyterCodeExecutor(server) as two:
+            assert is_forked(two)
+            assert fork_server_of(server) != first
+        assert run(one, "x").output == "1"
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import nonesuch", "No module named 'nonesuch'"),
+        ("import os; os._exit(3)", "exit code 3"),
+        ("import os; os.kill(os.getpid(), 11)", "SIGSEGV"),
+    ],
+)
+def test_a_preload_that_fails_is_reported(tmp_path: Path, source: str, says: str) -> None:
+    (tmp_path / "preloaded.py").write_text(source)
+    with LocalJupyterServer(preload=["preloaded"], env={"PYTHONPATH": str(tmp_path)}) as server:
+        executor = JupyterCodeExecutor(server)
+        result = run(executor, "1")
+        assert (result.exit_code, result.kernel_state) == (1, "lost")
+        assert says in result.output
+        (tmp_path / "preloaded.py").write_text("")
+        assert run(executor, "1").output == "1"
+
+
+def test_a_kernel_given_up_before_it_is_forked_leaves_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "gate")
+    (tmp_path / "slow.py").write_text(f"open({str(tmp_path / 'gate')!r}).read()")
+    with LocalJupyterServer(preload=["slow"], env={"PYTHONPATH": str(tmp_path)}) as server:
+        JupyterCodeExecutor(server).stop()
+        executor = JupyterCodeExecutor(server)
+        with open(tmp_path / "gate", "w"):
+            pass
+        assert run(executor, "1").output == "1"
+        host = server._process
+        assert host
+        eventually(lambda: len(descendants(host.pid)) == 2, "only the fork server and one kernel")
+
+
+def test_what_left_the_session_without_exec_dies_with_its_kernel(executor: JupyterCodeExecutor) -> None:
+    code = "import os, time\nr, w = os.pipe()\nif not os.fork():\n    os.setsid()\n"
+    code += "    os.write(w, str(os.getpid()).encode())\n    time.sleep(1000)\n    os._exit(0)\nprint(os.read(r, 9).decode())"
+    child = int(run(executor, code).output)
+    assert child in descendants(os.getpid())
+    executor.stop()
+    eventually(lambda: child not in descendants(os.getpid()), "the forked child is gone")
 
 
 # ======================================================================================================
