@@ -36,14 +36,10 @@ Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import functools
-import hashlib
 import heapq
-import hmac
-import importlib.util
 import io
 import itertools
 import json
@@ -51,30 +47,26 @@ import logging
 import os
 import queue
 import re
-import secrets
 import selectors
-import shlex
-import shutil
 import signal
 import socket
 import string
 import struct
-import subprocess
 import sys
-import sysconfig
-import tempfile
-import textwrap
 import threading
 import time
-import uuid
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, Any, ClassVar, Protocol, TextIO, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, cast
+
+if TYPE_CHECKING:  # what takes long to import is imported where it is used
+    import argparse
+    import hmac
+    import subprocess
 
 __version__ = "0.1.0"
 
@@ -112,7 +104,8 @@ WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as end 
 BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
 PIDS_LIMIT = 512  # processes and threads in a container; a fork bomb ends there
 TMPFS_SIZE = "512m"  # of each temporary file system of a read-only container
-STREAM_PIECE = 2**20  # bytes of a stream message that are parsed at a time
+LARGE_PART = 2**16  # bytes of a part of a message beyond which it is used where ZeroMQ has it, not copied
+STREAM_PIECE = 2**17  # bytes of a stream message that are parsed at a time
 MAILBOX_LIMIT = 256 * 2**20  # bytes of unread messages of a kernel beyond which stream output is dropped
 MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
 MAX_SPILL = 256 * 2**20  # characters of such a file
@@ -401,6 +394,8 @@ def new_signer(key: str, signature_scheme: str) -> hmac.HMAC | None:
 
     Raises: ProtocolError for an unknown signature scheme.
     """
+    import hmac
+
     kind, _, digest = signature_scheme.partition("-")
     try:
         if kind != "hmac":
@@ -413,12 +408,12 @@ def new_signer(key: str, signature_scheme: str) -> hmac.HMAC | None:
     return signer if key else None
 
 
-def json_object(data: str | bytes, what: str) -> Json:
+def json_object(data: str | bytes | memoryview, what: str) -> Json:
     """Parse a JSON object that a peer sent; `what` names it in the ProtocolError."""
     try:
-        if isinstance(data, bytes):
+        if not isinstance(data, str):
             # ipykernel sends lone surrogates as raw bytes: "replace" keeps the rest of such a message.
-            data = data.decode("utf-8", "replace")
+            data = str(data, "utf-8", "replace")
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"The {what} is not JSON: {error.__class__.__name__}.") from None
@@ -427,7 +422,7 @@ def json_object(data: str | bytes, what: str) -> Json:
     return value
 
 
-def _object_or_null(data: bytes, what: str) -> Json:
+def _object_or_null(data: bytes | memoryview, what: str) -> Json:
     # Deviation: xeus kernels send null for an empty parent_header, metadata or transient.
     return {} if data in (b"{}", b"null") else json_object(data, what)
 
@@ -476,6 +471,8 @@ class ZmqCodec:
 
         Yields one message; a huge one of type stream comes in pieces. Raises: SignatureError, ProtocolError.
         """
+        from hmac import compare_digest
+
         try:
             start = parts.index(DELIMITER) + 1
         except ValueError:
@@ -486,24 +483,24 @@ class ZmqCodec:
             raise ProtocolError(f"A message is larger than {MAX_MESSAGE} bytes.")
         signature, header, parent_header, metadata, content = parts[start : start + 5]
         # "The signature is computed over the *serialized* parts exactly as sent; buffers are not signed."
-        if not hmac.compare_digest(signature, self._sign((header, parent_header, metadata, content))):
+        if not compare_digest(signature, self._sign((header, parent_header, metadata, content))):
             raise SignatureError("A message is not signed with the kernel's key.")
         dicts = json_object(header, "header"), _object_or_null(parent_header, "parent_header")
         for piece in stream_pieces(content):
             rest = _object_or_null(metadata, "metadata"), _object_or_null(piece, "content")
-            yield Message(channel, *dicts, *rest, list(parts[start + 5 :]))
+            yield Message(channel, *dicts, *rest, list(map(bytes, parts[start + 5 :])))
 
 
 _STREAM_START = re.compile(rb'\{\s*"name"\s*:\s*"std(?:out|err)"\s*,\s*"text"\s*:\s*"')
 
 
-def stream_pieces(content: bytes) -> Iterator[bytes]:
+def stream_pieces(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
     """Cut the JSON of a stream message that is larger than STREAM_PIECE into several of the kind.
 
     A print of 200 MB is then never parsed as a whole. Anything else comes through as it is.
     """
     start = _STREAM_START.match(content[:100])
-    if len(content) <= STREAM_PIECE or not start or not content.endswith(b'"}'):
+    if len(content) <= STREAM_PIECE or not start or content[-2:] != b'"}':
         yield content
         return
     position, end = start.end(), len(content) - 2
@@ -513,12 +510,12 @@ def stream_pieces(content: bytes) -> Iterator[bytes]:
         position = after
 
 
-def _safe_cut(text: bytes, cut: int) -> int:
+def _safe_cut(text: bytes | memoryview, cut: int) -> int:
     """Move a cut through JSON text back to where it tears neither a character nor an escape."""
     while text[cut] & 0xC0 == 0x80:  # within a character of UTF-8
         cut -= 1
-    escape = text.rfind(b"\\", cut - 6, cut)
-    if escape >= 0:
+    escape = cut - 6 + bytes(text[cut - 6 : cut]).rfind(b"\\")
+    if escape >= cut - 6:
         run = 0
         while text[escape - run - 1 : escape - run] == b"\\":
             run += 1
@@ -672,12 +669,12 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 _HEADER = re.compile(r"([!#-'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Opened:
     subprotocol: str | None  # one of those offered; None: the server speaks Jupyter's default protocol
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rejected:
     status: int  # of an HTTP answer that does not switch protocols
     reason: str
@@ -685,17 +682,17 @@ class Rejected:
     body: bytes  # at most MAX_HEAD, as they came (a chunked body is not decoded)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Received:
     data: str | bytes  # a complete message, text or binary
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ponged:
     data: bytes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Closed:
     code: int  # 7.1.5: 1005 if the server's Close frame has none, 1006 if no Close frame came
     reason: str
@@ -846,6 +843,8 @@ class WebSocket:
         self._must(upgrade.lower() == "websocket", "4.2.2: an |Upgrade| header field with value websocket")
         tokens = [token.strip() for token in connection.lower().split(",")]
         self._must("upgrade" in tokens, "4.2.2: a |Connection| header field with value Upgrade")
+        import hashlib
+
         digest = hashlib.sha1(self._key.encode() + _GUID, usedforsecurity=False).digest()
         accepted = headers.get("sec-websocket-accept") == base64.b64encode(digest).decode()
         self._must(accepted, "4.2.2: a |Sec-WebSocket-Accept| header field that answers the key")
@@ -982,7 +981,7 @@ _VEGA = re.compile(r"application/vnd\.vega(lite)?\.v\d+(\.\d+)*\+json")
 _BASE64 = (".png", ".jpg", ".gif", ".webp", ".pdf")
 
 
-@dataclass(frozen=True)
+@dataclass
 class KernelExit:
     """A kernel's process has ended: `exit_code` is negative for a signal and None if nobody knows it."""
 
@@ -1681,7 +1680,6 @@ class Pipe:
 RawMessage = tuple[str, Any]  # channel and parts, or "WebSocket" and a message, as they came
 
 
-@dataclass(frozen=True)
 class Reconnected:
     """A connection that was lost is there again; what was on its way may be missing."""
 
@@ -1748,8 +1746,11 @@ class KernelControl(Protocol):
     def start(self, mailbox: Mailbox) -> Channels:
         """Start the kernel, or start it anew, and connect; `mailbox` gets all that comes from it, its death too."""
 
-    def interrupt(self, sent: Callable[[], None]) -> None:
-        """Interrupt the running cell; `sent()` is called, in any thread, once the signal is out."""
+    def interrupt(self, sent: Callable[[], None]) -> bool:
+        """Interrupt the running cell; `sent()` is called, in any thread, once the signal is out.
+
+        Returns False, with nothing done, if the kernel wants an interrupt_request instead.
+        """
 
     def kill(self) -> None:
         """End the kernel at once, if it is ours; the mailbox gets its KernelExit."""
@@ -1832,7 +1833,8 @@ class SocketReader:
             for _ in range(READ_BATCH):
                 if self._socket.closed:
                     return
-                self._deliver(self._socket.recv_multipart(zmq.NOBLOCK))
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                self._deliver([frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames])
             self._again = True
             self._loop.post(self._read_batch)
 
@@ -1861,7 +1863,7 @@ class ZmqChannels:
         loop.post(functools.partial(self._open, context, connection, watch))
 
     def _open(self, context: Any, connection: KernelConnection, watch: bool) -> None:
-        self._sockets = open_sockets(context, connection, secrets.token_hex(16).encode())
+        self._sockets = open_sockets(context, connection, os.urandom(16).hex().encode())
         for channel, sock in self._sockets.items():
             self._readers[channel] = SocketReader(self._loop, sock, functools.partial(self._deliver, channel))
         if watch:
@@ -2156,7 +2158,7 @@ class KernelClient:
         self._ended = self._closing = False
         self._displays.clear()
         self._nudges.clear()
-        self._session = uuid.uuid4().hex
+        self._session = os.urandom(16).hex()
         self._channels = self._control.start(self._mailbox)
 
     def wait_ready(self, deadline: Deadline) -> None:
@@ -2350,7 +2352,10 @@ class KernelClient:
         self._nudges.add(nudge.msg_id)
         execution.fences.add(nudge.msg_id)
         channels = self._channels
-        self._control.interrupt(lambda: channels.send(nudge) if channels else None)
+        if channels and not self._control.interrupt(functools.partial(channels.send, nudge)):
+            # "interrupt_mode: ... message: the client sends an interrupt_request on the control channel"
+            channels.send(self._message("control", "interrupt_request", {}))
+            channels.send(nudge)
 
     def _fence(self, execution: Execution) -> None:
         """Ask something that the kernel will answer after all that belongs to the cell."""
@@ -2417,7 +2422,7 @@ class KernelClient:
 
     def _message(self, channel: str, msg_type: str, content: Json) -> Message:
         msg_id = f"{self._session}_{next(self._serial)}"
-        date = datetime.now(timezone.utc).isoformat()
+        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return new_message(channel, msg_type, content, session=self._session, msg_id=msg_id, date=date)
 
     def _send(self, channel: str, msg_type: str, content: Json) -> None:
@@ -2465,11 +2470,12 @@ def _call_hook(hook: OutputHook, output: Json) -> None:
 # ======================================================================================================
 
 # Parses and runs on any Python 3. `-c` has put the working directory on sys.path, where an agent's signal.py
-# would shadow the standard library: that goes first. The source is read unbuffered and exactly, since a buffered
-# stdin would swallow the frames behind it, and is registered as a module, since dataclasses look it up.
+# would shadow the standard library: that goes first. The program ("c": code, if both Pythons have the same bytecode;
+# "s": source) is read unbuffered and exactly, since a buffered stdin would swallow the frames behind it, and
+# is registered as a module, since dataclasses look it up.
 BOOTSTRAP = """\
 import sys; sys.path[:] = [p for p in sys.path if p]
-import os, types
+import importlib.util, marshal, os, types
 def read(n):
     data = b""
     while len(data) < n:
@@ -2477,10 +2483,12 @@ def read(n):
         if not more: sys.exit(0)
         data += more
     return data
-os.write(1, ("NONCE %d %d\\n" % sys.version_info[:2]).encode())
+magic = "".join("%02x" % byte for byte in importlib.util.MAGIC_NUMBER)
+os.write(1, ("NONCE %d %d %s\\n" % (sys.version_info[:2] + (magic,))).encode())
 name = "jupyter_exec_host"
 module = sys.modules[name] = types.ModuleType(name)
-exec(compile(read(int(read(8))), "<jupyter_exec>", "exec"), module.__dict__)
+kind, program = read(1), read(int(read(8)))
+exec(marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec>", "exec"), module.__dict__)
 module.host_main()
 """
 
@@ -2566,6 +2574,8 @@ def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
 
     Source: https://docs.jupyter.org/en/latest/use/jupyter-directories.html#data-files
     """
+    import sysconfig
+
     user = [environ.get("JUPYTER_DATA_DIR") or _user_data_dir(environ)]
     if site_user := sysconfig.get_path("data", f"{os.name}_user"):
         user.append(os.path.join(site_user, "share", "jupyter"))
@@ -2608,6 +2618,8 @@ def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str,
 
     Spec: https://jupyter-client.readthedocs.io/en/stable/kernels.html#kernel-specs
     """
+    import importlib.util
+
     specs: dict[str, Json] = {}
     for directory in kernel_dirs(environ):
         with contextlib.suppress(OSError):
@@ -2657,22 +2669,22 @@ def _mark(name: str) -> str:
     return f"{os.getpid()}/{name:_<24}"
 
 
-@dataclass
 class HostedKernel:
     """A process that the host has started, mostly a kernel, and what it knows of it."""
 
-    name: str  # of this process
-    slot: str  # of the kernel, restarts included
-    process: subprocess.Popen[Any] | None  # None: forked by a fork server
-    pid: int  # 0: not yet forked
-    errors: IO[bytes] | None  # its stderr
-    fork_server: str = ""  # that makes it
-    event: int = 0  # that interrupts it on Windows
-    files: list[str] = field(default_factory=list)  # to be removed at its end
-    exit_code: int | None = None
-    stderr: bytearray = field(default_factory=bytearray)  # the end of it
-    sockets: dict[str, Any] = field(default_factory=dict)  # of a relayed kernel
-    readers: dict[str, SocketReader] = field(default_factory=dict)
+    def __init__(self, name: str, slot: str, pid: int, errors: IO[bytes] | None) -> None:
+        self.name = name  # of this process
+        self.slot = slot  # of the kernel, restarts included
+        self.pid = pid  # 0: not yet forked
+        self.errors = errors  # its stderr
+        self.stderr = bytearray()  # the end of what came from there
+        self.process: subprocess.Popen[Any] | None = None  # None: forked,
+        self.fork_server = ""  # by this one
+        self.exit_code: int | None = None
+        self.event = 0  # that interrupts it on Windows
+        self.files: list[str] = []  # to be removed at its end
+        self.sockets: dict[str, Any] = {}  # of a relayed kernel
+        self.readers: dict[str, SocketReader] = {}
 
 
 class KernelHost:
@@ -2783,6 +2795,8 @@ class KernelHost:
         self, argv: list[str], spec: Json, name: str, slot: str, own: Json | None = None, stdin: Any = None
     ) -> HostedKernel:
         """Start a process of its own; `own` is environment that is taken as it is."""
+        import subprocess
+
         env = dict(os.environ, JPY_PARENT_PID=str(os.getpid()))
         env.pop("PYTHONEXECUTABLE", None)  # macOS: it would override the kernel's own idea of its interpreter
         extra = spec.get("env") if isinstance(spec.get("env"), dict) else {}
@@ -2808,7 +2822,9 @@ class KernelHost:
             raise KernelStartFailed(argv, f"{error.strerror}: {error.filename}") from None
         with contextlib.suppress(OSError):  # if memory runs out, kernels are to go, and this host to tell of it
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-        return HostedKernel(name, slot, process, process.pid, process.stderr, event=event)
+        kernel = HostedKernel(name, slot, process.pid, process.stderr)
+        kernel.process, kernel.event = process, event
+        return kernel
 
     def _fork(self, argv: list[str], request: Json) -> HostedKernel:
         """Ask the fork server of this interpreter for a kernel, whose pid comes with its answer."""
@@ -2816,7 +2832,8 @@ class KernelHost:
             server = self._start_fork_server(argv[0], request["lean"], request["preload"])
         read_fd, write_fd = os.pipe()
         errors = open(read_fd, "rb", buffering=0)  # noqa: SIM115 - lives as long as the kernel
-        kernel = HostedKernel(request["kernel"], request["slot"], None, 0, errors, argv[0])
+        kernel = HostedKernel(request["kernel"], request["slot"], 0, errors)
+        kernel.fork_server = argv[0]
         order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": argv[3:]}
         try:
             socket.send_fds(server, [dump_json(order)], [write_fd])
@@ -3068,6 +3085,9 @@ def _windows_event() -> int:
 
 def host_main() -> None:
     """Be a kernel host on stdin and stdout until the pipe closes, the parent ends or SIGTERM comes."""
+    import shutil
+    import tempfile
+
     loop = Loop()
     stream = _own_stdio()
     directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="jx-")
@@ -3297,7 +3317,7 @@ class RemoteKernelControl:
             model = rest.request("POST", "/api/kernels", body, timeout=START_TIMEOUT)
             self._id = str(model["id"] if isinstance(model, dict) else "")
         self._mailbox = mailbox
-        dial = functools.partial(self._dial, uuid.uuid4().hex)
+        dial = functools.partial(self._dial, os.urandom(16).hex())
         self._channels = WebSocketChannels(loop, dial, mailbox)
         return self._channels
 
@@ -3314,7 +3334,7 @@ class RemoteKernelControl:
         options = (rest.info.authority, target, rest.headers, [V1_SUBPROTOCOL], os.urandom(16), mask, MAX_MESSAGE)
         return rest.dial(deadline), WebSocket(*options)
 
-    def interrupt(self, sent: Callable[[], None]) -> None:
+    def interrupt(self, sent: Callable[[], None]) -> bool:
         try:
             self._server.rest.request("POST", f"{self._path}/interrupt", {}, timeout=INTERRUPT_GRACE)
         except ServerError as error:
@@ -3323,6 +3343,7 @@ class RemoteKernelControl:
         except JupyterExecError as error:
             logger.warning("The interrupt was not delivered: %s", error)
         sent()
+        return True
 
     def kill(self) -> None:
         if self._id:
@@ -3543,13 +3564,21 @@ def _host_error(answer: Json) -> JupyterExecError:
     return JupyterExecError(f"The kernel host reports: {data}")
 
 
-def own_source() -> bytes:
-    """Return the source of this module, wherever it was imported from (a zip too)."""
-    spec, loader = globals().get("__spec__"), globals().get("__loader__")
+def own_program(magic: str) -> bytes:
+    """Return this module for a host whose bytecode has that magic number, wherever it was imported from (a zip too)."""
+    import importlib.util
+    import marshal
+
+    loader: Any = globals().get("__loader__")
+    name = getattr(globals().get("__spec__"), "name", __name__)
+    kind, program = b"s", b""
     with contextlib.suppress(ImportError, OSError, AttributeError):
-        if source := loader.get_source(spec.name if spec else __name__):  # type: ignore[union-attr]
-            return str(source).encode("utf-8")
-    return Path(__file__).read_bytes()
+        if magic == importlib.util.MAGIC_NUMBER.hex():
+            kind, program = b"c", marshal.dumps(loader.get_code(name))
+        else:
+            program = loader.get_source(name).encode("utf-8")
+    program = program or Path(__file__).read_bytes()
+    return b"%s%08d%s" % (kind, len(program), program)
 
 
 class Dialogue(Stream, Protocol):
@@ -3564,7 +3593,7 @@ def greet_host(stream: Dialogue, nonce: str) -> None:
     Raises: ConnectionClosed, ExecutionTimeout, JupyterExecError if its Python is too old.
     """
     deadline, seen = Deadline(START_TIMEOUT), b""
-    pattern = re.compile(rb"%s (\d+) (\d+)\n" % nonce.encode("ascii"))
+    pattern = re.compile(rb"%s (\d+) (\d+) ([0-9a-f]+)\n" % nonce.encode("ascii"))
     try:
         while not (found := pattern.search(seen)):
             stream.settimeout(deadline.remaining or 1e-6)
@@ -3575,8 +3604,7 @@ def greet_host(stream: Dialogue, nonce: str) -> None:
         version = int(found[1]), int(found[2])
         if version < (3, 10):
             raise JupyterExecError("its Python {}.{} is too old, 3.10 or newer is needed".format(*version))
-        source = own_source()
-        unsent = memoryview(b"%08d" % len(source) + source)
+        unsent = memoryview(own_program(found[3].decode()))
         while unsent:
             stream.settimeout(deadline.remaining or 1e-6)
             unsent = unsent[stream.send(unsent) :]
@@ -3600,11 +3628,10 @@ class HostedKernelControl:
         self._server = server
         self._kernel_name = kernel_name
         self._slot = f"k{next(server.serial)}"
-        self._key = secrets.token_hex(32)
+        self._key = os.urandom(32).hex()
         self._starts = itertools.count(1)
         self._name = ""  # of the process; a new one at each start
         self._link: HostLink | None = None
-        self._channels: Channels | None = None
         self._by_message = False
         self.argv: list[str] = []
         self.connection_file: str | None = None
@@ -3620,7 +3647,7 @@ class HostedKernelControl:
                 slot=self._slot,
                 kernel_name=self._kernel_name,
                 key=self._key,
-                identity=secrets.token_hex(16),
+                identity=os.urandom(16).hex(),
                 relay=self._server.relays,
                 own_python3=self._server.own_python3,
                 lean=self._server.lean,
@@ -3635,19 +3662,15 @@ class HostedKernelControl:
         self.argv = [str(arg) for arg in argv] if isinstance(argv, list) else []
         self._by_message = result.get("interrupt_mode") == "message"
         if self._server.relays:
-            self._channels = PipeChannels(functools.partial(link.relay, self._name), self._key)
-        else:
-            self.connection_file = os.path.join(self._server.directory, f"kernel-{self._slot}.json")
-            connection = KernelConnection.from_json(str(result.get("connection")))
-            self._channels = ZmqChannels(link.loop, link.context(), connection, mailbox)
-        return self._channels
+            return PipeChannels(functools.partial(link.relay, self._name), self._key)
+        self.connection_file = os.path.join(self._server.directory, f"kernel-{self._slot}.json")
+        connection = KernelConnection.from_json(str(result.get("connection")))
+        return ZmqChannels(link.loop, link.context(), connection, mailbox)
 
-    def interrupt(self, sent: Callable[[], None]) -> None:
-        if self._by_message and self._channels:
-            self._channels.send(_interrupt_request())
-            sent()
-        elif self._link:
+    def interrupt(self, sent: Callable[[], None]) -> bool:
+        if self._link and not self._by_message:
             self._link.ask("interrupt", lambda answer: sent(), kernel=self._name)
+        return not self._by_message
 
     def kill(self) -> None:
         if self._link:
@@ -3655,13 +3678,6 @@ class HostedKernelControl:
 
     def close(self) -> None:
         pass  # the server has the link
-
-
-def _interrupt_request() -> Message:
-    # "interrupt_mode: ... message: the client sends an interrupt_request on the control channel"
-    date = datetime.now(timezone.utc).isoformat()
-    session, msg_id = uuid.uuid4().hex, uuid.uuid4().hex
-    return new_message("control", "interrupt_request", {}, session=session, msg_id=msg_id, date=date)
 
 
 class AttachedKernelControl:
@@ -3673,7 +3689,6 @@ class AttachedKernelControl:
         self._connection = connection
         self._loop: Loop | None = None
         self._context: Any = None
-        self._channels: Channels | None = None
         self.argv: list[str] = []
         self.connection_file = connection_file
 
@@ -3681,13 +3696,10 @@ class AttachedKernelControl:
         self.close()
         self._loop, self._context = Loop(), new_context()
         self._loop.start("jupyter_exec I/O")
-        self._channels = ZmqChannels(self._loop, self._context, self._connection, mailbox, watch=True)
-        return self._channels
+        return ZmqChannels(self._loop, self._context, self._connection, mailbox, watch=True)
 
-    def interrupt(self, sent: Callable[[], None]) -> None:
-        if self._channels:
-            self._channels.send(_interrupt_request())
-            sent()
+    def interrupt(self, sent: Callable[[], None]) -> bool:
+        return False
 
     def kill(self) -> None:
         pass
@@ -3830,7 +3842,7 @@ class _GenerateToken:
 
 
 def token_of(token: str | _GenerateToken | None) -> str:
-    return token if isinstance(token, str) else secrets.token_hex(32)
+    return token if isinstance(token, str) else os.urandom(32).hex()
 
 
 def await_server(info: JupyterConnectionInfo, check: Callable[[], None]) -> JupyterConnectionInfo:
@@ -3881,7 +3893,9 @@ class CommandJupyterServer(HostServer):
         self._errors: IO[bytes] | None = None  # its stderr
 
     def _connect(self) -> HostLink:
-        nonce = secrets.token_hex(16)
+        import tempfile
+
+        nonce = os.urandom(16).hex()
         errors = self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         try:
             command = self._command(BOOTSTRAP.replace("NONCE", nonce))
@@ -3890,6 +3904,9 @@ class CommandJupyterServer(HostServer):
             errors.close()
             raise KernelStartFailed(self._argv, f"{error.strerror}: {error.filename}") from None
         self._process = process
+        if not self.relays:
+            with contextlib.suppress(ImportError):  # needed soon; meanwhile the other Python starts
+                import zmq  # noqa: F401
         try:
             greet_host(stream, nonce)
         except JupyterExecError as error:
@@ -3900,9 +3917,13 @@ class CommandJupyterServer(HostServer):
         return HostLink(stream, lambda: _epitaph(process, errors))
 
     def _command(self, program: str) -> list[str]:
+        import shlex
+
         return [*self._argv, "-c", shlex.quote(program) if self._quoted else program]
 
     def _disconnect(self) -> None:
+        import subprocess
+
         if self._process:
             try:
                 self._process.wait(SHUTDOWN_GRACE)
@@ -3992,6 +4013,8 @@ class LocalJupyterServer(CommandJupyterServer):
         return await_server(info, check)
 
     def _connect(self) -> HostLink:
+        import tempfile
+
         self._remove_directory()
         # The path of a socket file may have 107 bytes (103 on macOS): a long TMPDIR is not used.
         base = tempfile.gettempdir()
@@ -4013,11 +4036,15 @@ class LocalJupyterServer(CommandJupyterServer):
 
     def _remove_directory(self) -> None:
         if self.directory:
+            import shutil
+
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _spawn(argv: list[str], **options: Any) -> tuple[socket.socket, subprocess.Popen[Any]]:
     """Start a process in a session of its own (a Ctrl-C is not for it); return the socket to its stdin and stdout."""
+    import subprocess
+
     if os.name == "nt":
         flags = subprocess.CREATE_NEW_PROCESS_GROUP  # type: ignore[attr-defined]
         process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, creationflags=flags, **options)
@@ -4051,6 +4078,8 @@ def _tail(file: IO[bytes]) -> str:
 
 
 def _epitaph(process: subprocess.Popen[Any], errors: IO[bytes]) -> str:
+    import subprocess
+
     try:
         code = process.wait(0.2)
     except subprocess.TimeoutExpired:
@@ -4245,7 +4274,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     def _connect(self) -> HostLink:
         client = self._client = self._new_client()
-        nonce = secrets.token_hex(16)
+        nonce = os.urandom(16).hex()
         command = ["python3", "-c", BOOTSTRAP.replace("NONCE", nonce)]
         try:
             with _engine_errors(self._image_name):
@@ -4320,6 +4349,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if self._custom_image:
             return self._custom_image
         content = json.dumps([self.DEFAULT_DOCKERFILE, self._base_image, self._packages, self._target])
+        import hashlib
+
         return f"jupyter-exec:{hashlib.sha256(content.encode('utf-8')).hexdigest()[:12]}"
 
     def _image(self, client: Any) -> Any:
@@ -4389,7 +4420,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         user = self._docker_kwargs.get("user") or self._user(client, config)
         options: Json = {
             "command": command,
-            "name": self._container_name or f"jupyter-exec-{uuid.uuid4()}",
+            "name": self._container_name or f"jupyter-exec-{os.urandom(8).hex()}",
             "stdin_open": True,  # and not "detach": the engine then closes stdin when we have gone
             "auto_remove": self._auto_remove,
             "log_config": {"type": "none"},  # the stdout is our relay, not to be written to the engine's disk
@@ -4658,7 +4689,7 @@ def save_bundle(data: Json, directory: Path) -> tuple[str, str] | None:
     if best is None:
         return None
     word, suffix, content = best
-    path = directory.absolute() / f"{uuid.uuid4().hex}{suffix}"
+    path = directory.absolute() / f"{os.urandom(16).hex()}{suffix}"
     try:
         path.write_bytes(file_bytes(suffix, content))
     except (OSError, ValueError, RecursionError) as error:
@@ -4698,7 +4729,7 @@ class Spill:
 
     def _flush(self) -> None:
         if self._file is None:
-            self.path = str(self._directory.absolute() / f"{uuid.uuid4().hex}.txt")
+            self.path = str(self._directory.absolute() / f"{os.urandom(16).hex()}.txt")
             self._file = open(self.path, "w", encoding="utf-8", errors="replace", newline="")  # noqa: SIM115
         self._file.write("".join(self._parts))
         self._file.flush()
@@ -4723,12 +4754,14 @@ class Journal:
 
     def add(self, code: str, result: ExecutionResult) -> None:
         if self._file is None:
+            import tempfile
+
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
             weakref.finalize(self, self._file.close)
         outputs = list(map(_notebook_output, result.outputs))
         if result.note:
             outputs.append({"output_type": "stream", "name": "stderr", "text": result.note})
-        cell = {"cell_type": "code", "id": uuid.uuid4().hex[:8], "metadata": {}, "source": code, "outputs": outputs}
+        cell = {"cell_type": "code", "id": os.urandom(4).hex(), "metadata": {}, "source": code, "outputs": outputs}
         self._file.seek(0, os.SEEK_END)
         self._file.write(dump_json(cell | {"execution_count": result.execution_count}) + b"\n")
 
@@ -4794,6 +4827,7 @@ def cell_of(block: Any, kernel_name: str, kernel_language: str) -> str:
 def function_source(function: Callable[..., Any]) -> str:
     """Return the source of a plain function, to be defined in a kernel. Raises: ValueError if it is not plain."""
     import inspect
+    import textwrap
 
     try:
         source = textwrap.dedent(inspect.getsource(function))
@@ -5297,6 +5331,8 @@ class LivePrinter:
 
 
 def _parser() -> argparse.ArgumentParser:
+    import argparse
+
     parser = argparse.ArgumentParser(prog="jupyter-exec", description="Run code in a stateful Jupyter kernel.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -291,6 +291,12 @@ VENDORED = """
 """
 
 
+def test_a_host_of_the_same_bytecode_gets_code_and_any_other_the_source() -> None:
+    code, source = (jupyter_exec.own_program(magic) for magic in (importlib.util.MAGIC_NUMBER.hex(), "00"))
+    assert code[:1] == b"c"
+    assert source == b"s%08d" % MODULE.stat().st_size + MODULE.read_bytes()
+
+
 def test_two_vendored_copies_work_in_one_process(tmp_path: Path) -> None:
     package = tmp_path / "pkg" / "_vendor"
     package.mkdir(parents=True)
@@ -2681,7 +2687,7 @@ def test_jupyter_client_attaches_by_our_connection_file(executor: JupyterCodeExe
 GREETING = """
 import json, os, re, sys, types
 nonce = re.search("[0-9a-f]{32}", sys.argv[-1])[0]
-os.write(1, ("%s %d %d\\n" % (nonce, *sys.version_info[:2])).encode())
+os.write(1, ("%s %d %d 00\\n" % (nonce, *sys.version_info[:2])).encode())  # no bytecode in common
 def read(size):
     data = b""
     while len(data) < size:
@@ -2690,6 +2696,7 @@ def read(size):
             sys.exit()
         data += more
     return data
+assert read(1) == b"s"
 source = read(int(read(8))).decode()
 module = sys.modules["jupyter_exec_host"] = types.ModuleType("jupyter_exec_host")
 exec(source, module.__dict__)
