@@ -38,8 +38,10 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
@@ -174,6 +176,9 @@ def _exists(descriptor: str) -> bool:
 def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("bench"):  # a rival's leaks are not ours
         yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()
         return
     before = resources()
     yield
@@ -4979,6 +4984,7 @@ def rivals(request: pytest.FixtureRequest) -> Callable[[str], JupyterCodeExecuto
     request.addfinalizer(stack.close)
     servers: dict[str, Callable[[], Any]] = {
         "local": LocalJupyterServer,
+        "launched": lambda: LocalJupyterServer(preload=None),
         "relay": lambda: CommandJupyterServer([sys.executable]),
         "docker": docker_server,
         "docker gateway": lambda: docker_server(network=None, transport="gateway"),
@@ -4993,6 +4999,31 @@ def rivals(request: pytest.FixtureRequest) -> Callable[[str], JupyterCodeExecuto
     return make
 
 
+def launch_theirs() -> Any:
+    """Start a kernel and get a first answer in the way of jupyter_client; returns its manager and client."""
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel()
+    client.execute_interactive("1", output_hook=lambda message: None)
+    return manager, client
+
+
+def launch_ours(server: Any) -> JupyterCodeExecutor:
+    executor = JupyterCodeExecutor(server)
+    assert executor.execute("1").status == "ok"
+    return executor
+
+
+def end(kernel: Any) -> None:
+    """End what launch_theirs or launch_ours has started."""
+    if isinstance(kernel, JupyterCodeExecutor):
+        kernel.stop()
+    else:
+        manager, client = kernel
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
 WAYS = ["local", "relay", "docker", "local gateway", "docker gateway"]
 
 
@@ -5004,15 +5035,10 @@ def test_bench_cell(benchmark: Any, way: str, rivals: Callable[[str], JupyterCod
         executor = rivals(way)
         benchmark.pedantic(lambda: executor.execute("1"), rounds=200, warmup_rounds=20)
         return
-    from jupyter_client.manager import start_new_kernel
-
-    manager, client = start_new_kernel()
-    try:
-        cell = raw_cell(client) if way == "raw" else lambda: client.execute_interactive("1", output_hook=lambda m: None)
-        benchmark.pedantic(cell, rounds=200, warmup_rounds=20)
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
+    manager, client = launch_theirs()
+    cell = raw_cell(client) if way == "raw" else lambda: client.execute_interactive("1", output_hook=lambda m: None)
+    benchmark.pedantic(cell, rounds=200, warmup_rounds=20)
+    end((manager, client))
 
 
 def raw_cell(client: Any) -> Callable[[], None]:
@@ -5053,12 +5079,132 @@ def test_bench_first_result(
     def ours() -> None:
         rivals(way)._server.stop()
 
-    def theirs() -> None:
-        from jupyter_client.manager import start_new_kernel
+    benchmark.pedantic(ours if way in WAYS else lambda: end(launch_theirs()), rounds=3)
 
-        manager, client = start_new_kernel()
-        client.execute_interactive("1", output_hook=lambda m: None)
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
 
-    benchmark.pedantic(ours if way in WAYS else theirs, rounds=3)
+class ReportedTime:
+    """A clock that goes on by what child processes report of themselves, without the start of their Python."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+reported_time = ReportedTime()
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="import", timer=reported_time)
+@pytest.mark.parametrize("module", ["jupyter_exec", "zmq", "jupyter_client"])
+def test_bench_import(benchmark: Any, module: str, tmp_path: Path) -> None:
+    shutil.copy(MODULE, tmp_path)
+    program = f"import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+
+    def import_it() -> None:
+        child = subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True)
+        reported_time.now += float(child.stdout)
+
+    benchmark.pedantic(import_it, rounds=20, warmup_rounds=1)
+
+
+KERNEL_WAYS = ["local", "launched", "docker", "jupyter_client"]
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="a further kernel")
+@pytest.mark.parametrize("way", KERNEL_WAYS)
+def test_bench_further_kernel(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
+    server = None if way == "jupyter_client" else rivals(way)._server
+    started: list[Any] = []
+    benchmark.pedantic(lambda: started.append(launch_ours(server) if server else launch_theirs()), rounds=5)
+    for kernel in started:
+        end(kernel)
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="restart")
+@pytest.mark.parametrize("way", KERNEL_WAYS)
+def test_bench_restart(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
+    if way == "jupyter_client":
+        manager, client = launch_theirs()
+
+        def restart_theirs() -> None:
+            manager.restart_kernel()
+            client.wait_for_ready()
+            client.execute_interactive("1", output_hook=lambda message: None)
+
+        benchmark.pedantic(restart_theirs, rounds=5)
+        end((manager, client))
+        return
+    executor = rivals(way)
+
+    def restart() -> None:
+        executor.restart()
+        executor.execute("1")
+
+    benchmark.pedantic(restart, rounds=5)
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="8 kernels at once")
+@pytest.mark.parametrize("way", KERNEL_WAYS)
+def test_bench_eight_kernels(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
+    server = None if way == "jupyter_client" else rivals(way)._server
+    started: list[Any] = []
+    with ThreadPoolExecutor(8) as pool:
+
+        def start_eight() -> None:
+            started.extend(pool.map(lambda _: launch_ours(server) if server else launch_theirs(), range(8)))
+
+        benchmark.pedantic(start_eight, rounds=2)
+        list(pool.map(end, started))
+
+
+LINES = "import sys\nfor _ in range(10**6): sys.stdout.write('x' * 99 + chr(10))"
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="100 MB of stdout, in lines")
+@pytest.mark.parametrize("way", ["local", "docker", "jupyter_client"])
+def test_bench_lines(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
+    if way == "jupyter_client":
+        manager, client = launch_theirs()
+        benchmark.pedantic(lambda: client.execute_interactive(LINES, output_hook=lambda message: None), rounds=3)
+        end((manager, client))
+        return
+    executor = rivals(way)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_memory()
+    benchmark.pedantic(lambda: executor.execute(LINES), rounds=3)
+    print(f"\n{way}: 100 MB of lines let the client grow by {peak_memory() - before:.0f} MB")
+
+
+def peak_memory() -> float:
+    """Return the largest resident set of this process since it was last cleared, in MB."""
+    (peak,) = re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    return int(peak) / 1024
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="20 cells in each of many kernels")
+@pytest.mark.parametrize("count", [5, 50])
+def test_bench_many_kernels(benchmark: Any, count: int, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
+    server = rivals("local")._server
+    start = time.perf_counter()
+    executors = [JupyterCodeExecutor(server) for _ in range(count)]
+    pids = [int(run(executor, "__import__('os').getpid()").output) for executor in executors]
+    took = time.perf_counter() - start
+    sums = [re.search(r"Pss:\s*(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text()) for pid in pids]
+    pss = sum(int(found[1]) for found in sums if found) / 1024 / count
+    with ThreadPoolExecutor(count) as pool:
+
+        def cells() -> list[bool]:
+            return list(pool.map(lambda executor: all(run(executor, "1").output == "1" for _ in range(20)), executors))
+
+        assert all(benchmark.pedantic(cells, rounds=3))
+        list(pool.map(end, executors))
+    rate = 20 * count / benchmark.stats.stats.median
+    print(f"\n{count} kernels: {took / count * 1000:.0f} ms and {pss:.1f} MB PSS each, {rate:.0f} cells/s over all")
