@@ -1549,6 +1549,51 @@ class FdStream:
         os.close(self._write_fd)
 
 
+class NetStream:
+    """A connected socket as a Stream, with TLS or without."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.raw = sock
+        self._is_tcp = getattr(sock, "family", None) in (socket.AF_INET, socket.AF_INET6)  # Docker has pipes of Windows
+        if self._is_tcp:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def recv(self, size: int, /) -> bytes:
+        with _tls_as_plain():
+            data = self.raw.recv(size)
+            while getattr(self.raw, "pending", int)():  # decrypted already: no descriptor would tell of it
+                data += self.raw.recv(size)
+        if self._is_tcp and hasattr(socket, "TCP_QUICKACK"):
+            # A delayed acknowledgement costs 40 ms where the other end leaves Nagle's algorithm on, as Jupyter servers
+            # and Docker engines do; the setting is forgotten at each read.
+            self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        return data
+
+    def send(self, data: memoryview, /) -> int:
+        with _tls_as_plain():
+            return self.raw.send(data)
+
+    def fileno(self) -> int:
+        return self.raw.fileno()
+
+    def settimeout(self, seconds: float, /) -> None:
+        self.raw.settimeout(seconds)
+
+    def close(self) -> None:
+        self.raw.close()
+
+
+@contextlib.contextmanager
+def _tls_as_plain() -> Iterator[None]:
+    """Let a TLS socket that has to wait say so as any other; ssl itself is not imported for those without."""
+    try:
+        yield
+    except OSError as error:
+        if type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError"):
+            raise BlockingIOError from None
+        raise
+
+
 def as_stream(read_fd: int, write_fd: int) -> Stream:
     """Return a Stream over two descriptors that are no sockets."""
     if os.name != "nt":
@@ -1614,11 +1659,10 @@ class Outbox:
                 self._unsent[0] = self._unsent[0][sent:]
                 if not self._unsent[0]:
                     self._unsent.popleft()
+        except (BlockingIOError, InterruptedError):
+            self._loop.on_writable(self._descriptor, self._write)
+            self._loop.later(CONTROL_TIMEOUT, self._check_progress)
         except OSError as error:
-            if isinstance(error, (BlockingIOError, InterruptedError)) or type(error).__name__.startswith("SSLWant"):
-                self._loop.on_writable(self._descriptor, self._write)
-                self._loop.later(CONTROL_TIMEOUT, self._check_progress)
-                return
             self._on_stuck(f"writing failed: {error.strerror}")
         else:
             self._loop.on_writable(self._descriptor, None)
@@ -1927,7 +1971,7 @@ class PipeChannels:
         pass  # the pipe serves other kernels too
 
 
-Dial = Callable[[Deadline], "tuple[socket.socket, WebSocket]"]
+Dial = Callable[[Deadline], "tuple[NetStream, WebSocket]"]
 
 
 class WebSocketChannels:
@@ -1954,7 +1998,7 @@ class WebSocketChannels:
         self._socket, self._websocket = self._dial(deadline)
         try:
             self._events = self._shake_hands(deadline)
-            self._socket.setblocking(False)
+            self._socket.settimeout(0)
         except BaseException as error:
             self._socket.close()
             if isinstance(error, TimeoutError):
@@ -1964,7 +2008,7 @@ class WebSocketChannels:
             raise
 
     def _shake_hands(self, deadline: Deadline) -> list[Event]:
-        self._socket.sendall(self._websocket.handshake())
+        self._socket.raw.sendall(self._websocket.handshake())
         events: list[Event] = []
         while not events:
             self._socket.settimeout(deadline.remaining or 1e-6)
@@ -1989,30 +2033,19 @@ class WebSocketChannels:
 
     def _read(self) -> None:
         try:
-            for _ in range(READ_BATCH):
-                if not self._outbox:
-                    return
-                if not (data := self._socket.recv(2**16)):
-                    self._drop("the server closed the connection")
-                    return
-                self._acknowledge()
-                self._heard_at = time.monotonic()
+            data = self._socket.recv(2**18)
+            self._heard_at = time.monotonic()
+            if self._outbox and not hasattr(socket, "TCP_QUICKACK"):  # what is sent takes the acknowledgement along
+                with contextlib.suppress(ConnectionClosed):
+                    self._outbox.send(self._websocket.pong())
+            if data:
                 self._handle(self._websocket.receive(data))
-            self._loop.post(self._read)  # others have their turn; TLS may hold bytes that no descriptor tells of
-        except OSError as error:
-            # ssl's "want read" is an OSError of its own, and so is the ordinary end of what is there.
-            if not isinstance(error, BlockingIOError) and error.__class__.__name__ != "SSLWantReadError":
-                self._drop(str(error))
-        except ProtocolError as error:
+            else:
+                self._drop("the server closed the connection")
+        except (BlockingIOError, InterruptedError):
+            pass
+        except (OSError, ProtocolError) as error:
             self._drop(str(error))
-
-    def _acknowledge(self) -> None:
-        # The server leaves Nagle's algorithm on: a delayed acknowledgement would cost 40 ms for each cell.
-        if hasattr(socket, "TCP_QUICKACK"):
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        elif self._outbox:
-            with contextlib.suppress(ConnectionClosed):
-                self._outbox.send(self._websocket.pong())
 
     def _handle(self, events: list[Event]) -> None:
         for event in events:
@@ -2097,7 +2130,7 @@ class WebSocketChannels:
         self._closed = True
         if self._outbox:
             with contextlib.suppress(OSError):
-                self._socket.send(self._websocket.close())
+                self._socket.send(memoryview(self._websocket.close()))
         self._hang_up()
 
 
@@ -3188,7 +3221,6 @@ class RestClient:
         port = info.port or (443 if info.use_https else 80)
         try:
             sock = socket.create_connection((info.host, port), deadline.within(CONTROL_TIMEOUT))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return self._secure(sock) if info.use_https else sock
         except TimeoutError:
             raise ExecutionTimeout(f"No answer from {info.url} in time.") from None
@@ -3327,12 +3359,12 @@ class RemoteKernelControl:
             raise ProtocolError(f"{self._id!r} is no kernel id.")
         return f"/api/kernels/{self._id}"
 
-    def _dial(self, session: str, deadline: Deadline) -> tuple[socket.socket, WebSocket]:
+    def _dial(self, session: str, deadline: Deadline) -> tuple[NetStream, WebSocket]:
         rest = self._server.rest
         target = f"{rest.path}{self._path}/channels?session_id={session}"
         mask = functools.partial(os.urandom, 4)
         options = (rest.info.authority, target, rest.headers, [V1_SUBPROTOCOL], os.urandom(16), mask, MAX_MESSAGE)
-        return rest.dial(deadline), WebSocket(*options)
+        return NetStream(rest.dial(deadline)), WebSocket(*options)
 
     def interrupt(self, sent: Callable[[], None]) -> bool:
         try:
@@ -3361,7 +3393,31 @@ class RemoteKernelControl:
             self._channels.close()
 
 
-class RemoteJupyterServer:
+_S = TypeVar("_S", bound="Stoppable")
+
+
+class Stoppable:
+    """What all servers have in common: used until `stop`, or until a `with` is left."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._stopped = False
+
+    def _check_usable(self) -> None:
+        if self._stopped:
+            raise ConnectionClosed("The server was stopped: make a new one.")
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: _S) -> _S:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+
+class RemoteJupyterServer(Stoppable):
     """Kernels on a Jupyter server, kernel gateway or enterprise gateway that is there already.
 
     `env` is given to each kernel (an enterprise gateway wants KERNEL_USERNAME in it). With `kernel_id`, `start_kernel`
@@ -3375,20 +3431,18 @@ class RemoteJupyterServer:
         env: Mapping[str, str] | None = None,
         kernel_id: str | None = None,
     ) -> None:
+        super().__init__()
         self.connection_info = connection_info
         self.rest = RestClient(connection_info)
         self.env = dict(env or {})
         self._kernel_id = kernel_id
-        self._lock = threading.Lock()
         self._loop: Loop | None = None
-        self._stopped = False
         self._controls: list[RemoteKernelControl] = []
 
     @property
     def loop(self) -> Loop:
         with self._lock:
-            if self._stopped:
-                raise ConnectionClosed("The server object was stopped: make a new one.")
+            self._check_usable()
             if self._loop is None:
                 self._loop = Loop()
                 self._loop.start("jupyter_exec I/O")
@@ -3437,12 +3491,6 @@ class RemoteJupyterServer:
             loop, self._loop = self._loop, None
         if loop:
             loop.stop()
-
-    def __enter__(self) -> RemoteJupyterServer:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
 
 
 class HostLink:
@@ -3711,10 +3759,7 @@ class AttachedKernelControl:
             self._loop = None
 
 
-_S = TypeVar("_S", bound="HostServer")
-
-
-class HostServer:
+class HostServer(Stoppable):
     """What servers whose kernels are run by a kernel host have in common. Starts on first use.
 
     On Linux an ipykernel is forked, in a fifth of the time, from a process that has imported ipykernel and the modules
@@ -3731,14 +3776,13 @@ class HostServer:
             raise ValueError(f'transport must be "direct" or "gateway", not {transport!r}.')
         if isinstance(preload, str):
             raise ValueError("preload must be a list of module names, or None.")
+        super().__init__()
         self.preload = None if preload is None else list(preload)
         self.lean = not ipython_defaults
         self.serial = itertools.count(1)
         self.transport = transport
         self._gateway: RemoteJupyterServer | None = None
-        self._lock = threading.RLock()
         self._link: HostLink | None = None
-        self._stopped = False
 
     def _connect(self) -> HostLink:
         """Start a kernel host and greet it within START_TIMEOUT."""
@@ -3747,8 +3791,7 @@ class HostServer:
     def link(self) -> HostLink:
         """Return the link to the host, which is started if there is none or the last one is gone."""
         with self._lock:
-            if self._stopped:
-                raise ConnectionClosed("The server was stopped: make a new one.")
+            self._check_usable()
             if self._link is None or self._link.lost is not None:
                 if self._link:
                     self._link.close()
@@ -3782,8 +3825,7 @@ class HostServer:
         if self.transport != "gateway":
             raise AttributeError('There is no server to connect to by the direct way: ask for transport="gateway".')
         with self._lock:
-            if self._stopped:
-                raise ConnectionClosed("The server was stopped: make a new one.")
+            self._check_usable()
             if self._gateway and self._gateway_ended():
                 self._gateway.stop()
                 self._gateway = None
@@ -3829,12 +3871,6 @@ class HostServer:
 
     def _disconnect(self) -> None:
         """Wait for the end of what `_connect` started."""
-
-    def __enter__(self: _S) -> _S:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
 
 
 class _GenerateToken:
@@ -4088,7 +4124,7 @@ def _epitaph(process: subprocess.Popen[Any], errors: IO[bytes]) -> str:
     return describe_exit(code) + (f"; its stderr: {tail}" if tail else "")
 
 
-class DockerStream:
+class DockerStream(NetStream):
     """The attached streams of a container: its stdout is the pipe, its stderr the log, of which a tail is kept.
 
     Spec: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
@@ -4097,33 +4133,16 @@ class DockerStream:
     _HEAD = struct.Struct(">BxxxI")
 
     def __init__(self, attached: Any) -> None:
+        super().__init__(getattr(attached, "_sock", attached))
         self._attached = attached  # the SDK's wrapper: it closes the socket when it is collected
-        self.raw = getattr(attached, "_sock", attached)
         self._buffer = bytearray()
         self.stderr = bytearray()
-        self._is_tcp = getattr(self.raw, "family", None) in (socket.AF_INET, socket.AF_INET6)
-        if self._is_tcp:
-            self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def recv(self, size: int, /) -> bytes:
-        while data := self._receive(size):
+        while data := super().recv(size):
             if stdout := self._demultiplex(data):
                 return stdout
         return b""
-
-    def _receive(self, size: int) -> bytes:
-        import ssl
-
-        try:
-            data: bytes = self.raw.recv(size)
-            while getattr(self.raw, "pending", int)():  # decrypted already: poll would not tell of it
-                data += self.raw.recv(size)
-        except ssl.SSLWantReadError:
-            raise BlockingIOError from None
-        if self._is_tcp and hasattr(socket, "TCP_QUICKACK"):
-            # The kernel delays acknowledgements by 40 ms otherwise, and forgets this setting at each read.
-            self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        return data
 
     def _demultiplex(self, data: bytes) -> bytes:
         self._buffer += data
@@ -4146,25 +4165,11 @@ class DockerStream:
         del self._buffer[:position]
         return b"".join(stdout)
 
-    def send(self, data: memoryview, /) -> int:
-        import ssl
-
-        try:
-            return int(self.raw.send(data))
-        except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
-            raise BlockingIOError from None
-
-    def fileno(self) -> int:
-        return int(self.raw.fileno())
-
-    def settimeout(self, seconds: float, /) -> None:
-        self.raw.settimeout(seconds)
-
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.raw.shutdown(socket.SHUT_RDWR)  # the response of the SDK holds the descriptor, too
         self._attached.close()
-        self.raw.close()
+        super().close()
 
 
 class DockerJupyterServer(HostServer):
