@@ -7,6 +7,7 @@ Rules of this file
 * Loopback and socket files only, port 0, every wait bounded, no sleep as synchronisation: `eventually` polls.
 * One behaviour a test; speed is never asserted in seconds (see the benchmarks, `pytest -m bench`).
 * No leaks: the autouse fixture compares processes, threads, sockets and directories before and after each test.
+* The tests of other sections pass with the fork server on and, by JUPYTER_EXEC_LAUNCH=1, off.
 * What the machine lacks is skipped with its reason, unless JUPYTER_EXEC_REQUIRE names it: then it fails.
 """
 
@@ -113,6 +114,11 @@ settings.load_profile("here")
 HERE = Path(__file__).parent
 MODULE = Path(jupyter_exec.__file__)
 TREE = ast.parse(MODULE.read_text(encoding="utf-8"))
+# JUPYTER_EXEC_LAUNCH=1 runs the tests with the fork server off, but for those that are about it.
+for server_class in (CommandJupyterServer, LocalJupyterServer, DockerJupyterServer):
+    if os.environ.get("JUPYTER_EXEC_LAUNCH"):
+        server_class.__init__.__kwdefaults__["preload"] = None  # type: ignore[index]
+
 PATIENCE = 20.0  # seconds until a condition that must come counts as not coming
 
 
@@ -2130,8 +2136,7 @@ def test_kernelspec_directories_are_those_of_jupyter(changes: dict[str, str]) ->
     environ = {key: value for key, value in os.environ.items() if not key.startswith("JUPYTER")} | changes
     program = """
         import os, jupyter_exec
-        from jupyter_client.blocking import BlockingKernelClient
-from jupyter_client.kernelspec import KernelSpecManager
+        from jupyter_client.kernelspec import KernelSpecManager
         judge = KernelSpecManager().kernel_dirs
         ours = jupyter_exec.kernel_dirs(os.environ)
         assert [d for d in ours if d in judge] == [d for d in judge if d in ours] and set(judge) <= set(ours), (judge, ours)
@@ -2443,7 +2448,7 @@ def is_forked(executor: JupyterCodeExecutor) -> bool:
 
 def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
     add_spec(kernels_dir, "own", argv=IPYKERNEL, display_name="o", language="python", env={"PYTHONOPTIMIZE": "1"})
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+    with LocalJupyterServer(preload=[], env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
         with JupyterCodeExecutor(server) as forked, JupyterCodeExecutor(server, "own") as own:
             assert is_forked(forked)
             assert not is_forked(own)
@@ -2477,13 +2482,14 @@ def test_forked_kernels_share_nothing_and_blas_works() -> None:
         assert run(executors[2], left).output == str((False, False, False, os.getcwd()))
 
 
-def test_debugpy_can_be_imported_in_a_lean_kernel(executor: JupyterCodeExecutor) -> None:
-    assert run(executor, "import debugpy; debugpy.__name__").output == "'debugpy'"
-    assert "debugger" not in executor._kernel.kernel_info["supported_features"]
+def test_debugpy_can_be_imported_in_a_lean_kernel() -> None:
+    with LocalJupyterServer(preload=[]) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "import debugpy; debugpy.__name__").output == "'debugpy'"
+        assert "debugger" not in executor._kernel.kernel_info["supported_features"]
 
 
 def test_a_forked_kernel_with_ipythons_defaults_can_be_debugged() -> None:
-    with LocalJupyterServer(ipython_defaults=True) as server, JupyterCodeExecutor(server) as executor:
+    with LocalJupyterServer(preload=[], ipython_defaults=True) as server, JupyterCodeExecutor(server) as executor:
         assert is_forked(executor)
         judge = BlockingKernelClient(connection_file=executor.connection_file)
         judge.load_connection_file()
@@ -2508,7 +2514,7 @@ def is_fork_server(pid: int) -> bool:
 
 
 def test_kernels_survive_their_fork_server_and_the_next_has_a_new_one() -> None:
-    with LocalJupyterServer() as server, JupyterCodeExecutor(server) as one:
+    with LocalJupyterServer(preload=[]) as server, JupyterCodeExecutor(server) as one:
         run(one, "x = 1")
         first = fork_server_of(server)
         os.kill(first, signal.SIGKILL)
