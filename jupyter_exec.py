@@ -2205,8 +2205,9 @@ class KernelClient:
             try:
                 self._greet(deadline)
             except KernelStartFailed as error:
-                # Its port was taken in the meantime, or its host killed by another kernel's code: nothing is lost.
-                passing = "Address already in use" in error.stderr or "its host is gone" in error.reason
+                # Its port was taken in the meantime, or its host or fork server is no more: nothing is lost.
+                passing = "Address already in use" in error.stderr or "server is gone" in error.reason
+                passing = passing or "its host is gone" in error.reason
                 if not attempts or not passing:
                     self.give_up()
                     raise
@@ -2525,19 +2526,25 @@ exec(marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec
 module.host_main()
 """
 
-# A process that has imported ipykernel and more, and forks a kernel for each request: a datagram on its stdin, with
-# the kernel's stderr as a descriptor. It never has a thread, a socket of ZeroMQ or a secret, for all kernels would
+# A process that has imported ipykernel and more, and forks a kernel for each order: a datagram on its stdin, with the
+# kernel's stderr as a descriptor. It never has a thread, a socket of ZeroMQ or a secret, for all kernels would
 # have it too. The kernel's parent is not this process but the host, which adopts what a dying process leaves.
 FORK_SERVER = """\
-import os, sys
-sys.path[:] = [p for p in sys.path if p and p != os.path.dirname(__file__)]
-import contextlib, ctypes, gc, importlib, json, signal, socket, struct, time, warnings
-host, lean, preload = os.getppid(), json.loads(sys.argv[1]), json.loads(sys.argv[2])
+import sys; sys.path[:] = [p for p in sys.path if p]
+import contextlib, ctypes, gc, importlib, json, os, signal, site, socket, struct, threading, time, warnings
+host, lean, preload = os.getppid(), json.loads(sys.argv[2]), json.loads(sys.argv[3])
+if host != int(os.environ["JPY_PARENT_PID"]):
+    sys.exit("This Python was started through another process, and cannot be a fork server.")
 libc = ctypes.CDLL(None)
 libc.getenv.restype = ctypes.c_void_p
 libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no kernel can write into what the next one begins with
-channel = socket.socket(fileno=os.dup(0))
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+channel, null = socket.socket(fileno=os.dup(0)), os.open(os.devnull, os.O_RDONLY)
+os.dup2(null, 0)
+os.close(null)
+def installed():
+    places = [*site.getsitepackages(), site.getusersitepackages()]
+    return [os.stat(place).st_mtime_ns if os.path.exists(place) else 0 for place in places]
+known = installed()
 os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does, before preload
 if lean:
     sys.modules["debugpy"] = None  # a fifth of a kernel's start; a cell can import it
@@ -2550,35 +2557,47 @@ for name in [  # what ipykernel imports while a kernel starts
 from ipykernel.kernelapp import IPKernelApp
 if lean:
     del sys.modules["debugpy"]
+own = os.path.join(os.getcwd(), "")
+sys.path.append(own)
 for name in preload:
     importlib.import_module(name)
+sys.path.remove(own)
+if threading.active_count() > 1:
+    sys.exit("There are threads at the start, which no fork would have (use preload=None): %s" % threading.enumerate())
 gc.collect()
 gc.freeze()
+forks = 0
 while True:
-    data, ancillary, _, _ = channel.recvmsg(2**18, socket.CMSG_SPACE(4))
-    if not data:
+    if not channel.recv(1, socket.MSG_PEEK):
         sys.exit()
+    if forks and installed() != known:
+        sys.exit("Packages were installed.")  # a fresh process is to look at them
+    data, ancillary, _, _ = channel.recvmsg(2**18, socket.CMSG_SPACE(4))
     kernel = json.loads(data)
     errors, = struct.unpack("i", ancillary[0][2])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the threads of a preloaded library, which has to see to them itself
         middle = os.fork()
     if middle == 0:
-        middle = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            break
-        channel.send(json.dumps({"kernel": kernel["kernel"], "pid": pid}).encode())
-        os._exit(0)
+        middle, pid = os.getpid(), -1
+        try:
+            pid = os.fork()
+            if pid:
+                channel.send(json.dumps({"kernel": kernel["kernel"], "pid": pid}).encode())
+        finally:
+            if pid:
+                os._exit(pid < 0)
+        break
     os.close(errors)
     if os.waitpid(middle, 0)[1]:
-        sys.exit("No kernel could be forked.")
+        sys.exit("No kernel could be forked: the limit of processes or memory is reached.")
+    forks += 1
+while os.getppid() == middle:  # until then this is one of the fork server's, to be killed with it
+    time.sleep(0.0005)
 os.setsid()
 os.dup2(errors, 2)
 os.close(errors)
 channel.close()
-while os.getppid() == middle:
-    time.sleep(0.0005)
 libc.prctl(4, 1, 0, 0, 0)
 libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 if os.getppid() != host:
@@ -2591,6 +2610,8 @@ os.environ["JUPYTER_EXEC_KERNEL"] = kernel["mark"]
 for name in ("numpy.random", "torch.random"):
     if name in sys.modules:
         sys.modules[name].seed()
+if "multiprocessing.process" in sys.modules:
+    sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
 sys.argv = [importlib.util.find_spec("ipykernel_launcher").origin] + kernel["argv"]
 IPKernelApp.launch_instance(parent_handle=host)
 """
@@ -2694,7 +2715,8 @@ def _is_ipykernel(argv: list[str]) -> bool:
 
 def _is_forkable(argv: list[str], spec: Json) -> bool:
     """Whether a fork server can make this kernel; an environment of its own might have to be there from the start."""
-    return sys.platform == "linux" and argv[1:3] == ["-m", "ipykernel_launcher"] and not spec.get("env")
+    is_launcher = _is_ipykernel(argv) and argv[1:3] == ["-m", "ipykernel_launcher"]
+    return sys.platform == "linux" and is_launcher and not spec.get("env")
 
 
 def _mark(name: str) -> str:
@@ -2712,12 +2734,22 @@ class HostedKernel:
         self.errors = errors  # its stderr
         self.stderr = bytearray()  # the end of what came from there
         self.process: subprocess.Popen[Any] | None = None  # None: forked,
-        self.fork_server = ""  # by this one
+        self.fork_server = ""  # by that of this interpreter
+        self.passing = False  # it ended for a reason that does not hold for the next try
         self.exit_code: int | None = None
         self.event = 0  # that interrupts it on Windows
         self.files: list[str] = []  # to be removed at its end
         self.sockets: dict[str, Any] = {}  # of a relayed kernel
         self.readers: dict[str, SocketReader] = {}
+
+
+class ForkServer:
+    """What the host knows of a fork server besides its process."""
+
+    def __init__(self, channel: socket.socket, preload: list[str]) -> None:
+        self.channel = channel
+        self.preload = preload
+        self.proven = False  # has forked
 
 
 class KernelHost:
@@ -2727,7 +2759,8 @@ class KernelHost:
         self._loop = loop
         self._directory = directory
         self._kernels: dict[str, HostedKernel] = {}
-        self._fork_servers: dict[str, socket.socket] = {}  # by the name of their process
+        self._fork_servers: dict[str, ForkServer] = {}  # by interpreter
+        self._unforkable: set[str] = set()  # interpreters that cannot be one
         self._context: Any = None
         self._oom_kills = _oom_kills()
         self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
@@ -2784,7 +2817,7 @@ class KernelHost:
             connection = self._connection(request, argv, ports)
             write_private(path, connection.to_json())
             ports.close()  # as late as can be
-            if request["preload"] is not None and _is_forkable(argv, spec):
+            if request["preload"] is not None and argv[0] not in self._unforkable and _is_forkable(argv, spec):
                 kernel = self._fork(argv, request)
             else:
                 kernel = self._launch(argv, spec, request["kernel"], request["slot"])
@@ -2860,7 +2893,7 @@ class KernelHost:
         return kernel
 
     def _fork(self, argv: list[str], request: Json) -> HostedKernel:
-        """Ask the fork server of this interpreter for a kernel, whose pid comes with its answer."""
+        """Order a kernel from the fork server of this interpreter; its pid comes with the answer."""
         if not (server := self._fork_servers.get(argv[0])):
             server = self._start_fork_server(argv[0], request["lean"], request["preload"])
         read_fd, write_fd = os.pipe()
@@ -2868,36 +2901,45 @@ class KernelHost:
         kernel = HostedKernel(request["kernel"], request["slot"], 0, errors)
         kernel.fork_server = argv[0]
         order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": argv[3:]}
-        try:
-            socket.send_fds(server, [dump_json(order)], [write_fd])
-        except OSError as error:
-            errors.close()
-            raise KernelStartFailed(argv, f"the fork server takes no request: {error.strerror}") from None
-        finally:
-            os.close(write_fd)
+        with contextlib.suppress(OSError):  # it has ended: that is reported of this kernel too
+            socket.send_fds(server.channel, [dump_json(order)], [write_fd])
+        os.close(write_fd)
         return kernel
 
-    def _start_fork_server(self, python: str, lean: bool, preload: list[str]) -> socket.socket:
-        program = os.path.join(self._directory, f"fork_server_{len(self._fork_servers)}.py")
-        write_private(program, FORK_SERVER)
-        server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def _start_fork_server(self, python: str, lean: bool, preload: list[str]) -> ForkServer:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.send(FORK_SERVER.encode("utf-8"))
         with theirs:
-            argv = [python, program, json.dumps(lean), json.dumps(preload)]
-            self._watch(self._launch(argv, {}, python, python, {_MARKER: _mark("fork-server")}, theirs))
-        server.setblocking(False)
-        self._fork_servers[python] = server
-        self._loop.on_readable(server.fileno(), functools.partial(self._read_pids, server))
+            # Not in a file, which a kernel could exchange; `ps` shows these words of it and its kernels.
+            argv = [python, "-c", "import os; exec(os.read(0, 65536))", "ipykernel-fork-server"]
+            argv += [json.dumps(lean), json.dumps(preload)]
+            try:
+                self._watch(self._launch(argv, {}, python, python, {_MARKER: _mark("fork-server")}, theirs))
+            except KernelStartFailed:
+                ours.close()
+                raise
+        ours.setblocking(False)
+        server = self._fork_servers[python] = ForkServer(ours, preload)
+        self._loop.on_readable(ours.fileno(), functools.partial(self._read_pids, server))
         return server
 
-    def _read_pids(self, server: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while answer := server.recv(4096):
-                born = json_object(answer, "answer of a fork server")
-                if kernel := self._kernels.get(born["kernel"]):
-                    kernel.pid = born["pid"]
-                else:  # it was given up before it was born
-                    _kill_all([born["pid"]])
-            self._loop.on_readable(server.fileno(), None)
+    def _read_pids(self, server: ForkServer) -> None:
+        while True:
+            try:
+                answer = server.channel.recv(4096)
+            except ConnectionResetError:  # it ended with orders unread; the answers come after this
+                continue
+            except BlockingIOError:
+                return
+            if not answer:
+                self._loop.on_readable(server.channel.fileno(), None)
+                return
+            born = json_object(answer, "answer of a fork server")
+            server.proven = True
+            if kernel := self._kernels.get(born["kernel"]):
+                kernel.pid = born["pid"]
+            else:  # it was given up before it was born
+                _kill_all([born["pid"]])
 
     def _watch(self, kernel: HostedKernel) -> None:
         self._kernels[kernel.name] = kernel
@@ -2957,7 +2999,7 @@ class KernelHost:
 
     def reap(self) -> None:
         """Collect every process that has ended: kernels, and orphans that this process has adopted."""
-        for server in list(self._fork_servers.values()):  # a fork server tells of a pid before its process is ours
+        for server in self._fork_servers.values():  # a fork server tells of a pid before its process is ours
             self._read_pids(server)
         for pid, exit_code in _ended_children([kernel.process for kernel in self._kernels.values()]):
             for kernel in [kernel for kernel in self._kernels.values() if kernel.pid == pid]:
@@ -2976,19 +3018,25 @@ class KernelHost:
                 self._end_fork_server(kernel, server)
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
+            event["passing"] = kernel.passing
             event["stderr"] = kernel.stderr.decode("utf-8", "replace")
             oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
             event["out_of_memory"] = self._oom_kills > oom_kills
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
             self._pipe.send([b"", dump_json(event)])
 
-    def _end_fork_server(self, process: HostedKernel, server: socket.socket) -> None:
+    def _end_fork_server(self, process: HostedKernel, server: ForkServer) -> None:
         """Report what it has not yet forked as ended like it. Its other kernels live on."""
-        self._loop.on_readable(server.fileno(), None)
-        server.close()
+        self._read_pids(server)
+        self._loop.on_readable(server.channel.fileno(), None)
+        server.channel.close()
+        if not server.proven and not server.preload:
+            self._unforkable.add(process.name)
         for kernel in list(self._kernels.values()):
             if not kernel.pid and kernel.fork_server == process.name:
                 kernel.exit_code, kernel.stderr = process.exit_code, process.stderr
+                # Tried again, it is forked by a new one, or launched.
+                kernel.passing = server.proven or process.name in self._unforkable
                 self._report_exit(kernel)
 
     def _end(self, kernel: HostedKernel) -> None:
@@ -3596,6 +3644,8 @@ def _kernel_exit(event: Json) -> KernelExit:
     if event.get("out_of_memory") and code == -9:
         has_limit = isinstance(limit, int) and 0 < limit < 2**50  # cgroup v1 says "unlimited" by a huge number
         cause = f"out of memory (limit {limit // 2**20} MB)" if has_limit and limit else "out of memory"
+    elif event.get("passing"):
+        cause = "its fork server is gone"
     return KernelExit(code if isinstance(code, int) else None, str(event.get("stderr") or "")[-STDERR_TAIL:], cause)
 
 
@@ -3614,6 +3664,7 @@ def _host_error(answer: Json) -> JupyterExecError:
 
 def own_program(magic: str) -> bytes:
     """Return this module for a host whose bytecode has that magic number, wherever it was imported from (a zip too)."""
+    import importlib.machinery
     import importlib.util
     import marshal
 
@@ -3621,7 +3672,8 @@ def own_program(magic: str) -> bytes:
     name = getattr(globals().get("__spec__"), "name", __name__)
     kind, program = b"s", b""
     with contextlib.suppress(ImportError, OSError, AttributeError):
-        if magic == importlib.util.MAGIC_NUMBER.hex():
+        # No loader that rewrites what it loads: the host may not have what the new code wants.
+        if magic == importlib.util.MAGIC_NUMBER.hex() and type(loader) is importlib.machinery.SourceFileLoader:
             kind, program = b"c", marshal.dumps(loader.get_code(name))
         else:
             program = loader.get_source(name).encode("utf-8")

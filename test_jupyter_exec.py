@@ -2443,7 +2443,7 @@ def test_a_forked_kernel_is_like_a_launched_one() -> None:
 
 
 def is_forked(executor: JupyterCodeExecutor) -> bool:
-    return "fork_server" in run(executor, "open('/proc/self/cmdline').read()").output
+    return "ipykernel-fork-server" in run(executor, "open('/proc/self/cmdline').read()").output
 
 
 def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
@@ -2532,6 +2532,7 @@ def test_kernels_survive_their_fork_server_and_the_next_has_a_new_one() -> None:
         ("import nonesuch", "No module named 'nonesuch'"),
         ("import os; os._exit(3)", "exit code 3"),
         ("import os; os.kill(os.getpid(), 11)", "SIGSEGV"),
+        ("import threading; threading.Thread(target=input, name='watcher').start()", "watcher"),
     ],
 )
 def test_a_preload_that_fails_is_reported(tmp_path: Path, source: str, says: str) -> None:
@@ -2543,6 +2544,67 @@ def test_a_preload_that_fails_is_reported(tmp_path: Path, source: str, says: str
         assert says in result.output
         (tmp_path / "preloaded.py").write_text("")
         assert run(executor, "1").output == "1"
+
+
+def test_preload_finds_modules_of_the_working_directory_and_pictures_come_inline(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("x = 5")
+    with LocalJupyterServer(preload=["mine", "matplotlib.pyplot"], cwd=tmp_path) as server:
+        with JupyterCodeExecutor(server, output_dir=tmp_path) as executor:
+            assert (
+                run(executor, "import sys; 'mine' in sys.modules, [p for p in sys.path if p[-1:] == '/']").output
+                == "(True, [])"
+            )
+            result = run(executor, "import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()")
+            assert [Path(path).suffix for path in result.output_files] == [".png"]
+
+
+@pytest.mark.parametrize("preload", [[], ["typing_extensions"]])
+def test_a_restarted_kernel_sees_what_was_installed(bare_python: str, tmp_path: Path, preload: list[str]) -> None:
+    # The environment has all that a kernel needs by a .pth file, and a package that "an install" makes newer.
+    site = Path(run_bare(bare_python, "import site; print(site.getsitepackages()[0])"))
+    shared = Path(pytest.__file__).parents[1]
+    (site / "shared.pth").write_text(str(shared))
+    (site / "typing_extensions.py").write_text(f"exec(open({str(shared / 'typing_extensions.py')!r}).read()); new = 1")
+    try:
+        with LocalJupyterServer(python=bare_python, preload=preload) as server, JupyterCodeExecutor(server) as executor:
+            assert is_forked(executor)
+            (site / "fresh.py").write_text("")
+            (site / "typing_extensions.py").unlink()
+            executor.restart()
+            assert run(executor, "import fresh, typing_extensions; hasattr(typing_extensions, 'new')").output == "False"
+            assert is_forked(executor)
+    finally:
+        for path in site.glob("*.p*"):
+            path.unlink()
+
+
+def run_bare(python: str, program: str) -> str:
+    return subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_python_that_cannot_fork_kernels_launches_them(tmp_path: Path) -> None:
+    wrapper = tmp_path / "python3"
+    wrapper.write_text(f'#!/bin/sh\n{sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+    spec = tmp_path / "kernels" / "wrapped"
+    spec.mkdir(parents=True)
+    argv = [str(wrapper), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "w", "language": "python"}))
+    with LocalJupyterServer(preload=[], env={"JUPYTER_PATH": str(tmp_path)}) as server:
+        with JupyterCodeExecutor(server, "wrapped") as executor:
+            assert not is_forked(executor)
+
+
+def test_kernels_ordered_from_a_dying_fork_server_start_all_the_same() -> None:
+    with LocalJupyterServer(preload=[]) as server, JupyterCodeExecutor(server) as first:
+        for _ in range(10):
+            run(first, "1")
+            os.kill(fork_server_of(server), signal.SIGKILL)
+            with JupyterCodeExecutor(server) as second, JupyterCodeExecutor(server) as third:
+                assert run(second, "1").output == run(third, "1").output == "1"
+        host = server._process
+        assert host
+        eventually(lambda: len(descendants(host.pid)) == 2, "only the fork server and one kernel")
 
 
 def test_a_kernel_given_up_before_it_is_forked_leaves_nothing(tmp_path: Path) -> None:
