@@ -1644,9 +1644,10 @@ class Outbox:
         self._sent_at = 0.0
         self._descriptor: int = getattr(stream, "write_fileno", stream.fileno)()
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, urgent: bool = False) -> None:
+        """Write, or queue, `data`; what is urgent goes before all that is not begun."""
         waiting = bool(self._unsent)
-        self._unsent.append(memoryview(data))
+        self._unsent.insert(1 if urgent else len(self._unsent), memoryview(data))
         if not waiting:
             self._sent_at = time.monotonic()
             self._write()
@@ -1695,9 +1696,9 @@ class Pipe:
         self._closed = False
         loop.on_readable(stream.fileno(), self._read)
 
-    def send(self, parts: Sequence[bytes]) -> None:
+    def send(self, parts: Sequence[bytes], urgent: bool = False) -> None:
         if not self._closed:
-            self.outbox.send(PipeCodec.encode(parts))
+            self.outbox.send(PipeCodec.encode(parts), urgent)
 
     def _read(self) -> None:
         try:
@@ -2206,8 +2207,7 @@ class KernelClient:
                 self._greet(deadline)
             except KernelStartFailed as error:
                 # Its port was taken in the meantime, or its host or fork server is no more: nothing is lost.
-                passing = "Address already in use" in error.stderr or "server is gone" in error.reason
-                passing = passing or "its host is gone" in error.reason
+                passing = "Address already in use" in error.stderr or " is gone" in error.reason
                 if not attempts or not passing:
                     self.give_up()
                     raise
@@ -2798,7 +2798,7 @@ class KernelHost:
             answer = {"id": request["id"], "error": error.__class__.__name__, "data": vars(error)}
         except Exception as error:  # ours, or a nonsensical environment: the client shall see it
             answer = {"id": request["id"], "error": "JupyterExecError", "data": f"{error.__class__.__name__}: {error}"}
-        self._pipe.send([b"", dump_json(answer)])
+        self._pipe.send([b"", dump_json(answer)], urgent=True)  # output of all kernels may be queued, on a slow link
 
     def _on_kernelspecs(self, request: Json) -> Json:
         return find_kernelspecs(os.environ, request["own_python3"])
@@ -3245,6 +3245,25 @@ class JupyterConnectionInfo:
         return f"http{'s' * self.use_https}://{self.authority}{self.base_url.rstrip('/')}"
 
 
+class DeadlineReader(io.RawIOBase):
+    """What http.client reads an answer from: a socket with a deadline for all of it, however slowly it drips."""
+
+    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
+        self._socket, self._deadline = sock, deadline
+
+    def makefile(self, mode: str) -> IO[bytes]:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._deadline.expired:
+            raise TimeoutError
+        self._socket.settimeout(self._deadline.remaining or 1e-6)
+        return self._socket.recv_into(buffer)
+
+
 class RestClient:
     """The REST interface of a Jupyter server: JSON, one connection that is kept alive, one write for a request.
 
@@ -3312,12 +3331,12 @@ class RestClient:
         try:
             sock.settimeout(deadline.remaining or 1e-6)
             sock.sendall(self._encode(method, path, body))
-            with contextlib.closing(http.client.HTTPResponse(sock, method=method)) as response:
+            source: Any = DeadlineReader(sock, deadline)
+            with contextlib.closing(http.client.HTTPResponse(source, method=method)) as response:
                 response.begin()
                 data = b""
                 while len(data) < MAX_MESSAGE and (more := response.read1(2**16)):
                     data += more
-                    sock.settimeout(deadline.remaining or 1e-6)
                 keep = not response.will_close
                 return self._result(method, path, response, data)
         except TimeoutError:

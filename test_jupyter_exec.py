@@ -3684,6 +3684,56 @@ def sshd(tmp_path: Path) -> Iterator[list[str]]:
         daemon.terminate()
 
 
+def test_a_server_that_drips_its_answer_is_given_up_in_time() -> None:
+    def drip(listener: socket.socket) -> None:
+        connection = listener.accept()[0]
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            while not ended.wait(0.02):
+                connection.sendall(b"x")
+
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        rest = jupyter_exec.RestClient(JupyterConnectionInfo("127.0.0.1", False, listener.getsockname()[1]))
+        with pytest.raises(ExecutionTimeout, match=r"No answer to GET .* within 0.5 s"):
+            rest.request("GET", "/api", timeout=0.5)
+        ended.set()
+        thread.join()
+
+
+SLOW_LINK = """
+import os, subprocess, sys, threading, time
+process = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def copy(source, target, rate):
+    while data := os.read(source, 65536):
+        time.sleep(len(data) / rate)
+        while data:
+            data = data[os.write(target, data):]
+    os.close(target)
+threading.Thread(target=copy, args=(0, process.stdin.fileno(), 1e12), daemon=True).start()
+copy(process.stdout.fileno(), 1, 5e6)
+"""
+
+
+def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 3.0)
+    (tmp_path / "link.py").write_text(SLOW_LINK)
+    printing = threading.Event()
+    with CommandJupyterServer([sys.executable, str(tmp_path / "link.py"), sys.executable]) as server:
+        with JupyterCodeExecutor(server) as one, ThreadPoolExecutor(1) as pool:
+            code = "import sys\nfor _ in range(300_000): sys.stdout.write('x' * 99 + chr(10))"
+            cell = pool.submit(one.execute, code, on_output=lambda output: printing.set())
+            assert printing.wait(PATIENCE)
+            with JupyterCodeExecutor(server) as two:
+                assert not cell.done()
+                assert run(two, "1").output == "1"
+            assert cell.result().status == "ok"
+
+
 def test_kernels_through_ssh(sshd: list[str]) -> None:
     with CommandJupyterServer([*sshd, sys.executable]) as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "x = 6", "x * 7").output == "\n42"
