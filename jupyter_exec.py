@@ -1261,9 +1261,15 @@ class Execution:
 
     @property
     def ended_session(self) -> bool:
-        """Whether the code called exit() or quit()."""
-        exits = [entry for entry in self._payload if entry.get("source") == "ask_exit"]
-        return any(not entry.get("keepkernel") for entry in exits)
+        """Whether the code called exit() or quit(), be it with an exit status."""
+        exits = [entry.get("keepkernel") for entry in self._payload if entry.get("source") == "ask_exit"]
+        return any(not keep or type(keep) is int for keep in exits)
+
+    @property
+    def _exit_status(self) -> int:
+        # Deviation: exit(3) is to IPython exit(keep_kernel=3), and to everybody else an exit status.
+        statuses = [entry["keepkernel"] for entry in self._payload if type(entry.get("keepkernel")) is int]
+        return statuses[0] % 256 if statuses else 0
 
     def result(self, duration: float) -> ExecutionResult:
         """Sum up; `duration` in seconds. The sentences are those of the README's table of failures."""
@@ -1288,7 +1294,7 @@ class Execution:
                 return "interrupted", 130, "intact", "Interrupted; variables are kept"
             return "interrupted", 130, "busy", "Interrupted, but the kernel is still running the code"
         if self.ended_session:
-            return "exited", 0, "lost", "the session was ended by the code"
+            return "exited", self._exit_status, "lost", "the session was ended by the code"
         if self._reply and self._reply.get("status") == "ok":
             return "ok", 0, "intact", self._loss_note
         if self._reply:
@@ -1398,7 +1404,8 @@ class Deadline:
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
-        self._at = None if seconds is None or seconds == float("inf") else time.monotonic() + seconds
+        never = seconds is None or seconds >= threading.TIMEOUT_MAX
+        self._at = None if seconds is None or never else time.monotonic() + seconds
 
     @property
     def remaining(self) -> float | None:
@@ -2257,8 +2264,8 @@ class KernelClient:
         request = self._message("shell", "execute_request", content)
         execution = Execution(request.msg_id, self._displays, max_output)
         self._settle(execution, on_output)
-        self._running = execution
         started, deadline = time.monotonic(), Deadline(timeout)
+        self._running = execution
         try:
             if not execution.death:
                 self._post(request)
@@ -2343,7 +2350,8 @@ class KernelClient:
         value = ""
         if on_input:
             try:
-                value = on_input(str(message.content.get("prompt", "")), bool(message.content.get("password")))
+                answer = on_input(str(message.content.get("prompt", "")), bool(message.content.get("password")))
+                value = "\x04" if answer is None else answer
             except Exception as error:
                 if not isinstance(error, EOFError):
                     logger.exception("on_input raised; the cell gets EOFError")
@@ -2541,10 +2549,10 @@ libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no kernel can write into what the 
 channel, null = socket.socket(fileno=os.dup(0)), os.open(os.devnull, os.O_RDONLY)
 os.dup2(null, 0)
 os.close(null)
-def installed():
-    places = [*site.getsitepackages(), site.getusersitepackages()]
+def changes(places):
     return [os.stat(place).st_mtime_ns if os.path.exists(place) else 0 for place in places]
-known = installed()
+places = [*site.getsitepackages(), site.getusersitepackages()]
+known = changes(places)
 os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does, before preload
 if lean:
     sys.modules["debugpy"] = None  # a fifth of a kernel's start; a cell can import it
@@ -2560,18 +2568,23 @@ if lean:
 own = os.path.join(os.getcwd(), "")
 sys.path.append(own)
 for name in preload:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        sys.exit("preload: %s cannot be imported. %s: %s" % (name, type(error).__name__, error))
 sys.path.remove(own)
 if threading.active_count() > 1:
     sys.exit("There are threads at the start, which no fork would have (use preload=None): %s" % threading.enumerate())
+files = [getattr(sys.modules[name], "__file__", None) or "" for name in preload]
+known += changes(files)
 gc.collect()
-gc.freeze()
+getattr(gc, "freeze", int)()
 forks = 0
 while True:
     if not channel.recv(1, socket.MSG_PEEK):
         sys.exit()
-    if forks and installed() != known:
-        sys.exit("Packages were installed.")  # a fresh process is to look at them
+    if forks and changes(places + files) != known:
+        sys.exit("Packages were installed, or a preloaded file edited.")  # a fresh process is to look at them
     data, ancillary, _, _ = channel.recvmsg(2**18, socket.CMSG_SPACE(4))
     kernel = json.loads(data)
     errors, = struct.unpack("i", ancillary[0][2])
@@ -2735,7 +2748,7 @@ class HostedKernel:
         self.stderr = bytearray()  # the end of what came from there
         self.process: subprocess.Popen[Any] | None = None  # None: forked,
         self.fork_server = ""  # by that of this interpreter
-        self.passing = False  # it ended for a reason that does not hold for the next try
+        self.unborn = ""  # why it never was: "passing" is what does not hold for the next try, or "preload"
         self.exit_code: int | None = None
         self.event = 0  # that interrupts it on Windows
         self.files: list[str] = []  # to be removed at its end
@@ -2872,6 +2885,9 @@ class KernelHost:
             env["HOME"] = os.path.join(self._directory, "home")
             os.makedirs(env["HOME"], exist_ok=True)
         env.setdefault("USER", "jupyter")
+        if _is_ipykernel(argv) and os.path.exists(os.path.join(os.path.dirname(argv[0]), os.pardir, "pyvenv.cfg")):
+            # As if it were activated: `!pip` and `!python` are to be those of the kernel.
+            env["PATH"] = os.pathsep.join((os.path.dirname(argv[0]), env.get("PATH", os.defpath)))
         event = 0
         # stdout goes nowhere: a pipe that nobody reads stops the kernel after 64 KB of a subprocess's output.
         options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -2990,6 +3006,8 @@ class KernelHost:
     def _on_kill(self, request: Json) -> None:
         if kernel := self._kernels.get(request["kernel"]):
             if not kernel.pid:
+                if (server := self._fork_servers.get(kernel.fork_server)) and server.proven:  # then it hangs
+                    _kill_all([self._kernels[kernel.fork_server].pid])
                 self._report_exit(kernel)
             elif os.name == "nt":
                 assert kernel.process
@@ -3018,7 +3036,7 @@ class KernelHost:
                 self._end_fork_server(kernel, server)
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
-            event["passing"] = kernel.passing
+            event["unborn"] = kernel.unborn
             event["stderr"] = kernel.stderr.decode("utf-8", "replace")
             oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
             event["out_of_memory"] = self._oom_kills > oom_kills
@@ -3036,7 +3054,7 @@ class KernelHost:
             if not kernel.pid and kernel.fork_server == process.name:
                 kernel.exit_code, kernel.stderr = process.exit_code, process.stderr
                 # Tried again, it is forked by a new one, or launched.
-                kernel.passing = server.proven or process.name in self._unforkable
+                kernel.unborn = "passing" if server.proven or process.name in self._unforkable else "preload"
                 self._report_exit(kernel)
 
     def _end(self, kernel: HostedKernel) -> None:
@@ -3663,8 +3681,10 @@ def _kernel_exit(event: Json) -> KernelExit:
     if event.get("out_of_memory") and code == -9:
         has_limit = isinstance(limit, int) and 0 < limit < 2**50  # cgroup v1 says "unlimited" by a huge number
         cause = f"out of memory (limit {limit // 2**20} MB)" if has_limit and limit else "out of memory"
-    elif event.get("passing"):
+    elif event.get("unborn") == "passing":
         cause = "its fork server is gone"
+    elif event.get("unborn"):
+        cause = f"the fork server ended at its preload ({describe_exit(code if isinstance(code, int) else None)})"
     return KernelExit(code if isinstance(code, int) else None, str(event.get("stderr") or "")[-STDERR_TAIL:], cause)
 
 
@@ -3845,8 +3865,9 @@ class HostServer(Stoppable):
     def __init__(self, transport: str, preload: Sequence[str] | None, ipython_defaults: bool) -> None:
         if transport not in ("direct", "gateway"):
             raise ValueError(f'transport must be "direct" or "gateway", not {transport!r}.')
-        if isinstance(preload, str):
-            raise ValueError("preload must be a list of module names, or None.")
+        listed = isinstance(preload, Iterable) and not isinstance(preload, str)
+        if preload is not None and not (listed and all(isinstance(name, str) for name in preload)):
+            raise ValueError(f"preload must be a list of module names, or None, not {preload!r}.")
         super().__init__()
         self.preload = None if preload is None else list(preload)
         self.lean = not ipython_defaults
@@ -5118,7 +5139,8 @@ class JupyterCodeExecutor:
             result = self.execute(cell, on_output=on_output)
             if (error := result.error) and error["ename"] == "ShellExit":
                 result.outputs.remove(error)
-                result.exit_code = abs(int(error["evalue"])) if re.fullmatch(r"-?\d+", error["evalue"]) else 1
+                if result.status == "error":
+                    result.exit_code = abs(int(error["evalue"])) if re.fullmatch(r"-?\d+", error["evalue"]) else 1
             return result
         except (ProtocolError, ValueError) as error:  # too large for the server, not its language: nothing was sent
             return ExecutionResult("error", 1, "intact", str(error), [])
@@ -5325,8 +5347,6 @@ class AsyncJupyterCodeExecutor:
 # 11. Command line
 # ======================================================================================================
 
-PYTHON_LANGUAGES = ("python", "py", "ipython", "python3", "")
-
 
 def read_blocks(source: str) -> list[CodeBlock]:
     """Return the code blocks of a .py, .md or .ipynb file, or of stdin for "-".
@@ -5334,18 +5354,29 @@ def read_blocks(source: str) -> list[CodeBlock]:
     Raises: OSError, ProtocolError for a notebook that is none.
     """
     if source == "-":
-        return [CodeBlock(sys.stdin.read())]
+        return [CodeBlock(sys.stdin.read(), "")]
     text = Path(source).read_bytes()
     if source.endswith(".ipynb"):
         cells = json_object(text, f"notebook {source}").get("cells")
         if not isinstance(cells, list):
             raise ProtocolError(f"The notebook {source} has no cells.")
         code = [cell for cell in cells if isinstance(cell, dict) and cell.get("cell_type") == "code"]
-        return [CodeBlock("".join(cell.get("source") or "")) for cell in code]
+        return [CodeBlock("".join(cell.get("source") or ""), "") for cell in code]
     if source.endswith((".md", ".markdown")):
-        blocks = MarkdownCodeExtractor().extract_code_blocks(text.decode("utf-8-sig"))
-        return [block for block in blocks if block.language.lower() in PYTHON_LANGUAGES]
-    return [CodeBlock(text.decode("utf-8-sig"))]
+        return MarkdownCodeExtractor().extract_code_blocks(text.decode("utf-8-sig"))
+    return [CodeBlock(text.decode("utf-8-sig"), "")]
+
+
+def runnable(executor: JupyterCodeExecutor, blocks: Iterable[CodeBlock]) -> Iterator[CodeBlock]:
+    """Yield the blocks that the kernel can run; of a text, the others are there to be read."""
+    executor._make_ready()
+    for block in blocks:
+        try:
+            cell_of(block, executor._kernel_name, executor._kernel.language)
+        except ValueError:
+            print(f"jupyter-exec: skipped a block of {block.language}", file=sys.stderr)
+        else:
+            yield block
 
 
 class LivePrinter:
@@ -5493,9 +5524,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    blocks = [CodeBlock(options.code)] if options.code is not None else read_blocks(options.file)
+    blocks = [CodeBlock(options.code, "")] if options.code is not None else read_blocks(options.file)
     if not blocks:
         raise ValueError(f"There is no code in {options.file}.")
+    if options.notebook and not Path(options.notebook).parent.is_dir():
+        raise ValueError(f"There is no directory for {options.notebook}.")
     printer = None if options.json else LivePrinter(Path(options.output_dir), len(blocks))
     with _server_of(options) as server, contextlib.ExitStack() as stack:
         executor = JupyterCodeExecutor(server, options.kernel, options.timeout, options.output_dir, on_output=printer)
@@ -5503,17 +5536,17 @@ def _run(options: argparse.Namespace) -> int:
         if options.notebook:
             stack.callback(executor.save_notebook, options.notebook)
         if printer is None:
-            result = executor.execute_code_blocks(blocks)
+            result = executor.execute_code_blocks(runnable(executor, blocks))
             print(json.dumps(asdict(result)))
             return result.exit_code
         stack.callback(printer.close)
-        return _run_live(executor, blocks, printer)
+        return _run_live(executor, runnable(executor, blocks), printer)
 
 
 def _run_live(executor: JupyterCodeExecutor, blocks: Iterable[CodeBlock], printer: LivePrinter) -> int:
     for block in blocks:
         printer.begin()
-        result = executor.execute(block.code)
+        result = executor._execute_block(block, Spill(Path("."), None))
         if result.note:
             printer.line(f"jupyter-exec: {result.note}", sys.stderr)
         if result.status != "ok":

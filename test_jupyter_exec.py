@@ -2468,8 +2468,9 @@ def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
             assert run(own, "import sys; sys.flags.optimize").output == "1"
     with LocalJupyterServer(preload=None) as server, JupyterCodeExecutor(server) as launched:
         assert not is_forked(launched)
-    with pytest.raises(ValueError, match="preload must be a list"):
-        LocalJupyterServer(preload="numpy")
+    for wrong in ("numpy", b"numpy", 5, [None]):
+        with pytest.raises(ValueError, match="preload must be a list"):
+            LocalJupyterServer(preload=wrong)  # type: ignore[arg-type]
 
 
 OWN = """
@@ -2542,9 +2543,9 @@ def test_kernels_survive_their_fork_server_and_the_next_has_a_new_one() -> None:
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("import nonesuch", "No module named 'nonesuch'"),
-        ("import os; os._exit(3)", "exit code 3"),
-        ("import os; os.kill(os.getpid(), 11)", "SIGSEGV"),
+        ("import nonesuch", "preload: preloaded cannot be imported. ModuleNotFoundError: No module named 'nonesuch'"),
+        ("import os; os._exit(3)", "ended at its preload (it ended by itself with exit code 3)"),
+        ("import os; os.kill(os.getpid(), 11)", "ended at its preload (killed by signal 11, SIGSEGV)"),
         ("import threading; threading.Thread(target=input, name='watcher').start()", "watcher"),
     ],
 )
@@ -2589,6 +2590,38 @@ def test_a_restarted_kernel_sees_what_was_installed(bare_python: str, tmp_path: 
     finally:
         for path in site.glob("*.p*"):
             path.unlink()
+
+
+def test_a_restarted_kernel_sees_an_edited_module_that_was_preloaded(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("x = 1")
+    with LocalJupyterServer(preload=["mine"], cwd=tmp_path) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "import mine; mine.x").output == "1"
+        (tmp_path / "mine.py").write_text("x = 'edited'")
+        executor.restart()
+        assert run(executor, "import mine; mine.x").output == "'edited'"
+
+
+def test_a_fork_server_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LocalJupyterServer(preload=[]) as server, JupyterCodeExecutor(server) as one:
+        run(one, "x = 1")
+        os.kill(fork_server_of(server), signal.SIGSTOP)
+        with monkeypatch.context() as patch:
+            patch.setattr(jupyter_exec, "START_TIMEOUT", 1.0)
+            with JupyterCodeExecutor(server) as two:
+                assert "no answer within 1 s" in run(two, "1").output
+        with JupyterCodeExecutor(server) as three:
+            assert run(three, "1").output == "1"
+        assert run(one, "x").output == "1"
+
+
+def test_commands_of_a_cell_are_those_of_the_kernels_environment(bare_python: str) -> None:
+    site = Path(run_bare(bare_python, "import site; print(site.getsitepackages()[0])"))
+    (site / "shared.pth").write_text(str(Path(pytest.__file__).parents[1]))
+    try:
+        with LocalJupyterServer(python=bare_python) as server, JupyterCodeExecutor(server) as executor:
+            assert run(executor, "!command -v python").output.split() == [bare_python]
+    finally:
+        (site / "shared.pth").unlink()
 
 
 def run_bare(python: str, program: str) -> str:
@@ -4611,6 +4644,27 @@ def test_names_of_python(executor: JupyterCodeExecutor, language: Any) -> None:
     assert run_block(executor, "6 * 7", language).output == "42"
 
 
+def test_a_shell_block_that_exceeds_its_time_says_so_in_its_status(server: LocalJupyterServer, tmp_path: Path) -> None:
+    with JupyterCodeExecutor(server, timeout=1, output_dir=tmp_path) as executor:
+        result = run_block(executor, "echo a; sleep 30", "bash")
+        assert (result.exit_code, result.kernel_state) == (124, "intact")
+        assert "Timeout: interrupted after 1 s" in result.output
+
+
+@pytest.mark.parametrize(("code", "status"), [("exit(3)", 3), ("quit(0)", 0), ("exit(-1)", 255)])
+def test_exit_with_a_status_ends_the_session_with_it(executor: JupyterCodeExecutor, code: str, status: int) -> None:
+    result = run(executor, f"x = 1\n{code}", "print('never')")
+    assert (result.exit_code, result.kernel_state) == (status, "lost")
+    assert run(executor, "'x' in dir()").output == "False"
+
+
+@pytest.mark.parametrize("timeout", ["x", []])
+def test_a_timeout_that_is_none_costs_nothing(executor: JupyterCodeExecutor, timeout: Any) -> None:
+    with pytest.raises(TypeError):
+        executor.execute("1", timeout=timeout)
+    assert executor.execute("1", timeout=1e30).status == "ok"
+
+
 @pytest.mark.parametrize("language", ["bash", "sh", "shell", "BASH"])
 def test_shell_blocks_run_in_a_shell_and_give_their_status(executor: JupyterCodeExecutor, language: str) -> None:
     result = run_block(executor, "for i in 1 2; do echo $i; done\necho 'it''s'\necho err >&2", language)
@@ -4968,12 +5022,13 @@ def test_run_stdin_and_python_file(tmp_path: Path) -> None:
 
 
 def test_run_markdown_with_a_plot(tmp_path: Path) -> None:
-    text = "# A\n```python\nx = 20\n```\n```text\nnot code\n```\n```python\nprint(x + 1)\n```\n"
+    text = "# A\n```python\nx = 20\n```\n```text\nnot code\n```\n```python\nprint(x + 1)\n```\n```bash\necho $((1 + 2))\n```\n"
     text += "```python\nimport matplotlib.pyplot as plt\nplt.plot([1, x])\nplt.show()\n```\n"
     (tmp_path / "a.md").write_text(text)
     result = cli("run", str(tmp_path / "a.md"), "--output-dir", str(tmp_path))
     (picture,) = tmp_path.glob("*.png")
-    assert (result.stdout, result.stderr, result.returncode) == (f"21\nImage data saved to {picture}\n", "", 0)
+    assert (result.stdout, result.returncode) == (f"21\n3\nImage data saved to {picture}\n", 0)
+    assert result.stderr == "jupyter-exec: skipped a block of text\n"
 
 
 def test_run_notebook(tmp_path: Path) -> None:
