@@ -83,6 +83,7 @@ START_TIMEOUT = 60.0  # seconds from asking for a kernel to its first answer, ho
 CONTROL_TIMEOUT = 10.0  # seconds for the host to answer a control request; it answers in milliseconds
 INTERRUPT_GRACE = 5.0  # seconds that an interrupted cell has to end before its kernel is killed
 INTERRUPT_RETRY = 0.05  # seconds between the interrupts of a cancelled cell until it has begun and ended
+FORK_TIMEOUT = 2.0  # seconds for a fork server that is at work to fork a kernel; it takes milliseconds
 FENCE_DELAY = 1.0  # seconds between an execute_reply and its idle after which the other counts as overdue
 SHUTDOWN_GRACE = 2.0  # seconds that a kernel has to end by itself after shutdown_request
 READY_RETRY = 0.2  # seconds between kernel_info_requests while a kernel without iopub_welcome starts
@@ -2575,7 +2576,7 @@ for name in preload:
 sys.path.remove(own)
 if threading.active_count() > 1:
     sys.exit("There are threads at the start, which no fork would have (use preload=None): %s" % threading.enumerate())
-files = [getattr(sys.modules[name], "__file__", None) or "" for name in preload]
+files = [getattr(sys.modules.get(name), "__file__", None) or "" for name in preload]
 known += changes(files)
 gc.collect()
 getattr(gc, "freeze", int)()
@@ -2747,7 +2748,8 @@ class HostedKernel:
         self.errors = errors  # its stderr
         self.stderr = bytearray()  # the end of what came from there
         self.process: subprocess.Popen[Any] | None = None  # None: forked,
-        self.fork_server = ""  # by that of this interpreter
+        self.fork_server = ""  # by that of this interpreter,
+        self.ordered_at = time.monotonic()  # then
         self.unborn = ""  # why it never was: "passing" is what does not hold for the next try, or "preload"
         self.exit_code: int | None = None
         self.event = 0  # that interrupts it on Windows
@@ -3006,7 +3008,8 @@ class KernelHost:
     def _on_kill(self, request: Json) -> None:
         if kernel := self._kernels.get(request["kernel"]):
             if not kernel.pid:
-                if (server := self._fork_servers.get(kernel.fork_server)) and server.proven:  # then it hangs
+                server = self._fork_servers.get(kernel.fork_server)
+                if server and server.proven and time.monotonic() - kernel.ordered_at > FORK_TIMEOUT:  # it hangs
                     _kill_all([self._kernels[kernel.fork_server].pid])
                 self._report_exit(kernel)
             elif os.name == "nt":

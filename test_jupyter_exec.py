@@ -2606,9 +2606,9 @@ def test_a_fork_server_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -
         run(one, "x = 1")
         os.kill(fork_server_of(server), signal.SIGSTOP)
         with monkeypatch.context() as patch:
-            patch.setattr(jupyter_exec, "START_TIMEOUT", 1.0)
+            patch.setattr(jupyter_exec, "START_TIMEOUT", jupyter_exec.FORK_TIMEOUT + 0.5)
             with JupyterCodeExecutor(server) as two:
-                assert "no answer within 1 s" in run(two, "1").output
+                assert "no answer within 2.5 s" in run(two, "1").output
         with JupyterCodeExecutor(server) as three:
             assert run(three, "1").output == "1"
         assert run(one, "x").output == "1"
@@ -2651,6 +2651,17 @@ def test_kernels_ordered_from_a_dying_fork_server_start_all_the_same() -> None:
         host = server._process
         assert host
         eventually(lambda: len(descendants(host.pid)) == 2, "only the fork server and one kernel")
+
+
+def test_kernels_that_are_stopped_at_once_cost_no_fork_server() -> None:
+    with LocalJupyterServer(preload=[]) as server, JupyterCodeExecutor(server) as executor:
+        run(executor, "1")
+        first = fork_server_of(server)
+        for _ in range(10):
+            JupyterCodeExecutor(server).stop()
+        with JupyterCodeExecutor(server) as other:
+            assert run(other, "1").output == "1"
+        assert fork_server_of(server) == first
 
 
 def test_a_kernel_given_up_before_it_is_forked_leaves_nothing(tmp_path: Path) -> None:
