@@ -989,6 +989,7 @@ class KernelExit:
     exit_code: int | None = None
     stderr: str = ""
     cause: str = ""
+    passing: bool = False  # a reason that does not hold for a kernel that is started again
 
     def sentence(self) -> str:
         return self.cause or describe_exit(self.exit_code)
@@ -1263,14 +1264,12 @@ class Execution:
     @property
     def ended_session(self) -> bool:
         """Whether the code called exit() or quit(), be it with an exit status."""
-        exits = [entry.get("keepkernel") for entry in self._payload if entry.get("source") == "ask_exit"]
-        return any(not keep or type(keep) is int for keep in exits)
+        return any(not keep or type(keep) is int for keep in self._exits)
 
     @property
-    def _exit_status(self) -> int:
+    def _exits(self) -> list[Any]:
         # Deviation: exit(3) is to IPython exit(keep_kernel=3), and to everybody else an exit status.
-        statuses = [entry["keepkernel"] for entry in self._payload if type(entry.get("keepkernel")) is int]
-        return statuses[0] % 256 if statuses else 0
+        return [entry.get("keepkernel") for entry in self._payload if entry.get("source") == "ask_exit"]
 
     def result(self, duration: float) -> ExecutionResult:
         """Sum up; `duration` in seconds. The sentences are those of the README's table of failures."""
@@ -1295,7 +1294,8 @@ class Execution:
                 return "interrupted", 130, "intact", "Interrupted; variables are kept"
             return "interrupted", 130, "busy", "Interrupted, but the kernel is still running the code"
         if self.ended_session:
-            return "exited", self._exit_status, "lost", "the session was ended by the code"
+            status = next((keep % 256 for keep in self._exits if type(keep) is int), 0)
+            return "exited", status, "lost", "the session was ended by the code"
         if self._reply and self._reply.get("status") == "ok":
             return "ok", 0, "intact", self._loss_note
         if self._reply:
@@ -1866,6 +1866,15 @@ def open_sockets(context: Any, connection: KernelConnection, identity: bytes) ->
     return sockets
 
 
+def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
+    """Read a ZeroMQ socket empty."""
+    import zmq
+
+    with contextlib.suppress(zmq.Again):
+        while not sock.closed:
+            deliver(sock.recv_multipart(zmq.NOBLOCK))
+
+
 class SocketReader:
     """Reads a ZeroMQ socket when its descriptor tells of a change, in batches, so that a flood starves nobody."""
 
@@ -1877,6 +1886,10 @@ class SocketReader:
     def read(self) -> None:
         if not self._again:
             self._read_batch()
+
+    def drain(self) -> None:
+        """Read all that is there, since nothing will follow."""
+        read_all(self._socket, self._deliver)
 
     def _read_batch(self) -> None:
         import zmq
@@ -1890,15 +1903,6 @@ class SocketReader:
                 self._deliver([frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames])
             self._again = True
             self._loop.post(self._read_batch)
-
-
-def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
-    """Read a ZeroMQ socket empty."""
-    import zmq
-
-    with contextlib.suppress(zmq.Again):
-        while not sock.closed:
-            deliver(sock.recv_multipart(zmq.NOBLOCK))
 
 
 class ZmqChannels:
@@ -2213,10 +2217,10 @@ class KernelClient:
             attempts -= 1
             try:
                 self._greet(deadline)
-            except KernelStartFailed as error:
+            except KernelStartFailed:
                 # Its port was taken in the meantime, or its host or fork server is no more: nothing is lost.
-                passing = "Address already in use" in error.stderr or " is gone" in error.reason
-                if not attempts or not passing:
+                exit = self._exit
+                if not attempts or not exit or not (exit.passing or "Address already in use" in exit.stderr):
                     self.give_up()
                     raise
                 self.start()
@@ -2705,6 +2709,12 @@ def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str,
     return specs
 
 
+def kernel_among(wanted: str, names: Iterable[str]) -> str | None:
+    """Return which of the installed kernels `wanted` means: case does not matter, "python" may be python3."""
+    installed = {name.lower(): name for name in names}
+    return installed.get("python3" if wanted == "python" and "python" not in installed else wanted.lower())
+
+
 def _read_kernelspec(directory: str) -> Json:
     with open(os.path.join(directory, "kernel.json"), "rb") as file:
         spec = json_object(file.read(), "kernelspec")
@@ -2848,9 +2858,7 @@ class KernelHost:
 
     def _spec(self, request: Json) -> Json:
         specs = find_kernelspecs(os.environ, request["own_python3"])
-        wanted = request["kernel_name"].lower()
-        wanted = "python3" if wanted == "python" and "python" not in specs else wanted
-        if wanted not in specs:
+        if not (wanted := kernel_among(request["kernel_name"].lower(), specs)):
             raise KernelSpecNotFound(request["kernel_name"], sorted(specs), kernel_dirs(os.environ), sys.executable)
         provisioner = (specs[wanted].get("metadata") or {}).get("kernel_provisioner") or {}
         if provisioner.get("provisioner_name", "local-provisioner") != "local-provisioner":
@@ -2872,17 +2880,11 @@ class KernelHost:
         addresses: Json = {"ip": ip, "transport": transport, **dict(zip(names, ports, strict=True))}
         return KernelConnection(**addresses, key=request["key"], kernel_name=request["kernel_name"])
 
-    def _launch(
-        self, argv: list[str], spec: Json, name: str, slot: str, own: Json | None = None, stdin: Any = None
-    ) -> HostedKernel:
-        """Start a process of its own; `own` is environment that is taken as it is."""
-        import subprocess
-
+    def _environment(self, argv: list[str], spec: Json) -> dict[str, str]:
         env = dict(os.environ, JPY_PARENT_PID=str(os.getpid()))
         env.pop("PYTHONEXECUTABLE", None)  # macOS: it would override the kernel's own idea of its interpreter
         extra = spec.get("env") if isinstance(spec.get("env"), dict) else {}
         env |= {key: string.Template(str(value)).safe_substitute(os.environ) for key, value in (extra or {}).items()}
-        env |= {_MARKER: _mark(name), **(own or {})}
         if not os.access(os.path.expanduser("~"), os.W_OK):  # a container's user: IPython and matplotlib want a home
             env["HOME"] = os.path.join(self._directory, "home")
             os.makedirs(env["HOME"], exist_ok=True)
@@ -2890,6 +2892,15 @@ class KernelHost:
         if _is_ipykernel(argv) and os.path.exists(os.path.join(os.path.dirname(argv[0]), os.pardir, "pyvenv.cfg")):
             # As if it were activated: `!pip` and `!python` are to be those of the kernel.
             env["PATH"] = os.pathsep.join((os.path.dirname(argv[0]), env.get("PATH", os.defpath)))
+        return env
+
+    def _launch(
+        self, argv: list[str], spec: Json, name: str, slot: str, own: Json | None = None, stdin: Any = None
+    ) -> HostedKernel:
+        """Start a process of its own; `own` is environment that is taken as it is."""
+        import subprocess
+
+        env = self._environment(argv, spec) | {_MARKER: _mark(name), **(own or {})}
         event = 0
         # stdout goes nowhere: a pipe that nobody reads stops the kernel after 64 KB of a subprocess's output.
         options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -3032,8 +3043,8 @@ class KernelHost:
 
     def _report_exit(self, kernel: HostedKernel) -> None:
         if kernel.name in self._kernels:
-            for channel, sock in kernel.sockets.items():
-                read_all(sock, functools.partial(self._relay, f"{kernel.name}/{channel}".encode("ascii")))
+            for reader in kernel.readers.values():
+                reader.drain()
             self._end(self._kernels.pop(kernel.name))
             if server := self._fork_servers.pop(kernel.name, None):
                 self._end_fork_server(kernel, server)
@@ -3543,11 +3554,9 @@ class RemoteJupyterServer(Stoppable):
         """
         if self._kernel_id is None:
             specs = self.kernelspecs()
-            names = {name.lower(): name for name in specs}
-            wanted = "python3" if kernel_name == "python" and "python" not in names else kernel_name.lower()
-            if wanted not in names:
+            if not (found := kernel_among(kernel_name, specs)):
                 raise KernelSpecNotFound(kernel_name, sorted(specs), [self.connection_info.url])
-            kernel_name = names[wanted]
+            kernel_name = found
         control = RemoteKernelControl(self, kernel_name, self._kernel_id)
         self._controls.append(control)
         client = KernelClient(control)
@@ -3658,7 +3667,8 @@ class HostLink:
         self.lost = f"{reason}; {end}" if end else reason
         self._fail_answers()
         for mailbox in list(self.mailboxes.values()):
-            mailbox.put(KernelExit(cause=f"its host is gone: {self.lost}" if not self._closing else reason))
+            gone = KernelExit(cause=f"its host is gone: {self.lost}", passing=True)
+            mailbox.put(KernelExit(cause=reason) if self._closing else gone)
         self.mailboxes.clear()
 
     def _fail_answers(self) -> None:
@@ -3680,15 +3690,16 @@ class HostLink:
 
 
 def _kernel_exit(event: Json) -> KernelExit:
-    code, limit, cause = event.get("exit_code"), event.get("memory_limit"), ""
+    code = event["exit_code"] if isinstance(event.get("exit_code"), int) else None
+    limit, cause, passing = event.get("memory_limit"), "", False
     if event.get("out_of_memory") and code == -9:
         has_limit = isinstance(limit, int) and 0 < limit < 2**50  # cgroup v1 says "unlimited" by a huge number
         cause = f"out of memory (limit {limit // 2**20} MB)" if has_limit and limit else "out of memory"
     elif event.get("unborn") == "passing":
-        cause = "its fork server is gone"
+        cause, passing = "its fork server is gone", True
     elif event.get("unborn"):
-        cause = f"the fork server ended at its preload ({describe_exit(code if isinstance(code, int) else None)})"
-    return KernelExit(code if isinstance(code, int) else None, str(event.get("stderr") or "")[-STDERR_TAIL:], cause)
+        cause = f"the fork server ended at its preload ({describe_exit(code)})"
+    return KernelExit(code, str(event.get("stderr") or "")[-STDERR_TAIL:], cause, passing)
 
 
 def _host_error(answer: Json) -> JupyterExecError:
@@ -3868,7 +3879,7 @@ class HostServer(Stoppable):
     def __init__(self, transport: str, preload: Sequence[str] | None, ipython_defaults: bool) -> None:
         if transport not in ("direct", "gateway"):
             raise ValueError(f'transport must be "direct" or "gateway", not {transport!r}.')
-        listed = isinstance(preload, Iterable) and not isinstance(preload, str)
+        listed = isinstance(preload, Sequence) and not isinstance(preload, str)
         if preload is not None and not (listed and all(isinstance(name, str) for name in preload)):
             raise ValueError(f"preload must be a list of module names, or None, not {preload!r}.")
         super().__init__()
@@ -5370,12 +5381,11 @@ def read_blocks(source: str) -> list[CodeBlock]:
     return [CodeBlock(text.decode("utf-8-sig"), "")]
 
 
-def runnable(executor: JupyterCodeExecutor, blocks: Iterable[CodeBlock]) -> Iterator[CodeBlock]:
-    """Yield the blocks that the kernel can run; of a text, the others are there to be read."""
-    executor._make_ready()
+def runnable(blocks: Iterable[CodeBlock], kernel_name: str, kernel_language: str) -> Iterator[CodeBlock]:
+    """Yield the blocks that such a kernel can run; of a text, the others are there to be read."""
     for block in blocks:
         try:
-            cell_of(block, executor._kernel_name, executor._kernel.language)
+            cell_of(block, kernel_name, kernel_language)
         except ValueError:
             print(f"jupyter-exec: skipped a block of {block.language}", file=sys.stderr)
         else:
@@ -5536,14 +5546,17 @@ def _run(options: argparse.Namespace) -> int:
     with _server_of(options) as server, contextlib.ExitStack() as stack:
         executor = JupyterCodeExecutor(server, options.kernel, options.timeout, options.output_dir, on_output=printer)
         stack.enter_context(executor)
+        specs = server.kernelspecs()
+        language = str(specs.get(kernel_among(options.kernel, specs) or "", {}).get("language", ""))
+        blocks_to_run = runnable(blocks, options.kernel, language)
         if options.notebook:
             stack.callback(executor.save_notebook, options.notebook)
         if printer is None:
-            result = executor.execute_code_blocks(runnable(executor, blocks))
+            result = executor.execute_code_blocks(blocks_to_run)
             print(json.dumps(asdict(result)))
             return result.exit_code
         stack.callback(printer.close)
-        return _run_live(executor, runnable(executor, blocks), printer)
+        return _run_live(executor, blocks_to_run, printer)
 
 
 def _run_live(executor: JupyterCodeExecutor, blocks: Iterable[CodeBlock], printer: LivePrinter) -> int:

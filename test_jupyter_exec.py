@@ -2468,7 +2468,7 @@ def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
             assert run(own, "import sys; sys.flags.optimize").output == "1"
     with LocalJupyterServer(preload=None) as server, JupyterCodeExecutor(server) as launched:
         assert not is_forked(launched)
-    for wrong in ("numpy", b"numpy", 5, [None]):
+    for wrong in ("numpy", b"numpy", 5, [None], (name for name in ["numpy"])):
         with pytest.raises(ValueError, match="preload must be a list"):
             LocalJupyterServer(preload=wrong)  # type: ignore[arg-type]
 
@@ -5050,6 +5050,17 @@ def test_run_notebook(tmp_path: Path) -> None:
     ]
     (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
     assert cli("run", str(tmp_path / "a.ipynb")).stdout == "3\n"
+
+
+def test_run_json_tells_of_a_kernel_that_cannot_start(kernels_dir: Path) -> None:
+    argv = ["python", "-c", "import sys; sys.exit('no licence found')"]
+    add_spec(kernels_dir, "bad", argv=argv, display_name="b", language="python")
+    result = cli(
+        "run", "-c", "1", "--json", "--kernel", "bad", env=os.environ | {"JUPYTER_PATH": str(kernels_dir.parent)}
+    )
+    said = json.loads(result.stdout)
+    assert (said["exit_code"], said["kernel_state"], result.returncode) == (1, "lost", 1)
+    assert "no licence found" in said["output"]
 
 
 def test_run_json(tmp_path: Path) -> None:
