@@ -107,11 +107,21 @@ PIDS_LIMIT = 512  # processes and threads in a container; a fork bomb ends there
 TMPFS_SIZE = "512m"  # of each temporary file system of a read-only container
 LARGE_PART = 2**16  # bytes of a part of a message beyond which it is used where ZeroMQ has it, not copied
 STREAM_PIECE = 2**17  # bytes of a stream message that are parsed at a time
-MAILBOX_LIMIT = 256 * 2**20  # bytes of unread messages of a kernel beyond which stream output is dropped
+MAX_JSON = 64 * 2**20  # bytes of a message that is no stream; and of its Python objects, four times as much
+MAX_HEADER = 2**20  # bytes of each of header, parent_header and metadata
+MAILBOX_LIMIT = (
+    96 * 2**20
+)  # bytes of unread messages of a kernel: beyond it output is dropped, at twice that it is killed
 MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
 MAX_SPILL = 256 * 2**20  # characters of such a file
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
-MAX_RICH = 256 * 2**20  # characters of the rich outputs of one cell that are kept
+MAX_KEPT = 256 * 2**20  # bytes of a cell's outputs other than streams that are kept
+MAX_LINE = 2**20  # characters of a line that a carriage return or backspaces can still erase
+LINE_PIECE = 256  # characters of such a line that are copied at a time
+TEXT_PIECE = 4096  # characters of a stream up to which what follows is joined at once
+MAX_FILES = 500  # files of one call
+MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
+TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
 STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
 PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between choosing and binding them
 
@@ -272,14 +282,12 @@ def describe_exit(exit_code: int | None) -> str:
 # ======================================================================================================
 
 
-@dataclass
+@dataclass(slots=True)
 class Message:
     """One message of the Jupyter protocol, without identities and signature.
 
     Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html#general-message-format
     """
-
-    __slots__ = ("buffers", "channel", "content", "header", "metadata", "parent_header")
 
     channel: str  # "shell", "iopub", "stdin" or "control"
     header: Json
@@ -287,6 +295,8 @@ class Message:
     metadata: Json
     content: Json
     buffers: list[bytes]
+    size: int = 0  # bytes that it takes in memory, about
+    lost: bool = False  # its content was too large to be taken
 
     @property
     def msg_type(self) -> str:
@@ -327,7 +337,7 @@ def execute_content(code: str, *, silent: bool = False, store_history: bool = Tr
         "store_history": store_history,
         "user_expressions": {},
         "allow_stdin": allow_stdin,
-        "stop_on_error": True,
+        "stop_on_error": False,  # nothing is queued, and a kernel under load has aborted the next cell instead
     }
 
 
@@ -415,12 +425,25 @@ def json_object(data: str | bytes | memoryview, what: str) -> Json:
         if not isinstance(data, str):
             # ipykernel sends lone surrogates as raw bytes: "replace" keeps the rest of such a message.
             data = str(data, "utf-8", "replace")
-        value = json.loads(data)
+        if len(data) > MAX_JSON or (len(data) > LARGE_PART and json_weight(data) > 4 * MAX_JSON):
+            raise ProtocolError(f"The {what} is too large: {len(data)} characters.")
+        value = json.loads(data, parse_int=_parse_int)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"The {what} is not JSON: {error.__class__.__name__}.") from None
     if not isinstance(value, dict):
         raise ProtocolError(f"The {what} is not a JSON object.")
     return value
+
+
+def _parse_int(text: str) -> Any:
+    # Thousands of digits take long to parse, and cannot be printed: they stay text.
+    return int(text) if len(text) < 400 else text
+
+
+def json_weight(text: str | bytes) -> int:
+    """Return how many bytes JSON takes as Python objects, about: 60 MB of empty lists are 1.5 GB."""
+    marks: Any = '[{,"' if isinstance(text, str) else (b"[", b"{", b",", b'"')
+    return len(text) + 64 * sum(map(text.count, marks))
 
 
 def _object_or_null(data: bytes | memoryview, what: str) -> Json:
@@ -486,46 +509,83 @@ class ZmqCodec:
         # "The signature is computed over the *serialized* parts exactly as sent; buffers are not signed."
         if not compare_digest(signature, self._sign((header, parent_header, metadata, content))):
             raise SignatureError("A message is not signed with the kernel's key.")
-        dicts = json_object(header, "header"), _object_or_null(parent_header, "parent_header")
-        for piece in stream_pieces(content):
-            rest = _object_or_null(metadata, "metadata"), _object_or_null(piece, "content")
-            yield Message(channel, *dicts, *rest, list(map(bytes, parts[start + 5 :])))
+        yield from messages_of(channel, parts[start + 1 :])
 
 
+# What is looked at besides names: a large message of another type is not parsed.
+_CONTENTS = {"stream", "execute_result", "display_data", "update_display_data", "error", "input_request"}
+_CONTENTS |= {"execute_reply", "kernel_info_reply"}
 _STREAM_START = re.compile(rb'\{\s*"name"\s*:\s*"std(?:out|err)"\s*,\s*"text"\s*:\s*"')
 
 
+def messages_of(channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
+    """Parse [header, parent_header, metadata, content, *buffers]; a huge message of type stream comes in pieces.
+
+    Raises: ProtocolError.
+    """
+    if max(map(len, parts[:3])) > MAX_HEADER:
+        raise ProtocolError(f"The header of a message is larger than {MAX_HEADER} bytes.")
+    header, parent_header = json_object(parts[0], "header"), _object_or_null(parts[1], "parent_header")
+    metadata, content = _object_or_null(parts[2], "metadata"), parts[3]
+    buffers = list(map(bytes, parts[4:]))
+    size, lost = sum(map(len, parts)) + 1000, False
+    if header.get("msg_type") == "stream" and _text_start(content):
+        for piece in stream_pieces(content):
+            yield Message(channel, header, parent_header, metadata, json_object(piece, "content"), buffers, len(piece))
+        return
+    if header.get("msg_type") in _CONTENTS:
+        lost = len(content) > MAX_JSON
+        size += 0 if lost else json_weight(bytes(content))
+        lost = lost or size > 4 * MAX_JSON
+    if lost or (len(content) > LARGE_PART and header.get("msg_type") not in _CONTENTS):
+        content = b"{}"
+    yield Message(channel, header, parent_header, metadata, _object_or_null(content, "content"), buffers, size, lost)
+
+
 def stream_pieces(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
-    """Cut the JSON of a stream message that is larger than STREAM_PIECE into several of the kind.
+    """Cut the JSON of a stream message into several of the kind, of STREAM_PIECE bytes each.
 
     A print of 200 MB is then never parsed as a whole. Anything else comes through as it is.
     """
-    start = _STREAM_START.match(content[:100])
-    if len(content) <= STREAM_PIECE or not start or content[-2:] != b'"}':
+    position, end = _text_start(content), len(content) - 2
+    if not position:
         yield content
         return
-    position, end = start.end(), len(content) - 2
+    head = bytes(content[:position])
     while position < end:
-        after = _safe_cut(content, position + STREAM_PIECE) if position + STREAM_PIECE < end else end
-        yield b"".join((start[0], content[position:after], b'"}'))
-        position = after
+        piece = bytes(content[position : min(position + STREAM_PIECE, end)])
+        if position + len(piece) < end:
+            piece = _whole_characters(piece) or bytes(content[position:end])
+        yield b"".join((head, piece, b'"}'))
+        position += len(piece)
 
 
-def _safe_cut(text: bytes | memoryview, cut: int) -> int:
-    """Move a cut through JSON text back to where it tears neither a character nor an escape."""
-    while text[cut] & 0xC0 == 0x80:  # within a character of UTF-8
-        cut -= 1
-    escape = cut - 6 + bytes(text[cut - 6 : cut]).rfind(b"\\")
-    if escape >= cut - 6:
-        run = 0
-        while text[escape - run - 1 : escape - run] == b"\\":
-            run += 1
-        starts = run % 2 == 0  # and is not itself an escaped backslash
+def _text_start(content: bytes | memoryview) -> int:
+    """Return where the text of a stream message begins, if it is long and can be cut, else 0."""
+    start = _STREAM_START.match(content[:100])
+    return start.end() if start and len(content) > STREAM_PIECE and content[-2:] == b'"}' else 0
+
+
+def _whole_characters(text: bytes) -> bytes:
+    """Return the start of JSON text up to where its end tears neither a character nor an escape."""
+    for back in range(1, 4):  # a character of UTF-8 has up to four bytes
+        if text[-back] & 0xC0 == 0xC0:
+            length = 2 + (text[-back] >= 0xE0) + (text[-back] >= 0xF0)
+            text = text[:-back] if back < length else text
+            break
+    escape = text.rfind(b"\\", max(0, len(text) - 6))
+    if escape >= 0 and _is_escape(text, escape):
         length = 6 if text[escape + 1 : escape + 2] == b"u" else 2
-        cut = escape if starts and escape + length > cut else cut
-    if re.fullmatch(rb"\\u[dD][89abAB][0-9a-fA-F]{2}", text[cut - 6 : cut]):  # one half of a surrogate pair
-        cut -= 6
-    return cut
+        text = text[:escape] if escape + length > len(text) else text
+    # One half of a surrogate pair waits for the other.
+    half = re.search(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z", text[-6:])
+    return text[:-6] if half and _is_escape(text, len(text) - 6) else text
+
+
+def _is_escape(text: bytes, position: int) -> bool:
+    """Whether the backslash there begins an escape, and is not itself an escaped one."""
+    before = text[: position + 1]
+    return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
 
 
 class PipeCodec:
@@ -962,7 +1022,15 @@ def _is_close_code(code: int) -> bool:
 # 5. Execution (pure)
 # ======================================================================================================
 
-_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+# What a terminal takes for a command: CSI (colours, cursor), strings with an end (titles, clipboard), two characters
+# (character sets, reset), the C1 forms of these, any other control character. None of it is left by one pass.
+_CONTROLS = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,8}[@-~]"
+    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"|\x1b[ -/]{0,8}[0-Z\\^-~]"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
+_COLOUR = re.compile(r"\x1b\[[0-9;:]*m|\r")
 _DEFAULT_REPR = re.compile(r"<[^\n]*>\Z")  # <Figure size 640x480 with 1 Axes>, <IPython.core.display.HTML object>
 
 # What goes to a file, best first: MIME type -> (word of AutoGen's sentence, suffix).
@@ -980,6 +1048,196 @@ FILE_TYPES = {
 }
 _VEGA = re.compile(r"application/vnd\.vega(lite)?\.v\d+(\.\d+)*\+json")
 _BASE64 = (".png", ".jpg", ".gif", ".webp", ".pdf")
+
+
+def clean_text(text: str, colours: bool = False) -> str:
+    """Remove what a terminal would take for a command: of control characters only newline and tab are left.
+
+    With `colours`, for a terminal, colours and carriage returns are left too.
+    """
+    text = text.replace("\r\n", "\n")
+    return _CONTROLS.sub(lambda found: found[0] if colours and _COLOUR.fullmatch(found[0]) else "", text)
+
+
+class Line:
+    """The line that a terminal would be on: what carriage returns and backspaces have erased of it is gone."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._returned = False  # what comes next overwrites the line
+        self.size = 0  # characters of the line, about
+
+    def add(self, text: str) -> str:
+        """Take text; return the lines that are finished, with their newlines."""
+        lines = text.split("\n") if self._returned or "\r" in text or "\b" in text else [*text.rpartition("\n")[::2]]
+        if "\n" not in text:
+            lines = lines[-1:]
+        finished = []
+        for line in lines[:-1]:
+            self._type(line)
+            finished += [self.take(), "\n"]
+        self._type(lines[-1])
+        return "".join(finished)
+
+    def _type(self, text: str) -> None:
+        left = text.rstrip("\r")
+        if left and (self._returned or "\r" in left):
+            self.take()
+            left = left.rpartition("\r")[2]
+        self._returned = len(text) > len(text.rstrip("\r")) or (self._returned and not text)
+        for piece in re.findall(r"\x08+|[^\x08]+", left) if "\b" in left else filter(None, [left]):
+            if piece[0] == "\b":
+                self._erase(len(piece))
+            else:
+                self._pieces.append(piece)
+                self.size += len(piece)
+
+    def _erase(self, count: int) -> None:
+        while count and self._pieces:
+            last = self._pieces.pop()
+            if len(last) > 2 * LINE_PIECE:  # cut once, so that each character is copied a few times at most
+                self._pieces += [last[i : i + LINE_PIECE] for i in range(0, len(last), LINE_PIECE)]
+                continue
+            left = last[:-count]
+            self._pieces += [left] * bool(left)
+            self.size -= len(last) - len(left)
+            count -= len(last) - len(left)
+
+    def take(self) -> str:
+        """Return the line as it stands, and begin a new one."""
+        text, self._pieces, self._returned, self.size = "".join(self._pieces), [], False, 0
+        return text
+
+
+def collapse(text: str) -> str:
+    """Drop what a carriage return or a backspace has overwritten: of a progress bar its last state remains."""
+    line = Line()
+    return line.add(text) + line.take()
+
+
+def gap_mark(missing: int, where: str = "") -> str:
+    """Return what stands for `missing` characters in a text; `where` says where they are."""
+    return f"\n[{missing} characters are missing here{'; ' * bool(where)}{where}]\n"
+
+
+def shorten(text: str, limit: int | None, gaps: Sequence[int], where: str) -> str:
+    """Return head and tail of `text`, `limit` characters in all, with one mark that says `where` the rest is.
+
+    `gaps` are the numbers of characters for which a mark stands in the text already.
+    """
+    if limit is None or len(text) <= limit:
+        for missing in gaps:
+            text = text.replace(gap_mark(missing), gap_mark(missing, where), 1)
+        return text
+    head, tail = text[: limit // 2], text[max(limit // 2, len(text) - limit // 2) :]
+    missing = len(text) - len(head) - len(tail) + sum(gap - len(gap_mark(gap)) for gap in gaps)
+    return f"{head}{gap_mark(missing, where)}{tail}"
+
+
+class Outputs:
+    """What a cell has shown, within one budget: head and tail of its streams, of the rest as much as there is room for.
+
+    They are in three parts, in order: all up to the end of the head; what is no stream up to the tail; the tail.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        """`limit`: characters that are kept of all streams, None for all."""
+        self._head_room = 2**63 if limit is None else limit // 2
+        self._tail_room = 2**63 if limit is None else limit - limit // 2
+        self.clear()
+        self.withheld = False  # something did not fit in
+
+    def clear(self) -> None:
+        self._head: list[Json] = []
+        self._middle: list[Json] = []
+        self._tail: deque[Json] = deque()
+        self._head_size = self._tail_size = 0  # characters of streams
+        self._line, self._name = Line(), ""  # the open line, and of which stream it is
+        self._displays: dict[str, tuple[Json, int]] = {}  # display_id -> what it shows, and its size
+        self._room = MAX_KEPT
+        self.missing = 0  # characters between head and tail
+
+    def write(self, name: str, text: str) -> None:
+        """Take text of a stream."""
+        if name != self._name:
+            self._end_line()
+            self._name = name
+        self._put(self._line.add(text))
+        if self._line.size > MAX_LINE:  # nothing erases as much
+            self._put(self._line.take())
+
+    def _end_line(self) -> None:
+        self._put(self._line.take())
+
+    def _is_head_full(self) -> bool:
+        return self._head_size >= self._head_room or len(self._head) >= MAX_OUTPUTS // 2
+
+    def _put(self, text: str) -> None:
+        if not self._is_head_full():
+            part = text[: self._head_room - self._head_size]
+            _append_text(self._head, self._name, part)
+            self._head_size, text = self._head_size + len(part), text[len(part) :]
+        _append_text(self._tail, self._name, text)
+        self._tail_size += len(text)
+        while self._tail:
+            size = len(self._tail[0].get("text", ""))
+            if self._tail_size - size < self._tail_room and len(self._tail) <= MAX_OUTPUTS // 2:
+                break
+            output = self._tail.popleft()
+            self._tail_size -= size
+            self.missing += size
+            self._middle += [output] * ("text" not in output)
+
+    def add(self, output: Json, size: int, display_id: str = "") -> None:
+        """Keep an output that is no stream, and took `size` bytes, if there is room."""
+        self._end_line()
+        if size > self._room or len(self._head) + len(self._middle) + len(self._tail) >= MAX_OUTPUTS:
+            self.withheld = True
+            return
+        self._room -= size
+        (self._tail if self._is_head_full() else self._head).append(output)
+        if display_id:
+            output["transient"] = {"display_id": display_id}
+            self._displays[display_id] = _bundle(output), size
+
+    def update(self, display_id: str, content: Json, size: int) -> bool:
+        """Change every display of that id; returns False if there is none."""
+        if display_id not in self._displays:
+            return False
+        room = self._room + self._displays[display_id][1] - size
+        if room < 0:
+            self.withheld = True
+        else:
+            self._room, self._displays[display_id] = room, (_bundle(content), size)
+        return True
+
+    def all(self) -> list[Json]:
+        """Return the outputs, in nbformat's shape; nothing may be added afterwards."""
+        self._end_line()
+        if (excess := self._tail_size - self._tail_room) > 0:  # less than the first text: else it would be gone
+            first = next(output for output in self._tail if "text" in output)
+            first["text"], self.missing = first["text"][excess:], self.missing + excess
+        name = self._head[-1].get("name", "stdout") if self._head else "stdout"
+        gap = [{"output_type": "stream", "name": name, "text": gap_mark(self.missing)}] if self.missing else []
+        found: list[Json] = []
+        for name, outputs in itertools.groupby(
+            [*self._head, *gap, *self._middle, *self._tail], lambda output: output.get("name")
+        ):
+            if name is not None:
+                text = "".join(output["text"] for output in outputs)
+                found += [{"output_type": "stream", "name": name, "text": text}] * bool(text)
+                continue
+            for output in outputs:
+                shown = output.pop("transient", None)
+                found.append(output | self._displays[shown["display_id"]][0] if shown else output)
+        return found
+
+
+def _append_text(outputs: list[Json] | deque[Json], name: str, text: str) -> None:
+    if outputs and outputs[-1].get("name") == name and len(outputs[-1]["text"]) < TEXT_PIECE:
+        outputs[-1]["text"] += text
+    elif text:
+        outputs.append({"output_type": "stream", "name": name, "text": text})
 
 
 @dataclass
@@ -1010,7 +1268,8 @@ class ExecutionResult:
 
     `status` is "ok", "error", "timeout", "interrupted", "died" or "exited"; `kernel_state` is "intact", "lost"
     (all variables are gone) or "busy"; `note` is the sentence about it, empty when all is well. `outputs` are
-    dicts in the shape of nbformat 4 (stream, execute_result, display_data, error).
+    dicts in the shape of nbformat 4 (stream, execute_result, display_data, error); `missing` is how many characters
+    of streams are not in them, since there were more than `max_output`.
     """
 
     status: str
@@ -1021,6 +1280,12 @@ class ExecutionResult:
     execution_count: int | None = None
     duration: float = 0.0  # seconds
     death: KernelExit | None = None
+    missing: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a part of the streams was left out; a mark in their text says where."""
+        return self.missing > 0
 
     @property
     def error(self) -> Json | None:
@@ -1039,67 +1304,10 @@ class ExecutionResult:
         if self.death and self.status == "died":
             raise self.death.error()
         if self.status == "error" and self.error:
-            traceback = strip_ansi("\n".join(self.error["traceback"]))
+            traceback = clean_text("\n".join(self.error["traceback"]))
             raise ExecutionError(self.error["ename"], self.error["evalue"], traceback)
         if self.status != "ok":
             raise JupyterExecError(self.note or "The cell did not end well.")
-
-
-_GAP = re.compile(r"\n\[(\d+) characters are missing here[^\]\n]*\]\n")
-
-
-class Tape:
-    """Text as a terminal would have left it, of which a head and a tail of `limit` characters in all are kept."""
-
-    def __init__(self, limit: int | None) -> None:
-        self._limit = limit
-        self._head = ""
-        self._missing = 0  # characters after the head
-        self._parts: list[str] = []  # what follows them
-        self._size = 0
-
-    def add(self, text: str) -> None:
-        self._parts.append(text)
-        self._size += len(text)
-        if "\r" in text or "\b" in text or (self._limit is not None and self._size > 2 * self._limit):
-            self._compact()
-
-    def _compact(self) -> None:
-        text = collapse("".join(self._parts))
-        if self._limit is not None and len(self._head) + len(text) > self._limit:
-            room = max(0, self._limit // 2 - len(self._head))
-            self._head, text = self._head + text[:room], text[room:]
-            tail = text[max(0, len(text) - self._limit // 2) :]
-            self._missing, text = self._missing + len(text) - len(tail), tail
-        self._parts, self._size = [text], len(text)
-
-    def __str__(self) -> str:
-        self._compact()
-        gap = f"\n[{self._missing} characters are missing here]\n" if self._missing else ""
-        return "".join((self._head, gap, *self._parts))
-
-
-def collapse(text: str) -> str:
-    """Drop what a carriage return or a backspace has overwritten: of a progress bar its last state remains.
-
-    A carriage return at the very end is kept: what will overwrite the line has not come yet.
-    """
-    if "\r" in text:
-        text = re.sub(r"(?m)^[^\n]*\r(?=[^\n\r])", "", text.replace("\r\n", "\n"))
-    while "\b" in text:
-        shorter = re.sub(r"[^\x08\n]\x08", "", text)
-        text = shorter if shorter != text else text.replace("\b", "")
-    return text
-
-
-def shorten(text: str, limit: int | None, where: str) -> str:
-    """Return head and tail of `text`, `limit` characters in all, with one mark that says `where` the rest is."""
-    if limit is None or (len(text) <= limit and not _GAP.search(text)):
-        return text
-    head, tail = text[: limit // 2], text[max(limit // 2, len(text) - limit // 2) :]
-    middle = text[len(head) : len(text) - len(tail)]
-    missing = len(_GAP.sub("", middle)) + sum(int(gap[1]) for gap in _GAP.finditer(middle))
-    return f"{head}\n[{missing} characters are missing here; {where}]\n{tail}"
 
 
 class Execution:
@@ -1107,16 +1315,13 @@ class Execution:
 
     It is done when the reply and the idle status have both come: they travel on different channels, so
     either may be first. One of them may be lost (a high-water mark, an interrupt at a bad moment): then the answer
-    to a later request, whose id is in `fences`, tells that it will not come any more. `displays` maps each
-    display_id of the kernel's life to the outputs that show it.
+    to a later request, whose id is in `fences`, tells that it will not come any more.
     """
 
-    def __init__(self, msg_id: str, displays: dict[str, list[Json]], limit: int | None = None) -> None:
-        """`limit`: characters that are kept of each of its streams."""
+    def __init__(self, msg_id: str, limit: int | None = None) -> None:
+        """`limit`: characters that are kept of its streams."""
         self.msg_id = msg_id
-        self._limit = limit
-        self._room = MAX_RICH
-        self.outputs: list[Json] = []
+        self._outputs = Outputs(limit)
         self.execution_count: int | None = None
         self.timed_out: float | None = None  # seconds, once the deadline has passed
         self.started = False  # the kernel is at it
@@ -1127,7 +1332,6 @@ class Execution:
         self.fences: set[str] = set()
         self.reconnected = False  # both of reply and idle may be lost
         self.withheld = False  # output was dropped on its way
-        self._displays = displays
         self._reply: Json | None = None
         self._idle = False
         self._passed: set[str] = set()  # channels on which a fence was answered
@@ -1146,30 +1350,31 @@ class Execution:
 
     @property
     def outputs_lost(self) -> bool:
-        """Whether outputs may be missing: the idle status that comes after them is, or the server says so."""
-        return self.withheld or (self._reply is not None and not self._idle)
+        """Whether outputs may be missing: the idle status that comes after them is, or somebody dropped them."""
+        return self.withheld or self._outputs.withheld or (self._reply is not None and not self._idle)
 
     def feed(self, message: Message) -> Json | None:
-        """Take any message from the kernel; return the output to show now, if there is one."""
+        """Take any message from the kernel; return the output to show now, if there is one. It is the caller's."""
         if message.parent_id in self.fences and message.content.get("execution_state") != "busy":
             self._passed.add(message.channel)
         if message.parent_id != self.msg_id:
             return None
+        self.withheld = self.withheld or message.lost
         self.started = self.started or (message.channel == "iopub" and message.msg_type != "status")
         handler = self._HANDLERS.get((message.channel, message.msg_type))
         # "Clients should ignore messages that they do not understand."
-        return handler(self, message.content) if handler else None
+        return handler(self, message.content, message.size) if handler else None
 
-    def _on_reply(self, content: Json) -> Json | None:
+    def _on_reply(self, content: Json, size: int) -> Json | None:
         self._reply = content
-        self._count(content)
+        self._count(content, 0)
         # Deprecated, but the only place of what `print?` and %load have to say.
         shown = None
         for entry in self._payload:
             text = entry.get("text") if entry.get("source") == "set_next_input" else None
             data = {"text/plain": text} if isinstance(text, str) else entry.get("data")
             if entry.get("source") in ("page", "set_next_input") and isinstance(data, dict):
-                shown = self._append({"output_type": "display_data"}, {"data": data})
+                shown, size = self._show({"output_type": "display_data"}, {"data": data}, size), 0
         return shown
 
     @property
@@ -1177,67 +1382,51 @@ class Execution:
         payload = (self._reply or {}).get("payload")
         return [entry for entry in payload if isinstance(entry, dict)] if isinstance(payload, list) else []
 
-    def _on_status(self, content: Json) -> None:
+    def _on_status(self, content: Json, size: int) -> None:
         self._idle = self._idle or content.get("execution_state") == "idle"
 
-    def _count(self, content: Json) -> None:
+    def _count(self, content: Json, size: int) -> None:
         if isinstance(content.get("execution_count"), int):
             self.execution_count = content["execution_count"]
 
-    def _on_stream(self, content: Json) -> Json | None:
+    def _on_stream(self, content: Json, size: int) -> Json | None:
         name, text = content.get("name"), content.get("text")
         if name not in ("stdout", "stderr") or not isinstance(text, str):
             return None
         # A Jupyter server's limit on the rate of output; the cell goes on, its output is dropped.
         self.withheld = self.withheld or (name == "stderr" and bool(re.search(r"IOPub \w+ rate exceeded", text)))
         self._clear_if_due()
-        chunk: Json = {"output_type": "stream", "name": name, "text": text}
-        if not self.outputs or self.outputs[-1].get("name") != name:
-            if len(self.outputs) >= MAX_OUTPUTS:
-                self.withheld = True
-                return chunk
-            self.outputs.append(chunk | {"text": Tape(self._limit)})  # becomes text in `result`
-        self.outputs[-1]["text"].add(text)
-        return chunk
+        self._outputs.write(name, text)
+        return {"output_type": "stream", "name": name, "text": text}
 
-    def _on_result(self, content: Json) -> Json:
-        self._count(content)
-        return self._append({"output_type": "execute_result", "execution_count": self.execution_count}, content)
+    def _on_result(self, content: Json, size: int) -> Json:
+        self._count(content, 0)
+        return self._show({"output_type": "execute_result", "execution_count": self.execution_count}, content, size)
 
-    def _on_display(self, content: Json) -> Json:
-        output = self._append({"output_type": "display_data"}, content)
-        if display_id := _display_id(content):
-            self._displays.setdefault(display_id, []).append(output)
-        return output
+    def _on_display(self, content: Json, size: int) -> Json:
+        return self._show({"output_type": "display_data"}, content, size)
 
-    def _append(self, output: Json, content: Json) -> Json:
+    def _show(self, output: Json, content: Json, size: int) -> Json:
         self._clear_if_due()
         output |= _bundle(content)
-        self._room -= sum(len(value) for value in output["data"].values() if isinstance(value, str))
-        if self._room < 0 or len(self.outputs) >= MAX_OUTPUTS:
-            self.withheld = True
-        else:
-            self.outputs.append(output)
+        self._outputs.add(dict(output), size, _display_id(content))
         return output
 
-    def _on_update(self, content: Json) -> Json:
+    def _on_update(self, content: Json, size: int) -> Json:
         # "update_display_data: ... update any and all of the displays that have the given display_id"
-        shown = self._displays.get(_display_id(content), [])
-        for output in shown:
-            output.update(_bundle(content))
-        if not any(output is own for output in shown for own in self.outputs):
-            self._append({"output_type": "display_data"}, content)  # of an earlier cell: said here, too
+        if not self._outputs.update(_display_id(content), content, size):
+            self._show({"output_type": "display_data"}, content, size)  # of an earlier cell: said here, too
         return {"output_type": "update_display_data"} | _bundle(content)
 
-    def _on_error(self, content: Json) -> Json:
+    def _on_error(self, content: Json, size: int) -> Json:
         traceback = content.get("traceback")
         lines = [line for line in traceback if isinstance(line, str)] if isinstance(traceback, list) else []
         names = {name: str(content.get(name, "")) for name in ("ename", "evalue")}
         self._clear_if_due()
-        self.outputs.append({"output_type": "error", **names, "traceback": lines})
-        return self.outputs[-1]
+        self._outputs.add({"output_type": "error", **names, "traceback": lines}, size)
+        return {"output_type": "error", **names, "traceback": lines}
 
-    def _on_clear(self, content: Json) -> Json:
+    def _on_clear(self, content: Json, size: int) -> Json:
         # "wait: Wait to clear the output until new output is available."
         self._clear_next = True
         if not content.get("wait"):
@@ -1246,10 +1435,10 @@ class Execution:
 
     def _clear_if_due(self) -> None:
         if self._clear_next:
-            self.outputs.clear()
+            self._outputs.clear()
             self._clear_next = False
 
-    _HANDLERS: ClassVar[dict[tuple[str, str], Callable[[Execution, Json], Json | None]]] = {
+    _HANDLERS: ClassVar[dict[tuple[str, str], Callable[[Execution, Json, int], Json | None]]] = {
         ("shell", "execute_reply"): _on_reply,
         ("iopub", "status"): _on_status,
         ("iopub", "execute_input"): _count,
@@ -1272,22 +1461,21 @@ class Execution:
         return [entry.get("keepkernel") for entry in self._payload if entry.get("source") == "ask_exit"]
 
     def result(self, duration: float) -> ExecutionResult:
-        """Sum up; `duration` in seconds. The sentences are those of the README's table of failures."""
-        for output in self.outputs:
-            if output["output_type"] == "stream":
-                output["text"] = str(output["text"])
+        """Sum up, once; `duration` in seconds. The sentences are those of the README's table of failures."""
+        outputs = self._outputs.all()
         status, exit_code, state, note = self._outcome()
-        if status == "error" and self._reply and not any(output["output_type"] == "error" for output in self.outputs):
-            named = {"ename": "Aborted", "evalue": "the kernel did not run the code"} | self._reply
-            self._on_error(named)  # the error came with the reply only
-        return ExecutionResult(status, exit_code, state, note, self.outputs, self.execution_count, duration, self.death)
+        if status == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
+            # The error came with the reply only, or there was no room for it.
+            outputs.append(self._on_error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply, 0))
+        missing, count = self._outputs.missing, self.execution_count
+        return ExecutionResult(status, exit_code, state, note, outputs, count, duration, self.death, missing)
 
     def _outcome(self) -> tuple[str, int, str, str]:
         if self.timed_out is not None:
             return self._timeout_outcome(f"{self.timed_out:g} s")
         if self.death:
             tail = f"\n{self.death.stderr.rstrip()}" if self.death.stderr.strip() else ""
-            note = f"The kernel died ({self.death.sentence()}); all variables are lost{tail}"
+            note = f"The kernel died ({self.death.sentence()}); all variables are lost{clean_text(tail)}"
             return "died", self.death.status(), "lost", note
         if self.interrupted:
             if self.done:
@@ -1307,9 +1495,10 @@ class Execution:
     @property
     def _loss_note(self) -> str:
         if self.outputs_lost:
-            return "Some of the output was lost on its way"
-        gap = "The connection was lost for a moment; some of the output may be missing"
-        return gap if self.reconnected else ""
+            return "Some of the output was lost on its way, or left out since there was too much of it"
+        if self.reconnected:
+            return "The connection was lost for a moment; some of the output may be missing"
+        return TRUNCATED if self._outputs.missing else ""
 
     def _timeout_outcome(self, seconds: str) -> tuple[str, int, str, str]:
         if self.death:
@@ -1332,34 +1521,31 @@ def _bundle(content: Json) -> Json:
     return {"data": data if isinstance(data, dict) else {}, "metadata": metadata if isinstance(metadata, dict) else {}}
 
 
-def strip_ansi(text: str) -> str:
-    """Remove the terminal's escape sequences (colours, cursor movements, titles)."""
-    return _ANSI.sub("", text)
-
-
 def render(outputs: Iterable[Json], note: str, save: Callable[[Json], str | None]) -> str:
     """Return outputs as the text of one block: streams exactly as printed, everything else on lines of its own.
 
     `save(data)` may put the best representation of a MIME bundle into a file; it returns the line that says so.
     """
-    text, line_open = "", False
+    pieces: list[str] = []
+    line_open = False  # the last piece is no stream, and wants a line of its own
     for output in outputs:
         is_stream = output["output_type"] == "stream"
-        piece = collapse(strip_ansi(output["text"])) if is_stream else "\n".join(_lines(output, save))
+        piece = clean_text(output["text"]) if is_stream else "\n".join(map(clean_text, _lines(output, save)))
         if not piece:
             continue
-        if text and not text.endswith("\n") and (line_open or not is_stream):
-            text += "\n"
-        text, line_open = text + piece, not is_stream
+        if pieces and not pieces[-1].endswith("\n") and (line_open or not is_stream):
+            pieces.append("\n")
+        pieces.append(piece)
+        line_open = not is_stream
     if note:
-        text += ("\n" if text and not text.endswith("\n") else "") + note
-    return text
+        pieces += ["\n"] * bool(pieces and not pieces[-1].endswith("\n")) + [clean_text(note)]
+    return "".join(pieces)
 
 
 def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
     if output["output_type"] == "error":
         yield f"{output['ename']}: {output['evalue']}"
-        yield from map(strip_ansi, output["traceback"])
+        yield from output["traceback"]
         return
     data = output["data"]
     saved = save(data)
@@ -1368,7 +1554,9 @@ def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
     plain, *others = [text if isinstance(text, str) else "" for text in texts]
     if not plain or _DEFAULT_REPR.match(plain):
         plain = "" if saved else next(filter(None, others), plain)
-    yield from filter(None, (strip_ansi(plain), saved))
+    if not plain and not saved and data:
+        plain = f"[an output that is not shown, of type {', '.join(map(str, data))[:500]}]"
+    yield from filter(None, (plain, saved))
 
 
 def best_file(data: Json) -> tuple[str, str, Any] | None:
@@ -1385,7 +1573,9 @@ def best_file(data: Json) -> tuple[str, str, Any] | None:
 def file_bytes(suffix: str, content: Any) -> bytes:
     """Return the bytes of a file of `best_file`. Raises: ValueError for content that cannot be such a file."""
     if suffix == ".json":
-        return json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "replace")
+        return json.dumps(content, ensure_ascii=False).encode(
+            "utf-8", "replace"
+        )  # indented, it may be 100 times as long
     if isinstance(content, list):  # a notebook's way to write a string
         content = "".join(map(str, content))
     if not isinstance(content, str):
@@ -1741,43 +1931,79 @@ MailItem = RawMessage | KernelExit | Reconnected
 
 
 class Mailbox:
-    """What came from one kernel, in order: raw messages put in by the I/O thread, taken out by the caller's."""
+    """What came from one kernel, in order: raw messages put in by the I/O thread, taken out by the caller's.
 
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._put_bytes = self._got_bytes = 0  # each written by one thread only
-        self.dropped = False  # stream output, since nobody came for it
+    Beyond MAILBOX_LIMIT unread bytes output is dropped. A kernel that goes on to twice as much counts as dead.
+    """
+
+    def __init__(self, on_flood: Callable[[], None] | None = None) -> None:
+        """`on_flood()` is called, once, in the I/O thread, when the kernel is to be ended for what it sends."""
+        self._queue: queue.SimpleQueue[tuple[MailItem, int]] = queue.SimpleQueue()
+        self._on_flood = on_flood
+        self._put_bytes = self._got_bytes = 0  # each written by one thread only,
+        self._put_replies = self._got_replies = 0  # as these
+        self.dropped = False  # output, since nobody came for it
         self.ended = False  # the kernel's exit is in it
 
+    @property
+    def answered(self) -> bool:
+        """Whether an answer of the kernel on shell is in it, unread."""
+        return self._put_replies > self._got_replies
+
     def put(self, item: MailItem) -> None:
-        size = _size_of(item)
+        size, unread = _size_of(item), self._put_bytes - self._got_bytes
+        if isinstance(item, tuple) and unread > MAILBOX_LIMIT:
+            if self.ended or not _is_vital(item, size):
+                self.dropped = True
+                return
+            if unread > 2 * MAILBOX_LIMIT:
+                item, size = KernelExit(cause=f"it was killed: {unread // 2**20} MB of its messages were unread"), 0
+                if self._on_flood:
+                    self._on_flood()
         self.ended = self.ended or isinstance(item, KernelExit)
-        if self._put_bytes + size - self._got_bytes > MAILBOX_LIMIT and size and _is_stream(item):
-            self.dropped = True
-            return
         self._put_bytes += size
-        self._queue.put(item)
+        self._put_replies += _is_reply(item)
+        self._queue.put((item, size))
 
     def get(self, timeout: float | None) -> MailItem | None:
         """Return the next item, or None after `timeout` seconds."""
         try:
-            item: MailItem = self._queue.get(timeout=timeout)
+            item, size = self._queue.get_nowait()
         except queue.Empty:
-            return None
-        self._got_bytes += _size_of(item)
+            # Deviation: with a timeout of 0, Python 3.10 may wait for ever.
+            if timeout is not None and timeout <= 0:
+                return None
+            try:
+                item, size = self._queue.get(timeout=timeout)
+            except queue.Empty:
+                return None
+        self._got_bytes += size
+        self._got_replies += _is_reply(item)
         return item
 
 
 def _size_of(item: MailItem) -> int:
+    """Return how many bytes an item takes in memory, about."""
     if not isinstance(item, tuple):
         return 0
-    return len(item[1]) if isinstance(item[1], (str, bytes)) else sum(map(len, item[1]))
+    return 1000 + (len(item[1]) if isinstance(item[1], (str, bytes)) else sum(map(len, item[1])))
 
 
-def _is_stream(item: Any) -> bool:
+def _is_reply(item: MailItem) -> bool:
+    return isinstance(item, tuple) and (
+        item[0] == "shell" or (item[0] == "WebSocket" and _names(item, "execute_reply"))
+    )
+
+
+def _is_vital(item: RawMessage, size: int) -> bool:
+    """Whether a message is small, and by its words none of output: a cell could not end without it."""
+    return size < LARGE_PART and any(_names(item, word) for word in ("_reply", "status", "error", "input_request"))
+
+
+def _names(item: RawMessage, word: str) -> bool:
     data = item[1]
-    heads = [data[:2000]] if isinstance(data, (str, bytes)) else [part[:2000] for part in data[:5]]
-    return any((b'"stream"' if isinstance(head, bytes) else '"stream"') in head for head in heads)
+    heads = [data[:4000]] if isinstance(data, (str, bytes)) else [part[:4000] for part in data[:5]]
+    return any((word.encode() if isinstance(head, bytes) else word) in head for head in heads)
 
 
 class Channels(Protocol):
@@ -2155,6 +2381,57 @@ OutputHook = Callable[[Json], None]
 InputHook = Callable[[str, bool], str]
 
 
+class Hooks:
+    """What a caller wants to hear of a cell while it runs. What raises in them costs a warning in the log."""
+
+    def __init__(
+        self, on_output: OutputHook | None = None, on_input: InputHook | None = None, record: OutputHook | None = None
+    ) -> None:
+        self._on_output, self._on_input, self._record = on_output, on_input, record
+        self.slow = bool(on_output or on_input)  # code of others, which may take its time
+
+    def show(self, output: Json) -> None:
+        if self._record:
+            self._record(output)
+        if self._on_output:
+            try:
+                self._on_output(output)
+            except Exception:
+                logger.warning("on_output raised; the cell goes on", exc_info=True)
+
+    def answer(self, content: Json) -> str:
+        """Return the answer to an input_request; "\x04" is the end of input: the cell gets EOFError."""
+        if self._on_input:
+            try:
+                answer = self._on_input(str(content.get("prompt", "")), bool(content.get("password")))
+                if isinstance(answer, str):
+                    return answer
+                if answer is not None:
+                    getattr(answer, "close", int)()  # a coroutine that nobody will await
+                    logger.warning("on_input must return a string, not %s; the cell gets EOFError", type(answer))
+            except EOFError:
+                pass
+            except Exception:
+                logger.warning("on_input raised; the cell gets EOFError", exc_info=True)
+        return "\x04" if self._on_input else ""
+
+
+class Watch:
+    """What a running cell has time for, and by when what is due."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self.deadline = Deadline(seconds)
+        self.extended = False  # since the cell had ended before
+        self.grace: Deadline | None = None  # of an interrupted cell to end by itself
+        self.overdue: Deadline | None = None  # of the missing one of reply and idle
+
+    def wait(self, half_done: bool) -> float | None:
+        """Return how long to wait for a message."""
+        limit = self.grace or self.deadline
+        return limit.within(FENCE_DELAY) if half_done else limit.remaining
+
+
 class KernelClient:
     """Runs cells on one kernel, one at a time, in the caller's thread.
 
@@ -2163,11 +2440,10 @@ class KernelClient:
 
     def __init__(self, control: KernelControl) -> None:
         self._control = control
-        self._mailbox = Mailbox()
+        self._mailbox = Mailbox(self._end_flood)
         self._channels: Channels | None = None
         self._session = ""
         self._serial = itertools.count(1)
-        self._displays: dict[str, list[Json]] = {}
         self.ready = False
         self._running: Execution | None = None
         self._nudges: set[str] = set()  # interrupts whose effect is not yet known to be over
@@ -2200,9 +2476,8 @@ class KernelClient:
     def start(self) -> None:
         """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready."""
         self.close()
-        self._mailbox, self._exit, self.ready, self.kernel_info = Mailbox(), None, False, {}
+        self._mailbox, self._exit, self.ready, self.kernel_info = Mailbox(self._end_flood), None, False, {}
         self._ended = self._closing = False
-        self._displays.clear()
         self._nudges.clear()
         self._session = os.urandom(16).hex()
         self._channels = self._control.start(self._mailbox)
@@ -2256,10 +2531,13 @@ class KernelClient:
         max_output: int | None = None,
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
+        record: OutputHook | None = None,
+        on_result: Callable[[ExecutionResult], None] | None = None,
     ) -> ExecutionResult:
         """Run one cell and return what it did; `timeout` is the wall clock in seconds, None for no limit.
 
-        `max_output` is how many characters of each of its streams are kept, None for all.
+        `max_output` is how many characters of its streams are kept, None for all. `record` gets every output before
+        `on_output` does, and is quick. `on_result` gets the result even if Ctrl-C ends this call.
 
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
@@ -2267,54 +2545,86 @@ class KernelClient:
             raise JupyterExecError("A cell is running: its hooks cannot run another one.")
         content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=on_input is not None)
         request = self._message("shell", "execute_request", content)
-        execution = Execution(request.msg_id, self._displays, max_output)
-        self._settle(execution, on_output)
-        started, deadline = time.monotonic(), Deadline(timeout)
+        execution = Execution(request.msg_id, max_output)
+        hooks = Hooks(on_output, on_input, record)
+        started, watch = time.monotonic(), Watch(timeout)
+
+        def finish() -> ExecutionResult:
+            self._ended = execution.ended_session
+            result = execution.result(time.monotonic() - started)
+            if on_result:
+                on_result(result)
+            return result
+
+        self._settle(execution, hooks)
         self._running = execution
+        # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
+        has_timer = hooks.slow and timeout is not None and timeout < threading.TIMEOUT_MAX
+        timer = threading.Timer(timeout or 0, self._time_out, (execution, watch)) if has_timer else None
         try:
+            if timer:
+                timer.daemon = True
+                timer.start()
             if not execution.death:
                 self._post(request)
-            self._run(execution, deadline, on_output, on_input)
-        except KeyboardInterrupt:
+            self._run(execution, watch, hooks)
+        except JupyterExecError:
+            raise
+        except BaseException:  # Ctrl-C, or a signal handler that raises
             self._stop_cell(execution)
-            self._run(execution, Deadline(INTERRUPT_GRACE), None, None)
+            self._run(execution, Watch(INTERRUPT_GRACE), Hooks(record=record))
+            finish()
             raise
         finally:
+            if timer:
+                timer.cancel()
             self._running = None
-        self._ended = execution.ended_session
-        return execution.result(time.monotonic() - started)
+        return finish()
 
-    def _run(
-        self, execution: Execution, deadline: Deadline, on_output: OutputHook | None, on_input: InputHook | None
-    ) -> None:
+    def _run(self, execution: Execution, watch: Watch, hooks: Hooks) -> None:
         """Read messages until the cell is done; climb the ladder interrupt, kill as deadlines pass."""
-        grace: Deadline | None = None
-        overdue: Deadline | None = None  # when the missing one of reply and idle is
         while not execution.done:
-            limit = grace or deadline
-            item = self._mailbox.get(limit.within(FENCE_DELAY) if execution.half_done else limit.remaining)
-            self._take(item, execution, on_output, on_input)
-            overdue = (overdue or Deadline(FENCE_DELAY)) if execution.half_done else None
-            if execution.done:
-                pass
-            elif self._exit:  # taken by whoever stopped the kernel in the meantime
-                execution.death = self._exit
-            elif overdue and overdue.expired and not execution.fences:
-                self._fence(execution)
-            elif grace is None and deadline.expired:
-                execution.timed_out = execution.timed_out or deadline.seconds
-                self._stop_cell(execution)
-                grace = Deadline(INTERRUPT_GRACE)
-            elif grace and grace.expired:
-                if not self._control.owned:
+            item = self._mailbox.get(watch.wait(execution.half_done))
+            for _ in self._take(item, execution, hooks):
+                if not self._climb(execution, watch):
                     return
-                self._kill(execution)
 
-    def _take(
-        self, item: MailItem | None, execution: Execution, on_output: OutputHook | None, on_input: InputHook | None
-    ) -> None:
+    def _climb(self, execution: Execution, watch: Watch) -> bool:
+        """Do what is due by now; returns whether to go on."""
+        if not execution.half_done:
+            watch.overdue = None
+        if execution.done:
+            return True
+        if self._exit:  # taken by whoever stopped the kernel in the meantime
+            execution.death = self._exit
+        elif watch.overdue is None and execution.half_done:
+            watch.overdue = Deadline(FENCE_DELAY)
+        elif watch.overdue and watch.overdue.expired:
+            self._fence(execution)
+            watch.overdue = Deadline(FENCE_DELAY)
+        elif watch.grace is None and watch.deadline.expired:
+            self._time_out(execution, watch)
+        elif watch.grace and watch.grace.expired:
+            if not self._control.owned:
+                return False
+            self._kill(execution)
+        return True
+
+    def _time_out(self, execution: Execution, watch: Watch) -> None:
+        """Interrupt a cell whose time is over; in the caller's thread or that of a timer."""
+        if execution.done:
+            return
+        if self._mailbox.answered and not watch.extended:  # it has ended in time, which a slow hook has yet to see
+            watch.extended, watch.deadline = True, Deadline(INTERRUPT_GRACE)
+            return
+        execution.timed_out = watch.seconds
+        self._stop_cell(execution)
+        watch.grace = watch.grace or Deadline(INTERRUPT_GRACE)
+
+    def _take(self, item: MailItem | None, execution: Execution, hooks: Hooks) -> Iterator[None]:
+        """Take an item from the mailbox, in pieces: yields after each, and once if there is nothing."""
         if isinstance(item, KernelExit):
-            self._drain(execution, on_output)
+            self._drain(execution, hooks)
             self._exit = execution.death = item
         elif isinstance(item, Reconnected):
             if self._running:
@@ -2323,17 +2633,18 @@ class KernelClient:
         elif item:
             execution.withheld, self._mailbox.dropped = execution.withheld or self._mailbox.dropped, False
             for message in self._decode(item):
-                self._feed(message, execution, on_output, on_input)
+                self._feed(message, execution, hooks)
+                yield
+            return
+        yield
 
-    def _feed(
-        self, message: Message, execution: Execution, on_output: OutputHook | None, on_input: InputHook | None
-    ) -> None:
+    def _feed(self, message: Message, execution: Execution, hooks: Hooks) -> None:
         if exit := _reported_exit(message):
             self._mailbox.put(exit)
         if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
-            self._answer(message, on_input)
-        elif (output := execution.feed(message) or self._late_output(message, execution)) and on_output:
-            _call_hook(on_output, output)
+            self._send("stdin", "input_reply", {"value": hooks.answer(message.content)})
+        elif output := execution.feed(message) or self._late_output(message, execution):
+            hooks.show(output)
         if execution.started and execution.interrupted and not execution.signalled:
             self._signal(execution)
 
@@ -2341,27 +2652,17 @@ class KernelClient:
         """Return what a thread of an earlier cell of ours has printed, marked as "late"."""
         if message.parent_id == execution.msg_id or message.parent_header.get("session") != self._session:
             return None
-        output = Execution(message.parent_id, self._displays).feed(message) if message.channel == "iopub" else None
+        output = Execution(message.parent_id).feed(message) if message.channel == "iopub" else None
         return output and output | {"late": True}
 
-    def _drain(self, execution: Execution, on_output: OutputHook | None) -> None:
+    def _drain(self, execution: Execution, hooks: Hooks) -> None:
         """Take what a dead kernel had sent: it may arrive after the news of its death."""
         deadline = Deadline(FENCE_DELAY)
-        while not deadline.expired and (item := self._mailbox.get(DEATH_DRAIN)) is not None:
+        while (item := self._mailbox.get(DEATH_DRAIN)) is not None:
             if not isinstance(item, KernelExit):
-                self._take(item, execution, on_output, None)
-
-    def _answer(self, message: Message, on_input: InputHook | None) -> None:
-        value = ""
-        if on_input:
-            try:
-                answer = on_input(str(message.content.get("prompt", "")), bool(message.content.get("password")))
-                value = "\x04" if answer is None else answer
-            except Exception as error:
-                if not isinstance(error, EOFError):
-                    logger.exception("on_input raised; the cell gets EOFError")
-                value = "\x04"  # the kernel raises EOFError for it
-        self._send("stdin", "input_reply", {"value": value})
+                for _ in self._take(item, execution, hooks):
+                    if deadline.expired:
+                        return
 
     def _kill(self, execution: Execution) -> None:
         """Kill a kernel that ignores the interrupt and start it anew; its variables are lost."""
@@ -2369,10 +2670,9 @@ class KernelClient:
         self._control.kill()
         deadline = Deadline(SHUTDOWN_GRACE)
         while not execution.death:
-            item = self._mailbox.get(deadline.remaining)
-            self._take(item, execution, None, None)
-            if deadline.expired and not execution.death:
-                self._exit = execution.death = KernelExit(cause="it was killed")
+            for _ in self._take(self._mailbox.get(deadline.remaining), execution, Hooks()):
+                if deadline.expired and not execution.death:
+                    self._exit = execution.death = KernelExit(cause="it was killed")
         death = execution.death
         try:
             if not self._closing and not self._control.supervised:  # a server takes its time: at the next call
@@ -2397,7 +2697,6 @@ class KernelClient:
         # kernel_info_request on shell wakes it. Its answer also tells that the signal can hit no later cell.
         nudge = self._message("shell", "kernel_info_request", {})
         self._nudges.add(nudge.msg_id)
-        execution.fences.add(nudge.msg_id)
         channels = self._channels
         if channels and not self._control.interrupt(functools.partial(channels.send, nudge)):
             # "interrupt_mode: ... message: the client sends an interrupt_request on the control channel"
@@ -2410,15 +2709,20 @@ class KernelClient:
         execution.fences.add(fence.msg_id)
         self._post(fence)
 
-    def _settle(self, execution: Execution, on_output: OutputHook | None) -> None:
-        """Take what came since the last cell, and wait until no earlier interrupt can hit this one."""
+    def _settle(self, execution: Execution, hooks: Hooks) -> None:
+        """Wait until no earlier interrupt can hit this cell, and see whether the kernel has died since the last."""
         deadline = Deadline(INTERRUPT_GRACE)
-        while item := self._mailbox.get(deadline.remaining if self._nudges else 0):
-            self._take(item, execution, on_output, None)
-            if execution.death or deadline.expired:
-                break
-        self._nudges.clear()
-        execution.fences.clear()
+        if self._mailbox.dropped:
+            logger.warning("Output that came between two cells was dropped: there was too much of it")
+            self._mailbox.dropped = False
+        while (self._nudges or self._mailbox.ended) and not execution.death:
+            for _ in self._take(self._mailbox.get(deadline.remaining), execution, hooks):
+                if deadline.expired:
+                    self._nudges.clear()
+                    return
+
+    def _end_flood(self) -> None:
+        threading.Thread(target=self.abort, daemon=True).start()  # it may ask a server: not in the I/O thread
 
     def shutdown(self) -> None:
         """End the kernel: ask it, and after SHUTDOWN_GRACE kill it. Only disconnects from one that is not ours."""
@@ -2497,13 +2801,6 @@ def _reported_exit(message: Message) -> KernelExit | None:
     if message.msg_type == "status" and state in ("restarting", "dead") and not message.parent_id:
         return KernelExit(cause="its server found it dead" + (" and restarted it" if state == "restarting" else ""))
     return None
-
-
-def _call_hook(hook: OutputHook, output: Json) -> None:
-    try:
-        hook(output)
-    except Exception:
-        logger.exception("on_output raised; the cell goes on")
 
 
 # ======================================================================================================
@@ -4495,7 +4792,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         tail: deque[str] = deque(maxlen=20)
         failed = False
         for step in steps:  # to the end: the engine's answer has to be read up
-            text = strip_ansi(str(step.get("stream") or step.get("status") or step.get("error") or "")).strip()
+            text = clean_text(str(step.get("stream") or step.get("status") or step.get("error") or "")).strip()
             tail.extend([text] * bool(text))
             if text.startswith("Step "):
                 print(f"jupyter_exec: {text[:100]}", file=sys.stderr)
@@ -4791,47 +5088,93 @@ def _dedent(line: str, columns: int) -> str:
     return " " * (column - columns) + line[position:]
 
 
-def save_bundle(data: Json, directory: Path) -> tuple[str, str] | None:
-    """Write the best representation of a MIME bundle that belongs into a file, under a name of our own.
+class Folder:
+    """A directory that is held open: what is written into it is in it, whatever has taken the place of its path.
 
-    Returns (the sentence that names the file, its absolute path), or None if text is the best there is.
+    Code in a sandbox may share it, and plant links. Raises: OSError, here and in each method.
     """
-    best = best_file(data)
-    if best is None:
-        return None
-    word, suffix, content = best
-    path = directory.absolute() / f"{os.urandom(16).hex()}{suffix}"
-    try:
-        path.write_bytes(file_bytes(suffix, content))
-    except (OSError, ValueError, RecursionError) as error:
-        with contextlib.suppress(OSError):  # half of a file, on a full disk
-            path.unlink()
-        return f"{word} data could not be saved: {error}", ""
-    return f"{word} data saved to {path}", str(path)
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self._at: Json = {}
+        if os.open in os.supports_dir_fd:  # not on Windows
+            descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
+            self._at = {"dir_fd": descriptor}
+            weakref.finalize(self, os.close, descriptor)
+
+    def _name(self, name: str) -> str:
+        return name if self._at else str(self.path / name)
+
+    def create(self, name: str) -> IO[bytes]:
+        """Make a new file; one that is there, or a link, is an error."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        return open(os.open(self._name(name), flags, 0o666, **self._at), "wb")
+
+    @contextlib.contextmanager
+    def replace(self, name: str) -> Iterator[IO[bytes]]:
+        """Give a file to write to, which takes the place of `name` once it is complete."""
+        new = f"{os.urandom(16).hex()}.part"
+        ends = {"src_dir_fd": self._at["dir_fd"], "dst_dir_fd": self._at["dir_fd"]} if self._at else {}
+        try:
+            with self.create(new) as file:
+                yield file
+            os.replace(self._name(new), self._name(name), **ends)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(self._name(new), **self._at)
+            raise
 
 
-class Spill:
-    """The whole text of a call that is too long to be returned: in memory up to `limit`, then in a file."""
+class CallFiles:
+    """What one call writes: its pictures and other files, and its whole text if that is too long to be returned."""
 
-    def __init__(self, directory: Path, limit: int | None) -> None:
-        self._directory, self._limit = directory, limit
-        self._parts: list[str] = []
-        self._size = 0
-        self._file: TextIO | None = None
+    def __init__(self, folder: Folder, limit: int | None) -> None:
+        """`limit`: characters of text that are kept in memory, None for all."""
+        self._folder, self._limit = folder, limit
+        self.paths: list[str] = []
+        self._room = MAX_FILE_BYTES
+        self._text: list[str] = []  # not written yet
+        self._size = 0  # characters of all text
+        self._file: IO[bytes] | None = None
+        self._text_path = ""
         self._trouble = ""
-        self.path = ""
 
-    def add(self, output: Json) -> None:
-        """Take an output as it comes; an OnOutput."""
+    def save(self, data: Json) -> str | None:
+        """Write the best representation of a MIME bundle that belongs into a file, under a name of our own.
+
+        Returns the line that names the file, or says what went wrong; None if text is the best there is.
+        """
+        best = best_file(data)
+        if best is None:
+            return None
+        word, suffix, content = best
+        path = self._folder.path / f"{os.urandom(16).hex()}{suffix}"
+        try:
+            if len(self.paths) >= MAX_FILES:
+                raise ValueError(f"a call may write {MAX_FILES} files")
+            written = file_bytes(suffix, content)
+            if len(written) > self._room:
+                raise ValueError(f"a call may write {MAX_FILE_BYTES // 2**20} MB")
+            with self._folder.replace(path.name) as file:
+                file.write(written)
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{word} data could not be saved: {error}"
+        self._room -= len(written)
+        self.paths.append(str(path))
+        return f"{word} data saved to {path}"
+
+    def record(self, output: Json) -> None:
+        """Take the text of an output as it comes; an OutputHook."""
         if self._limit is not None and output["output_type"] not in ("clear_output", "update_display_data"):
             is_stream = output["output_type"] == "stream"
-            self._write(strip_ansi(output["text"]) if is_stream else render([output], "", lambda data: None) + "\n")
+            text = output["text"].replace("\r\n", "\n").replace("\r", "\n") if is_stream else ""
+            self._add(clean_text(text) if is_stream else render([output], "", lambda data: None) + "\n")
 
-    def _write(self, text: str) -> None:
+    def _add(self, text: str) -> None:
         before, self._size = self._size, self._size + len(text)
         if before >= MAX_SPILL or self._trouble:
             return
-        self._parts.append(text[: MAX_SPILL - before])
+        self._text.append(text[: MAX_SPILL - before])
         if self._size > (self._limit or 0):
             try:
                 self._flush()
@@ -4840,21 +5183,22 @@ class Spill:
 
     def _flush(self) -> None:
         if self._file is None:
-            self.path = str(self._directory.absolute() / f"{os.urandom(16).hex()}.txt")
-            self._file = open(self.path, "w", encoding="utf-8", errors="replace", newline="")  # noqa: SIM115
-        self._file.write("".join(self._parts))
+            name = f"{os.urandom(16).hex()}.txt"
+            self._file, self._text_path = self._folder.create(name), str(self._folder.path / name)
+        self._file.write("".join(self._text).encode("utf-8", "replace"))
         self._file.flush()
-        self._parts.clear()
+        self._text.clear()
 
     def close(self) -> str:
-        """Say where the text is, for the mark in what is returned."""
+        """Say where the whole text is, for the mark in what is returned."""
         if self._file:
+            self.paths.append(self._text_path)
             with contextlib.suppress(OSError):
                 self._file.close()
         if self._trouble:
             return f"the full text could not be saved: {self._trouble}"
         beyond = f" (its first {MAX_SPILL} characters)" if self._size > MAX_SPILL else ""
-        return f"the full text is in {self.path}{beyond}"
+        return f"the full text is in {self._text_path}{beyond}" if self._file else ""
 
 
 class Journal:
@@ -4862,30 +5206,49 @@ class Journal:
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
+        self._size = 0
+        self._trouble = ""  # why cells are missing
 
     def add(self, code: str, result: ExecutionResult) -> None:
-        if self._file is None:
-            import tempfile
+        """Keep a cell. A full disk, or an output that cannot be written, costs its place here, not its result."""
+        try:
+            line = self._line(code, result.execution_count, list(map(_notebook_output, result.outputs)), result.note)
+            if self._size + len(line) > MAX_FILE_BYTES:
+                line = self._line(code, result.execution_count, [], "The outputs of this cell were not kept: too large")
+            if self._file is None:
+                import tempfile
 
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
-            weakref.finalize(self, self._file.close)
-        outputs = list(map(_notebook_output, result.outputs))
-        if result.note:
-            outputs.append({"output_type": "stream", "name": "stderr", "text": result.note})
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
+                weakref.finalize(self, self._file.close)
+            self._file.seek(self._size)
+            self._file.write(line)
+            self._file.flush()
+            self._size += len(line)
+        except (OSError, ValueError, RecursionError) as error:
+            self._trouble = str(error)
+            logger.warning("A cell is not kept for the notebook: %s", error)
+
+    def _line(self, code: str, count: int | None, outputs: list[Json], note: str) -> bytes:
+        outputs += [{"output_type": "stream", "name": "stderr", "text": note}] * bool(note)
         cell = {"cell_type": "code", "id": os.urandom(4).hex(), "metadata": {}, "source": code, "outputs": outputs}
-        self._file.seek(0, os.SEEK_END)
-        self._file.write(dump_json(cell | {"execution_count": result.execution_count}) + b"\n")
+        return dump_json(cell | {"execution_count": count}) + b"\n"
 
-    def save(self, path: str | os.PathLike[str], metadata: Json) -> None:
+    def write(self, file: IO[bytes], metadata: Json) -> None:
         """Write a notebook. Spec: https://nbformat.readthedocs.io/en/latest/format_description.html"""
-        with open(path, "wb") as file:
-            head = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata}
-            file.write(dump_json(head)[:-1] + b',"cells":[\n')
-            if self._file:
-                self._file.seek(0)
-                for number, line in enumerate(self._file):
-                    file.write((b"," if number else b"") + line)
-            file.write(b"]}\n")
+        head = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata}
+        file.write(dump_json(head)[:-1] + b',"cells":[\n')
+        left, comma = self._size, b""
+        if self._file:
+            self._file.seek(0)
+            while left > 0:
+                line = self._file.readline()
+                file.write(comma + line)
+                left, comma = left - len(line), b","
+        if self._trouble:
+            source = f"Cells are missing here, since they could not be kept: {self._trouble}"
+            cell = {"cell_type": "markdown", "id": "missing", "metadata": {}, "source": source}
+            file.write(comma + dump_json(cell))
+        file.write(b"]}\n")
 
 
 def _notebook_output(output: Json) -> Json:
@@ -5031,7 +5394,7 @@ class JupyterCodeExecutor:
     UserCapability = _UserCapability
     CODE_WRITER_SYSTEM_MESSAGE = CODE_WRITER_SYSTEM_MESSAGE
 
-    _SLOTS = "_functions", "_hooks", "_journal", "_kernel", "_lock", "_output_dir", "_own_server", "_server"
+    _SLOTS = "_folder", "_functions", "_hooks", "_journal", "_kernel", "_lock", "_output_dir", "_own_server", "_server"
     __slots__ = ("__dict__", "__weakref__", *_SLOTS)
 
     def __init__(
@@ -5051,6 +5414,7 @@ class JupyterCodeExecutor:
         self._output_dir = Path(output_dir)
         if not self._output_dir.is_dir():
             raise ValueError(f"Output directory {output_dir} does not exist.")
+        self._folder = Folder(self._output_dir)
         self._timeout = timeout
         self._kernel_name = kernel_name
         self._max_output = max_output
@@ -5126,31 +5490,27 @@ class JupyterCodeExecutor:
         if not all(hasattr(block, "code") and hasattr(block, "language") for block in code_blocks):
             raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
         texts: list[str] = []
-        files: list[str] = []
         exit_code, state = 0, "intact"
-        spill = Spill(self._output_dir, self._max_output)
+        files = CallFiles(self._folder, self._max_output)
+        gaps: list[int] = []
         with self._lock:
             self._check_usable()
             for block in code_blocks:
-                result = self._execute_block(block, spill)
-                texts.append(render(result.outputs, result.note, functools.partial(self._save, files)))
+                result = self._execute_block(block, files)
+                note = "" if result.note == TRUNCATED else result.note  # the mark says more
+                texts.append(render(result.outputs, note, files.save))
+                gaps += [result.missing] * result.truncated
                 exit_code, state = result.exit_code, result.kernel_state
                 if result.status != "ok":
                     break
-        where = spill.close()
-        text = shorten("\n".join(texts), self._max_output, where)
-        return CodeResult(exit_code, text, files + [spill.path] * bool(spill.path), state)
+        text = shorten("\n".join(texts), self._max_output, gaps, files.close())
+        return CodeResult(exit_code, text, files.paths, state)
 
-    def _execute_block(self, block: Any, spill: Spill) -> ExecutionResult:
-        def on_output(output: Json) -> None:
-            spill.add(output)
-            if self._hooks[0]:
-                self._hooks[0](output)
-
+    def _execute_block(self, block: Any, files: CallFiles) -> ExecutionResult:
         try:
             self._make_ready()
             cell = cell_of(block, self._kernel_name, self._kernel.language)
-            result = self.execute(cell, on_output=on_output)
+            result = self._execute(cell, record=files.record)
             if (error := result.error) and error["ename"] == "ShellExit":
                 result.outputs.remove(error)
                 if result.status == "error":
@@ -5160,11 +5520,6 @@ class JupyterCodeExecutor:
             return ExecutionResult("error", 1, "intact", str(error), [])
         except JupyterExecError as error:
             return ExecutionResult("died", 1, "lost", str(error), [])
-
-    def _save(self, files: list[str], data: Json) -> str | None:
-        sentence, path = save_bundle(data, self._output_dir) or (None, "")
-        files += [path] * bool(path)
-        return sentence
 
     def execute(
         self,
@@ -5178,18 +5533,28 @@ class JupyterCodeExecutor:
 
         Raises: KernelError if no kernel could be had, ConnectionClosed if the server is gone.
         """
+        return self._execute(code, timeout, on_output, on_input)
+
+    def _execute(
+        self,
+        code: str,
+        timeout: float | None = None,
+        on_output: OutputHook | None = None,
+        on_input: InputHook | None = None,
+        record: OutputHook | None = None,
+    ) -> ExecutionResult:
         with self._lock:
             self._check_usable()
             self._make_ready()
-            result = self._kernel.execute(
+            return self._kernel.execute(
                 code,
                 self._timeout if timeout is None else timeout,
                 max_output=self._max_output,
                 on_output=on_output or self._hooks[0],
                 on_input=on_input or self._hooks[1],
+                record=record,
+                on_result=functools.partial(self._journal.add, code),
             )
-            self._journal.add(code, result)
-            return result
 
     def _make_ready(self) -> None:
         """Have a kernel that answers, with our functions in it."""
@@ -5198,9 +5563,11 @@ class JupyterCodeExecutor:
         if not self._kernel.ready:
             self._kernel.wait_ready(Deadline(START_TIMEOUT))
             if self._functions:
+                self._kernel.ready = False  # until they are there, whatever ends this
                 result = self._kernel.execute(self._prelude(), START_TIMEOUT, silent=True, store_history=False)
                 if result.status != "ok":
                     raise JupyterExecError(f"The functions could not be defined in the kernel: {result.text}")
+                self._kernel.ready = True
 
     def save_notebook(self, path: str | os.PathLike[str]) -> None:
         """Write the session so far as a notebook: each cell with its outputs, failed and timed-out ones too.
@@ -5211,7 +5578,14 @@ class JupyterCodeExecutor:
             metadata: Json = {"kernelspec": {"name": self._kernel_name, "display_name": self._kernel_name}}
             if self._kernel.language:
                 metadata["language_info"] = {"name": self._kernel.language}
-            self._journal.save(path, metadata)
+            path = Path(path).absolute()
+            if path.parent == Path("/dev"):  # not to be replaced
+                with open(path, "wb") as file:
+                    self._journal.write(file, metadata)
+                return
+            folder = self._folder if path.parent == self._folder.path else Folder(path.parent)
+            with folder.replace(path.name) as file:
+                self._journal.write(file, metadata)
 
     def interrupt(self) -> None:
         """Interrupt the running cell, from any thread; its variables are kept."""
@@ -5399,7 +5773,7 @@ class LivePrinter:
     """
 
     def __init__(self, directory: Path, blocks: int) -> None:
-        self._directory, self._blocks = directory, blocks
+        self._files, self._blocks = CallFiles(Folder(directory), None), blocks
         self._block = 0
         self._line_open = False
         self._lock = threading.Lock()
@@ -5429,10 +5803,7 @@ class LivePrinter:
         elif output["output_type"] == "error":
             self.line(render([output], "", lambda data: None), sys.stderr)
         elif output["output_type"] != "clear_output":
-            self.line(render([output], "", self._save), sys.stdout)
-
-    def _save(self, data: Json) -> str | None:
-        return (save_bundle(data, self._directory) or (None, ""))[0]
+            self.line(render([output], "", self._files.save), sys.stdout)
 
     def line(self, text: str, stream: TextIO) -> None:
         self._write(stream, ("\n" if self._line_open else "") + text + "\n")
@@ -5562,7 +5933,7 @@ def _run(options: argparse.Namespace) -> int:
 def _run_live(executor: JupyterCodeExecutor, blocks: Iterable[CodeBlock], printer: LivePrinter) -> int:
     for block in blocks:
         printer.begin()
-        result = executor._execute_block(block, Spill(Path("."), None))
+        result = executor._execute_block(block, printer._files)
         if result.note:
             printer.line(f"jupyter-exec: {result.note}", sys.stderr)
         if result.status != "ok":
