@@ -115,7 +115,7 @@ MAILBOX_LIMIT = (
 MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
 MAX_SPILL = 256 * 2**20  # characters of such a file
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
-MAX_KEPT = 256 * 2**20  # bytes of a cell's outputs other than streams that are kept
+MAX_KEPT = 128 * 2**20  # bytes of a cell's outputs other than streams that are kept
 MAX_LINE = 2**20  # characters of a line that a carriage return or backspaces can still erase
 LINE_PIECE = 256  # characters of such a line that are copied at a time
 TEXT_PIECE = 4096  # characters of a stream up to which what follows is joined at once
@@ -1990,14 +1990,15 @@ def _size_of(item: MailItem) -> int:
 
 
 def _is_reply(item: MailItem) -> bool:
-    return isinstance(item, tuple) and (
-        item[0] == "shell" or (item[0] == "WebSocket" and _names(item, "execute_reply"))
-    )
+    return isinstance(item, tuple) and item[0] in ("shell", "WebSocket") and _names(item, "execute_reply")
+
+
+_VITAL = ("_reply", "status", "error", "input_request", "execute_result")
 
 
 def _is_vital(item: RawMessage, size: int) -> bool:
-    """Whether a message is small, and by its words none of output: a cell could not end without it."""
-    return size < LARGE_PART and any(_names(item, word) for word in ("_reply", "status", "error", "input_request"))
+    """Whether a message is small, and by its words one that ends a cell or says how it ended."""
+    return size < LARGE_PART and any(_names(item, word) for word in _VITAL)
 
 
 def _names(item: RawMessage, word: str) -> bool:
@@ -2389,11 +2390,12 @@ class Hooks:
     ) -> None:
         self._on_output, self._on_input, self._record = on_output, on_input, record
         self.slow = bool(on_output or on_input)  # code of others, which may take its time
+        self.muted = False  # it took too much
 
     def show(self, output: Json) -> None:
         if self._record:
             self._record(output)
-        if self._on_output:
+        if self._on_output and not self.muted:
             try:
                 self._on_output(output)
             except Exception:
@@ -2422,7 +2424,7 @@ class Watch:
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
         self.deadline = Deadline(seconds)
-        self.extended = False  # since the cell had ended before
+        self.reading: Deadline | None = None  # of slow hooks, after a cell's end
         self.grace: Deadline | None = None  # of an interrupted cell to end by itself
         self.overdue: Deadline | None = None  # of the missing one of reply and idle
 
@@ -2586,10 +2588,10 @@ class KernelClient:
         while not execution.done:
             item = self._mailbox.get(watch.wait(execution.half_done))
             for _ in self._take(item, execution, hooks):
-                if not self._climb(execution, watch):
+                if not self._climb(execution, watch, hooks):
                     return
 
-    def _climb(self, execution: Execution, watch: Watch) -> bool:
+    def _climb(self, execution: Execution, watch: Watch, hooks: Hooks) -> bool:
         """Do what is due by now; returns whether to go on."""
         if not execution.half_done:
             watch.overdue = None
@@ -2602,11 +2604,16 @@ class KernelClient:
         elif watch.overdue and watch.overdue.expired:
             self._fence(execution)
             watch.overdue = Deadline(FENCE_DELAY)
-        elif watch.grace is None and watch.deadline.expired:
+        elif not (watch.grace or watch.deadline).expired:
+            pass
+        elif self._mailbox.answered:  # the cell has ended; a slow hook kept this thread from seeing it
+            watch.reading = watch.reading or Deadline(INTERRUPT_GRACE)
+            hooks.muted = watch.reading.expired
+        elif watch.grace is None:
             self._time_out(execution, watch)
-        elif watch.grace and watch.grace.expired:
-            if not self._control.owned:
-                return False
+        elif not self._control.owned:
+            return False
+        else:
             self._kill(execution)
         return True
 
@@ -2614,8 +2621,7 @@ class KernelClient:
         """Interrupt a cell whose time is over; in the caller's thread or that of a timer."""
         if execution.done:
             return
-        if self._mailbox.answered and not watch.extended:  # it has ended in time, which a slow hook has yet to see
-            watch.extended, watch.deadline = True, Deadline(INTERRUPT_GRACE)
+        if self._mailbox.answered:  # it has ended in time
             return
         execution.timed_out = watch.seconds
         self._stop_cell(execution)

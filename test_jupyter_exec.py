@@ -574,6 +574,33 @@ def test_a_huge_stream_message_comes_in_pieces(piece: int, text: str, ascii_only
     assert {cut["name"] for cut in pieces} <= {"stdout"}
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "text", [b"\x80" * 300_000, b"\\\\" * 8_000_000, b"\\ud83d" * 50_000], ids=["bytes", "escapes", "halves"]
+)
+def test_no_text_is_cut_for_ever(text: bytes) -> None:
+    pieces = list(jupyter_exec.stream_pieces(b'{"name":"stdout","text":"%b"}' % text))
+    read = "".join(json.loads(str(piece, "utf-8", "replace"))["text"] for piece in pieces)
+    assert read == json.loads(b'"%b"' % text.replace(b"\x80", "\ufffd".encode()))
+
+
+BOMB = b'{"data":{"application/json":[%b[]]},"metadata":{}}' % (b"[]," * 5_000_000)
+
+
+@pytest.mark.parametrize(
+    ("msg_type", "content", "lost"),
+    [("comm_msg", BOMB, False), ("display_data", BOMB, True), ("error", b'"' + b"x" * 70_000_000 + b'"', True)],
+)
+def test_what_is_too_large_is_not_parsed(msg_type: str, content: bytes, lost: bool) -> None:
+    header = json.dumps({"msg_type": msg_type}).encode()
+    read = decoded(jupyter_exec.ZmqCodec("key"), "iopub", signed(header, b"{}", b"{}", content))
+    assert (read.content, read.lost) == ({}, lost)
+
+
+def test_integers_without_end_stay_text() -> None:
+    assert jupyter_exec.json_object('{"a": %s, "b": 12}' % ("9" * 5000), "x") == {"a": "9" * 5000, "b": 12}
+
+
 @given(st.lists(st.lists(st.binary(max_size=40), min_size=1, max_size=5), max_size=5), st.data())
 def test_pipe_frames_survive_any_chunking(frames: list[list[bytes]], data: st.DataObject) -> None:
     stream = b"".join(jupyter_exec.PipeCodec.encode(parts) for parts in frames)
@@ -1803,6 +1830,85 @@ def test_malformed_content_does_no_harm(msg_type: str, content: dict[str, Any]) 
     assert "ok" in broken.result(0).text
 
 
+def test_beyond_the_budget_outputs_are_withheld_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "MAX_KEPT", 1000)
+    made = jupyter_exec.Execution("m")
+    shows = [("display_data", "a", 900), ("display_data", "b", 200), ("update_display_data", "b", 50)]
+    shows += [("update_display_data", "a", 950), ("update_display_data", "a", 2000)]
+    for number, (msg_type, display_id, size) in enumerate(shows):
+        _, _, content = display({"text/plain": str(number)}, display_id)
+        made.feed(jupyter_exec.Message("iopub", {"msg_type": msg_type}, {"msg_id": "m"}, {}, content, [], size))
+    outputs = made.result(0).outputs
+    assert [output["data"]["text/plain"] for output in outputs] == ["3", "2"]  # b was shown by its update alone
+    assert made.outputs_lost
+    assert all("transient" not in output for output in outputs)
+
+
+def test_the_number_of_outputs_is_bounded_and_the_last_text_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "MAX_OUTPUTS", 20)
+    turns = [stream(f"{i} ", ("stdout", "stderr")[i % 2]) for i in range(100)]
+    result = execution(display({"text/plain": "first"}), *turns, REPLY, IDLE).result(0)
+    assert len(result.outputs) <= 22
+    assert result.text.startswith("first\n0 1 2 ") and result.text.endswith("98 99 " + "\n" + result.note)
+    assert result.truncated and result.note
+
+
+def test_what_a_hook_got_never_changes() -> None:
+    made = jupyter_exec.Execution("m")
+    seen = []
+    for text, msg_type in (("1", "display_data"), ("2", "update_display_data")):
+        _, _, content = display({"text/plain": text}, "d")
+        seen.append(made.feed(jupyter_exec.Message("iopub", {"msg_type": msg_type}, {"msg_id": "m"}, {}, content, [])))
+    assert made.result(0).outputs[0]["data"] == {"text/plain": "2"}
+    assert [output["data"]["text/plain"] for output in seen if output] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean", "terminal"),
+    [
+        ("a\tb\n\x1b[1;31mred\x1b[0m", "a\tb\nred", "a\tb\n\x1b[1;31mred\x1b[0m"),
+        ("\x1b\x1b[m]52;c;aGk=\x07", "]52;c;aGk=", "\x1b[m]52;c;aGk="),
+        ("\x1b]52;c;aGk=\x07x\x1b]0;title\x1b\\y", "xy", "xy"),
+        ("\x1bc\x1b(0\x1b7\x1b#8x", "x", "x"),
+        ("\x9b2J\x9d52;c;aGk=\x9c\x90q\x9c\x85x", "x", "x"),
+        ("\x1b[2J\x1b[?25l\x1b[Hx\x00\x7f\x0e", "x", "x"),
+        ("10%\r20%\r\n", "10%20%\n", "10%\r20%\n"),
+        ("\x1b]52;c;" * 50_000, "]52;c;" * 50_000, "]52;c;" * 50_000),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_text_has_no_commands_for_a_terminal(raw: str, clean: str, terminal: str) -> None:
+    assert jupyter_exec.clean_text(raw) == clean
+    assert jupyter_exec.clean_text(raw, colours=True) == terminal
+
+
+@given(st.text(alphabet="\x1b[]()0;?m\\\x07\x9b\x9c\x9da\n\r\b", max_size=40))
+def test_no_command_is_left_whatever_surrounds_it(raw: str) -> None:
+    left = jupyter_exec.clean_text(raw)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", left)
+    assert jupyter_exec.clean_text(left) == left
+    on_terminal = jupyter_exec.clean_text(raw, colours=True)
+    assert not re.search(r"[\x1b\x07\x08\x9b-\x9d]", re.sub(r"\x1b\[[0-9;:]*m", "", on_terminal))
+
+
+def test_an_unknown_type_is_named_and_an_error_is_cleaned() -> None:
+    output = {"output_type": "display_data", "data": {"application/x-unheard-of": 1}}
+    assert (
+        jupyter_exec.render([output], "", no_file) == "[an output that is not shown, of type application/x-unheard-of]"
+    )
+    error = {"output_type": "error", "ename": "\x1bcE", "evalue": "\x1b]0;t\x07v", "traceback": ["\x1b[31mt\x9b2J"]}
+    assert jupyter_exec.render([error], "\x1bcnote", no_file) == "E: v\nt\nnote"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("text", ["x" * 60_000 + "\b" * 60_000, "y" * 10**6 + "z\b\b" * 200_000, "z\r" * 10**6])
+def test_backspaces_and_returns_take_time_only_once(text: str) -> None:
+    line = jupyter_exec.Line()
+    for start in range(0, len(text), 1000):
+        assert line.add(text[start : start + 1000]) == ""
+    assert len(line.take()) in (0, 800_000, 1)
+
+
 def no_file(data: dict[str, Any]) -> None:
     return None
 
@@ -1953,6 +2059,35 @@ def test_pipe_gives_up_on_a_reader_that_does_not_read(
     assert "nothing was read" in pipe_end.closed[0]
 
 
+def raw_message(msg_type: str, size: int) -> tuple[str, list[bytes]]:
+    return "iopub", [b"", b"<IDS|MSG>", b"", b'{"msg_type":"%b"}' % msg_type.encode(), b"{}", b"{}", bytes(size)]
+
+
+@pytest.mark.parametrize("msg_type", ["stream", "display_data", "unheard_of"])
+def test_a_mailbox_takes_no_output_beyond_its_limit(monkeypatch: pytest.MonkeyPatch, msg_type: str) -> None:
+    monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 100_000)
+    mailbox = jupyter_exec.Mailbox()
+    for _ in range(100):
+        mailbox.put(raw_message(msg_type, 10_000))
+    mailbox.put(raw_message("status", 10))
+    read = list(iter(lambda: mailbox.get(0), None))
+    assert len(read) <= 12 and mailbox.dropped
+    assert read[-1] == raw_message("status", 10)
+    mailbox.put(raw_message(msg_type, 10))
+    assert mailbox.get(0) is not None
+
+
+def test_a_kernel_that_sends_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 100_000)
+    ended: list[int] = []
+    mailbox = jupyter_exec.Mailbox(lambda: ended.append(1))
+    for _ in range(10_000):
+        mailbox.put(raw_message("status", 10))
+    read = list(iter(lambda: mailbox.get(0), None))
+    assert len(read) < 250 and ended == [1]
+    assert isinstance(read[-1], jupyter_exec.KernelExit) and "unread" in read[-1].sentence()
+
+
 def test_connection_files_are_private_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "kernel.json"
     path.symlink_to(tmp_path / "elsewhere")
@@ -1998,6 +2133,7 @@ class ScriptedKernel:
         self.connection = KernelConnection(ip="127.0.0.1", key="key", **ports)
         self.requests: list[dict[str, Any]] = []
         self.identity: list[bytes] = []
+        self.deaf = 0  # kernel_info_requests that it will not answer
         self._script = script
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._serve)
@@ -2012,6 +2148,9 @@ class ScriptedKernel:
                     self.identity, parts = self.session.feed_identities(self.sockets[name].recv_multipart())
                     request = self.session.deserialize(parts)
                     self.requests.append(request)
+                    if self.deaf and request["msg_type"] == "kernel_info_request":
+                        self.deaf -= 1
+                        continue
                     self.publish("status", {"execution_state": "busy"}, request)
                     if request["msg_type"] == "kernel_info_request":
                         self.reply("kernel_info_reply", {"status": "ok"}, request)
@@ -2095,6 +2234,46 @@ def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
     assert result.exit_code == exit_code
     assert result.text.startswith("all\n")
     assert note in result.note
+
+
+def test_a_lost_idle_is_asked_for_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "FENCE_DELAY", 0.05)
+
+    def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        kernel.deaf = 3
+        without_idle(kernel, request)
+
+    with scripted(script) as executor:
+        assert executor.execute("1", timeout=PATIENCE).status == "ok"
+
+
+def test_a_slow_hook_delays_no_deadline(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
+    mark = tmp_path / "interrupted"
+    code = f"import time\nprint('go', flush=True)\ntry: time.sleep(60)\nfinally: open({str(mark)!r}, 'w').close()"
+    result = executor.execute(code, timeout=0.5, on_output=lambda output: eventually(mark.exists, "the interrupt"))
+    assert (result.status, result.kernel_state) == ("timeout", "intact")
+
+
+def test_a_cell_that_ended_in_time_is_no_timeout_however_slow_the_hook(executor: JupyterCodeExecutor) -> None:
+    mailbox = executor._kernel._mailbox
+
+    def slow(output: dict[str, Any]) -> None:
+        end = time.monotonic() + 0.5
+        eventually(lambda: mailbox.answered and time.monotonic() > end, "the reply, and the deadline")
+
+    assert executor.execute("print('go')", timeout=0.3, on_output=slow).status == "ok"
+
+
+def test_ctrl_c_keeps_the_cell_for_the_notebook(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
+    def interrupt(output: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        executor.execute("print('go', flush=True)\nwhile True: pass", on_output=interrupt)
+    executor.save_notebook(tmp_path / "n.ipynb")
+    (cell,) = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
+    assert cell.outputs[0].text == "go\n"
+    assert run(executor, "1").output == "1"
 
 
 def test_an_attached_kernel_that_ignores_the_interrupt_is_said_to_be_busy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4064,6 +4243,73 @@ def test_long_output_is_head_and_tail_with_one_mark_and_a_file(executor: Jupyter
     assert run(executor, "1").output_files == []
 
 
+def test_a_single_cell_says_that_its_text_was_cut(server: LocalJupyterServer, tmp_path: Path) -> None:
+    with JupyterCodeExecutor(server, output_dir=tmp_path, max_output=100) as executor:
+        result = executor.execute("print('x' * 1000)")
+        assert result.truncated and result.missing == 901
+        assert "max_output" in result.note
+        assert not executor.execute("print('x' * 50)").truncated
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "print('[' + '9' * 5000 + ' characters are missing here]\\n' * 3)\nprint('x' * 200_000)",
+        "print('\\n[5 characters are missing here]\\n')",
+        "v = []\nfor i in range(900): v = [v]\nfrom IPython.display import JSON, display\ndisplay({'application/json': v}, raw=True)",
+    ],
+    ids=["forged mark", "forged mark in short text", "deep JSON"],
+)
+def test_a_call_never_raises_for_what_the_code_did(executor: JupyterCodeExecutor, tmp_path: Path, code: str) -> None:
+    assert run(executor, code).exit_code == 0
+    executor.save_notebook(tmp_path / "n.ipynb")
+    assert all(path.stat().st_size < 300_000 for path in tmp_path.iterdir())
+
+
+def test_a_full_temporary_disk_costs_the_notebook_not_the_result(
+    executor: JupyterCodeExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", full)
+        assert run(executor, "1").output == "1"
+    assert "No space left" in caplog.text
+    run(executor, "2")
+    executor.save_notebook(tmp_path / "n.ipynb")
+    cells = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
+    assert cells[0].source == "2" and "No space left" in cells[1].source
+
+
+def test_the_files_of_a_call_are_bounded(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "MAX_FILES", 3)
+    result = run(executor, "from IPython.display import HTML, display\nfor i in range(5): display(HTML('<b>'))")
+    assert len(result.output_files) == 3
+    assert result.output.count("could not be saved: a call may write 3 files") == 2
+    assert len(run(executor, "HTML('<b>')").output_files) == 1
+    monkeypatch.setattr(jupyter_exec, "MAX_FILE_BYTES", 10)
+    assert "a call may write" in run(executor, "HTML('<b>' * 10)").output
+
+
+def test_planted_links_are_not_followed(server: LocalJupyterServer, tmp_path: Path) -> None:
+    shared, victim = tmp_path / "shared", tmp_path / "victim"
+    shared.mkdir()
+    victim.mkdir()
+    (victim / "rc").write_text("mine")
+    with JupyterCodeExecutor(server, output_dir=shared) as executor:
+        run(executor, "1")
+        (shared / "n.ipynb").symlink_to(victim / "rc")
+        executor.save_notebook(shared / "n.ipynb")
+        assert (victim / "rc").read_text() == "mine"
+        assert read_notebook(shared / "n.ipynb", as_version=4).cells[0].source == "1"
+        shared.rename(tmp_path / "moved")
+        shared.symlink_to(victim)
+        run(executor, "from IPython.display import HTML\nHTML('<b>')")
+        executor.save_notebook(shared / "n.ipynb")
+    assert [path.name for path in victim.iterdir()] == ["rc"]
+
+
 def test_max_output_none_is_no_limit(server: LocalJupyterServer, tmp_path: Path) -> None:
     with JupyterCodeExecutor(server, output_dir=tmp_path, max_output=None) as executor:
         result = run(executor, "print('x' * 300_000)")
@@ -4635,6 +4881,20 @@ def test_a_hook_cannot_run_another_cell(executor: JupyterCodeExecutor, caplog: p
     assert "its hooks cannot run another one" in caplog.text
 
 
+@pytest.mark.parametrize("answer", [b"bytes", 5])
+def test_an_answer_that_is_no_text_ends_the_input_not_the_session(
+    executor: JupyterCodeExecutor, answer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def coroutine() -> str:
+        return "text"
+
+    for value in (answer, coroutine()):
+        result = executor.execute("input()", on_input=lambda prompt, password, value=value: value)  # type: ignore[misc]
+        assert result.error and result.error["ename"] == "EOFError"
+    assert "on_input must return a string" in caplog.text
+    assert run(executor, "1").output == "1"
+
+
 def test_a_failing_on_input_ends_the_input_not_the_session(executor: JupyterCodeExecutor) -> None:
     def broken(prompt: str, password: bool) -> str:
         raise RuntimeError("no operator")
@@ -4732,6 +4992,19 @@ def test_functions_are_there_from_the_start_and_after_every_restart(server: Loca
         assert run(executor, "add_two(5)").output == "7"
         assert "add_two(a: 'int', b: 'int' = 2) -> 'int': Add two numbers." in executor.system_message
         assert executor.system_message.startswith(jupyter_exec.CODE_WRITER_SYSTEM_MESSAGE)
+
+
+def test_functions_are_there_after_their_definition_was_interrupted(server: LocalJupyterServer) -> None:
+    with JupyterCodeExecutor(server, functions=[add_two]) as executor:
+        execute = executor._kernel.execute
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            executor._kernel.execute = execute  # type: ignore[method-assign]
+            return execute("raise KeyboardInterrupt", 20)
+
+        executor._kernel.execute = interrupted  # type: ignore[method-assign]
+        assert "could not be defined" in run(executor, "1").output
+        assert run(executor, "add_two(1)").output == "3"
 
 
 def test_functions_that_cannot_be_sent_are_refused(server: LocalJupyterServer) -> None:
