@@ -4340,6 +4340,62 @@ def test_memory_stays_bounded_however_much_is_printed(tmp_path: Path) -> None:
     assert Path(one[2]).stat().st_size == 200_000_001
 
 
+SEND = """
+    k, end = get_ipython().kernel, __import__("time").time() + 2
+    def send(msg_type, plain, number=1, **more):
+        content = {"data": {"text/plain": plain}, "metadata": {}, "transient": {"display_id": str(number)}} | more
+        k.session.send(k.iopub_socket, msg_type, content, parent=k.get_parent())
+    def during(step):
+        number = 0
+        while __import__("time").time() < end: step(number := number + 1)
+"""
+FLOODS = {
+    "stdout and stderr in turns": "during(lambda n: send('stream', '', name=('stdout', 'stderr')[n % 2], text='x' * 50_000))",
+    "JSON": "v = [[]] * 10_000; during(lambda n: send('display_data', '', data={'application/json': v}))",
+    "metadata": "during(lambda n: send('display_data', '', metadata={'m': 'x' * 1_000_000}))",
+    "a comm": "send('comm_msg', '', data=[[]] * 20_000_000)",
+    "updates": "during(lambda n: send('update_display_data', 'x' * 1_000_000, n))",
+    "errors": "during(lambda n: send('error', '', ename='E', evalue='x' * 1_000_000))",
+    "displays": "during(lambda n: send('display_data', 'x' * 1_000_000, n))",
+    "one display shown often": "during(lambda n: send(('display_data', 'update_display_data')[n % 2], 'x' * 10_000))",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", FLOODS.values(), ids=FLOODS.keys())
+def test_no_flood_grows_the_client_by_more_than_300_megabytes(code: str, tmp_path: Path) -> None:
+    program = """
+        import resource, sys, jupyter_exec
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        with jupyter_exec.LocalJupyterServer() as server:
+            executor = jupyter_exec.JupyterCodeExecutor(server, output_dir=sys.argv[1])
+            executor.execute("1")
+            before = peak()
+            result = executor.execute_code_blocks([jupyter_exec.CodeBlock(sys.argv[2])])
+            print(result.exit_code, peak() - before)
+    """
+    exit_code, growth = run_python(program, str(tmp_path), textwrap.dedent(SEND) + code).stdout.split()
+    assert exit_code == "0"
+    assert int(growth) < 300
+
+
+@pytest.mark.slow
+def test_a_thread_that_shows_things_while_no_cell_runs_is_bounded(tmp_path: Path) -> None:
+    program = """
+        import resource, sys, time, jupyter_exec
+        server = jupyter_exec.LocalJupyterServer()
+        executor = jupyter_exec.JupyterCodeExecutor(server, output_dir=sys.argv[1])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        executor.execute(sys.argv[2] + "import threading; threading.Thread(target=during, args=(lambda n: send('display_data', 'x' * 100_000, n),)).start()")
+        while not executor._kernel._mailbox.dropped: time.sleep(0.01)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, executor.execute("6 * 7").status)
+        server.stop()
+    """
+    growth, status = run_python(program, str(tmp_path), textwrap.dedent(SEND)).stdout.split()
+    assert int(growth) < 300 and status == "ok"
+
+
 @pytest.mark.parametrize(
     ("raw", "left"),
     [
@@ -5708,3 +5764,36 @@ def test_bench_many_kernels(benchmark: Any, count: int, rivals: Callable[[str], 
         list(pool.map(end, executors))
     rate = 20 * count / benchmark.stats.stats.median
     print(f"\n{count} kernels: {took / count * 1000:.0f} ms and {pss:.1f} MB PSS each, {rate:.0f} cells/s over all")
+
+
+def feed_many(count: int, *messages: tuple[str, str, dict[str, Any]]) -> None:
+    """What the client does with `count` messages, from its outputs to its text."""
+    made = execution(*itertools.islice(itertools.cycle(messages), count), REPLY, IDLE)
+    assert made.result(0).text
+
+
+LINEAR = {
+    "lines": [stream("a line\n")],
+    "one line": [stream("x" * 100)],
+    "backspaces": [stream("xyz"), stream("\b\b")],
+    "progress bar": [stream("\r10%")],
+    "escapes": [stream("\x1b[31m\x1b]0;")],
+    "turns": [stream("a"), stream("b", "stderr")],
+    "displays": [display({"text/plain": "x"})],
+    "updates": [display({"text/plain": "x"}, "d"), display({"text/plain": "y"}, "d", "update_display_data")],
+    "errors": [("iopub", "error", {"ename": "E", "evalue": "v", "traceback": []})],
+}
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("kind", LINEAR)
+def test_bench_ten_times_the_output_takes_about_ten_times_as_long(benchmark: Any, kind: str) -> None:
+    few = min(timed(feed_many, 4000, *LINEAR[kind]) for _ in range(3))
+    benchmark.pedantic(feed_many, (40_000, *LINEAR[kind]), rounds=3)
+    benchmark.extra_info["times as long"] = round(benchmark.stats.stats.min / few, 1)
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> float:
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
