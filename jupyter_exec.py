@@ -99,6 +99,19 @@ GATEWAY_OPTIONS = [
     "--JupyterWebsocketPersonality.list_kernels=true",
     "--ZMQChannelsWebsocketConnection.limit_rate=False",
 ]
+# The gateway tells its port once it listens, where nobody else can write: never is a token sent to whoever was faster.
+# -m would put the working directory on sys.path, where an agent's signal.py shadows the library.
+GATEWAY_PROGRAM = """
+import os, sys
+sys.path[:] = filter(None, sys.path)
+from kernel_gateway.gatewayapp import KernelGatewayApp as App
+def start(app, start=App.start):
+    with open(os.environ.pop("JUPYTER_EXEC_PORT_FILE"), "x") as file:
+        print(next(iter(app.http_server._sockets.values())).getsockname()[1], file=file)
+    start(app)
+App.start = start
+App.launch_instance()
+"""
 MAX_WEBSOCKET_MESSAGE = 10 * 2**20  # bytes; tornado, below every Jupyter server, resets the connection beyond
 ENGINE_TIMEOUT = 3  # seconds for the Docker engine to answer at all
 WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as end a container
@@ -2346,7 +2359,9 @@ class KernelClient:
 
 
 def _reported_exit(message: Message) -> KernelExit | None:
-    """Return the end of the kernel if that is what a Jupyter server says of its own, with no parent."""
+    """Return the end of the kernel if it says so on iopub, or a Jupyter server of its own, with no parent."""
+    if message.msg_type == "shutdown_reply" and message.channel == "iopub":
+        return KernelExit(cause="it was shut down or restarted by somebody else")
     state = message.content.get("execution_state")
     if message.msg_type == "status" and state in ("restarting", "dead") and not message.parent_id:
         return KernelExit(cause="its server found it dead" + (" and restarted it" if state == "restarting" else ""))
@@ -3881,6 +3896,9 @@ class _GenerateToken:
 
 
 def token_of(token: str | _GenerateToken | None) -> str:
+    """Return the token, or a new one. Raises: ValueError for the empty one, which lets everybody in."""
+    if token == "":
+        raise ValueError("An empty token would open the gateway to everybody: leave it out, one is made up.")
     return token if isinstance(token, str) else os.urandom(32).hex()
 
 
@@ -4011,7 +4029,7 @@ class LocalJupyterServer(CommandJupyterServer):
         )
         self.own_python3 = python is not None
         self._address = ip or "127.0.0.1", port
-        self._token = token
+        self._token = token_of(token)
         handler = {"class": "logging.handlers.RotatingFileHandler", "level": log_level, "maxBytes": log_max_bytes}
         handler |= {"backupCount": log_backup_count, "filename": os.path.abspath(log_file or os.devnull)}
         self._logging = {"handlers": {"file": handler}, "loggers": {"KernelGatewayApp": {"handlers": ["file"]}}}
@@ -4023,33 +4041,29 @@ class LocalJupyterServer(CommandJupyterServer):
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         ip, port = self._address
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
-            try:
-                probe.bind((ip, port or 0))
-            except OSError as error:  # never send a token to whoever listens there
-                raise KernelStartFailed([], f"no gateway can listen on {ip}:{port}: {error.strerror}") from None
-            port = int(probe.getsockname()[1])
-        info = JupyterConnectionInfo(ip, False, port, token_of(self._token))
-        # -m would put the working directory on sys.path, where an agent's signal.py shadows the library.
-        program = (
-            "import sys; sys.path[:] = filter(None, sys.path); from kernel_gateway import launch_instance as run; run()"
-        )
-        argv = [*self._argv, "-c", program, f"--KernelGatewayApp.ip={ip}", f"--KernelGatewayApp.port={port}"]
-        argv += ["--KernelGatewayApp.port_retries=0", *GATEWAY_OPTIONS]
+        argv = [*self._argv, "-c", GATEWAY_PROGRAM, f"--KernelGatewayApp.ip={ip}"]
+        argv += [f"--KernelGatewayApp.port={port or 0}", "--KernelGatewayApp.port_retries=0", *GATEWAY_OPTIONS]
         argv += [f"--JupyterApp.logging_config={json.dumps(self._logging)}"] if self._logs else []
         link, mailbox = self.link(), Mailbox()
         link.mailboxes["gateway"] = self._gateway_mailbox = mailbox
-        link.call("spawn", kernel="gateway", argv=argv, env={"KG_AUTH_TOKEN": info.token})
+        said = Path(self.directory, os.urandom(8).hex())
+        env = {"KG_AUTH_TOKEN": self._token, "JUPYTER_EXEC_PORT_FILE": str(said)}
+        link.call("spawn", kernel="gateway", argv=argv, env=env)
 
         def check() -> None:
             if isinstance(end := mailbox.get(0.05), KernelExit):
                 advice = (
                     f"; run {self._argv[0]} -m pip install jupyter_kernel_gateway" if "No module" in end.stderr else ""
                 )
+                advice = advice or f"; is port {port} of {ip} in use?" * bool(port)
                 raise KernelStartFailed(argv[:1], f"the gateway has ended ({end.sentence()}){advice}", None, end.stderr)
 
-        return await_server(info, check)
+        deadline = Deadline(START_TIMEOUT)
+        while not (said.exists() and said.read_text().endswith("\n")):
+            check()
+            if deadline.expired:
+                raise KernelStartFailed(argv[:1], f"the gateway does not listen within {START_TIMEOUT:g} s")
+        return await_server(JupyterConnectionInfo(ip, False, int(said.read_text()), self._token), check)
 
     def _connect(self) -> HostLink:
         import tempfile

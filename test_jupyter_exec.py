@@ -2937,17 +2937,22 @@ def command_line(pid: int) -> str:
     return ""
 
 
-def test_a_deleted_kernel_is_reported(remote: Peer) -> None:
-    with remote.client() as server, JupyterCodeExecutor(server, timeout=1) as executor:
+@pytest.mark.parametrize("code", ["", "sleep(60)", "while True:\n try: sleep(1)\n except BaseException: pass"])
+@pytest.mark.parametrize(("method", "path"), [("DELETE", ""), ("POST", "/restart")])
+def test_a_kernel_that_others_end_is_told_at_once(remote: Peer, method: str, path: str, code: str) -> None:
+    with remote.client() as server, JupyterCodeExecutor(server) as executor:
+        run(executor, "from time import sleep")
         (model,) = server.list_kernels()
-        delete = threading.Thread(target=lambda: server.rest.request("DELETE", f"/api/kernels/{model['id']}"))
-        # The server interrupts what it deletes: this is not to be the end of the cell.
-        code = "import time\nprint('go', flush=True)\nwhile True:\n    try: time.sleep(1)\n    except KeyboardInterrupt: pass"
-        result = executor.execute(code, on_output=lambda output: started(delete))
-        delete.join()
-        assert result.kernel_state == "lost"
-        assert result.exit_code != 0
-        assert run(executor, "1").output == "1"
+        act = functools.partial(server.rest.request, method, f"/api/kernels/{model['id']}{path}", {})
+        thread = threading.Thread(target=act)
+        if not code:
+            act()
+        result = executor.execute(f"print('go', flush=True)\n{code}", on_output=lambda output: started(thread))
+        if code:
+            thread.join()
+        assert (result.status, result.kernel_state) == ("died", "lost")
+        assert "shut down or restarted by somebody else" in result.note
+        assert run(executor, "'sleep' in dir()").output == "False"
 
 
 def started(thread: threading.Thread) -> None:
@@ -3077,7 +3082,9 @@ def fake_server(answer: bytes) -> Iterator[JupyterConnectionInfo]:
             while not stopping.is_set():
                 with contextlib.suppress(TimeoutError):
                     clients.append(listener.accept()[0])
-                    clients[-1].sendall(answer)
+                    clients[-1].settimeout(PATIENCE)
+                    with contextlib.suppress(ConnectionError):
+                        clients[-1].sendall(answer)
             for client in clients:
                 client.close()
 
@@ -3102,7 +3109,31 @@ def http(status: str, body: str, kind: str = "text/html", *more: str) -> bytes:
         (http("200 OK", "[1]", "application/json"), "no Jupyter server"),
         (http("200 OK", "[" * 100_000, "application/json"), "no Jupyter server"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "broke the connection"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "Jupyter server|broke|No answer"),
+        (http("302 Found", "", "text/html", "Location: /hub/user/ann/api/kernelspecs"), "JupyterHub does not run"),
+        (http("424 Failed Dependency", "{}"), "424 .* on a JupyterHub, start the server there"),
+        (http("503 Service Unavailable", "<h1>Proxy</h1> error"), "start the server there. Proxy error"),
+        (
+            http("401 No", "Authorization: token s3cret-t0ken"),
+            r"token is missing or wrong. Authorization: token \*\*\*",
+        ),
+        (http("401 No", '{"message": "\\u00733cret-t0ken\\u001b[2J"}'), r"wrong. \*\*\* \[2J"),
+        (http("401 No", "x" * 9_995 + "s3cret-t0ken"), "401"),
+        (http("200 OK", "", "s3cret-t0ken"), "no Jupyter server"),
+        (http("200 OK", "x", "s3cret-t0ken"), r"it sends \*\*\*"),
+        (b"HTTP/1.1 s3cret-t0ken x\r\n\r\n", r"BadStatusLine: HTTP/1.1 \*\*\* x"),
+        (http("200 OK", '{"kernelspecs": {"s3cret-t0ken": {"spec": {}}}}'), r"Available: \*\*\*"),
+        (http("20000 OK", "{}"), "BadStatusLine"),
+        (http(f"{'9' * 5000} OK", "{}"), "BadStatusLine"),
+        (http("103 Early Hints", "{}"), "answered 103"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 200_000, "over the limit of 4194304 bytes|No answer"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**20, "more than 65536 bytes"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200, "more than 100 headers"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 12 + b"\r\n\r\n" + bytes(5_000_000), "over the limit"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n" + bytes(5_000_000), "over the limit"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "No answer"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n" + bytes(5_000_000), "broke the connection"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 16 + b"\r\n" + bytes(5_000_000), "limit"),
         (b"", "No answer to GET .* within 0.5 s"),
     ],
 )
@@ -3111,7 +3142,107 @@ def test_what_is_no_jupyter_server_is_told(answer: bytes, says: str, monkeypatch
     with fake_server(answer) as info, pytest.raises(JupyterExecError) as caught:
         JupyterCodeExecutor(info)
     assert re.search(says, str(caught.value))
-    assert "s3cret" not in str(caught.value)
+    assert not any("s3cret" in text for text in (str(caught.value), repr(vars(caught.value)), repr(caught.value)))
+    assert str(caught.value).isprintable()
+
+
+@contextlib.contextmanager
+def scripted_server(*replies: bytes) -> Iterator[RemoteJupyterServer]:
+    """A client each of whose connections has got the next of `replies`, and its end, when it is made."""
+    left, far_ends = iter(replies), []
+
+    def dial(self: Any, deadline: Any) -> socket.socket:
+        near, far = socket.socketpair()
+        far_ends.append(far)
+        far.sendall(next(left, b""))
+        far.shutdown(socket.SHUT_WR)
+        return near
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jupyter_exec.RestClient, "_dial", dial)
+        with RemoteJupyterServer(JupyterConnectionInfo("x", False, 1, "s3cret-t0ken")) as server:
+            yield server
+    for far in far_ends:
+        far.close()
+
+
+SPECS = http("200 OK", '{"kernelspecs": {"python3": {"spec": {}}}}', "application/json", "Connection: close")
+BAD_IDS: list[Any] = [5, None, ["x"], "", "..", "a/b", "\u00e9", "\u4e2d", "x\r\nX: y", "s3cret-t0ken", "s3cret-t0ken/"]
+BAD_MODELS: list[Any] = [{}, [], 5, None, "x", *({"id": value} for value in BAD_IDS)]
+BAD_KERNELSPECS: list[Any] = [None, 5, [], {"python3": 5}, {"python3": {}}, {"python3": {"spec": [1]}}]
+BAD_KERNELSPECS += [{"python3\x1b": {"spec": {}}}]
+BAD_SPECS: list[Any] = [{}, [], 5, None, *({"kernelspecs": value} for value in BAD_KERNELSPECS)]
+BAD_LISTS: list[Any] = [5, "abc", {}, [1], None]
+
+
+@pytest.mark.parametrize(
+    ("replies", "use"),
+    [
+        *(([SPECS, http("201 Created", json.dumps(model))], "start_kernel") for model in BAD_MODELS),
+        *(([http("200 OK", json.dumps(specs))], "start_kernel") for specs in BAD_SPECS),
+        *(([http("200 OK", json.dumps(models))], "list_kernels") for models in BAD_LISTS),
+        *(
+            ([SPECS, http("201 OK", '{"id": "x"}'), answer], "start_kernel")
+            for answer in (
+                b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+                b"HTTP/1.1 101 Switching Protocols\r\nTransfer-Encoding: chunked\r\n\r\n",
+                http("200 OK", "{}"),
+                http("403 No", "s3cret-t0ken"),
+            )
+        ),
+    ],
+)
+def test_answers_of_wrong_shapes_are_our_errors(replies: list[bytes], use: str) -> None:
+    with scripted_server(*replies) as server, pytest.raises(JupyterExecError) as caught:
+        getattr(server, use)()
+    assert "s3cret" not in str(caught.value) + repr(vars(caught.value))
+    assert str(caught.value).isprintable()
+
+
+status_lines = st.binary(max_size=20) | st.sampled_from([b"HTTP/1.1 200 OK", b"HTTP/1.1 101 x", b"HTTP/1.0 302 x"])
+headers_of = st.sampled_from([b"Content-Length: ", b"Transfer-Encoding: ", b"Location: ", b"Connection: ", b"", b" "])
+header_values = st.binary(max_size=9) | st.sampled_from(
+    [b"5", b"-1", b"chunked", b"/hub/user/", b"keep-alive", b"5, 5"]
+)
+header_lines = st.lists(st.tuples(headers_of, header_values).map(b"".join), max_size=4)
+bodies = st.binary(max_size=30) | json_values.map(lambda value: json.dumps(value).encode())
+replies_of_servers = st.tuples(status_lines, header_lines, bodies).map(
+    lambda parts: b"\r\n".join((parts[0], *parts[1], b"", parts[2]))
+)
+
+
+@given(replies_of_servers, st.sampled_from(["kernelspecs", "list_kernels", "start_kernel", "channels"]))
+def test_no_answer_raises_anything_else(reply: bytes, use: str) -> None:
+    replies = [SPECS] * (use in ("start_kernel", "channels")) + [http("201 OK", '{"id": "x"}')] * (use == "channels")
+    with scripted_server(*replies, reply) as server, contextlib.suppress(JupyterExecError):
+        getattr(server, use if use != "channels" else "start_kernel")()
+
+
+def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 1.0)
+    pairs: list[tuple[socket.socket, socket.socket]] = []
+
+    def dial(deadline: Any) -> tuple[socket.socket, None]:
+        pairs.append(socket.socketpair())
+        pairs[-1][0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        return pairs[-1][0], None
+
+    loop, mailbox = jupyter_exec.Loop(), jupyter_exec.Mailbox()
+    loop.start("test")
+    channels: Any = jupyter_exec.WebSocketChannels(loop, dial, mailbox)
+    pairs[0][1].settimeout(PATIENCE)
+    pairs[0][1].sendall(frame(9, b"x" * 125) * 100_000)  # 13 MB
+    waiting = channels._outbox._unsent
+    assert 0 < sum(map(len, waiting)) < 1000
+    eventually(lambda: len(pairs) == 2, "it was dropped, and called again")
+    assert isinstance(mailbox.get(PATIENCE), jupyter_exec.Reconnected)
+    pairs[1][1].sendall(frame(9, b"last"))
+    assert read_by_judge(pairs[1][1].recv(100)) == [(Opcode.PONG, b"last")]
+    channels.close()
+    loop.stop()
+    for near, far in pairs:
+        near.close()
+        far.close()
 
 
 @pytest.mark.parametrize("host", ["http://example.com", "example.com/path", "a b", ""])
@@ -3183,6 +3314,28 @@ def test_a_gateway_whose_port_is_taken_is_reported(tmp_path: Path) -> None:
             with LocalJupyterServer(port=port) as second, pytest.raises(JupyterExecError) as caught:
                 second.get_client()
     assert "already in use" in str(caught.value) or "token is missing or wrong" in str(caught.value)
+
+
+def test_a_token_is_not_sent_to_a_faster_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("server", installed("kernel_gateway"))
+    port, call, thieves = free_port(), jupyter_exec.HostLink.call, []
+
+    def steal(self: Any, op: str, **arguments: Any) -> Any:
+        if op == "spawn":
+            thieves.append(socket.create_server(("127.0.0.1", port)))
+            thieves[0].setblocking(False)
+        return call(self, op, **arguments)
+
+    monkeypatch.setattr(jupyter_exec.HostLink, "call", steal)
+    with LocalJupyterServer(port=port) as server, pytest.raises(KernelStartFailed, match=f"is port {port} .* in use"):
+        server.get_client()
+    with thieves[0], pytest.raises(BlockingIOError):
+        thieves[0].accept()
+
+
+def test_an_empty_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="open the gateway to everybody"):
+        LocalJupyterServer(token="")
 
 
 def test_a_python_without_kernel_gateway_says_what_to_install(bare_python: str) -> None:
