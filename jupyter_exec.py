@@ -3301,22 +3301,23 @@ class RestClient:
                 raise ExecutionTimeout(f"No answer to {what} within {deadline.seconds:g} s.") from None
             except (OSError, EOFError, ValueError, http.client.HTTPException) as error:
                 # A server that is none may say anything; http.client lets some of its ValueErrors through.
-                why = self.shown(f"{type(error).__name__}: {error}")
+                why = f"{type(error).__name__}: {self.shown(error)}"
                 raise ConnectionClosed(f"{self.info.url} broke the connection: {why}.") from None
             stack.pop_all()
         return response, bytes(body)
 
     def _refusal(self, method: str, path: str, response: Any, data: bytes) -> ServerError:
         """Return an answer that is not the one that was asked for as an error."""
-        says = f"This is no Jupyter server: it sends {response.getheader('Content-Type', 'no type')}."
+        kind = self.shown(response.getheader("Content-Type", "no type"))
+        says = f"This is no Jupyter server: it sends {kind}."
         if response.status >= 400:
-            says = _explanation(self._redacted(data.decode("utf-8", "replace")))
+            says = self.shown(_explanation(self._redacted(data.decode("utf-8", "replace"))))
         elif response.status >= 300 and "/hub/user/" in response.getheader("Location", ""):
             # JupyterHub takes over the addresses of a server that does not run.
             says = "The server behind this JupyterHub does not run: start it there."
         elif response.status >= 300:
             says = "It redirects elsewhere, which is not followed with a token: check token, base_url, use_https."
-        return ServerError(method, self.shown(self.info.url + path), response.status, self.shown(says))
+        return ServerError(method, self.info.url + self.shown(path), response.status, says)
 
     def close(self) -> None:
         with self._lock:
@@ -3353,6 +3354,7 @@ class RemoteKernelControl:
                 rest.request("POST", f"{self._path}/restart", {}, timeout=START_TIMEOUT)
             except ServerError:  # the kernel is gone, or the server just restarting it by itself
                 self.kill()
+                rest.request("GET", "/api/kernelspecs")  # if it is the server that is gone, this says so best
         if not self._id:
             body = {"name": self._kernel_name, "env": self._server.env}
             model = rest.request("POST", "/api/kernels", body, timeout=START_TIMEOUT)

@@ -3199,6 +3199,20 @@ def test_answers_of_wrong_shapes_are_our_errors(replies: list[bytes], use: str) 
     assert str(caught.value).isprintable()
 
 
+def test_a_hub_whose_server_was_stopped_is_told_at_the_next_start() -> None:
+    # A Hub refuses the POST for another reason: only a GET tells.
+    refused, moved = (
+        http("403 Forbidden", "xsrf"),
+        http("302 Found", "", "x", "Location: /hub/user/ann/api/kernelspecs"),
+    )
+    with scripted_server(refused, refused, moved) as server:
+        control = jupyter_exec.RemoteKernelControl(server, "python3", None)
+        control._id = "x"
+        with pytest.raises(ServerError, match="JupyterHub does not run") as caught:
+            control.start(jupyter_exec.Mailbox())
+    assert caught.value.method == "GET"
+
+
 status_lines = st.binary(max_size=20) | st.sampled_from([b"HTTP/1.1 200 OK", b"HTTP/1.1 101 x", b"HTTP/1.0 302 x"])
 headers_of = st.sampled_from([b"Content-Length: ", b"Transfer-Encoding: ", b"Location: ", b"Connection: ", b"", b" "])
 header_values = st.binary(max_size=9) | st.sampled_from(
