@@ -59,7 +59,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, cast
 
@@ -99,12 +99,26 @@ GATEWAY_OPTIONS = [
     "--JupyterWebsocketPersonality.list_kernels=true",
     "--ZMQChannelsWebsocketConnection.limit_rate=False",
 ]
+# The gateway tells its port once it listens, where nobody else can write: never is a token sent to whoever was faster.
+# -m would put the working directory on sys.path, where an agent's signal.py shadows the library.
+GATEWAY_PROGRAM = """
+import os, sys
+sys.path[:] = filter(None, sys.path)
+from kernel_gateway.gatewayapp import KernelGatewayApp as App
+def start(app, start=App.start):
+    with open(os.environ.pop("JUPYTER_EXEC_PORT_FILE"), "x") as file:
+        print(next(iter(app.http_server._sockets.values())).getsockname()[1], file=file)
+    start(app)
+App.start = start
+App.launch_instance()
+"""
 MAX_WEBSOCKET_MESSAGE = 10 * 2**20  # bytes; tornado, below every Jupyter server, resets the connection beyond
 ENGINE_TIMEOUT = 3  # seconds for the Docker engine to answer at all
 WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as end a container
 BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
 PIDS_LIMIT = 512  # processes and threads in a container; a fork bomb ends there
 TMPFS_SIZE = "512m"  # of each temporary file system of a read-only container
+MAX_ANSWER = 4 * 2**20  # bytes of an HTTP answer, head included; hostile JSON takes thirty times as much when parsed
 LARGE_PART = 2**16  # bytes of a part of a message beyond which it is used where ZeroMQ has it, not copied
 STREAM_PIECE = 2**17  # bytes of a stream message that are parsed at a time
 MAX_JSON = 64 * 2**20  # bytes of a message that is no stream; and of its Python objects, four times as much
@@ -247,6 +261,7 @@ class ServerError(JupyterExecError):
     def __str__(self) -> str:
         says = {401: " The token is missing or wrong.", 403: " The token is missing or wrong, or this is not allowed."}
         says[404] = " Is base_url right?" if "/api/kernelspecs" in self.url else ""
+        says[424] = says[503] = " Nothing runs behind it now; on a JupyterHub, start the server there."
         where = f"{self.method} {self.url}".strip()
         return f"The Jupyter server answered {self.status} to {where}.{says.get(self.status, '')} {self.body}".rstrip()
 
@@ -640,6 +655,9 @@ CHANNELS = ("shell", "iopub", "stdin", "control")
 V1_SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"
 MAX_PARTS = 65535  # of one WebSocket message: more buffers than any widget has, few enough to allocate
 _NULLABLE = ("parent_header", "metadata", "content")
+# Types of which more is used than that they came; comm_msg, for one, may be huge.
+HANDLED_TYPES = {"execute_reply", "kernel_info_reply", "shutdown_reply", "input_request", "status", "execute_input"}
+HANDLED_TYPES |= {"stream", "execute_result", "display_data", "update_display_data", "error", "clear_output"}
 
 
 class JsonCodec:
@@ -685,9 +703,12 @@ class V1Codec:
         if len(parts) < 6 or parts.pop():
             raise ProtocolError("A message has fewer than five parts, or bytes after the last one.")
         channel, header = _channel(parts[0].decode("utf-8", "replace")), json_object(parts[1], "header")
+        if len(data) > STREAM_PIECE and str(header.get("msg_type")) not in HANDLED_TYPES:
+            parts[2:] = [b"{}"] * 3  # nobody would read it
+        parent_header, metadata = map(_object_or_null, parts[2:4], _NULLABLE)
+        buffers = parts[5:]
         for piece in stream_pieces(parts[4]):
-            parent_header, metadata, content = map(_object_or_null, (*parts[2:4], piece), _NULLABLE)
-            yield Message(channel, header, parent_header, metadata, content, parts[5:])
+            yield Message(channel, header, parent_header, metadata, _object_or_null(piece, "content"), buffers)
 
 
 def _join_parts(word: str, parts: Sequence[bytes]) -> bytes:
@@ -717,213 +738,92 @@ def _channel(name: object) -> str:
 # ======================================================================================================
 # 4. WebSocket protocol (pure)
 #
-#   connecting --- 101 ---> open --- close() ---> closing    and from each of them to closed: by the
-#       '-------- other status -----> rejected               server's Close frame, a violation, the end
+# The client's side: what the server's answer must say, then bytes in, messages and bytes out.
 #
 # Spec: https://www.rfc-editor.org/rfc/rfc6455; its sentences stand, by section, at the lines that obey or
 # enforce them. An enforced one is the text of the ProtocolError.
 # ======================================================================================================
 
-MAX_HEAD = 64 * 2**10  # bytes of the head of the server's answer; and of the body, if it is a refusal
 TEXT, BINARY, CLOSE, PING, PONG = 0x1, 0x2, 0x8, 0x9, 0xA
-_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-_HEADER = re.compile(r"([!#-'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 
 
-@dataclass
-class Opened:
-    subprotocol: str | None  # one of those offered; None: the server speaks Jupyter's default protocol
+def check_opening(key: str, header: Callable[[str], str | None]) -> str | None:
+    """Check an answer with status 101; return the subprotocol, None for Jupyter's default one. Raises: ProtocolError.
 
-
-@dataclass
-class Rejected:
-    status: int  # of an HTTP answer that does not switch protocols
-    reason: str
-    headers: dict[str, str]  # names in lower case
-    body: bytes  # at most MAX_HEAD, as they came (a chunked body is not decoded)
-
-
-@dataclass
-class Received:
-    data: str | bytes  # a complete message, text or binary
-
-
-@dataclass
-class Ponged:
-    data: bytes
-
-
-@dataclass
-class Closed:
-    code: int  # 7.1.5: 1005 if the server's Close frame has none, 1006 if no Close frame came
-    reason: str
-
-
-Event = Opened | Rejected | Received | Ponged | Closed
-
-
-@dataclass(eq=False, repr=False)
-class WebSocket:
-    """The client's side of a connection: bytes in, events and bytes out.
-
-    Send `handshake()`; feed `receive()` with what arrives, send `data_to_send()`, act on the events.
+    `key` is what the request had as Sec-WebSocket-Key, `header(name)` the value of one of the answer's headers.
     """
+    import hashlib
 
-    host: str  # with ":port" unless it is the scheme's own
-    target: str  # path and query, percent-encoded
-    headers: Mapping[str, str]  # further ones, such as Authorization
-    subprotocols: Sequence[str]  # on offer, the best one first
-    nonce: bytes  # 16 random bytes
-    mask: Callable[[], bytes]  # returns 4 unpredictable bytes at each call
-    max_message: int  # bytes of one message of the server
+    guid = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+    digest = hashlib.sha1(key.encode("ascii") + guid, usedforsecurity=False).digest()
+    tokens = [token.strip() for token in (header("Connection") or "").lower().split(",")]
+    # Jupyter: if no subprotocol is selected, "the Jupyter Server must reply with an empty string".
+    subprotocol = header("Sec-WebSocket-Protocol") or None
+    rules = {
+        "4.2.2: an |Upgrade| header field with value websocket": (header("Upgrade") or "").lower() == "websocket",
+        "4.2.2: a |Connection| header field with value Upgrade": "upgrade" in tokens,
+        "4.2.2: a |Sec-WebSocket-Accept| header field that answers the key": (
+            header("Sec-WebSocket-Accept") == base64.b64encode(digest).decode("ascii")
+        ),
+        '9: "A server MUST NOT respond with any extension not requested by the client."': (
+            not header("Sec-WebSocket-Extensions")
+        ),
+        '4.1: "a subprotocol not requested by the client"': subprotocol in (None, V1_SUBPROTOCOL),
+    }
+    for rule, kept in rules.items():
+        if not kept:
+            raise ProtocolError(f"The WebSocket was not opened. RFC 6455, {rule}")
+    return subprotocol
 
-    def __post_init__(self) -> None:
-        self._key = base64.b64encode(self.nonce).decode("ascii")
-        self._state = "connecting"
+
+class WebSocket:
+    """An open connection: iterate over `receive()` of what arrives, then send `data_to_send()`."""
+
+    def __init__(self, mask: Callable[[], bytes], max_message: int) -> None:
+        """`mask()` returns 4 unpredictable bytes at each call; `max_message`: bytes of one message of the server."""
+        self._mask, self._max_message = mask, max_message
+        self.closed = False  # by either side, or for a violation
         self._buffer = bytearray()  # received, not parsed yet
-        self._outgoing = bytearray()  # answers, not fetched yet
+        self._ping: bytes | None = None  # of the server, not answered yet
+        self._farewell = b""  # a Close frame that answers one, or a violation
         self._opcode = 0  # of a message of which fragments have come; 0: there is none
         self._message = bytearray()  # these fragments
-        self._refusal = Rejected(0, "", {}, b"")  # the head of it
-        self._failure: ProtocolError | None = None
 
-    def handshake(self) -> bytes:
-        """Return the request that opens the connection. Raises: ValueError for text that HTTP forbids."""
-        headers = {"Host": self.host, "Upgrade": "websocket", "Connection": "Upgrade", **self.headers}
-        headers |= {"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": self._key}
-        if self.subprotocols:
-            headers["Sec-WebSocket-Protocol"] = ", ".join(self.subprotocols)
-        lines = [f"{name}: {value}" for name, value in headers.items()]
-        # A line break would smuggle in more headers. Values may be secret: they stay out of the error.
-        if not re.fullmatch("[!-~]+", self.target) or not all(map(_HEADER.fullmatch, lines)):
-            raise ValueError("The target or a header of a WebSocket has characters that HTTP forbids.")
-        return "\r\n".join((f"GET {self.target} HTTP/1.1", *lines, "", "")).encode("latin-1")
-
-    def receive(self, data: bytes) -> list[Event]:
-        """Take bytes as they came; return the events that they complete.
-
-        Events before a violation are returned first: the next call, be it with b"", raises it.
-
-        Raises: ProtocolError; all is over then, but for a last `data_to_send()`.
-        """
+    def receive(self, data: bytes) -> Iterator[str | bytes]:
+        """Take bytes as they came; yield the messages that they complete. Raises ProtocolError: give up then."""
         self._buffer += data
-        events: list[Event] = []
-        try:
-            for event in self._parse(len(data)):
-                events.append(event)
-        except ProtocolError as error:
-            self._failure = error
-        if self._failure and not events:
-            raise self._failure
-        return events
-
-    def receive_eof(self) -> list[Event]:
-        """Take the end of the stream, or of your patience with a refusal's body. Raises: ProtocolError."""
-        state, self._state = self._state, "closed"
-        if self._failure:
-            raise self._failure
-        if state == "rejected":
-            return [replace(self._refusal, body=bytes(self._buffer[:MAX_HEAD]))]
-        return [] if state == "closed" else [Closed(1006, "")]
+        while not self.closed and (frame := self._next_frame()):
+            yield from self._handle(*frame)
 
     def data_to_send(self) -> bytes:
         """Return, once, what answers the received bytes: Pong and Close frames."""
-        data, self._outgoing = bytes(self._outgoing), bytearray()
-        return data
+        # 5.5.3: "the endpoint MAY elect to send a Pong frame for only the most recently processed Ping frame."
+        pong = b"" if self._ping is None else self._frame(PONG, self._ping)
+        answers, self._ping, self._farewell = pong + self._farewell, None, b""
+        return answers
 
     def send(self, data: str | bytes) -> bytes:
-        """Return a message as one frame. Raises: ConnectionClosed unless the connection is open."""
-        return self._send(TEXT, data.encode()) if isinstance(data, str) else self._send(BINARY, data)
+        """Return a message as one frame."""
+        return self._frame(TEXT, data.encode()) if isinstance(data, str) else self._frame(BINARY, data)
 
-    def ping(self, data: bytes = b"") -> bytes:
-        """Return a Ping frame. Raises: ConnectionClosed, ValueError for more than 125 bytes."""
-        return self._send(PING, data)
+    def ping(self) -> bytes:
+        return self._frame(PING, b"")
 
-    def pong(self, data: bytes = b"") -> bytes:
-        """Return an unsolicited Pong frame. Raises: ConnectionClosed, ValueError for more than 125 bytes."""
-        return self._send(PONG, data)
+    def pong(self) -> bytes:
+        """Return an unsolicited Pong frame."""
+        return self._frame(PONG, b"")
 
-    def close(self, code: int = 1000, reason: str = "") -> bytes:
-        """Return a Close frame, b"" unless the connection is open. Messages may come until `Closed` does.
-
-        Raises: ValueError for a code that is not for sending, a reason of more than 123 bytes.
-        """
-        if not _is_close_code(code):
-            raise ValueError(f"A WebSocket cannot be closed with code {code}.")
-        if self._state != "open":
-            return b""
-        frame = self._frame(CLOSE, code.to_bytes(2, "big") + reason.encode())
-        self._state = "closing"
+    def close(self, code: int = 1000) -> bytes:
+        """Return a Close frame, b"" if there was one already; 5.5.1: nothing may be sent after it."""
+        frame = b"" if self.closed else self._frame(CLOSE, code.to_bytes(2, "big"))
+        self.closed = True
         return frame
-
-    def _fail(self, rule: str, code: int) -> ProtocolError:
-        # 7.1.7: "the endpoint SHOULD send a Close frame with an appropriate status code"
-        self._outgoing += self.close(code)
-        self._state = "closed"
-        return ProtocolError(f"The WebSocket failed. RFC 6455, {rule}")
 
     def _must(self, kept: object, rule: str, code: int = 1002) -> None:
         if not kept:
-            raise self._fail(rule, code)
-
-    def _parse(self, fresh: int) -> Iterator[Event]:
-        if self._state == "connecting":
-            yield from self._parse_answer(fresh)
-        if self._state == "rejected":
-            yield from self._parse_refusal()
-        while self._state in ("open", "closing") and (frame := self._next_frame()):
-            yield from self._handle(*frame)
-        if self._state == "closed":
-            self._buffer.clear()
-
-    def _parse_answer(self, fresh: int) -> Iterator[Event]:
-        rule = '4.2.2: "it MUST reply with a valid HTTP response"'
-        self._must(self._buffer.startswith(b"HTTP/1."[: len(self._buffer)]), rule)
-        end = self._buffer.find(b"\r\n\r\n", max(0, len(self._buffer) - fresh - 3), MAX_HEAD)
-        self._must(end >= 0 or len(self._buffer) < MAX_HEAD, f"{rule}, its head in {MAX_HEAD} bytes")
-        if end < 0:
-            return
-        status_line, *lines = self._buffer[:end].decode("latin-1").split("\r\n")
-        del self._buffer[: end + 4]
-        self._must(re.fullmatch(r"HTTP/1\.[01] [1-5][0-9]{2}( .*)?", status_line), rule)
-        self._must(all(map(_HEADER.fullmatch, lines)), rule)
-        headers: dict[str, str] = {}
-        for name, _, value in (line.partition(":") for line in lines):
-            # RFC 9110, 5.3: a header that is repeated is a list.
-            headers[name.lower()] = ", ".join(filter(None, (headers.get(name.lower()), value.strip())))
-        if status_line[9:12] != "101":
-            self._state = "rejected"
-            self._refusal = Rejected(int(status_line[9:12]), status_line[13:], headers, b"")
-        else:
-            subprotocol = self._agree(headers)
-            self._state = "open"
-            yield Opened(subprotocol)
-
-    def _agree(self, headers: Mapping[str, str]) -> str | None:
-        upgrade, connection = headers.get("upgrade", ""), headers.get("connection", "")
-        self._must(upgrade.lower() == "websocket", "4.2.2: an |Upgrade| header field with value websocket")
-        tokens = [token.strip() for token in connection.lower().split(",")]
-        self._must("upgrade" in tokens, "4.2.2: a |Connection| header field with value Upgrade")
-        import hashlib
-
-        digest = hashlib.sha1(self._key.encode() + _GUID, usedforsecurity=False).digest()
-        accepted = headers.get("sec-websocket-accept") == base64.b64encode(digest).decode()
-        self._must(accepted, "4.2.2: a |Sec-WebSocket-Accept| header field that answers the key")
-        none = not headers.get("sec-websocket-extensions")
-        self._must(none, '9: "A server MUST NOT respond with any extension not requested by the client."')
-        # Jupyter: if no subprotocol is selected, "the Jupyter Server must reply with an empty string".
-        subprotocol = headers.get("sec-websocket-protocol") or None
-        offered = subprotocol in (None, *self.subprotocols)
-        self._must(offered, '4.1: "a subprotocol not requested by the client"')
-        return subprotocol
-
-    def _parse_refusal(self) -> Iterator[Event]:
-        length = self._refusal.headers.get("content-length", "")
-        wanted = min(int(length), MAX_HEAD) if re.fullmatch("[0-9]{1,15}", length) else MAX_HEAD
-        # Without a length, the last chunk is the end of a chunked body; or else EOF.
-        if len(self._buffer) >= wanted or (not length and self._buffer.endswith(b"0\r\n\r\n")):
-            self._state = "closed"
-            yield replace(self._refusal, body=bytes(self._buffer[:wanted]))
+            # 7.1.7: "the endpoint SHOULD send a Close frame with an appropriate status code"
+            self._farewell = self.close(code)
+            raise ProtocolError(f"The WebSocket failed. RFC 6455, {rule}")
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
         # Every rule is enforced before more bytes are waited for.
@@ -944,8 +844,8 @@ class WebSocket:
         length = int.from_bytes(self._buffer[2:start], "big") if start > 2 else length
         shortest = length >= {2: 0, 4: 126, 10: 2**16}[start]
         self._must(shortest, '5.2: "the minimal number of bytes MUST be used to encode the length"')
-        fits = control or len(self._message) + length <= self.max_message
-        self._must(fits, f'7.4.1: "a message that is too big", over {self.max_message} bytes', 1009)
+        fits = control or len(self._message) + length <= self._max_message
+        self._must(fits, f'7.4.1: "a message that is too big", over {self._max_message} bytes', 1009)
         if len(self._buffer) < start + length:
             return None
         with memoryview(self._buffer) as view:
@@ -953,15 +853,19 @@ class WebSocket:
         del self._buffer[: start + length]
         return final, opcode, payload
 
-    def _handle(self, final: bool, opcode: int, payload: bytes) -> Iterator[Event]:
+    def _handle(self, final: bool, opcode: int, payload: bytes) -> Iterator[str | bytes]:
         if opcode == PING:
             # 5.5.2: "Upon receipt of a Ping frame, an endpoint MUST send a Pong frame in response"
-            self._outgoing += self._frame(PONG, payload)
-        elif opcode == PONG:
-            yield Ponged(payload)
+            self._ping = payload
         elif opcode == CLOSE:
-            yield self._handle_close(payload)
-        else:
+            self._must(len(payload) != 1, '5.5.1: "the first two bytes [...] MUST be a 2-byte unsigned integer"')
+            code = int.from_bytes(payload[:2], "big") if payload else 1000
+            # 7.4.1 and its registry, without 1004 and those that "MUST NOT be set [...] in a Close control frame"
+            known = 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+            self._must(known, f"7.4: {code} is not a status code to close with")
+            # 5.5.1: "the endpoint MUST send a Close frame in response", and "typically echos the status code"
+            self._farewell = self.close(code)
+        elif opcode != PONG:
             # 5.4: "all fragments of a message are of the same type, as set by the first fragment's opcode"
             self._opcode = self._opcode or opcode
             if self._message or not final:
@@ -969,35 +873,16 @@ class WebSocket:
             if final:
                 data, binary = bytes(self._message) or payload, self._opcode == BINARY
                 self._opcode, self._message = 0, bytearray()
-                yield Received(data if binary else self._text(data))
-
-    def _handle_close(self, payload: bytes) -> Closed:
-        code = int.from_bytes(payload[:2], "big") if payload else 1005
-        self._must(len(payload) != 1, '5.5.1: "the first two bytes [...] MUST be a 2-byte unsigned integer"')
-        self._must(not payload or _is_close_code(code), f"7.4: {code} is not a status code to close with")
-        reason = self._text(payload[2:])
-        if self._state == "open":
-            # 5.5.1: "the endpoint MUST send a Close frame in response", and "typically echos the status code"
-            self._outgoing += self._frame(CLOSE, payload[:2])
-        self._state = "closed"
-        return Closed(code, reason)
+                yield data if binary else self._text(data)
 
     def _text(self, data: bytes) -> str:
-        try:
+        with contextlib.suppress(UnicodeDecodeError):
             return data.decode("utf-8")
-        except UnicodeDecodeError:
-            raise self._fail('8.1: "the byte stream is not, in fact, a valid UTF-8 stream"', 1007) from None
-
-    def _send(self, opcode: int, payload: bytes) -> bytes:
-        # 5.5.1: "The application MUST NOT send any more data frames after sending a Close frame."
-        if self._state != "open":
-            raise ConnectionClosed(f"The WebSocket is {self._state}, not open.")
-        return self._frame(opcode, payload)
+        self._must(False, '8.1: "the byte stream is not, in fact, a valid UTF-8 stream"', 1007)
+        return ""
 
     def _frame(self, opcode: int, payload: bytes) -> bytes:
         length = len(payload)
-        if opcode >= CLOSE and length > 125:
-            raise ValueError("A control frame has room for 125 bytes.")
         # 5.2: "the minimal number of bytes MUST be used to encode the length"; 0x80: final, masked
         if length < 126:
             head = struct.pack(">BB", 0x80 | opcode, 0x80 | length)
@@ -1006,16 +891,11 @@ class WebSocket:
         else:
             head = struct.pack(">BBQ", 0x80 | opcode, 0x80 | 127, length)
         # 5.3: "the client MUST pick a fresh masking key"
-        key = self.mask()
+        key = self._mask()
         # As two big integers: octet by octet, 10 MB would take a second.
         keys = int.from_bytes((key * (length // 4 + 1))[:length], "little")
         masked = (int.from_bytes(payload, "little") ^ keys).to_bytes(length, "little")
         return b"".join((head, key, masked))
-
-
-def _is_close_code(code: int) -> bool:
-    # 7.4.1 and its registry, without 1004 and those that "MUST NOT be set [...] in a Close control frame"
-    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
 # ======================================================================================================
@@ -1840,11 +1720,17 @@ class Outbox:
         self.patient = False  # waits for ever: the other end may be stopped in a debugger
         self._unsent: deque[memoryview] = deque()
         self._sent_at = 0.0
+        self._watched = False  # a check of the progress is due
         self._descriptor: int = getattr(stream, "write_fileno", stream.fileno)()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something that the stream has not taken yet."""
+        return bool(self._unsent)
 
     def send(self, data: bytes, urgent: bool = False) -> None:
         """Write, or queue, `data`; what is urgent goes before all that is not begun."""
-        waiting = bool(self._unsent)
+        waiting = self.waiting
         self._unsent.insert(1 if urgent else len(self._unsent), memoryview(data))
         if not waiting:
             self._sent_at = time.monotonic()
@@ -1860,14 +1746,20 @@ class Outbox:
                     self._unsent.popleft()
         except (BlockingIOError, InterruptedError):
             self._loop.on_writable(self._descriptor, self._write)
-            self._loop.later(CONTROL_TIMEOUT, self._check_progress)
+            if not self._watched:
+                self._watched = True
+                self._loop.later(CONTROL_TIMEOUT, self._check_progress)
         except OSError as error:
             self._on_stuck(f"writing failed: {error.strerror}")
         else:
             self._loop.on_writable(self._descriptor, None)
 
     def _check_progress(self) -> None:
-        if not self.patient and self._unsent and time.monotonic() - self._sent_at >= CONTROL_TIMEOUT:
+        idle = time.monotonic() - self._sent_at
+        self._watched = self.waiting and (self.patient or idle < CONTROL_TIMEOUT)
+        if self._watched:
+            self._loop.later(max(CONTROL_TIMEOUT - idle, CONTROL_TIMEOUT / 10), self._check_progress)
+        elif self.waiting:
             self._on_stuck(f"nothing was read for {CONTROL_TIMEOUT:g} s")
 
     def close(self) -> None:
@@ -2211,14 +2103,14 @@ class PipeChannels:
         pass  # the pipe serves other kernels too
 
 
-Dial = Callable[[Deadline], "tuple[NetStream, WebSocket]"]
+Dial = Callable[[Deadline], "tuple[socket.socket, str | None]"]
 
 
 class WebSocketChannels:
     """The channels of a kernel behind a Jupyter server; the loop's thread owns the socket.
 
     A dropped connection is made anew, as the same session: the server replays what it has kept, and what waits
-    here is sent then; nothing is sent twice. `dial(deadline)` connects a socket and makes the WebSocket for it.
+    here is sent then; nothing is sent twice. `dial(deadline)` opens a WebSocket; it returns its socket and subprotocol.
 
     Spec: https://jupyter-server.readthedocs.io/en/stable/developers/websocket-protocols.html
     """
@@ -2232,90 +2124,71 @@ class WebSocketChannels:
         self._closed = False
         self._connect(Deadline(START_TIMEOUT))
         loop.post(self._attend)
-        loop.later(PING_INTERVAL, self._ping)
 
     def _connect(self, deadline: Deadline) -> None:
-        self._socket, self._websocket = self._dial(deadline)
-        try:
-            self._events = self._shake_hands(deadline)
-            self._socket.settimeout(0)
-        except BaseException as error:
-            self._socket.close()
-            if isinstance(error, TimeoutError):
-                raise ExecutionTimeout("The server did not open the kernel's channels in time.") from None
-            if isinstance(error, OSError) and not isinstance(error, JupyterExecError):
-                raise ConnectionClosed(f"The server broke the connection: {error}.") from None
-            raise
-
-    def _shake_hands(self, deadline: Deadline) -> list[Event]:
-        self._socket.raw.sendall(self._websocket.handshake())
-        events: list[Event] = []
-        while not events:
-            self._socket.settimeout(deadline.remaining or 1e-6)
-            data = self._socket.recv(2**16)
-            events = self._websocket.receive(data) if data else self._websocket.receive_eof()
-        opened, *rest = events
-        if isinstance(opened, Rejected):
-            raise ServerError("GET", "the kernel's channels", opened.status, opened.body.decode("utf-8", "replace"))
-        if not isinstance(opened, Opened):
-            raise ConnectionClosed("The server closed the connection at once.")
-        self._codec: V1Codec | JsonCodec = V1Codec() if opened.subprotocol else JsonCodec()
-        return rest
+        sock, subprotocol = self._dial(deadline)
+        sock.settimeout(0)
+        self._socket, self._websocket = NetStream(sock), WebSocket(functools.partial(os.urandom, 4), MAX_MESSAGE)
+        self._codec: V1Codec | JsonCodec = V1Codec() if subprotocol else JsonCodec()
 
     def _attend(self) -> None:
+        if self._closed:
+            self._socket.close()
+            return
+        if self._heard_at:
+            self._mailbox.put(Reconnected())
+        else:
+            self._loop.later(PING_INTERVAL, self._ping)
+        self._heard_at = time.monotonic()
         self._outbox = Outbox(self._loop, self._socket, self._drop)
         self._loop.on_readable(self._socket.fileno(), self._read)
-        self._heard_at = time.monotonic()
-        self._handle(self._events)
         backlog, self._backlog = self._backlog, []
         for data in backlog:
             self._send(data)
+        self._read()  # TLS may have decrypted frames together with the answer: no descriptor would tell of them
 
     def _read(self) -> None:
+        reason = ""
         try:
             data = self._socket.recv(2**18)
             self._heard_at = time.monotonic()
-            if self._outbox and not hasattr(socket, "TCP_QUICKACK"):  # what is sent takes the acknowledgement along
-                with contextlib.suppress(ConnectionClosed):
-                    self._outbox.send(self._websocket.pong())
-            if data:
-                self._handle(self._websocket.receive(data))
-            else:
-                self._drop("the server closed the connection")
+            for message in self._websocket.receive(data):
+                self._mailbox.put(("WebSocket", message))
+            if not data or self._websocket.closed:
+                reason = "the server closed the connection"
         except (BlockingIOError, InterruptedError):
-            pass
+            return
         except (OSError, ProtocolError) as error:
-            self._drop(str(error))
+            reason = str(error)
+        self._answer()
+        if reason:
+            self._drop(reason)
 
-    def _handle(self, events: list[Event]) -> None:
-        for event in events:
-            if isinstance(event, Received):
-                self._mailbox.put(("WebSocket", event.data))
-        if self._outbox and (answers := self._websocket.data_to_send()):
-            self._outbox.send(answers)
-        if any(isinstance(event, Closed) for event in events):
-            self._drop("the server closed the connection")
+    def _answer(self) -> None:
+        # A server that asks and does not read must not fill the outbox: its last ping is answered when it has read.
+        if self._outbox and not self._outbox.waiting:
+            answers = self._websocket.data_to_send()
+            if not answers and not self._websocket.closed and not hasattr(socket, "TCP_QUICKACK"):
+                answers = self._websocket.pong()  # what is sent takes the acknowledgement along
+            if answers:
+                self._outbox.send(answers)
 
     def _ping(self) -> None:
         """Keep the connection from being cut by a proxy, and notice when it is dead."""
         if self._closed:
             return
-        if self._outbox and time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
+        if time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
             self._drop("the server is silent")
-        elif self._outbox:
-            with contextlib.suppress(ConnectionClosed):
-                self._outbox.send(self._websocket.ping())
+        self._answer()
+        if self._outbox and not self._outbox.waiting:
+            self._outbox.send(self._websocket.ping())
         self._loop.later(PING_INTERVAL, self._ping)
 
     def _drop(self, reason: str) -> None:
-        if self._outbox:
+        if self._outbox and not self._closed:
             self._hang_up()
-            self._reconnect(reason, Deadline(RECONNECT_TIMEOUT))
-
-    def _reconnect(self, reason: str, deadline: Deadline) -> None:
-        # In a thread for the time of the attempt: other kernels of the server must not wait for it.
-        if not self._closed:
-            threading.Thread(target=self._try_again, args=(reason, deadline), daemon=True).start()
+            # In a thread for the time of the attempts: other kernels of the server must not wait for them.
+            threading.Thread(target=self._dial_again, args=(reason,), daemon=True).start()
 
     def _hang_up(self) -> None:
         if self._outbox:
@@ -2324,24 +2197,21 @@ class WebSocketChannels:
             self._outbox = None
             self._socket.close()
 
-    def _try_again(self, reason: str, deadline: Deadline) -> None:
-        time.sleep(RECONNECT_DELAY)  # a server that accepts and closes must not make this a race
-        try:
-            self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
-        except JupyterExecError as error:
-            if deadline.expired or (isinstance(error, ServerError) and error.status < 500):
-                self._mailbox.put(KernelExit(cause=f"the connection to its server was lost: {reason}; {error}"))
-            else:
-                self._loop.post(functools.partial(self._reconnect, reason, deadline))
-            return
-        self._loop.post(self._resume)
-
-    def _resume(self) -> None:
-        if self._closed:
-            self._socket.close()
-        else:
-            self._mailbox.put(Reconnected())
-            self._attend()
+    def _dial_again(self, reason: str) -> None:
+        deadline = Deadline(RECONNECT_TIMEOUT)
+        while not self._closed:
+            time.sleep(RECONNECT_DELAY)  # a server that accepts and closes must not make this a race
+            try:
+                self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
+                self._loop.post(self._attend)
+                if self._closed:  # so the loop may have ended
+                    self._socket.close()
+                return
+            except JupyterExecError as error:
+                if deadline.expired or (isinstance(error, ServerError) and error.status < 500):
+                    cause = f"the connection to its server was lost: {reason}; {error}"
+                    self._loop.post(functools.partial(self._mailbox.put, KernelExit(cause=cause)))
+                    return
 
     def send(self, message: Message) -> None:
         data = self._codec.encode(message)
@@ -2352,13 +2222,10 @@ class WebSocketChannels:
         self._loop.post(functools.partial(self._send, data))
 
     def _send(self, data: str | bytes) -> None:
-        try:
-            if self._outbox:
-                self._outbox.send(self._websocket.send(data))
-                return
-        except ConnectionClosed:
-            pass
-        self._backlog.append(data)
+        if self._outbox:
+            self._outbox.send(self._websocket.send(data))
+        else:
+            self._backlog.append(data)
 
     def decode(self, raw: RawMessage) -> Iterator[Message]:
         return self._codec.decode(raw[1])
@@ -2802,7 +2669,9 @@ class KernelClient:
 
 
 def _reported_exit(message: Message) -> KernelExit | None:
-    """Return the end of the kernel if that is what a Jupyter server says of its own, with no parent."""
+    """Return the end of the kernel if it says so on iopub, or a Jupyter server of its own, with no parent."""
+    if message.msg_type == "shutdown_reply" and message.channel == "iopub":
+        return KernelExit(cause="it was shut down or restarted by somebody else")
     state = message.content.get("execution_state")
     if message.msg_type == "status" and state in ("restarting", "dead") and not message.parent_id:
         return KernelExit(cause="its server found it dead" + (" and restarted it" if state == "restarting" else ""))
@@ -3581,13 +3450,15 @@ class JupyterConnectionInfo:
 
 
 class DeadlineReader(io.RawIOBase):
-    """What http.client reads an answer from: a socket with a deadline for all of it, however slowly it drips."""
+    """What http.client reads an answer from: a socket with a deadline and a limit for all of it, however it drips."""
 
-    def __init__(self, sock: socket.socket, deadline: Deadline) -> None:
-        self._socket, self._deadline = sock, deadline
+    def __init__(self, sock: socket.socket, deadline: Deadline, ahead: int) -> None:
+        """`ahead`: bytes that may be read at once, and so beyond the end of the answer."""
+        self._socket, self._deadline, self._ahead = sock, deadline, ahead
+        self._left = MAX_ANSWER
 
     def makefile(self, mode: str) -> IO[bytes]:
-        return io.BufferedReader(self)
+        return io.BufferedReader(self, self._ahead)
 
     def readable(self) -> bool:
         return True
@@ -3595,29 +3466,82 @@ class DeadlineReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         if self._deadline.expired:
             raise TimeoutError
+        if not self._left:
+            raise ValueError(f"its answer is over the limit of {MAX_ANSWER} bytes")
         self._socket.settimeout(self._deadline.remaining or 1e-6)
-        return self._socket.recv_into(buffer)
+        size = self._socket.recv_into(buffer[: self._left])
+        self._left -= size
+        return size
 
 
 class RestClient:
-    """The REST interface of a Jupyter server: JSON, one connection that is kept alive, one write for a request.
+    """The REST interface of a Jupyter server, and its WebSockets: JSON, one connection that is kept alive.
 
     Spec: https://jupyter-server.readthedocs.io/en/stable/developers/rest-api.html
     """
 
     def __init__(self, info: JupyterConnectionInfo) -> None:
-        if not re.fullmatch(r"[\w.:-]+", info.host):
+        if not re.fullmatch(r"[\w.:-]+", info.host, re.ASCII):
             raise ValueError(f"host must be a name or an address, without scheme and path, not {info.host!r}.")
         self.info = info
         if not re.fullmatch(r"[!-~]*", (info.token or "") + info.base_url):
             raise ValueError("The token or base_url has characters that HTTP forbids.")  # and neither is shown
-        self.path = "/" + info.base_url.strip("/") if info.base_url.strip("/") else ""
+        self._prefix = "/" + info.base_url.strip("/") if info.base_url.strip("/") else ""
         # "Authorization: token X" is the one form that all servers accept (a kernel gateway no other).
-        self.headers = {"Authorization": f"token {info.token}"} if info.token else {}
+        self._headers = {"Authorization": f"token {info.token}"} if info.token else {}
         self._socket: socket.socket | None = None
         self._lock = threading.Lock()
 
-    def dial(self, deadline: Deadline) -> socket.socket:
+    def shown(self, text: object) -> str:
+        """Return what a server says as it may be shown: short, printable, without the token that some echo."""
+        return "".join(char if char.isprintable() else " " for char in self._redacted(str(text))[:500])
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self.info.token, "***") if self.info.token else text
+
+    def request(self, method: str, path: str, body: object = None, *, timeout: float = CONTROL_TIMEOUT) -> Any:
+        """Return the JSON that the server answers. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
+        deadline = Deadline(timeout)
+        with self._lock:
+            kept, self._socket = self._socket, None  # one at a time; others dial for themselves
+        if kept and method == "POST":  # never to be said twice, so not on a connection that may have ended
+            kept.close()
+        elif kept:
+            with contextlib.suppress(ConnectionClosed):
+                return self._request(kept, method, path, body, deadline)
+        return self._request(self._dial(deadline), method, path, body, deadline)
+
+    def _request(self, sock: socket.socket, method: str, path: str, body: object, deadline: Deadline) -> Any:
+        payload = b"" if body is None else dump_json(body)
+        headers = {"Accept": "application/json", "Content-Type": "application/json", "Content-Length": len(payload)}
+        response, data = self._ask(sock, method, path, headers, payload, deadline)
+        with self._lock:
+            keep = not response.will_close and self._socket is None
+            self._socket = sock if keep else self._socket
+        if not keep:
+            sock.close()
+        if 200 <= response.status < 300:
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(data) if data else None
+        raise self._refusal(method, path, response, data)
+
+    def websocket(self, path: str, deadline: Deadline) -> tuple[socket.socket, str | None]:
+        """Open a WebSocket; return its socket and the subprotocol. Raises: like `request`; ProtocolError."""
+        key = base64.b64encode(os.urandom(16)).decode("ascii")
+        headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+        headers |= {"Sec-WebSocket-Key": key, "Sec-WebSocket-Protocol": V1_SUBPROTOCOL}
+        sock = self._dial(deadline)
+        # Byte by byte: what comes behind the answer are frames already.
+        response, data = self._ask(sock, "GET", path, headers, b"", deadline, ahead=1)
+        try:
+            if response.status != 101:
+                raise self._refusal("GET", path.partition("?")[0], response, data)
+            return sock, check_opening(key, response.getheader)
+        except JupyterExecError:
+            sock.close()
+            raise
+
+    def _dial(self, deadline: Deadline) -> socket.socket:
         """Connect, with TLS if that is wanted. Raises: ConnectionClosed, ExecutionTimeout."""
         info = self.info
         port = info.port or (443 if info.use_https else 80)
@@ -3626,12 +3550,12 @@ class RestClient:
             return self._secure(sock) if info.use_https else sock
         except TimeoutError:
             raise ExecutionTimeout(f"No answer from {info.url} in time.") from None
-        except OSError as error:
+        except (OSError, ValueError, OverflowError) as error:  # of names and numbers that are none, too
             if verdict := getattr(error, "verify_message", ""):
                 raise ConnectionClosed(
                     f"The certificate of {info.url} is not trusted: {verdict}. Give ca_file."
                 ) from None
-            raise ConnectionClosed(f"Cannot connect to {info.url}: {error.strerror or error}.") from None
+            raise ConnectionClosed(f"Cannot connect to {info.url}: {getattr(error, 'strerror', 0) or error}.") from None
 
     def _secure(self, sock: socket.socket) -> socket.socket:
         import ssl
@@ -3647,68 +3571,56 @@ class RestClient:
             sock.close()
             raise
 
-    def request(self, method: str, path: str, body: object = None, *, timeout: float = CONTROL_TIMEOUT) -> Any:
-        """Return the JSON that the server answers. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
-        deadline = Deadline(timeout)
-        with self._lock:
-            kept, self._socket = self._socket, None  # one at a time; others dial for themselves
-        if kept and method == "POST":  # never to be said twice, so not on a connection that may have ended
-            kept.close()
-        elif kept:
-            with contextlib.suppress(ConnectionClosed):
-                return self._exchange(kept, method, path, body, deadline)
-        return self._exchange(self.dial(deadline), method, path, body, deadline)
-
-    def _exchange(self, sock: socket.socket, method: str, path: str, body: object, deadline: Deadline) -> Any:
+    def _ask(
+        self,
+        sock: socket.socket,
+        method: str,
+        path: str,
+        headers: Json,
+        payload: bytes,
+        deadline: Deadline,
+        ahead: int = 8192,
+    ) -> tuple[Any, bytes]:
+        """Send a request; return the answer's head, an http.client.HTTPResponse, and body. Errors close the socket."""
         import http.client
 
-        keep = False
-        try:
-            sock.settimeout(deadline.remaining or 1e-6)
-            sock.sendall(self._encode(method, path, body))
-            source: Any = DeadlineReader(sock, deadline)
-            with contextlib.closing(http.client.HTTPResponse(source, method=method)) as response:
+        headers = {"Host": self.info.authority, **headers, **self._headers}
+        lines = [f"{method} {self._prefix}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        source: Any = DeadlineReader(sock, deadline, ahead)
+        body = bytearray()
+        with contextlib.ExitStack() as stack:
+            stack.callback(sock.close)
+            try:
+                sock.settimeout(deadline.remaining or 1e-6)
+                sock.sendall("\r\n".join((*lines, "", "")).encode("ascii") + payload)
+                response = http.client.HTTPResponse(source, method=method)
                 response.begin()
-                data = b""
-                while len(data) < MAX_MESSAGE and (more := response.read1(2**16)):
-                    data += more
-                keep = not response.will_close
-                return self._result(method, path, response, data)
-        except TimeoutError:
-            raise ExecutionTimeout(
-                f"No answer to {method} {self.info.url}{path} within {deadline.seconds:g} s."
-            ) from None
-        except (OSError, http.client.HTTPException) as error:
-            raise ConnectionClosed(f"{self.info.url} broke the connection: {error!r}.") from None
-        finally:
-            with self._lock:
-                keep = keep and self._socket is None
-                self._socket = sock if keep else self._socket
-            if not keep:
-                sock.close()
+                while more := response.read1(2**16):
+                    body += more
+                if response.length:
+                    raise EOFError("its answer is cut short")
+            except TimeoutError:
+                what = f"{method} {self.info.url}{path.partition('?')[0]}"
+                raise ExecutionTimeout(f"No answer to {what} within {deadline.seconds:g} s.") from None
+            except (OSError, EOFError, ValueError, http.client.HTTPException) as error:
+                # A server that is none may say anything; http.client lets some of its ValueErrors through.
+                why = f"{type(error).__name__}: {self.shown(error)}"
+                raise ConnectionClosed(f"{self.info.url} broke the connection: {why}.") from None
+            stack.pop_all()
+        return response, bytes(body)
 
-    def _encode(self, method: str, path: str, body: object) -> bytes:
-        payload = b"" if body is None else dump_json(body)
-        headers = {"Host": self.info.authority, "Accept": "application/json", "Content-Type": "application/json"}
-        headers |= {"Content-Length": str(len(payload)), **self.headers}
-        lines = [f"{name}: {value}" for name, value in headers.items()]
-        return "\r\n".join((f"{method} {self.path}{path} HTTP/1.1", *lines, "", "")).encode("latin-1") + payload
-
-    def _result(self, method: str, path: str, response: Any, data: bytes) -> Any:
-        error = ServerError(method, self.info.url + path, response.status)
-        if 300 <= response.status < 400:
-            error.body = "It redirects elsewhere, which is not followed with a token: check token and base_url."
-        elif response.status >= 400:
-            error.body = _explanation(data)
-        elif not data:
-            return None
-        else:
-            with contextlib.suppress(ValueError, RecursionError):
-                return json.loads(data)
-            error.body = (
-                f"This is no Jupyter server: it sends {response.getheader('Content-Type', 'no type')}, not JSON."
-            )
-        raise error
+    def _refusal(self, method: str, path: str, response: Any, data: bytes) -> ServerError:
+        """Return an answer that is not the one that was asked for as an error."""
+        kind = self.shown(response.getheader("Content-Type", "no type"))
+        says = f"This is no Jupyter server: it sends {kind}."
+        if response.status >= 400:
+            says = self.shown(_explanation(self._redacted(data.decode("utf-8", "replace"))))
+        elif response.status >= 300 and "/hub/user/" in response.getheader("Location", ""):
+            # JupyterHub takes over the addresses of a server that does not run.
+            says = "The server behind this JupyterHub does not run: start it there."
+        elif response.status >= 300:
+            says = "It redirects elsewhere, which is not followed with a token: check token, base_url, use_https."
+        return ServerError(method, self.info.url + self.shown(path), response.status, says)
 
     def close(self) -> None:
         with self._lock:
@@ -3717,13 +3629,12 @@ class RestClient:
                 self._socket = None
 
 
-def _explanation(data: bytes) -> str:
-    """Return what a server's error answer says: JSON's message or reason, or else its text."""
+def _explanation(text: str) -> str:
+    """Return what a server's error answer says: JSON's message or reason, or else the text of a page."""
     with contextlib.suppress(ProtocolError):
-        answer = json_object(data, "answer")
-        return " ".join(str(answer[name]) for name in ("message", "reason") if answer.get(name))[:500]
-    text = re.sub(r"(?s)<(style|script|head)\b.*?</\1>|<[^>]*>", " ", data[:20_000].decode("utf-8", "replace"))
-    return " ".join(text.split())[:300]
+        answer = json_object(text, "answer")
+        return " ".join(answer[name] for name in ("message", "reason") if isinstance(answer.get(name), str))
+    return " ".join(re.sub(r"(?s)<(style|script|head)\b.*?</\1>|<[^<>]*>", " ", text[:10_000]).split())
 
 
 class RemoteKernelControl:
@@ -3746,27 +3657,22 @@ class RemoteKernelControl:
                 rest.request("POST", f"{self._path}/restart", {}, timeout=START_TIMEOUT)
             except ServerError:  # the kernel is gone, or the server just restarting it by itself
                 self.kill()
+                rest.request("GET", "/api/kernelspecs")  # if it is the server that is gone, this says so best
         if not self._id:
             body = {"name": self._kernel_name, "env": self._server.env}
             model = rest.request("POST", "/api/kernels", body, timeout=START_TIMEOUT)
-            self._id = str(model["id"] if isinstance(model, dict) else "")
+            kernel_id = model.get("id") if isinstance(model, dict) else None
+            self._id = kernel_id if isinstance(kernel_id, str) else ""
         self._mailbox = mailbox
-        dial = functools.partial(self._dial, os.urandom(16).hex())
+        dial = functools.partial(rest.websocket, f"{self._path}/channels?session_id={os.urandom(16).hex()}")
         self._channels = WebSocketChannels(loop, dial, mailbox)
         return self._channels
 
     @property
     def _path(self) -> str:
-        if not re.fullmatch(r"[\w.-]+", self._id or ""):
-            raise ProtocolError(f"{self._id!r} is no kernel id.")
+        if not re.fullmatch(r"\w[\w.-]*", self._id or "", re.ASCII):
+            raise ProtocolError(f"The id of a kernel cannot be {self._server.rest.shown(self._id)!r}.")
         return f"/api/kernels/{self._id}"
-
-    def _dial(self, session: str, deadline: Deadline) -> tuple[NetStream, WebSocket]:
-        rest = self._server.rest
-        target = f"{rest.path}{self._path}/channels?session_id={session}"
-        mask = functools.partial(os.urandom, 4)
-        options = (rest.info.authority, target, rest.headers, [V1_SUBPROTOCOL], os.urandom(16), mask, MAX_MESSAGE)
-        return NetStream(rest.dial(deadline)), WebSocket(*options)
 
     def interrupt(self, sent: Callable[[], None]) -> bool:
         try:
@@ -3858,7 +3764,8 @@ class RemoteJupyterServer(Stoppable):
         if self._kernel_id is None:
             specs = self.kernelspecs()
             if not (found := kernel_among(kernel_name, specs)):
-                raise KernelSpecNotFound(kernel_name, sorted(specs), [self.connection_info.url])
+                names = list(map(self.rest.shown, sorted(specs)))
+                raise KernelSpecNotFound(kernel_name, names, [self.connection_info.url])
             kernel_name = found
         control = RemoteKernelControl(self, kernel_name, self._kernel_id)
         self._controls.append(control)
@@ -3869,14 +3776,21 @@ class RemoteJupyterServer(Stoppable):
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict}."""
         answer = self.rest.request("GET", "/api/kernelspecs")
-        specs = answer.get("kernelspecs") if isinstance(answer, dict) else None
-        if not isinstance(specs, dict):
-            raise ServerError("GET", f"{self.connection_info.url}/api/kernelspecs", 200, "This is no Jupyter server.")
-        return {name: dict(spec.get("spec") or {}) for name, spec in specs.items() if isinstance(spec, dict)}
+        models = answer.get("kernelspecs") if isinstance(answer, dict) else None
+        if not isinstance(models, dict):
+            raise self._is_none("/api/kernelspecs")
+        specs = {name: model.get("spec") for name, model in models.items() if isinstance(model, dict)}
+        return {name: spec for name, spec in specs.items() if isinstance(spec, dict) and name.isprintable()}
 
     def list_kernels(self) -> list[Json]:
         """Return the models of the server's running kernels (a gateway may forbid it: ServerError 403)."""
-        return list(self.rest.request("GET", "/api/kernels") or ())
+        models = self.rest.request("GET", "/api/kernels")
+        if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
+            raise self._is_none("/api/kernels")
+        return models
+
+    def _is_none(self, path: str) -> ServerError:
+        return ServerError("GET", self.connection_info.url + path, 200, "This is no Jupyter server.")
 
     def stop(self) -> None:
         """Delete the kernels that were started here and disconnect. May be called more than once."""
@@ -4287,6 +4201,9 @@ class _GenerateToken:
 
 
 def token_of(token: str | _GenerateToken | None) -> str:
+    """Return the token, or a new one. Raises: ValueError for the empty one, which lets everybody in."""
+    if token == "":
+        raise ValueError("An empty token would open the gateway to everybody: leave it out, one is made up.")
     return token if isinstance(token, str) else os.urandom(32).hex()
 
 
@@ -4417,7 +4334,7 @@ class LocalJupyterServer(CommandJupyterServer):
         )
         self.own_python3 = python is not None
         self._address = ip or "127.0.0.1", port
-        self._token = token
+        self._token = token_of(token)
         handler = {"class": "logging.handlers.RotatingFileHandler", "level": log_level, "maxBytes": log_max_bytes}
         handler |= {"backupCount": log_backup_count, "filename": os.path.abspath(log_file or os.devnull)}
         self._logging = {"handlers": {"file": handler}, "loggers": {"KernelGatewayApp": {"handlers": ["file"]}}}
@@ -4429,33 +4346,29 @@ class LocalJupyterServer(CommandJupyterServer):
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         ip, port = self._address
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
-            try:
-                probe.bind((ip, port or 0))
-            except OSError as error:  # never send a token to whoever listens there
-                raise KernelStartFailed([], f"no gateway can listen on {ip}:{port}: {error.strerror}") from None
-            port = int(probe.getsockname()[1])
-        info = JupyterConnectionInfo(ip, False, port, token_of(self._token))
-        # -m would put the working directory on sys.path, where an agent's signal.py shadows the library.
-        program = (
-            "import sys; sys.path[:] = filter(None, sys.path); from kernel_gateway import launch_instance as run; run()"
-        )
-        argv = [*self._argv, "-c", program, f"--KernelGatewayApp.ip={ip}", f"--KernelGatewayApp.port={port}"]
-        argv += ["--KernelGatewayApp.port_retries=0", *GATEWAY_OPTIONS]
+        argv = [*self._argv, "-c", GATEWAY_PROGRAM, f"--KernelGatewayApp.ip={ip}"]
+        argv += [f"--KernelGatewayApp.port={port or 0}", "--KernelGatewayApp.port_retries=0", *GATEWAY_OPTIONS]
         argv += [f"--JupyterApp.logging_config={json.dumps(self._logging)}"] if self._logs else []
         link, mailbox = self.link(), Mailbox()
         link.mailboxes["gateway"] = self._gateway_mailbox = mailbox
-        link.call("spawn", kernel="gateway", argv=argv, env={"KG_AUTH_TOKEN": info.token})
+        said = Path(self.directory, os.urandom(8).hex())
+        env = {"KG_AUTH_TOKEN": self._token, "JUPYTER_EXEC_PORT_FILE": str(said)}
+        link.call("spawn", kernel="gateway", argv=argv, env=env)
 
         def check() -> None:
             if isinstance(end := mailbox.get(0.05), KernelExit):
                 advice = (
                     f"; run {self._argv[0]} -m pip install jupyter_kernel_gateway" if "No module" in end.stderr else ""
                 )
+                advice = advice or f"; is port {port} of {ip} in use?" * bool(port)
                 raise KernelStartFailed(argv[:1], f"the gateway has ended ({end.sentence()}){advice}", None, end.stderr)
 
-        return await_server(info, check)
+        deadline = Deadline(START_TIMEOUT)
+        while not (said.exists() and said.read_text().endswith("\n")):
+            check()
+            if deadline.expired:
+                raise KernelStartFailed(argv[:1], f"the gateway does not listen within {START_TIMEOUT:g} s")
+        return await_server(JupyterConnectionInfo(ip, False, int(said.read_text()), self._token), check)
 
     def _connect(self) -> HostLink:
         import tempfile
