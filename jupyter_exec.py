@@ -310,7 +310,7 @@ class Message:
     metadata: Json
     content: Json
     buffers: list[bytes]
-    size: int = 0  # bytes that it takes in memory, about
+    size: int = field(default=0, compare=False)  # bytes that it takes in memory, about
     lost: bool = False  # its content was too large to be taken
 
     @property
@@ -655,9 +655,6 @@ CHANNELS = ("shell", "iopub", "stdin", "control")
 V1_SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"
 MAX_PARTS = 65535  # of one WebSocket message: more buffers than any widget has, few enough to allocate
 _NULLABLE = ("parent_header", "metadata", "content")
-# Types of which more is used than that they came; comm_msg, for one, may be huge.
-HANDLED_TYPES = {"execute_reply", "kernel_info_reply", "shutdown_reply", "input_request", "status", "execute_input"}
-HANDLED_TYPES |= {"stream", "execute_result", "display_data", "update_display_data", "error", "clear_output"}
 
 
 class JsonCodec:
@@ -683,7 +680,8 @@ class JsonCodec:
             raise ProtocolError("A part of a message is not a JSON object.")
         channel, header = _channel(body.get("channel")), body["header"]
         parent_header, metadata, content = (body[name] for name in _NULLABLE)
-        yield Message(channel, header, parent_header, metadata, content, parts[1:])
+        size = json_weight(parts[0]) + sum(map(len, parts[1:]))
+        yield Message(channel, header, parent_header, metadata, content, parts[1:], size)
 
 
 class V1Codec:
@@ -702,13 +700,7 @@ class V1Codec:
         # "offset_n is the number of bytes in the message": nothing is left after it.
         if len(parts) < 6 or parts.pop():
             raise ProtocolError("A message has fewer than five parts, or bytes after the last one.")
-        channel, header = _channel(parts[0].decode("utf-8", "replace")), json_object(parts[1], "header")
-        if len(data) > STREAM_PIECE and str(header.get("msg_type")) not in HANDLED_TYPES:
-            parts[2:] = [b"{}"] * 3  # nobody would read it
-        parent_header, metadata = map(_object_or_null, parts[2:4], _NULLABLE)
-        buffers = parts[5:]
-        for piece in stream_pieces(parts[4]):
-            yield Message(channel, header, parent_header, metadata, _object_or_null(piece, "content"), buffers)
+        yield from messages_of(_channel(parts[0].decode("utf-8", "replace")), parts[1:])
 
 
 def _join_parts(word: str, parts: Sequence[bytes]) -> bytes:
