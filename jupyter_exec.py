@@ -82,6 +82,7 @@ MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 
 START_TIMEOUT = 60.0  # seconds from asking for a kernel to its first answer, host or container included
 CONTROL_TIMEOUT = 10.0  # seconds for the host to answer a control request; it answers in milliseconds
 INTERRUPT_GRACE = 5.0  # seconds that an interrupted cell has to end before its kernel is killed
+EVICTION_RETRY = 0.2  # seconds between attempts of `stop` and `restart` to end the running cell
 INTERRUPT_RETRY = 0.05  # seconds between the interrupts of a cancelled cell until it has begun and ended
 FORK_TIMEOUT = 2.0  # seconds for a fork server that is at work to fork a kernel; it takes milliseconds
 FENCE_DELAY = 1.0  # seconds between an execute_reply and its idle after which the other counts as overdue
@@ -123,9 +124,7 @@ LARGE_PART = 2**16  # bytes of a part of a message beyond which it is used where
 STREAM_PIECE = 2**17  # bytes of a stream message that are parsed at a time
 MAX_JSON = 64 * 2**20  # bytes of a message that is no stream; and of its Python objects, four times as much
 MAX_HEADER = 2**20  # bytes of each of header, parent_header and metadata
-MAILBOX_LIMIT = (
-    96 * 2**20
-)  # bytes of unread messages of a kernel: beyond it output is dropped, at twice that it is killed
+MAILBOX_LIMIT = 64 * 2**20  # unread bytes of a kernel: beyond it output is dropped, at twice that it is killed
 MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
 MAX_SPILL = 256 * 2**20  # characters of such a file
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
@@ -2328,6 +2327,11 @@ class KernelClient:
     def alive(self) -> bool:
         """Whether there is a kernel that can run a cell, as far as known now."""
         return self._channels is not None and self._exit is None and not self._ended
+
+    @property
+    def owned(self) -> bool:
+        """Whether the kernel is ours to kill and restart."""
+        return self._control.owned
 
     @property
     def ended(self) -> bool:
@@ -4901,10 +4905,10 @@ def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelCl
 
 @dataclass
 class CodeBlock:
-    """A piece of code and the language that its fence named."""
+    """A piece of code and the language that its fence named; "" is the kernel's own."""
 
     code: str
-    language: str = "python"
+    language: str = ""
 
 
 @dataclass
@@ -4937,7 +4941,8 @@ class MarkdownCodeExtractor:
     def extract_code_blocks(self, message: str | Sequence[Mapping[str, Any]] | None) -> list[CodeBlock]:
         """Return the blocks in order; `message` is text, a list of message parts, or None.
 
-        The language is the first word of the info string, "" if there is none.
+        The language is the first word of the info string. Without one it is guessed, as AutoGen does: "sh" for what
+        begins with pip or python, "python" for what compiles, else "".
 
         Raises: ValueError for a part of unknown type.
 
@@ -4974,7 +4979,17 @@ def _fenced_blocks(text: str) -> Iterator[CodeBlock]:
         if opening and indent - offset <= 3:
             code = "\n".join(_fenced_lines(lines, opening["fence"], indent, offset))
             language = _LANGUAGE.match(opening["info"])
-            yield CodeBlock(code, language[1] if language else "")
+            yield CodeBlock(code, (language and language[1]) or _guessed_language(code))
+
+
+def _guessed_language(code: str) -> str:
+    if code.startswith(("python ", "python3 ", "pip")):
+        return "sh"
+    try:
+        compile(code, "<block>", "exec", dont_inherit=True)
+    except Exception:  # by hostile text also MemoryError, RecursionError
+        return ""
+    return "python"
 
 
 def _fenced_lines(lines: Iterator[str], fence: str, indent: int, offset: int) -> Iterator[str]:
@@ -5175,24 +5190,121 @@ def _notebook_output(output: Json) -> Json:
 
 _PYTHON_NAMES = re.compile(r"i?py(thon)?[\d.]*")
 _SHELLS = {"bash": "bash", "shell": "bash", "sh": "sh"}
-_PIP_LINE = re.compile(r"(?m)^([ \t]*)[!%][ \t]*pip3?[ \t]+install\b")
-_SHELL_PIP_LINE = re.compile(r"(?m)^([ \t]*pip3?[ \t]+install)\b")
 _QUIET = "-qq --disable-pip-version-check"  # errors stay visible
-# Runs a shell script with the kernel's own Python first on PATH; its exit status comes back as an exception.
-_SHELL_CELL = """\
-def _run_shell(command):
-    import os, shlex, sys
+# A line of IPython that runs pip; passed over is what may look like one: strings, comments, other shell lines.
+_PIP_LINE = re.compile(
+    r"""(?xms)
+    ^(?P<indent>[ \t]*)[!%][ \t]*pip3?[ \t]+install\b
+    | ^[ \t]*(?:!|%\w)[^\n]*
+    | (?P<quotes>\'{3}|"{3})(?:\\.|.)*?(?:(?P=quotes)|\Z)
+    | \'(?:\\.|[^\'\\\n])*
+    | "(?:\\.|[^"\\\n])*"?
+    | \#[^\n]*
+    """
+)
+_STOPPED = "The executor was stopped: make a new one."
+_FRESH = "The kernel was restarted while this call waited: it is fresh, all earlier variables are lost"
+_TEXT_CELL = re.compile(r"\s*%%(?!time|capture)")  # %%writefile, %%html, ...: what follows is no Python
+
+
+def _silence_pip(code: str) -> str:
+    def silent(line: re.Match[str]) -> str:
+        if line["indent"] is None:
+            return line[0]
+        return f"""{line["indent"]}!"{{__import__('sys').executable}}" -m pip install {_QUIET}"""
+
+    return _PIP_LINE.sub(silent, code) if "pip" in code and not _TEXT_CELL.match(code) else code
+
+
+def run_shell(shell: str, script: str, pip_options: str) -> None:
+    """Run a script in the kernel, to which this source is sent: IPython's %%bash as it should be.
+
+    Raises: CalledProcessError with the exit status, without a traceback.
+    """
+    import os
+    import subprocess
+    import sys
+    import tempfile
+
+    silent = '{0}() {{ [ "${{1-}}" != install ] || set -- "$@" {1}; command {0} "$@"; }}; '
+    command = "".join(silent.format(pip, pip_options) for pip in ("pip", "pip3")) + '. "$0"'
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
-    get_ipython().system(f"PATH={{shlex.quote(path)}} {shell} -c {{shlex.quote(command)}}")
-    if get_ipython().user_ns["_exit_code"]:
-        error = type("ShellExit", (Exception,), {{"_render_traceback_": lambda self: []}})
-        raise error(get_ipython().user_ns["_exit_code"])
-_run_shell({script!r})
-"""
+    with tempfile.TemporaryFile() as file:  # an argument ends at 128 KB, and of stdin the script's commands would read
+        file.write(script.encode("utf-8", "replace"))
+        file.seek(0)
+        try:
+            process = subprocess.Popen(
+                [shell, "-c", command, f"/dev/fd/{file.fileno()}"],
+                env={**os.environ, "PATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[file.fileno()],
+                start_new_session=True,
+            )
+            status = follow_shell(process)
+        except FileNotFoundError:
+            print(f"There is no {shell} where the kernel runs.", file=sys.stderr)
+            status = 127
+    if status:
+        error = subprocess.CalledProcessError(status, shell)
+        vars(error)["_render_traceback_"] = list  # IPython asks for it
+        raise error
 
 
-def cell_of(block: Any, kernel_name: str, kernel_language: str) -> str:
-    """Return the cell that runs a code block in a kernel of that name and language.
+def follow_shell(process: subprocess.Popen[bytes]) -> int:
+    """Show both streams as they come, and return the exit status when the script ends; sent with `run_shell`.
+
+    An interrupt ends all that the script has started. What it has left in the background goes on, with its output.
+    """
+    import codecs
+    import contextlib
+    import os
+    import selectors
+    import signal
+    import sys
+    import threading
+    import time
+
+    selector = selectors.DefaultSelector()
+    for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        selector.register(pipe or 0, selectors.EVENT_READ, (decoder, stream, pipe))
+
+    def show(seconds: float, in_background: bool = False) -> None:
+        end, last = time.monotonic() + seconds, False
+        while selector.get_map() and not last:
+            # What the script wrote before its end is in the pipe, and one read takes all that a pipe holds.
+            last = not in_background and (process.poll() is not None or time.monotonic() > end)
+            for key, _ in selector.select(0 if last else 0.05):
+                decoder, stream, pipe = key.data
+                data = os.read(key.fd, 65536)
+                stream.write(decoder.decode(data, not data))
+                stream.flush()
+                if not data:
+                    selector.unregister(pipe)
+                    pipe.close()
+
+    try:
+        show(float("inf"))
+        process.wait()
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+            show(0.5)
+    if selector.get_map():
+        threading.Thread(target=show, args=(0, True), daemon=True).start()
+    else:
+        selector.close()
+    status = process.poll()
+    return 130 if status is None else status if status >= 0 else 128 - status
+
+
+def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, str]:
+    """Return the cell that runs a code block in a kernel of that name and language, and what a notebook says of it.
+
+    These are the same but for a shell script.
 
     Raises: ValueError for a language that the kernel does not speak.
     """
@@ -5200,13 +5312,24 @@ def cell_of(block: Any, kernel_name: str, kernel_language: str) -> str:
     kernel_language = kernel_language or "python"  # a kernel that does not say
     speaks_python = kernel_language.lower() == "python"
     if speaks_python and language in _SHELLS and code.lstrip()[:1] not in ("!", "%"):
-        script = _SHELL_PIP_LINE.sub(rf"\1 {_QUIET}", code)
-        return _SHELL_CELL.format(shell=_SHELLS[language], script=script)
+        shell, script = _SHELLS[language], code.replace("\r\n", "\n")
+        shown = f"%%{shell}\n{script}"
+        try:
+            program = f"{functions_source((follow_shell, run_shell))}\nrun_shell({shell!r}, {script!r}, {_QUIET!r})"
+        except ValueError:  # a frozen program without source files: IPython's own way, with its flaws
+            return shown, shown
+        return f"exec({program!r}, {{}})", shown
     own = {"", kernel_language.lower(), kernel_name.lower(), *(_SHELLS if speaks_python else ())}
     if language in own or (speaks_python and _PYTHON_NAMES.fullmatch(language)):
-        return _PIP_LINE.sub(rf"""\1!"{{__import__('sys').executable}}" -m pip install {_QUIET}""", code)
+        cell = _silence_pip(code) if speaks_python else code
+        return cell, cell
     others = " or bash" if speaks_python else ""
     raise ValueError(f"The kernel runs {kernel_language}{others}, not {block.language}: the block was not run.")
+
+
+def functions_source(functions: Iterable[Callable[..., Any]]) -> str:
+    """Return a program that defines functions in a kernel. Raises: ValueError, see `function_source`."""
+    return "\n".join(["from __future__ import annotations", *map(function_source, functions)])
 
 
 def function_source(function: Callable[..., Any]) -> str:
@@ -5245,36 +5368,69 @@ class _UserCapability:
 
 
 class Turns:
-    """A re-entrant lock that lets threads in by the order in which they came."""
+    """A re-entrant lock that lets threads in by the order in which they came; but one that evicts comes next."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
-        self._queue: deque[int] = deque()  # thread ids; the first one is in
+        self._queue: list[int] = []  # thread ids; the first one is in
         self._depth = 0
+        self.evictions = 0  # how many have come that evict
+        self.overtaken = False  # whether one of them came before the thread that is in, while that one waited
+        self.closed = False  # nobody waits any more, except to evict
 
-    @property
-    def taken(self) -> bool:
-        """Whether another thread is in."""
-        return bool(self._queue) and self._queue[0] != threading.get_ident()
+    @contextlib.contextmanager
+    def turn(self, evict: Callable[[], None] | None = None, since: int | None = None) -> Iterator[None]:
+        """Wait until it is the caller's turn.
 
-    def __enter__(self) -> None:
+        With `evict` it is the next one: called again and again until the thread that is in leaves. `since` is the
+        number of evictions when the waiting began, if that was before.
+
+        Raises: JupyterExecError if it was closed while the caller waited.
+        """
+        self._enter(evict, since)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._depth -= 1
+                if not self._depth:
+                    self._queue.pop(0)
+                    self._changed.notify_all()
+
+    def _enter(self, evict: Callable[[], None] | None, since: int | None) -> None:
         me = threading.get_ident()
         with self._changed:
-            if not (self._queue and self._queue[0] == me):
-                self._queue.append(me)
+            if self._queue[:1] != [me]:
+                self._queue.insert(1 if evict else len(self._queue), me)
+                self.evictions += evict is not None
+                since = self.evictions if since is None or evict else since
                 try:
-                    self._changed.wait_for(lambda: self._queue[0] == me)
+                    self._wait(me, evict)
                 except BaseException:
                     self._queue.remove(me)
+                    self._changed.notify_all()
                     raise
+                self.overtaken = since != self.evictions
             self._depth += 1
 
-    def __exit__(self, *exc_info: object) -> None:
+    def _wait(self, me: int, evict: Callable[[], None] | None) -> None:
+        while self._queue[0] != me:
+            if evict:
+                self._changed.release()
+                try:
+                    evict()
+                finally:
+                    self._changed.acquire()
+                self._changed.wait_for(lambda: self._queue[0] == me, EVICTION_RETRY)
+            elif self.closed:
+                raise JupyterExecError(_STOPPED)
+            else:
+                self._changed.wait()
+
+    def close(self) -> None:
         with self._changed:
-            self._depth -= 1
-            if not self._depth:
-                self._queue.popleft()
-                self._changed.notify_all()
+            self.closed = True
+            self._changed.notify_all()
 
 
 def _end_forgotten(kernel: KernelClient) -> None:
@@ -5296,6 +5452,7 @@ class JupyterCodeExecutor:
     `functions` (plain ones, with their source at hand) are defined in the kernel whenever it is fresh.
 
     It may be called from any thread: cells run one after another. `stop`, or leaving a `with`, ends the kernel.
+    What a hook raises ends nothing: the logger `jupyter_exec` tells of it as a warning, so listen to that.
 
     Raises: ValueError for a wrong argument, or a kernel that is not installed; KernelStartFailed.
     """
@@ -5305,7 +5462,7 @@ class JupyterCodeExecutor:
     UserCapability = _UserCapability
     CODE_WRITER_SYSTEM_MESSAGE = CODE_WRITER_SYSTEM_MESSAGE
 
-    _SLOTS = "_folder", "_functions", "_hooks", "_journal", "_kernel", "_lock", "_output_dir", "_own_server", "_server"
+    _SLOTS = "_folder", "_functions", "_hooks", "_journal", "_kernel", "_output_dir", "_own_server", "_server", "_turns"
     __slots__ = ("__dict__", "__weakref__", *_SLOTS)
 
     def __init__(
@@ -5333,7 +5490,7 @@ class JupyterCodeExecutor:
         self._prelude()  # raises for a function that cannot be sent
         self._journal = Journal()
         self._hooks = on_output, on_input
-        self._lock = Turns()
+        self._turns = Turns()
         self._server = jupyter_server
         self._own_server: RemoteJupyterServer | None = None  # made here, for a JupyterConnectionInfo
         self._stopped = False
@@ -5381,7 +5538,7 @@ class JupyterCodeExecutor:
         return _UserCapability(self.system_message)
 
     def _prelude(self) -> str:
-        source = "\n".join(["from __future__ import annotations", *map(function_source, self._functions)])
+        source = functions_source(self._functions)
         return f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())"
 
     @property
@@ -5389,14 +5546,17 @@ class JupyterCodeExecutor:
         """Path of the kernel's connection file, for `jupyter console --existing`; None if it is not on this machine."""
         return self._kernel.connection_file
 
-    def execute_code_blocks(self, code_blocks: Iterable[Any]) -> CodeResult:
-        """Run blocks (objects with `code` and `language`) in order, up to the first that fails.
+    def execute_code_blocks(self, code_blocks: Any) -> CodeResult:
+        """Run blocks (objects with `code` and `language`) in order, up to the first that fails; or one, or a string.
 
         Never raises for what the code or the kernel did: `exit_code` and `output` tell (0 ended well, 1 raised,
-        124 timeout, 130 interrupted, 128 + N killed by signal N).
+        124 timeout, 130 interrupted, 128 + N killed by signal N, N exit status of a shell script).
 
-        Raises: JupyterExecError after `stop`; TypeError for something that is no code block.
+        Raises: JupyterExecError after `stop`, also if that came while the call waited for its turn; TypeError for
+        something that is no code block.
         """
+        if isinstance(code_blocks, str) or hasattr(code_blocks, "code"):
+            code_blocks = [CodeBlock(code_blocks) if isinstance(code_blocks, str) else code_blocks]
         code_blocks = list(code_blocks)
         if not all(hasattr(block, "code") and hasattr(block, "language") for block in code_blocks):
             raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
@@ -5404,10 +5564,10 @@ class JupyterCodeExecutor:
         exit_code, state = 0, "intact"
         files = CallFiles(self._folder, self._max_output)
         gaps: list[int] = []
-        with self._lock:
+        with self._turns.turn():
             self._check_usable()
             for block in code_blocks:
-                result = self._execute_block(block, files)
+                result = self.execute_block(block, record=files.record)
                 note = "" if result.note == TRUNCATED else result.note  # the mark says more
                 texts.append(render(result.outputs, note, files.save))
                 gaps += [result.missing] * result.truncated
@@ -5417,20 +5577,29 @@ class JupyterCodeExecutor:
         text = shorten("\n".join(texts), self._max_output, gaps, files.close())
         return CodeResult(exit_code, text, files.paths, state)
 
-    def _execute_block(self, block: Any, files: CallFiles) -> ExecutionResult:
-        try:
-            self._make_ready()
-            cell = cell_of(block, self._kernel_name, self._kernel.language)
-            result = self._execute(cell, record=files.record)
-            if (error := result.error) and error["ename"] == "ShellExit":
-                result.outputs.remove(error)
-                if result.status == "error":
-                    result.exit_code = abs(int(error["evalue"])) if re.fullmatch(r"-?\d+", error["evalue"]) else 1
-            return result
-        except (ProtocolError, ValueError) as error:  # too large for the server, not its language: nothing was sent
-            return ExecutionResult("error", 1, "intact", str(error), [])
-        except JupyterExecError as error:
-            return ExecutionResult("died", 1, "lost", str(error), [])
+    def execute_block(self, block: Any, *, record: OutputHook | None = None) -> ExecutionResult:
+        """Run one code block in its language. Like `execute`, but never raises for what the kernel did.
+
+        `record` gets each output before the executor's hook does, and must be quick.
+
+        Raises: JupyterExecError after `stop`.
+        """
+        with self._turns.turn():
+            self._check_usable()
+            try:
+                self._make_ready()
+                cell, shown = cell_of(block, self._kernel_name, self._kernel.language)
+                result = self._run_cell(cell, shown, self._timeout, *self._hooks, record)
+            except (JupyterExecError, ValueError) as error:
+                if self._kernel.alive and self._kernel.ready:  # too large for the server, not its language: not run
+                    return ExecutionResult("error", 1, "intact", str(error), [])
+                return ExecutionResult("died", 1, "lost", _STOPPED if self._stopped else str(error), [])
+        raised = result.error if cell != shown else None
+        if raised and (status := re.search(r" exit status (\d{1,3})\.\Z", raised["evalue"])):
+            result.outputs.remove(raised)
+            if result.status == "error":
+                result.exit_code = int(status[1])
+        return result
 
     def execute(
         self,
@@ -5444,28 +5613,42 @@ class JupyterCodeExecutor:
 
         Raises: KernelError if no kernel could be had, ConnectionClosed if the server is gone.
         """
-        return self._execute(code, timeout, on_output, on_input)
-
-    def _execute(
-        self,
-        code: str,
-        timeout: float | None = None,
-        on_output: OutputHook | None = None,
-        on_input: InputHook | None = None,
-        record: OutputHook | None = None,
-    ) -> ExecutionResult:
-        with self._lock:
+        with self._turns.turn():
             self._check_usable()
             self._make_ready()
-            return self._kernel.execute(
-                code,
-                self._timeout if timeout is None else timeout,
-                max_output=self._max_output,
-                on_output=on_output or self._hooks[0],
-                on_input=on_input or self._hooks[1],
-                record=record,
-                on_result=functools.partial(self._journal.add, code),
-            )
+            seconds = self._timeout if timeout is None else timeout
+            return self._run_cell(code, code, seconds, on_output or self._hooks[0], on_input or self._hooks[1])
+
+    def _run_cell(
+        self,
+        code: str,
+        shown: str,
+        timeout: float,
+        on_output: OutputHook | None,
+        on_input: InputHook | None,
+        record: OutputHook | None = None,
+    ) -> ExecutionResult:
+        """Run a cell, which stands in the notebook as `shown`."""
+        evictions = self._turns.evictions
+
+        def keep(result: ExecutionResult) -> None:
+            if result.status == "died" and self._turns.evictions != evictions:
+                what = "executor was stopped" if self._stopped else "kernel was restarted"
+                result.note = f"The {what} while the code ran; all variables are lost"
+            if self._turns.overtaken:
+                self._turns.overtaken = False
+                result.note = "\n".join(filter(None, (_FRESH, result.note)))
+            self._journal.add(shown, result)
+
+        return self._kernel.execute(
+            code,
+            timeout,
+            max_output=self._max_output,
+            on_output=on_output,
+            on_input=on_input,
+            record=record,
+            on_result=keep,
+        )
 
     def _make_ready(self) -> None:
         """Have a kernel that answers, with our functions in it."""
@@ -5485,7 +5668,7 @@ class JupyterCodeExecutor:
 
         Raises: OSError.
         """
-        with self._lock:
+        with self._turns.turn():
             metadata: Json = {"kernelspec": {"name": self._kernel_name, "display_name": self._kernel_name}}
             if self._kernel.language:
                 metadata["language_info"] = {"name": self._kernel.language}
@@ -5505,28 +5688,29 @@ class JupyterCodeExecutor:
     def restart(self) -> None:
         """Replace the kernel by a fresh one; all variables are lost.
 
+        It ends the running cell and goes before the calls that wait for their turn: their results say so.
+
         Raises: KernelError if it cannot be started, or is not ours (attached by a connection file).
         """
-        if self._lock.taken and self._kernel.alive:
-            self._kernel.abort()  # the cell of another thread ends at once
-        with self._lock:
+        with self._turns.turn(self._kernel.abort if self._kernel.owned else None):
             self._check_usable()
             self._kernel.restart()
 
     def stop(self) -> None:
-        """End the kernel (or disconnect from one that was attached to). May be called more than once."""
-        if self._lock.taken:
-            self._kernel.abort()
-        with self._lock:
-            if not self._stopped:
-                self._stopped = True
-                self._kernel.shutdown()
-                if self._own_server:
-                    self._own_server.stop()
+        """End the kernel (or disconnect from one that was attached to). May be called more than once.
+
+        It ends the running cell; calls that wait for their turn raise JupyterExecError at once.
+        """
+        self._stopped = True
+        self._turns.close()
+        with self._turns.turn(self._kernel.abort if self._kernel.owned else self._kernel.interrupt):
+            self._kernel.shutdown()
+            if self._own_server:
+                self._own_server.stop()
 
     def _check_usable(self) -> None:
         if self._stopped:
-            raise JupyterExecError("The executor was stopped: make a new one.")
+            raise JupyterExecError(_STOPPED)
 
     def __enter__(self) -> JupyterCodeExecutor:
         return self
@@ -5544,7 +5728,7 @@ class JupyterCodeExecutor:
 class AsyncJupyterCodeExecutor:
     """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, cells run in a thread of its own.
 
-    Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts the cell; variables are kept. It serves
+    Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell; variables are kept. It serves
     as a code executor of autogen-agentchat 0.4 and newer (`result_type` is then their CodeResult, if there is a
     model_client), and as a CodeEnvironment of AG2 1.x.
     """
@@ -5558,34 +5742,69 @@ class AsyncJupyterCodeExecutor:
         self._result_type = result_type
         self._executor: JupyterCodeExecutor | None = None
         self._pool: Any = None
+        self._running: object = None  # what the thread of the pool is at
+        self._guard = threading.Lock()  # of _running
 
     async def start(self) -> None:
         """Ask for the kernel. Raises what JupyterCodeExecutor raises."""
-        await self._in_thread(self._sync)
+        await self._in_thread(lambda executor: None)
 
-    def _sync(self) -> JupyterCodeExecutor:
-        self._executor = self._executor or self._make()
-        return self._executor
-
-    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+    async def _in_thread(self, function: Callable[[JupyterCodeExecutor], Any]) -> Any:
+        """Call a function with the executor in the thread for cells, one after another."""
         import asyncio
         from concurrent.futures import ThreadPoolExecutor
 
+        me = object()
+        since = self._executor._turns.evictions if self._executor else None
+
+        def work() -> Any:
+            self._begin(me)
+            try:
+                self._executor = executor = self._executor or self._make()
+                with executor._turns.turn(since=since):
+                    return function(executor)
+            finally:
+                self._begin(None)
+
         self._pool = self._pool or ThreadPoolExecutor(1, "jupyter_exec cells")
-        work = self._pool.submit(function, *args)
+        future = asyncio.wrap_future(submitted := self._pool.submit(work))
         try:
-            return await asyncio.shield(asyncio.wrap_future(work))
+            await asyncio.wait([future])
         except asyncio.CancelledError:
-            while not work.cancel() and not work.done():  # it has begun: its cell has, or will soon
-                self.interrupt()
-                await asyncio.sleep(INTERRUPT_RETRY)
+            while not submitted.cancel() and not submitted.done():  # it has begun: its cell has, or will soon
+                self._interrupt(me)
+                with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
+                    await asyncio.sleep(INTERRUPT_RETRY)
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks
             raise
+        return future.result()
+
+    def _begin(self, work: object) -> None:
+        with self._guard:
+            self._running = work
+
+    def _interrupt(self, work: object) -> None:
+        with self._guard:  # so that no other cell begins meanwhile
+            if self._running is work:
+                self.interrupt()
+
+    @staticmethod
+    async def _aside(function: Callable[[], Any]) -> None:
+        """Call a function in a thread of its own, since it is to overtake the cells."""
+        import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+
+        pool = ThreadPoolExecutor(1, "jupyter_exec")
+        try:
+            await asyncio.shield(asyncio.wrap_future(pool.submit(function)))
+        finally:
+            pool.shutdown(wait=False)
 
     async def execute_code_blocks(self, code_blocks: Iterable[Any], cancellation_token: Any = None) -> Any:
         """Like JupyterCodeExecutor.execute_code_blocks. Raises: CancelledError."""
         import asyncio
 
-        task = asyncio.ensure_future(self._in_thread(lambda: self._sync().execute_code_blocks(code_blocks)))
+        task = asyncio.ensure_future(self._in_thread(lambda executor: executor.execute_code_blocks(code_blocks)))
         if cancellation_token is not None:
             cancellation_token.link_future(task)
         try:
@@ -5599,34 +5818,43 @@ class AsyncJupyterCodeExecutor:
 
     async def execute(self, code: str, **options: Any) -> ExecutionResult:
         """Like JupyterCodeExecutor.execute."""
-        result: ExecutionResult = await self._in_thread(lambda: self._sync().execute(code, **options))
+        result: ExecutionResult = await self._in_thread(lambda executor: executor.execute(code, **options))
         return result
 
     async def run(self, code: str, language: str = "python", *, context: Any = None) -> CodeResult:
         """Run one block: the CodeEnvironment of AG2 1.x."""
         block = CodeBlock(code, language)
-        result: CodeResult = await self._in_thread(lambda: self._sync().execute_code_blocks([block]))
+        result: CodeResult = await self._in_thread(lambda executor: executor.execute_code_blocks([block]))
         return result
 
     async def restart(self) -> None:
-        await self._in_thread(lambda: self._sync().restart())
+        """Like JupyterCodeExecutor.restart."""
+        if self._executor:
+            await self._aside(self._executor.restart)
+        else:
+            await self.start()
 
     def interrupt(self) -> None:
         if self._executor:
             self._executor.interrupt()
 
     async def save_notebook(self, path: str | os.PathLike[str]) -> None:
-        await self._in_thread(lambda: self._sync().save_notebook(path))
+        await self._in_thread(lambda executor: executor.save_notebook(path))
 
     async def stop(self) -> None:
         """End the kernel and the thread. May be called more than once."""
-        executor, pool, self._pool = self._executor, self._pool, None
-        if executor:
-            import asyncio
-
-            await asyncio.get_running_loop().run_in_executor(pool, executor.stop)
+        pool, self._pool = self._pool, None
         if pool:
+            made = pool.submit(lambda: None)
+
+            def end() -> None:
+                if not self._executor:
+                    made.result()
+                if self._executor:
+                    self._executor.stop()
+
             pool.shutdown(wait=False)
+            await self._aside(end)
 
     async def __aenter__(self) -> AsyncJupyterCodeExecutor:
         await self.start()
@@ -5672,9 +5900,20 @@ def runnable(blocks: Iterable[CodeBlock], kernel_name: str, kernel_language: str
         try:
             cell_of(block, kernel_name, kernel_language)
         except ValueError:
-            print(f"jupyter-exec: skipped a block of {block.language}", file=sys.stderr)
+            put(sys.stderr, f"jupyter-exec: skipped a block of {block.language}")
         else:
             yield block
+
+
+def put(stream: TextIO, text: str, end: str = "\n") -> None:
+    """Print text, whoever wrote it: on a terminal colours pass, and what returns to the line's start; else nothing.
+
+    Raises: OSError.
+    """
+    on_terminal = stream.isatty()
+    lines = (text + end).replace("\r\n", "\n").split("\r")
+    stream.write(("\r" if on_terminal else "\n").join(clean_text(line, on_terminal) for line in lines))
+    stream.flush()
 
 
 class LivePrinter:
@@ -5689,6 +5928,7 @@ class LivePrinter:
         self._line_open = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self.trouble: OSError | None = None  # why nothing more can be printed
         if sys.stderr.isatty():
             threading.Thread(target=self._tick, daemon=True).start()
 
@@ -5714,10 +5954,12 @@ class LivePrinter:
         elif output["output_type"] == "error":
             self.line(render([output], "", lambda data: None), sys.stderr)
         elif output["output_type"] != "clear_output":
-            self.line(render([output], "", self._files.save), sys.stdout)
+            is_update = output["output_type"] == "update_display_data"
+            self.line(render([output], "", (lambda data: None) if is_update else self._files.save), sys.stdout)
 
     def line(self, text: str, stream: TextIO) -> None:
-        self._write(stream, ("\n" if self._line_open else "") + text + "\n")
+        if text:
+            self._write(stream, ("\n" if self._line_open else "") + text + "\n")
 
     def _write(self, stream: TextIO, text: str) -> None:
         with self._lock:
@@ -5725,9 +5967,9 @@ class LivePrinter:
                 sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()
             try:
-                stream.write(text)
-                stream.flush()
-            except BrokenPipeError:  # nobody reads any more: as good as Ctrl-C
+                put(stream, text, "")
+            except OSError as error:  # nobody reads any more, or the disk is full: as good as Ctrl-C
+                self.trouble = error
                 raise KeyboardInterrupt from None
             self._line_open = not text.endswith("\n") if text else self._line_open
 
@@ -5809,13 +6051,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our stdout has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (JupyterExecError, ValueError, OSError) as error:
         named = isinstance(error, OSError) and error.filename is not None
         says = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and named else str(error)
-        print(f"jupyter-exec: {says}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            put(sys.stderr, f"jupyter-exec: {says}")
         return 1
+    finally:
+        _drop_unwritten()
+
+
+def _drop_unwritten() -> None:
+    """Let nothing that could not be written be tried again at the program's end: it would fail there, with noise."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -5835,27 +6088,31 @@ def _run(options: argparse.Namespace) -> int:
             stack.callback(executor.save_notebook, options.notebook)
         if printer is None:
             result = executor.execute_code_blocks(blocks_to_run)
-            print(json.dumps(asdict(result)))
+            put(sys.stdout, json.dumps(asdict(result)))
             return result.exit_code
         stack.callback(printer.close)
         return _run_live(executor, blocks_to_run, printer)
 
 
 def _run_live(executor: JupyterCodeExecutor, blocks: Iterable[CodeBlock], printer: LivePrinter) -> int:
-    for block in blocks:
-        printer.begin()
-        result = executor._execute_block(block, printer._files)
-        if result.note:
-            printer.line(f"jupyter-exec: {result.note}", sys.stderr)
-        if result.status != "ok":
-            return result.exit_code
+    try:
+        for block in blocks:
+            printer.begin()
+            result = executor.execute_block(block)
+            if result.note:
+                printer.line(f"jupyter-exec: {result.note}", sys.stderr)
+            if result.status != "ok":
+                return result.exit_code
+    except KeyboardInterrupt:
+        raise printer.trouble or KeyboardInterrupt from None
     return 0
 
 
 def _list_kernels(options: argparse.Namespace) -> int:
     with _server_of(options) as server:
         for name, spec in sorted(server.kernelspecs().items()):
-            print(f"{name}\t{spec.get('display_name', '')}\t{spec.get('resource_dir', '')}")
+            fields = (name, spec.get("display_name", ""), spec.get("resource_dir", ""))
+            put(sys.stdout, "\t".join(re.sub(r"\s", " ", str(field)) for field in fields))
     return 0
 
 

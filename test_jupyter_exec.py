@@ -4350,21 +4350,89 @@ def test_a_kernel_that_dies_between_calls_is_told_and_the_code_not_run(
 
 
 @pytest.mark.parametrize("what", ["restart", "stop"])
-def test_restart_and_stop_while_a_cell_runs_in_another_thread(server: LocalJupyterServer, what: str) -> None:
-    with JupyterCodeExecutor(server) as executor:
+def test_restart_and_stop_end_the_running_cell_and_go_before_the_waiting_ones(
+    server: LocalJupyterServer, what: str
+) -> None:
+    with JupyterCodeExecutor(server) as executor, ThreadPoolExecutor(5) as pool:
+        run(executor, "x = 1")
         going = threading.Event()
-        results: list[Any] = []
         code = "print('go', flush=True)\nwhile True: pass"
-        cell = threading.Thread(
-            target=lambda: results.append(executor.execute(code, on_output=lambda output: going.set()))
-        )
-        cell.start()
+        running = pool.submit(executor.execute, code, on_output=lambda output: going.set())
         assert going.wait(PATIENCE)
+        waiting = [
+            pool.submit(executor.execute_code_blocks, [CodeBlock("'x' in dir()"), CodeBlock("2")]) for _ in range(4)
+        ]
+        eventually(lambda: len(executor._turns._queue) == 5, "four wait in line")
         getattr(executor, what)()
-        cell.join(PATIENCE)
-        assert (results[0].status, results[0].kernel_state) == ("died", "lost")
-        if what == "restart":
+        ended = running.result(PATIENCE)
+        assert (ended.status, ended.kernel_state) == ("died", "lost")
+        if what == "stop":
+            assert ended.note == "The executor was stopped while the code ran; all variables are lost"
+            for call in waiting:
+                with pytest.raises(JupyterExecError, match="The executor was stopped"):
+                    call.result(PATIENCE)
+        else:
+            assert ended.note == "The kernel was restarted while the code ran; all variables are lost"
+            for call in waiting:
+                assert call.result(PATIENCE).output == f"False\n{jupyter_exec._FRESH}\n2"
             assert run(executor, "1").output == "1"
+
+
+def test_stop_of_an_attached_executor_ends_its_cell_only(executor: JupyterCodeExecutor) -> None:
+    run(executor, "x = 7")
+    assert executor.connection_file
+    going = threading.Event()
+    with JupyterCodeExecutor(executor.connection_file) as attached, ThreadPoolExecutor(1) as pool:
+        code = "print('go', flush=True)\nwhile True: pass"
+        running = pool.submit(attached.execute, code, on_output=lambda output: going.set())
+        assert going.wait(PATIENCE)
+        attached.stop()
+        assert running.result(PATIENCE).status == "interrupted"
+    assert run(executor, "x").output == "7"
+
+
+def test_threads_with_a_stop_at_a_random_instant(server: LocalJupyterServer) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    randoms = random.Random(seed)
+    for _ in range(3):
+        executor = JupyterCodeExecutor(server)
+        run(executor, "import time; ran = []")
+        seconds = [randoms.choice([0, 0.001, 0.01]) for _ in range(32)]
+
+        def cell(number: int, nap: float, executor: JupyterCodeExecutor = executor) -> str:
+            try:
+                return executor.execute(f"ran.append({number}); time.sleep({nap})").status
+            except JupyterExecError as error:
+                assert str(error) == jupyter_exec._STOPPED
+                return "stopped"
+
+        with ThreadPoolExecutor(33) as pool:
+            cells = [pool.submit(cell, number, nap) for number, nap in enumerate(seconds)]
+            time.sleep(randoms.random() * 0.2)
+            stops = [pool.submit(executor.stop) for _ in range(2)]
+            said = [call.result(PATIENCE) for call in cells]
+            assert [stop.result(PATIENCE) for stop in stops] == [None, None]
+        assert set(said) <= {"ok", "died", "stopped"} and said.count("died") <= 1
+        assert executor._turns._queue == []
+
+
+@pytest.mark.parametrize("end", ["KeyboardInterrupt", "SystemExit"])
+def test_a_cell_that_a_signal_ends_is_in_the_notebook(executor: JupyterCodeExecutor, tmp_path: Path, end: str) -> None:
+    def stop(number: int, frame: Any) -> None:
+        raise {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}[end]
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        hook = functools.partial(os.kill, os.getpid(), signal.SIGUSR1)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            executor.execute("print('so far', flush=True)\nwhile True: pass", on_output=lambda output: hook())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    executor.save_notebook(tmp_path / "n.ipynb")
+    (cell,) = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
+    assert cell.outputs[0].text == "so far\n"
+    assert "Interrupted" in cell.outputs[-1].text
 
 
 def test_cells_of_many_threads_run_in_the_order_of_the_calls(executor: JupyterCodeExecutor) -> None:
@@ -4373,7 +4441,7 @@ def test_cells_of_many_threads_run_in_the_order_of_the_calls(executor: JupyterCo
     for number in range(8):
         threads.append(threading.Thread(target=run, args=(executor, f"order.append({number}); time.sleep(0.02)")))
         threads[-1].start()
-        eventually(lambda: len(executor._lock._queue) > 0 or not threads[-1].is_alive(), "the thread is in the queue")
+        eventually(lambda: len(executor._turns._queue) > 0 or not threads[-1].is_alive(), "the thread is in the queue")
     for thread in threads:
         thread.join()
     assert run(executor, "order").output == str(sorted(range(8)))
@@ -4701,6 +4769,129 @@ def test_shell_blocks_run_in_a_shell_and_give_their_status(executor: JupyterCode
     assert (failed.exit_code, failed.output, failed.kernel_state) == (3, "before\n", "intact")
 
 
+@pytest.mark.parametrize(
+    ("script", "status", "output"),
+    [
+        ("echo {1+1} '{{.State}}' $((1+1))", 0, "{1+1} {{.State}} 2\n"),
+        ("cat <<'E'\n{a} $x `y` \\\npip install z\nE", 0, "{a} $x `y` \\\npip install z\n"),
+        ("cat; read x; echo rest", 0, "rest\n"),
+        ("set -e\nfalse\necho no", 1, ""),
+        ("kill -9 $$", 137, ""),
+        ("echo é \\", 0, "é \\\n"),
+        ("printf '\\303'; sleep 0.2; printf '\\251'", 0, "é"),
+        ("if true; then\r\n  echo a\r\nfi\r\n", 0, "a\n"),
+        ("echo a\n\0echo b", 0, "a\nb\n"),
+        ("", 0, ""),
+        ("# nothing", 0, ""),
+        (f"x='{'y' * 1_000_000}'; echo ${{#x}}", 0, "1000000\n"),
+        ("exec >&- 2>&-; exit 5", 5, ""),
+        ("for i in 1 2 3; do echo $i; echo $i >&2; done", 0, None),
+    ],
+)
+def test_a_script_reaches_the_shell_as_written(
+    executor: JupyterCodeExecutor, script: str, status: int, output: str | None
+) -> None:
+    result = run_block(executor, script, "bash")
+    assert (result.exit_code, result.kernel_state) == (status, "intact")
+    assert (
+        result.output == output
+        if output is not None
+        else sorted(result.output.split()) == ["1", "1", "2", "2", "3", "3"]
+    )
+
+
+def test_a_script_leaves_nothing_in_the_kernel(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
+    names = "sorted(name for name in globals() if name[0] != '_'), __import__('subprocess').getoutput('ls -l /proc/$PPID/fd | grep -c pipe:')"
+    run(executor, names)
+    before = run(executor, names).output
+    run_block(executor, "echo {a}; exit 3", "sh")
+    run(executor, "import gc; gc.collect(); del gc")
+    assert run(executor, names).output == before
+    executor.save_notebook(tmp_path / "n.ipynb")
+    notebook = read_notebook(tmp_path / "n.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    cell = notebook.cells[2]
+    assert cell.source == "%%sh\necho {a}; exit 3"
+    assert [output.get("evalue") for output in cell.outputs] == [None, "Command 'sh' returned non-zero exit status 3."]
+
+
+def test_what_a_script_leaves_in_the_background(server: LocalJupyterServer, tmp_path: Path) -> None:
+    with JupyterCodeExecutor(server, timeout=1, output_dir=tmp_path) as executor:
+        gate = tmp_path / "gate"
+        result = run_block(
+            executor, f"(until [ -e {gate} ]; do sleep 0.01; done; echo x; touch {gate}2) & echo $!", "bash"
+        )
+        assert result.exit_code == 0  # it goes on, and may go on printing
+        gate.touch()
+        eventually((tmp_path / "gate2").exists, "the child in the background has printed")
+        result = run_block(executor, "sleep 60 & echo $!; wait", "bash")
+        pid, said = result.output.split(maxsplit=1)
+        assert (result.exit_code, result.kernel_state) == (124, "intact")
+        assert said.startswith("Timeout: interrupted after 1 s")
+        eventually(lambda: int(pid) not in descendants(os.getpid()), "an interrupt ends the children")
+
+
+def test_a_shell_that_is_missing_is_said(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(jupyter_exec._SHELLS, "bash", "no-such-bash")
+    result = run_block(executor, "echo 1", "bash")
+    assert (result.exit_code, result.output) == (127, "There is no no-such-bash where the kernel runs.\n")
+
+
+def test_shell_blocks_without_source_files(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_source(functions: Any) -> str:
+        raise ValueError("no source")
+
+    monkeypatch.setattr(jupyter_exec, "functions_source", no_source)
+    assert run_block(executor, "echo {1}", "bash").output == "{1}\n"
+
+
+QUIET_PIP = """!"{__import__('sys').executable}" -m pip install -qq --disable-pip-version-check x"""
+
+
+@pytest.mark.parametrize(
+    ("code", "cell"),
+    [
+        ("!pip install x", QUIET_PIP),
+        ("if 1:\n  % pip3 install x\n1", f"if 1:\n  {QUIET_PIP}\n1"),
+        ("!echo it's\n!pip install x", f"!echo it's\n{QUIET_PIP}"),
+        ("# it's '''\n!pip install x", f"# it's '''\n{QUIET_PIP}"),
+        ("s = 'a' \"b'\" + '''c'''\n!pip install x", f"s = 'a' \"b'\" + '''c'''\n{QUIET_PIP}"),
+        ('s = """\n!pip install x\n"""', None),
+        ("s = r'''\\'''\n!pip install x\n'''", None),
+        ("s = 'a\\\n!pip install x'", None),
+        ("%%writefile a.sh\n!pip install x", None),
+        ("!pip list", None),
+    ],
+)
+def test_only_lines_of_ipython_are_made_quiet(code: str, cell: str | None) -> None:
+    expected = code if cell is None else cell
+    assert jupyter_exec.cell_of(CodeBlock(code), "python3", "python") == (expected, expected)
+
+
+def test_a_block_without_a_language_is_the_kernels_own() -> None:
+    assert jupyter_exec.cell_of(CodeBlock("echo 1"), "bash", "bash") == ("echo 1", "echo 1")
+
+
+def test_one_block_or_a_string_will_do(executor: JupyterCodeExecutor) -> None:
+    assert executor.execute_code_blocks("6 * 7").output == "42"
+    assert executor.execute_code_blocks(CodeBlock("6 * 7")).output == "42"
+    with pytest.raises(TypeError, match="code_blocks must be"):
+        executor.execute_code_blocks(["6 * 7"])
+
+
+def test_a_kernel_that_is_no_longer_installed_is_no_intact_kernel(
+    kernels_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_spec(kernels_dir, "vanishing", argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
+    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+        with JupyterCodeExecutor(server, "vanishing") as executor:
+            assert run(executor, "exit()").kernel_state == "lost"
+            shutil.rmtree(kernels_dir / "vanishing")
+            result = run(executor, "1")
+            assert (result.exit_code, result.kernel_state) == (1, "lost")
+            assert "Kernel vanishing is not installed" in result.output
+
+
 def test_shell_blocks_use_the_kernels_python(executor: JupyterCodeExecutor) -> None:
     found = run_block(executor, "command -v python", "bash").output.strip()
     assert Path(found).parent == Path(sys.executable).parent
@@ -4807,6 +4998,75 @@ def test_a_cancellation_token_interrupts_too(server: LocalJupyterServer) -> None
             assert (await executor.run("x")).output == "5"
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+@pytest.mark.parametrize("what", ["restart", "stop"])
+def test_async_restart_and_stop_go_before_the_waiting_cells(server: LocalJupyterServer, what: str) -> None:
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(server) as executor:
+            going = asyncio.Event()
+            wake = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, going.set)
+            code = "print('go', flush=True)\nwhile True: pass"
+            running = asyncio.ensure_future(executor.execute(code, on_output=lambda output: wake()))
+            await going.wait()
+            waiting = [asyncio.ensure_future(executor.run("2")) for _ in range(3)]
+            await asyncio.sleep(0)
+            await getattr(executor, what)()
+            assert (await running).status == "died"
+            said = await asyncio.gather(*waiting, return_exceptions=True)
+            expected = f"2\n{jupyter_exec._FRESH}" if what == "restart" else jupyter_exec._STOPPED
+            assert [getattr(result, "output", str(result)) for result in said] == [expected] * 3
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_cancelling_a_cell_twice_or_one_that_waits_hits_no_other(server: LocalJupyterServer) -> None:
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(server) as executor:
+            await executor.run("import time; ran = []")
+            first = asyncio.ensure_future(executor.run("time.sleep(0.3); ran.append(1)"))
+            second = asyncio.ensure_future(executor.run("ran.append(2)"))
+            await asyncio.sleep(0.1)
+            second.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            assert (await first).exit_code == 0
+            third = asyncio.ensure_future(executor.run("time.sleep(60)"))
+            for _ in range(2):
+                await asyncio.sleep(0.1)
+                third.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await third
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(executor.run("time.sleep(60)"), 0.2)
+            assert (await executor.run("ran")).output == "[1]"
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+async def cancel_at_random(server: LocalJupyterServer, times: int, randoms: random.Random) -> None:
+    async with AsyncJupyterCodeExecutor(server) as executor:
+        await executor.run("import time; ran = []")
+        ended = []
+        for number in range(times):
+            task = asyncio.ensure_future(executor.run(f"ran.append({number}); time.sleep(0.02)"))
+            neighbour = asyncio.ensure_future(executor.run(f"ran.append('n{number}')"))
+            await asyncio.sleep(randoms.random() * 0.03)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                assert (await task).exit_code == 0
+                ended.append(number)
+            assert (await neighbour).output == ""
+        ran = ast.literal_eval((await executor.execute("print(ran)")).text)
+        assert len(ran) == len(set(ran))
+        assert {*ended, *(f"n{number}" for number in range(times))} <= set(ran)
+
+
+@pytest.mark.parametrize("times", [10, pytest.param(500, marks=pytest.mark.slow)])
+def test_cancelling_at_random_instants(server: LocalJupyterServer, times: int) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    asyncio.run(cancel_at_random(server, times, random.Random(seed)))
 
 
 def test_many_cells_do_not_block_the_event_loop(server: LocalJupyterServer) -> None:
@@ -4984,7 +5244,13 @@ def extract(message: Any) -> list[tuple[str, str]]:
         ("1. Do:\n\n   ```python\n   1\n   ```\n2. Then", [("python", "1")]),
         ("- ```python\n  1\n  ```", [("python", "1")]),
         ("```python\r\n1\r\n2\r\n```\r\n", [("python", "1\n2")]),
-        ("```\nx\n```", [("", "x")]),
+        ("```\nx y\n```", [("", "x y")]),
+        ("```\nprint('hello')\n```", [("python", "print('hello')")]),
+        ("```\npip install x\n```", [("sh", "pip install x")]),
+        ("```\npython3 a.py\n```", [("sh", "python3 a.py")]),
+        ("```\nusing System;\nnamespace A\n{\n}\n```", [("", "using System;\nnamespace A\n{\n}")]),
+        ("``` python\r\ndef f():\r\n   return 1\r\n```\r\n", [("python", "def f():\n   return 1")]),
+        (f"```\n{'(' * 1000}\n```", [("", "(" * 1000)]),
         ("``` not`code\n", []),
         ("no code", []),
         ("", []),
@@ -5019,12 +5285,13 @@ fence_lines = st.sampled_from(
 def test_fences_are_found_as_commonmark_finds_them(lines: list[str]) -> None:
     text = "\n".join(lines)
     tokens = [token for token in MarkdownIt().parse(text) if token.type == "fence"]
-    judge = [
-        (token.info.split()[0] if token.info.split() else "", token.content.removesuffix("\n")) for token in tokens
-    ]
-    assert [(language, code.rstrip("\n")) for language, code in extract(text)] == [
-        (language, code.rstrip("\n")) for language, code in judge
-    ]
+    judge = [((*token.info.split(), "")[0], token.content.rstrip("\n")) for token in tokens]
+    found = [(language, code.rstrip("\n")) for language, code in extract(text)]
+    assert [code for _, code in found] == [code for _, code in judge]
+    assert all(
+        language in (named, *([] if named else ["python"]))
+        for (language, _), (named, _) in zip(found, judge, strict=True)
+    )
 
 
 def test_message_parts() -> None:
@@ -5034,7 +5301,7 @@ def test_message_parts() -> None:
         {"type": "image_url"},
         {"type": "text", "text": "```\n2\n```"},
     ]
-    assert extract(parts) == [("python", "1"), ("", "2")]
+    assert extract(parts) == [("python", "1"), ("python", "2")]
     with pytest.raises(ValueError, match="unknown type smell"):
         extract([{"type": "smell"}])
 
@@ -5196,6 +5463,66 @@ def test_signals_end_with_their_status_and_leave_nothing(number: int, status: in
 def test_what_the_terminal_cannot_show_is_escaped() -> None:
     result = cli("run", "-c", "print('é')\nprint('after')", env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert result.stdout == "\\xe9\nafter\n"
+
+
+@pytest.mark.parametrize("arguments", [["run", "-c", "print(1)"], ["run", "-c", "1", "--json"], ["kernels"]])
+def test_a_full_disk_behind_stdout_is_an_error(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(MODULE), *arguments]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (result.stderr, result.returncode) == ("jupyter-exec: [Errno 28] No space left on device\n", 1)
+
+
+NASTY = "\x1b]52;c;QQ==\x07\x1b[2J\x1bc\x1b(0\x9b31m\x1b\x1b[m]52;c;QQ==\x07\x0e"
+
+
+def test_nothing_but_text_and_colours_reaches_a_terminal(tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        jupyter_exec.put(stream, f"10%\r20%\r\n\ta\x1b[31mb{NASTY}é")
+    assert re.sub("\x1b\\[[0-9;]*m", "", terminal.getvalue()).isprintable() is False
+    for stream, allowed in ((terminal, "\n\t\r\x1b"), (file, "\n\t")):
+        said = stream.getvalue()
+        assert not [char for char in said if not char.isprintable() and char not in allowed]
+        assert not re.search("\x1b(?!\\[[0-9;]*m)", said)
+    assert "\ta\x1b[31mb" in terminal.getvalue() and "10%\r20%\n" in terminal.getvalue()
+    assert file.getvalue().startswith("10%\n20%\n\tab")
+
+
+def test_escapes_of_code_and_documents_are_not_printed(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text(f"```x{NASTY}\n1\n```\n```python\nprint({NASTY!r}, 'end')\n1/0\n```\n")
+    result = cli("run", str(tmp_path / "a.md"))
+    assert "end\n" in result.stdout and "skipped a block of x" in result.stderr
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", result.stdout + result.stderr)
+
+
+def test_updates_save_no_files_and_others_only_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "MAX_FILES", 3)
+    printer = jupyter_exec.LivePrinter(tmp_path, 1)
+    data = {"data": {"text/html": "<b>"}, "metadata": {}}
+    for _ in range(5):
+        printer({"output_type": "update_display_data", **data})
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(5):
+        printer({"output_type": "display_data", **data})
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_cell_is_in_the_notebook(number: int, tmp_path: Path) -> None:
+    code = "print('go', flush=True)\nwhile True: pass"
+    command = [sys.executable, str(MODULE), "run", "-c", code, "--notebook", str(tmp_path / "n.ipynb")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "go\n"
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == 128 + number
+    (cell,) = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
+    assert (cell.source, cell.outputs[0].text) == (code, "go\n")
 
 
 def test_runs_as_a_module_too() -> None:
