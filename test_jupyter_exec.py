@@ -2258,7 +2258,7 @@ def test_interrupt_mode_message(kernels_dir: Path) -> None:
     with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
         with JupyterCodeExecutor(server, "m") as executor:
             assert run(executor, "x = 1").exit_code == 0
-            result = executor.execute("while True: pass", timeout=1)
+            result = executor.execute("while True: pass", timeout=0.5)
             assert (result.status, result.kernel_state) == ("timeout", "intact")
             assert run(executor, "x").output == "1"
 
@@ -2385,6 +2385,7 @@ def test_noise_before_the_greeting_does_not_confuse() -> None:
 
 def test_a_host_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "START_TIMEOUT", 0.3)
+    monkeypatch.setattr(jupyter_exec, "SHUTDOWN_GRACE", 0.1)
     with (
         CommandJupyterServer(["sh", "-c", "exec sleep 30"]) as server,
         pytest.raises(KernelStartFailed, match=r"no answer within 0\.3 s"),
@@ -2692,7 +2693,7 @@ def test_a_python_that_cannot_fork_kernels_launches_them(tmp_path: Path) -> None
 
 def test_kernels_ordered_from_a_dying_fork_server_start_all_the_same() -> None:
     with LocalJupyterServer(preload=[]) as server, JupyterCodeExecutor(server) as first:
-        for _ in range(10):
+        for _ in range(4):
             run(first, "1")
             os.kill(fork_server_of(server), signal.SIGKILL)
             with JupyterCodeExecutor(server) as second, JupyterCodeExecutor(server) as third:
@@ -2728,7 +2729,7 @@ def test_a_kernel_given_up_before_it_is_forked_leaves_nothing(tmp_path: Path) ->
 
 
 def test_what_left_the_session_without_exec_dies_with_its_kernel(executor: JupyterCodeExecutor) -> None:
-    code = "import os, time\nr, w = os.pipe()\nif not os.fork():\n    os.setsid()\n"
+    code = "import os, time, warnings\nwarnings.simplefilter('ignore')\nr, w = os.pipe()\nif not os.fork():\n    os.setsid()\n"
     code += "    os.write(w, str(os.getpid()).encode())\n    time.sleep(1000)\n    os._exit(0)\nprint(os.read(r, 9).decode())"
     child = int(run(executor, code).output)
     assert child in descendants(os.getpid())
@@ -2819,7 +2820,7 @@ def test_a_kernel_reached_only_through_the_pipe(tmp_path: Path) -> None:
         assert run(executor, "x = 6", "x * 7").output == "\n42"
         assert executor.connection_file is None
         assert len(run(executor, "print('x' * 20_000_000)").output) == 20_000_001
-        result = executor.execute("while True: print('y' * 1000)", timeout=1)
+        result = executor.execute("while True: print('y' * 1000)", timeout=0.5)
         assert (result.status, result.kernel_state) == ("timeout", "intact")
         assert run(executor, "x").output == "6"
         assert run(
@@ -2842,7 +2843,7 @@ def test_attach_to_a_kernel_of_ours_and_leave_it_running(executor: JupyterCodeEx
     assert path
     with JupyterCodeExecutor(path) as attached:
         assert run(attached, "shared + 1").output == "6"
-        result = attached.execute("while True: pass", timeout=1)
+        result = attached.execute("while True: pass", timeout=0.5)
         assert (result.status, result.kernel_state) == ("timeout", "intact")
         with pytest.raises(KernelError, match="not ours"):
             attached.restart()
@@ -2934,7 +2935,7 @@ def test_a_host_that_lies_is_survived(tmp_path: Path) -> None:
             server.kernelspecs()
         client = server.start_kernel()
         with pytest.raises(KernelStartFailed, match="no answer within"):
-            client.wait_ready(jupyter_exec.Deadline(1))
+            client.wait_ready(jupyter_exec.Deadline(0.3))
         assert client.connection_file is None
 
 
@@ -3030,8 +3031,8 @@ def test_code_in_a_container_cannot_reach_the_pipe_of_its_host(boxed: JupyterCod
 
 def test_docker_timeout_and_death(boxed: JupyterCodeExecutor) -> None:
     run(boxed, "x = 5")
-    assert boxed.execute("while True: print('y' * 1000)", timeout=1).kernel_state == "intact"
-    assert boxed.execute("import subprocess; subprocess.run(['sleep', '60'])", timeout=1).kernel_state == "intact"
+    assert boxed.execute("while True: print('y' * 1000)", timeout=0.5).kernel_state == "intact"
+    assert boxed.execute("import subprocess; subprocess.run(['sleep', '60'])", timeout=0.5).kernel_state == "intact"
     assert run(boxed, "x").output == "5"
     result = run(boxed, "import os; os.kill(os.getpid(), 11)")
     assert (result.exit_code, result.kernel_state) == (139, "lost")
@@ -3093,6 +3094,7 @@ def test_docker_name_taken(containers: Any) -> None:
         assert "python3" in server.kernelspecs()
 
 
+@pytest.mark.slow
 def test_docker_environment_network_and_packages(
     engine: Any, containers: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -3122,6 +3124,7 @@ def test_docker_work_dir_that_is_not_in_the_image_is_writable(containers: Any) -
         assert run(executor, "import os; open('made', 'w').close(); print(os.getcwd())").output == "/elsewhere/deep\n"
 
 
+@pytest.mark.slow
 def test_docker_read_only_runs_pip_and_matplotlib(containers: Any, tmp_path: Path) -> None:
     with docker_server(packages=["matplotlib"], read_only=True, network="bridge") as server:
         with JupyterCodeExecutor(server, timeout=120, output_dir=tmp_path) as executor:
@@ -3200,6 +3203,7 @@ def test_missing_custom_image_is_reported(containers: Any) -> None:
     assert "Custom image no/such:image does not exist" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_failing_build_is_reported_with_its_end(containers: Any) -> None:
     with docker_server(packages=["no-such-package-at-all-1234"]) as server, pytest.raises(SandboxError) as caught:
         JupyterCodeExecutor(server)
@@ -3286,8 +3290,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-GATEWAY = ["kernelgateway", "--KernelGatewayApp.port_retries=0", "--JupyterWebsocketPersonality.list_kernels=true"]
-SERVER = ["server", "--allow-root", "--no-browser", "--ServerApp.port_retries=0", "--ServerApp.open_browser=False"]
+RESTARTER = "--KernelRestarter.time_to_dead=0.3"  # seconds between looks whether a kernel lives; usually 3
+GATEWAY = [
+    "kernelgateway",
+    "--KernelGatewayApp.port_retries=0",
+    "--JupyterWebsocketPersonality.list_kernels=true",
+    RESTARTER,
+]
+SERVER = ["server", "--allow-root", "--no-browser", "--ServerApp.port_retries=0", RESTARTER]
 
 
 @contextlib.contextmanager
@@ -3298,6 +3308,7 @@ def peer(tmp_path: Path, *options: str, python: str = sys.executable, **info: An
     app = "EnterpriseGatewayApp" if options[0] == "enterprisegateway" else app
     command = [python, "-m", "jupyter", *options, f"--{app}.port={port}", f"--{app}.ip=127.0.0.1"]
     environment = os.environ | {"KG_AUTH_TOKEN": token, "JUPYTER_TOKEN": token, "EG_AUTH_TOKEN": token}
+    environment["JUPYTER_RUNTIME_DIR"] = str(tmp_path)
     connection = JupyterConnectionInfo("127.0.0.1", info.pop("use_https", False), port, token, **info)
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -3309,7 +3320,9 @@ def peer(tmp_path: Path, *options: str, python: str = sys.executable, **info: An
             assert process.poll() is None, log.read_text()
             yield Peer(connection, log)
         finally:
-            process.terminate()
+            for pid in (process.pid, *descendants(process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait(PATIENCE)
 
 
@@ -3365,7 +3378,7 @@ def test_remote_kernels_work_like_local_ones(far: JupyterCodeExecutor, tmp_path:
     assert failed.exit_code == 1
     assert failed.output.startswith("before\nZeroDivisionError")
     assert run(far, "from IPython.display import HTML\nHTML('<b>')").output_files[0].startswith(str(tmp_path))
-    assert far.execute("while True: pass", timeout=1).kernel_state == "intact"
+    assert far.execute("while True: pass", timeout=0.5).kernel_state == "intact"
     assert run(far, "x").output == "6"
     assert far.connection_file is None
 
@@ -3494,6 +3507,7 @@ def test_code_over_the_servers_limit_is_not_sent(gateway: Peer) -> None:
         assert run(executor, "x").output == "1"
 
 
+@pytest.mark.slow
 def test_a_cell_after_a_long_pause_works(tmp_path: Path) -> None:
     need("server", installed("jupyter_server"))
     options = ["--ServerApp.tornado_settings={'ws_ping_interval': 500, 'ws_ping_timeout': 1500}"]
@@ -3532,6 +3546,7 @@ def test_https_is_verified(certificate: tuple[Path, Path], tmp_path: Path) -> No
             assert run(executor, "1").output == "1"
 
 
+@pytest.mark.slow
 def test_a_client_certificate_is_presented(certificate: tuple[Path, Path], tmp_path: Path) -> None:
     need("server", installed("jupyter_server"))
     cert, key = certificate
@@ -3548,7 +3563,7 @@ def test_enterprise_gateway(enterprise_gateway: Peer) -> None:
     with enterprise_gateway.client(env={"KERNEL_USERNAME": "ann"}) as server:
         with JupyterCodeExecutor(server, "python3") as executor:
             assert run(executor, "x = 6", "x * 7").output == "\n42"
-            assert executor.execute("while True: pass", timeout=1).kernel_state == "intact"
+            assert executor.execute("while True: pass", timeout=0.5).kernel_state == "intact"
             executor.restart()
             assert run(executor, "'x' in dir()").output == "False"
 
@@ -3725,6 +3740,7 @@ def test_a_direct_server_has_no_connection_info() -> None:
             getattr(LocalJupyterServer(), name)()
 
 
+@pytest.mark.slow
 def test_a_docker_gateway(containers: Any) -> None:
     with docker_server(network=None, token="t0ken") as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "6 * 7").output == "42"
@@ -3735,6 +3751,7 @@ def test_a_docker_gateway(containers: Any) -> None:
         assert container.attrs["Config"]["User"] == "1000:1000"
 
 
+@pytest.mark.slow
 def test_a_docker_gateway_may_be_left_running(engine: Any, containers: Any) -> None:
     with docker_server(network=None, stop_container=False, container_name=f"{RUN}-left") as server:
         info = server.connection_info
@@ -3743,6 +3760,7 @@ def test_a_docker_gateway_may_be_left_running(engine: Any, containers: Any) -> N
     engine.containers.get(f"{RUN}-left").remove(force=True)
 
 
+@pytest.mark.slow
 def test_a_gateway_container_of_a_dead_process_is_removed_at_the_next_start(containers: Any) -> None:
     program = """
         import os, sys, jupyter_exec
@@ -3825,12 +3843,12 @@ copy(process.stdout.fileno(), 1, 5e6)
 def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 3.0)
+    monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 1.5)
     (tmp_path / "link.py").write_text(SLOW_LINK)
     printing = threading.Event()
     with CommandJupyterServer([sys.executable, str(tmp_path / "link.py"), sys.executable]) as server:
         with JupyterCodeExecutor(server) as one, ThreadPoolExecutor(1) as pool:
-            code = "import sys\nfor _ in range(300_000): sys.stdout.write('x' * 99 + chr(10))"
+            code = "import sys\nfor _ in range(150_000): sys.stdout.write('x' * 99 + chr(10))"
             cell = pool.submit(one.execute, code, on_output=lambda output: printing.set())
             assert printing.wait(PATIENCE)
             with JupyterCodeExecutor(server) as two:
@@ -3842,7 +3860,7 @@ def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
 def test_kernels_through_ssh(sshd: list[str]) -> None:
     with CommandJupyterServer([*sshd, sys.executable]) as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "x = 6", "x * 7").output == "\n42"
-        assert executor.execute("while True: pass", timeout=1).kernel_state == "intact"
+        assert executor.execute("while True: pass", timeout=0.5).kernel_state == "intact"
         assert run(executor, "'SSH_CONNECTION' in __import__('os').environ").output == "True"
 
 
@@ -3932,20 +3950,20 @@ def test_a_vanished_output_directory_costs_only_the_file(server: LocalJupyterSer
 )
 def test_timeout_interrupts_and_keeps_the_variables(executor: JupyterCodeExecutor, code: str) -> None:
     run(executor, "x = 5")
-    result = executor.execute("print('before', flush=True)\n" + code, timeout=1)
+    result = executor.execute("print('before', flush=True)\n" + code, timeout=0.5)
     assert (result.status, result.exit_code, result.kernel_state) == ("timeout", 124, "intact")
     assert result.text.startswith("before\n")
-    assert result.text.endswith("Timeout: interrupted after 1 s; variables are kept")
+    assert result.text.endswith("Timeout: interrupted after 0.5 s; variables are kept")
     assert run(executor, "x").output == "5"
 
 
 def test_code_that_ignores_the_interrupt_is_killed(
     executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
     run(executor, "x = 5")
     code = "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
-    result = executor.execute(code, timeout=1)
+    result = executor.execute(code, timeout=0.5)
     assert (result.status, result.exit_code, result.kernel_state) == ("timeout", 124, "lost")
     assert "the kernel was killed and restarted; all variables are lost" in result.note
     assert run(executor, "'x' in dir()").output == "False"
@@ -4291,7 +4309,7 @@ def test_late_output_is_marked_and_not_in_the_next_cell(executor: JupyterCodeExe
 def test_a_notebook_of_the_session(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
     run(executor, "x = 1\nprint('a')", "x + 1", "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()")
     run(executor, "1 / 0")
-    executor.execute("import time\ntime.sleep(60)", timeout=1)
+    executor.execute("import time\ntime.sleep(60)", timeout=0.5)
     run(executor, "print?")
     path = tmp_path / "session.ipynb"
     executor.save_notebook(path)
@@ -4301,7 +4319,7 @@ def test_a_notebook_of_the_session(executor: JupyterCodeExecutor, tmp_path: Path
     assert notebook.cells[1].outputs[0].data["text/plain"] == "2"
     assert notebook.cells[2].outputs[0].data["image/png"].startswith("iVBOR")
     assert notebook.cells[3].outputs[0].ename == "ZeroDivisionError"
-    assert notebook.cells[4].outputs[-1].text == "Timeout: interrupted after 1 s; variables are kept"
+    assert notebook.cells[4].outputs[-1].text == "Timeout: interrupted after 0.5 s; variables are kept"
     assert notebook.metadata.language_info.name == "python"
 
 
@@ -4367,16 +4385,16 @@ def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk:
 )
 def test_more_cells_that_can_be_interrupted(executor: JupyterCodeExecutor, code: str) -> None:
     run(executor, "x = 5")
-    result = executor.execute(code, timeout=1)
+    result = executor.execute(code, timeout=0.5)
     assert (result.status, result.kernel_state) == ("timeout", "intact")
     assert run(executor, "x").output == "5"
 
 
 def test_c_code_that_never_returns_is_killed(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
     code = "import ctypes\nlibc = ctypes.PyDLL(None)\nprint('in', flush=True)\nwhile True:\n    libc.sleep(60)"
     mask = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
-    result = executor.execute(mask + code, timeout=1)
+    result = executor.execute(mask + code, timeout=0.5)
     assert (result.status, result.kernel_state) == ("timeout", "lost")
     assert "the kernel was killed and restarted" in result.note
     assert run(executor, "1").output == "1"
@@ -4536,7 +4554,7 @@ def test_a_slow_hook_loses_nothing(executor: JupyterCodeExecutor) -> None:
 
     def slow(output: dict[str, Any]) -> None:
         if not seen:
-            time.sleep(1)
+            time.sleep(0.3)
         seen.append(output)
 
     executor.execute("for i in range(5000): display(i)", on_output=slow)
@@ -4648,7 +4666,7 @@ def test_a_flood_of_small_messages_starves_nobody(kind: str) -> None:
     with made as server, JupyterCodeExecutor(server) as executor, JupyterCodeExecutor(server) as bystander:
         run(bystander, "y = 7")
         results: list[Any] = []
-        flood = threading.Thread(target=lambda: results.append(executor.execute("while True: display(1)", timeout=2)))
+        flood = threading.Thread(target=lambda: results.append(executor.execute("while True: display(1)", timeout=1)))
         flood.start()
         assert run(bystander, "y").output == "7"
         flood.join(PATIENCE)
@@ -4750,6 +4768,7 @@ def test_a_language_that_the_kernel_does_not_speak_is_refused(executor: JupyterC
     assert (result.exit_code, result.output) == (1, "The kernel runs python or bash, not ruby: the block was not run.")
 
 
+@pytest.mark.slow
 def test_pip_is_quiet_but_its_failures_are_not(executor: JupyterCodeExecutor) -> None:
     for line in ("!pip install pip", "%pip install pip", "! pip3 install pip"):
         result = run(executor, line)
@@ -5180,6 +5199,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing() -> None:
         assert process.wait(PATIENCE) == 130
 
 
+@pytest.mark.slow
 def test_run_in_docker(engine: Any, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("import os, six; print(os.getuid(), len(os.listdir('/sys/class/net')))")
     base = ["--base-image", os.environ["BASE_IMAGE"]] if "BASE_IMAGE" in os.environ else []
