@@ -2146,6 +2146,33 @@ def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
     assert note in result.note
 
 
+def test_what_a_kernel_had_sent_is_read_after_the_news_of_its_death() -> None:
+    def dying(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        executor._kernel._mailbox.put(jupyter_exec.KernelExit(cause="killed"))
+        kernel.publish("stream", {"name": "stdout", "text": "last words"}, request)
+
+    with scripted(dying) as executor:
+        result = executor.execute("1", timeout=PATIENCE)
+    assert (result.status, result.text.splitlines()[0]) == ("died", "last words")
+
+
+def test_an_interrupt_that_comes_late_hits_no_later_cell(executor: JupyterCodeExecutor) -> None:
+    control = executor._kernel._control
+    real_interrupt, gate = control.interrupt, threading.Event()
+    late: list[threading.Thread] = []
+
+    def interrupt(sent: Callable[[], None]) -> bool:
+        late.append(threading.Thread(target=lambda: gate.wait(PATIENCE) and real_interrupt(sent)))
+        late[0].start()
+        return True
+
+    control.interrupt = interrupt  # type: ignore[method-assign]
+    executor.execute("import time; print('go', flush=True)", on_output=lambda output: executor.interrupt())
+    threading.Timer(0.1, gate.set).start()
+    assert executor.execute("time.sleep(0.3); 'whole'").text == "'whole'"
+    late[0].join()
+
+
 def test_an_attached_kernel_that_ignores_the_interrupt_is_said_to_be_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
     with scripted(lambda kernel, request: None) as executor:
@@ -2435,22 +2462,43 @@ def test_nothing_outlives_a_killed_client(tmp_path: Path, how: str, code: str) -
     eventually(lambda: not list(tmp_path.iterdir()), "every file is gone")
 
 
-def test_a_forked_child_of_the_client_does_not_keep_the_kernels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preload", ["[]", "None"])
+def test_nothing_outlives_a_client_and_a_host_that_are_killed_at_once(tmp_path: Path, preload: str) -> None:
+    marker = f"mark-{time.time_ns()}"
+    program = f"""
+        import sys, jupyter_exec
+        server = jupyter_exec.LocalJupyterServer(preload={preload}, env={{"MARK": sys.argv[1]}})
+        code = "import ctypes; print(1, flush=True); ctypes.PyDLL(None).sleep(100)"  # no thread of it runs
+        jupyter_exec.JupyterCodeExecutor(server).execute(code, on_output=lambda output: print("ready", flush=True))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), marker]
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as client:
+        assert client.stdout
+        assert client.stdout.readline() == b"ready\n"
+        client.send_signal(signal.SIGSTOP)  # it does not see what happens
+        os.kill(min(marked_processes(f"MARK={marker}")), signal.SIGKILL)
+        client.kill()
+    eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
+
+
+@pytest.mark.parametrize("fork", ["os.fork()", "ctypes.PyDLL(None).fork()"])  # the second runs no hooks of Python
+def test_a_forked_child_of_the_client_does_not_keep_the_kernels(tmp_path: Path, fork: str) -> None:
     marker = f"mark-{time.time_ns()}"
     program = """
-        import os, sys, time, warnings, jupyter_exec
+        import ctypes, os, sys, time, warnings, jupyter_exec
         server = jupyter_exec.LocalJupyterServer(env={"MARK": sys.argv[1]})
         executor = jupyter_exec.JupyterCodeExecutor(server)
         assert executor.execute("1").status == "ok"
         warnings.simplefilter("ignore")
-        if os.fork() == 0:
+        if eval(sys.argv[2]) == 0:
             os.close(1)
             time.sleep(30)
             os._exit(0)
         print("ready", flush=True)
         time.sleep(30)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), marker]
+    command = [sys.executable, "-c", textwrap.dedent(program), marker, fork]
     environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as client:
         assert client.stdout
@@ -4380,6 +4428,7 @@ def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk:
         "import os\nif os.fork() == 0:\n    import time; time.sleep(60); os._exit(0)\nos.wait()",
         "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('caught')",
         "import subprocess; subprocess.run('sleep 60 & sleep 60', shell=True)",
+        "import os; os.system('sleep 60')",  # which ignores SIGINT itself: the sleeping process must get it
         "import threading; threading.Event().wait()",
     ],
 )
