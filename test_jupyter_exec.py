@@ -6,7 +6,10 @@ Rules of this file
   judge of the fences. Scripted kernels, on real ZeroMQ sockets, only where no real one misbehaves on demand.
 * Loopback and socket files only, port 0, every wait bounded, no sleep as synchronisation: `eventually` polls.
 * One behaviour a test; speed is never asserted in seconds (see the benchmarks, `pytest -m bench`).
-* No leaks: the autouse fixture compares processes, threads, sockets and directories before and after each test.
+* No leaks: an autouse fixture compares processes, threads, sockets and directories before and after each test.
+* No surprises: a record of level ERROR on the module's logger fails the test, unless `logs_error` expects it.
+* Hermetic: the run has a temporary directory and a container label (RUN) of its own; tests pass in any order.
+* `pytest` ends within three minutes on two idle cores; what takes seconds is marked `slow` (`pytest -m slow`).
 * The tests of other sections pass with the fork server on and, by JUPYTER_EXEC_LAUNCH=1, off.
 * What the machine lacks is skipped with its reason, unless JUPYTER_EXEC_REQUIRE names it: then it fails.
 """
@@ -24,6 +27,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import os
 import pickle
 import random
@@ -110,6 +114,7 @@ for server_class in (CommandJupyterServer, LocalJupyterServer, DockerJupyterServ
         server_class.__init__.__kwdefaults__["preload"] = None  # type: ignore[index]
 
 PATIENCE = 20.0  # seconds until a condition that must come counts as not coming
+RUN = f"jupyter-exec-test-{os.urandom(4).hex()}"  # label, and part of the names, of all that this run makes in Docker
 
 
 def eventually(condition: Callable[[], Any], what: str) -> Any:
@@ -124,8 +129,11 @@ def eventually(condition: Callable[[], Any], what: str) -> Any:
 def run_python(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program that imports the module under test in a process of its own."""
     options.setdefault("env", os.environ | {"PYTHONPATH": str(MODULE.parent)})
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    program = "import logging; logging.basicConfig(level=logging.ERROR)\n" + textwrap.dedent(program)
+    command = [sys.executable, "-W", "error", "-c", program, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    assert "ERROR:jupyter_exec:" not in result.stderr, result.stderr
+    return result
 
 
 def descendants(pid: int) -> set[int]:
@@ -156,7 +164,10 @@ def marked_processes(marker: str) -> list[int]:
 
 def resources() -> dict[str, Any]:
     """Return what a test may not leave behind."""
-    descriptors = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _exists(fd)]
+    descriptors = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed by another thread, or the one that lists
+            descriptors.append(os.readlink(f"/proc/self/fd/{fd}"))
     return {
         "processes": descendants(os.getpid()),
         "threads": {thread for thread in threading.enumerate() if not thread.name.startswith("Dummy")},
@@ -165,8 +176,42 @@ def resources() -> dict[str, Any]:
     }
 
 
-def _exists(descriptor: str) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{descriptor}")
+@pytest.fixture(scope="session", autouse=True)
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give the run a temporary directory of its own, and the signals of a program that was started in a terminal."""
+    tmp_path_factory.getbasetemp()  # stays where it is, for a person to look at
+    outside = tempfile.gettempdir()
+    before = os.environ.get("TMPDIR")
+    # Sockets want a short path: below a long one the module would use /tmp, where other programs have theirs.
+    own = tempfile.mkdtemp(prefix="jxt-", dir=outside if len(outside) < 50 else "/tmp")
+    os.environ["TMPDIR"] = tempfile.tempdir = own
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup, and then so in every child
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    gc.collect()
+    gc.freeze()  # what is imported by now need not be looked at after each test
+    yield
+    tempfile.tempdir = outside
+    if before is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before
+    shutil.rmtree(own, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def no_errors_logged(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail on a record of level ERROR, of any thread; `logs_error(TEXT)` expects such records, all with that text."""
+    marker = request.node.get_closest_marker("logs_error")
+    records: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: records.append(logging.Formatter().format(record))  # type: ignore[method-assign]
+    jupyter_exec.logger.addHandler(handler)
+    yield
+    jupyter_exec.logger.removeHandler(handler)
+    if marker:
+        assert records, f"nothing was logged of {marker.args[0]!r}"
+    assert [text for text in records if not marker or marker.args[0] not in text] == []
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +266,7 @@ def run(executor: JupyterCodeExecutor, *codes: str) -> CodeResult:
 # ======================================================================================================
 
 
+@functools.cache
 def sections() -> dict[int, tuple[int, int, bool]]:
     """Return {number of section: (first line, last line, pure)}."""
     lines = MODULE.read_text(encoding="utf-8").splitlines()
@@ -851,6 +897,7 @@ def seconds_for(size: int, step: int, fragment: int) -> float:
     return elapsed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "step", "fragment"),
     [
@@ -954,6 +1001,8 @@ def test_websockets_is_told_of_a_message_that_is_too_big() -> None:
     with websockets_server(handler) as port, Driver(port, max_message=1000) as driver:
         with pytest.raises(ProtocolError, match="over 1000 bytes"):
             driver.next()
+        while driver.socket.recv(65536):  # closing with bytes unread would reset the connection, Close frame and all
+            pass
     assert codes == [1009]
 
 
@@ -1501,7 +1550,8 @@ def test_loop_runs_jobs_of_many_threads_in_order(loop: jupyter_exec.Loop) -> Non
         assert [i for n, i in seen if n == number] == list(range(500))
 
 
-def test_a_failing_job_costs_only_itself(loop: jupyter_exec.Loop, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.logs_error("ZeroDivisionError")
+def test_a_failing_job_costs_only_itself(loop: jupyter_exec.Loop) -> None:
     def fail() -> None:
         raise ZeroDivisionError
 
@@ -1509,7 +1559,6 @@ def test_a_failing_job_costs_only_itself(loop: jupyter_exec.Loop, caplog: pytest
     loop.post(fail)
     loop.post(done.set)
     assert done.wait(PATIENCE)
-    assert "ZeroDivisionError" in caplog.text
 
 
 def test_loop_in_a_forked_child_says_so(loop: jupyter_exec.Loop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1786,6 +1835,33 @@ def test_ctrl_c_keeps_the_cell_for_the_notebook(executor: JupyterCodeExecutor, t
     assert run(executor, "1").output == "1"
 
 
+def test_what_a_kernel_had_sent_is_read_after_the_news_of_its_death() -> None:
+    def dying(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        executor._kernel._mailbox.put(jupyter_exec.KernelExit(cause="killed"))
+        kernel.publish("stream", {"name": "stdout", "text": "last words"}, request)
+
+    with scripted(dying) as executor:
+        result = executor.execute("1", timeout=PATIENCE)
+    assert (result.status, result.text.splitlines()[0]) == ("died", "last words")
+
+
+def test_an_interrupt_that_comes_late_hits_no_later_cell(executor: JupyterCodeExecutor) -> None:
+    control = executor._kernel._control
+    real_interrupt, gate = control.interrupt, threading.Event()
+    late: list[threading.Thread] = []
+
+    def interrupt(sent: Callable[[], None]) -> bool:
+        late.append(threading.Thread(target=lambda: gate.wait(PATIENCE) and real_interrupt(sent)))
+        late[0].start()
+        return True
+
+    control.interrupt = interrupt  # type: ignore[method-assign]
+    executor.execute("import time; print('go', flush=True)", on_output=lambda output: executor.interrupt())
+    threading.Timer(0.1, gate.set).start()
+    assert executor.execute("time.sleep(0.3); 'whole'").text == "'whole'"
+    late[0].join()
+
+
 def test_an_attached_kernel_that_ignores_the_interrupt_is_said_to_be_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
     with scripted(lambda kernel, request: None) as executor:
@@ -1898,7 +1974,7 @@ def test_interrupt_mode_message(kernels_dir: Path) -> None:
     with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
         with JupyterCodeExecutor(server, "m") as executor:
             assert run(executor, "x = 1").exit_code == 0
-            result = executor.execute("while True: pass", timeout=1)
+            result = executor.execute("while True: pass", timeout=0.5)
             assert (result.status, result.kernel_state) == ("timeout", "intact")
             assert run(executor, "x").output == "1"
 
@@ -2025,6 +2101,7 @@ def test_noise_before_the_greeting_does_not_confuse() -> None:
 
 def test_a_host_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "START_TIMEOUT", 0.3)
+    monkeypatch.setattr(jupyter_exec, "SHUTDOWN_GRACE", 0.1)
     with (
         CommandJupyterServer(["sh", "-c", "exec sleep 30"]) as server,
         pytest.raises(KernelStartFailed, match=r"no answer within 0\.3 s"),
@@ -2074,22 +2151,43 @@ def test_nothing_outlives_a_killed_client(tmp_path: Path, how: str, code: str) -
     eventually(lambda: not list(tmp_path.iterdir()), "every file is gone")
 
 
-def test_a_forked_child_of_the_client_does_not_keep_the_kernels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preload", ["[]", "None"])
+def test_nothing_outlives_a_client_and_a_host_that_are_killed_at_once(tmp_path: Path, preload: str) -> None:
+    marker = f"mark-{time.time_ns()}"
+    program = f"""
+        import sys, jupyter_exec
+        server = jupyter_exec.LocalJupyterServer(preload={preload}, env={{"MARK": sys.argv[1]}})
+        code = "import ctypes; print(1, flush=True); ctypes.PyDLL(None).sleep(100)"  # no thread of it runs
+        jupyter_exec.JupyterCodeExecutor(server).execute(code, on_output=lambda output: print("ready", flush=True))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), marker]
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as client:
+        assert client.stdout
+        assert client.stdout.readline() == b"ready\n"
+        client.send_signal(signal.SIGSTOP)  # it does not see what happens
+        os.kill(min(marked_processes(f"MARK={marker}")), signal.SIGKILL)
+        client.kill()
+    eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
+
+
+@pytest.mark.parametrize("fork", ["os.fork()", "ctypes.PyDLL(None).fork()"])  # the second runs no hooks of Python
+def test_a_forked_child_of_the_client_does_not_keep_the_kernels(tmp_path: Path, fork: str) -> None:
     marker = f"mark-{time.time_ns()}"
     program = """
-        import os, sys, time, warnings, jupyter_exec
+        import ctypes, os, sys, time, warnings, jupyter_exec
         server = jupyter_exec.LocalJupyterServer(env={"MARK": sys.argv[1]})
         executor = jupyter_exec.JupyterCodeExecutor(server)
         assert executor.execute("1").status == "ok"
         warnings.simplefilter("ignore")
-        if os.fork() == 0:
+        if eval(sys.argv[2]) == 0:
             os.close(1)
             time.sleep(30)
             os._exit(0)
         print("ready", flush=True)
         time.sleep(30)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), marker]
+    command = [sys.executable, "-c", textwrap.dedent(program), marker, fork]
     environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as client:
         assert client.stdout
@@ -2332,7 +2430,7 @@ def test_a_python_that_cannot_fork_kernels_launches_them(tmp_path: Path) -> None
 
 def test_kernels_ordered_from_a_dying_fork_server_start_all_the_same() -> None:
     with LocalJupyterServer(preload=[]) as server, JupyterCodeExecutor(server) as first:
-        for _ in range(10):
+        for _ in range(4):
             run(first, "1")
             os.kill(fork_server_of(server), signal.SIGKILL)
             with JupyterCodeExecutor(server) as second, JupyterCodeExecutor(server) as third:
@@ -2368,7 +2466,7 @@ def test_a_kernel_given_up_before_it_is_forked_leaves_nothing(tmp_path: Path) ->
 
 
 def test_what_left_the_session_without_exec_dies_with_its_kernel(executor: JupyterCodeExecutor) -> None:
-    code = "import os, time\nr, w = os.pipe()\nif not os.fork():\n    os.setsid()\n"
+    code = "import os, time, warnings\nwarnings.simplefilter('ignore')\nr, w = os.pipe()\nif not os.fork():\n    os.setsid()\n"
     code += "    os.write(w, str(os.getpid()).encode())\n    time.sleep(1000)\n    os._exit(0)\nprint(os.read(r, 9).decode())"
     child = int(run(executor, code).output)
     assert child in descendants(os.getpid())
@@ -2459,7 +2557,7 @@ def test_a_kernel_reached_only_through_the_pipe(tmp_path: Path) -> None:
         assert run(executor, "x = 6", "x * 7").output == "\n42"
         assert executor.connection_file is None
         assert len(run(executor, "print('x' * 20_000_000)").output) == 20_000_001
-        result = executor.execute("while True: print('y' * 1000)", timeout=1)
+        result = executor.execute("while True: print('y' * 1000)", timeout=0.5)
         assert (result.status, result.kernel_state) == ("timeout", "intact")
         assert run(executor, "x").output == "6"
         assert run(
@@ -2482,7 +2580,7 @@ def test_attach_to_a_kernel_of_ours_and_leave_it_running(executor: JupyterCodeEx
     assert path
     with JupyterCodeExecutor(path) as attached:
         assert run(attached, "shared + 1").output == "6"
-        result = attached.execute("while True: pass", timeout=1)
+        result = attached.execute("while True: pass", timeout=0.5)
         assert (result.status, result.kernel_state) == ("timeout", "intact")
         with pytest.raises(KernelError, match="not ours"):
             attached.restart()
@@ -2574,7 +2672,7 @@ def test_a_host_that_lies_is_survived(tmp_path: Path) -> None:
             server.kernelspecs()
         client = server.start_kernel()
         with pytest.raises(KernelStartFailed, match="no answer within"):
-            client.wait_ready(jupyter_exec.Deadline(1))
+            client.wait_ready(jupyter_exec.Deadline(0.3))
         assert client.connection_file is None
 
 
@@ -2610,17 +2708,16 @@ def need(name: str, present: object) -> None:
 def docker_server(**options: Any) -> DockerJupyterServer:
     if "custom_image_name" not in options:
         options.setdefault("base_image", os.environ.get("BASE_IMAGE"))
-    return DockerJupyterServer(**{"network": "none", **options})
+    return DockerJupyterServer(**{"network": "none", **options, "labels": {RUN: ""} | options.get("labels", {})})
 
 
 @pytest.fixture
 def containers(engine: Any) -> Iterator[Callable[[], list[Any]]]:
-    """A function that lists our containers; none may be left."""
+    """A function that lists the containers of this run; none may be left."""
 
     def ours() -> list[Any]:
-        return list(engine.containers.list(all=True, filters={"label": "jupyter_exec"}, ignore_removed=True))
+        return list(engine.containers.list(all=True, filters={"label": RUN}, ignore_removed=True))
 
-    assert ours() == []
     yield ours
     eventually(lambda: ours() == [], "the containers are gone")
 
@@ -2671,8 +2768,8 @@ def test_code_in_a_container_cannot_reach_the_pipe_of_its_host(boxed: JupyterCod
 
 def test_docker_timeout_and_death(boxed: JupyterCodeExecutor) -> None:
     run(boxed, "x = 5")
-    assert boxed.execute("while True: print('y' * 1000)", timeout=1).kernel_state == "intact"
-    assert boxed.execute("import subprocess; subprocess.run(['sleep', '60'])", timeout=1).kernel_state == "intact"
+    assert boxed.execute("while True: print('y' * 1000)", timeout=0.5).kernel_state == "intact"
+    assert boxed.execute("import subprocess; subprocess.run(['sleep', '60'])", timeout=0.5).kernel_state == "intact"
     assert run(boxed, "x").output == "5"
     result = run(boxed, "import os; os.kill(os.getpid(), 11)")
     assert (result.exit_code, result.kernel_state) == (139, "lost")
@@ -2702,12 +2799,12 @@ def test_a_container_killed_from_outside_is_reported_and_replaced(boxed: Jupyter
 def test_the_container_of_a_killed_client_is_gone(containers: Any) -> None:
     program = """
         import sys, time, jupyter_exec
-        executor = jupyter_exec.JupyterCodeExecutor(jupyter_exec.DockerJupyterServer(base_image=sys.argv[1] or None))
+        executor = jupyter_exec.JupyterCodeExecutor(jupyter_exec.DockerJupyterServer(base_image=sys.argv[1] or None, labels={sys.argv[2]: ""}))
         assert executor.execute("1").status == "ok"
         print("ready", flush=True)
         time.sleep(60)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), os.environ.get("BASE_IMAGE", "")]
+    command = [sys.executable, "-c", textwrap.dedent(program), os.environ.get("BASE_IMAGE", ""), RUN]
     environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as client:
         assert client.stdout
@@ -2718,22 +2815,23 @@ def test_the_container_of_a_killed_client_is_gone(containers: Any) -> None:
 
 
 def test_a_container_that_is_to_stay_is_stopped_only(engine: Any, containers: Any) -> None:
-    with docker_server(auto_remove=False, container_name="jupyter-exec-test-stays") as server:
+    with docker_server(auto_remove=False, container_name=f"{RUN}-stays") as server:
         server.kernelspecs()
-    container = engine.containers.get("jupyter-exec-test-stays")
+    container = engine.containers.get(f"{RUN}-stays")
     assert container.status == "exited"
     container.remove()
 
 
 def test_docker_name_taken(containers: Any) -> None:
-    with docker_server(container_name="jupyter-exec-test-name") as server:
+    with docker_server(container_name=f"{RUN}-name") as server:
         server.kernelspecs()
-        with docker_server(container_name="jupyter-exec-test-name") as other:
+        with docker_server(container_name=f"{RUN}-name") as other:
             with pytest.raises(SandboxError, match="already in use"):
                 JupyterCodeExecutor(other)
         assert "python3" in server.kernelspecs()
 
 
+@pytest.mark.slow
 def test_docker_environment_network_and_packages(
     engine: Any, containers: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -2763,6 +2861,7 @@ def test_docker_work_dir_that_is_not_in_the_image_is_writable(containers: Any) -
         assert run(executor, "import os; open('made', 'w').close(); print(os.getcwd())").output == "/elsewhere/deep\n"
 
 
+@pytest.mark.slow
 def test_docker_read_only_runs_pip_and_matplotlib(containers: Any, tmp_path: Path) -> None:
     with docker_server(packages=["matplotlib"], read_only=True, network="bridge") as server:
         with JupyterCodeExecutor(server, timeout=120, output_dir=tmp_path) as executor:
@@ -2793,7 +2892,7 @@ def image(engine: Any) -> Iterator[Callable[[str], str]]:
     tags: list[str] = []
 
     def build(dockerfile: str) -> str:
-        tags.append(f"jupyter-exec-test:{len(tags)}")
+        tags.append(f"{RUN}:{len(tags)}")
         names = {"BASE": os.environ.get("BASE_IMAGE", "python:3.13-slim"), "BUNDLED": docker_server()._image_name}
         for name, value in names.items():
             dockerfile = dockerfile.replace(name, value)
@@ -2841,6 +2940,7 @@ def test_missing_custom_image_is_reported(containers: Any) -> None:
     assert "Custom image no/such:image does not exist" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_failing_build_is_reported_with_its_end(containers: Any) -> None:
     with docker_server(packages=["no-such-package-at-all-1234"]) as server, pytest.raises(SandboxError) as caught:
         JupyterCodeExecutor(server)
@@ -2927,8 +3027,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-GATEWAY = ["kernelgateway", "--KernelGatewayApp.port_retries=0", "--JupyterWebsocketPersonality.list_kernels=true"]
-SERVER = ["server", "--allow-root", "--no-browser", "--ServerApp.port_retries=0", "--ServerApp.open_browser=False"]
+RESTARTER = "--KernelRestarter.time_to_dead=0.3"  # seconds between looks whether a kernel lives; usually 3
+GATEWAY = [
+    "kernelgateway",
+    "--KernelGatewayApp.port_retries=0",
+    "--JupyterWebsocketPersonality.list_kernels=true",
+    RESTARTER,
+]
+SERVER = ["server", "--allow-root", "--no-browser", "--ServerApp.port_retries=0", RESTARTER]
 
 
 @contextlib.contextmanager
@@ -2939,6 +3045,7 @@ def peer(tmp_path: Path, *options: str, python: str = sys.executable, **info: An
     app = "EnterpriseGatewayApp" if options[0] == "enterprisegateway" else app
     command = [python, "-m", "jupyter", *options, f"--{app}.port={port}", f"--{app}.ip=127.0.0.1"]
     environment = os.environ | {"KG_AUTH_TOKEN": token, "JUPYTER_TOKEN": token, "EG_AUTH_TOKEN": token}
+    environment["JUPYTER_RUNTIME_DIR"] = str(tmp_path)
     connection = JupyterConnectionInfo("127.0.0.1", info.pop("use_https", False), port, token, **info)
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -2950,7 +3057,9 @@ def peer(tmp_path: Path, *options: str, python: str = sys.executable, **info: An
             assert process.poll() is None, log.read_text()
             yield Peer(connection, log)
         finally:
-            process.terminate()
+            for pid in (process.pid, *descendants(process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait(PATIENCE)
 
 
@@ -3006,7 +3115,7 @@ def test_remote_kernels_work_like_local_ones(far: JupyterCodeExecutor, tmp_path:
     assert failed.exit_code == 1
     assert failed.output.startswith("before\nZeroDivisionError")
     assert run(far, "from IPython.display import HTML\nHTML('<b>')").output_files[0].startswith(str(tmp_path))
-    assert far.execute("while True: pass", timeout=1).kernel_state == "intact"
+    assert far.execute("while True: pass", timeout=0.5).kernel_state == "intact"
     assert run(far, "x").output == "6"
     assert far.connection_file is None
 
@@ -3153,6 +3262,7 @@ def test_code_over_the_servers_limit_is_not_sent(gateway: Peer) -> None:
         assert run(executor, "x").output == "1"
 
 
+@pytest.mark.slow
 def test_a_cell_after_a_long_pause_works(tmp_path: Path) -> None:
     need("server", installed("jupyter_server"))
     options = ["--ServerApp.tornado_settings={'ws_ping_interval': 500, 'ws_ping_timeout': 1500}"]
@@ -3191,6 +3301,7 @@ def test_https_is_verified(certificate: tuple[Path, Path], tmp_path: Path) -> No
             assert run(executor, "1").output == "1"
 
 
+@pytest.mark.slow
 def test_a_client_certificate_is_presented(certificate: tuple[Path, Path], tmp_path: Path) -> None:
     need("server", installed("jupyter_server"))
     cert, key = certificate
@@ -3207,7 +3318,7 @@ def test_enterprise_gateway(enterprise_gateway: Peer) -> None:
     with enterprise_gateway.client(env={"KERNEL_USERNAME": "ann"}) as server:
         with JupyterCodeExecutor(server, "python3") as executor:
             assert run(executor, "x = 6", "x * 7").output == "\n42"
-            assert executor.execute("while True: pass", timeout=1).kernel_state == "intact"
+            assert executor.execute("while True: pass", timeout=0.5).kernel_state == "intact"
             executor.restart()
             assert run(executor, "'x' in dir()").output == "False"
 
@@ -3546,6 +3657,7 @@ def test_a_direct_server_has_no_connection_info() -> None:
             getattr(LocalJupyterServer(), name)()
 
 
+@pytest.mark.slow
 def test_a_docker_gateway(containers: Any) -> None:
     with docker_server(network=None, token="t0ken") as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "6 * 7").output == "42"
@@ -3556,22 +3668,24 @@ def test_a_docker_gateway(containers: Any) -> None:
         assert container.attrs["Config"]["User"] == "1000:1000"
 
 
+@pytest.mark.slow
 def test_a_docker_gateway_may_be_left_running(engine: Any, containers: Any) -> None:
-    with docker_server(network=None, stop_container=False, container_name="jupyter-exec-test-left") as server:
+    with docker_server(network=None, stop_container=False, container_name=f"{RUN}-left") as server:
         info = server.connection_info
     with JupyterCodeExecutor(info) as executor:
         assert run(executor, "1").output == "1"
-    engine.containers.get("jupyter-exec-test-left").remove(force=True)
+    engine.containers.get(f"{RUN}-left").remove(force=True)
 
 
+@pytest.mark.slow
 def test_a_gateway_container_of_a_dead_process_is_removed_at_the_next_start(containers: Any) -> None:
     program = """
         import os, sys, jupyter_exec
-        server = jupyter_exec.DockerJupyterServer(base_image=sys.argv[1] or None, transport="gateway")
+        server = jupyter_exec.DockerJupyterServer(base_image=sys.argv[1] or None, labels={sys.argv[2]: ""}, transport="gateway")
         server.connection_info
         os.kill(os.getpid(), 9)
     """
-    run_python(program, os.environ.get("BASE_IMAGE", ""))
+    run_python(program, os.environ.get("BASE_IMAGE", ""), RUN)
     (forsaken,) = containers()
     with docker_server(network=None, transport="gateway") as server:
         server.get_client()
@@ -3646,12 +3760,12 @@ copy(process.stdout.fileno(), 1, 5e6)
 def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 3.0)
+    monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 1.5)
     (tmp_path / "link.py").write_text(SLOW_LINK)
     printing = threading.Event()
     with CommandJupyterServer([sys.executable, str(tmp_path / "link.py"), sys.executable]) as server:
         with JupyterCodeExecutor(server) as one, ThreadPoolExecutor(1) as pool:
-            code = "import sys\nfor _ in range(300_000): sys.stdout.write('x' * 99 + chr(10))"
+            code = "import sys\nfor _ in range(150_000): sys.stdout.write('x' * 99 + chr(10))"
             cell = pool.submit(one.execute, code, on_output=lambda output: printing.set())
             assert printing.wait(PATIENCE)
             with JupyterCodeExecutor(server) as two:
@@ -3663,7 +3777,7 @@ def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
 def test_kernels_through_ssh(sshd: list[str]) -> None:
     with CommandJupyterServer([*sshd, sys.executable]) as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "x = 6", "x * 7").output == "\n42"
-        assert executor.execute("while True: pass", timeout=1).kernel_state == "intact"
+        assert executor.execute("while True: pass", timeout=0.5).kernel_state == "intact"
         assert run(executor, "'SSH_CONNECTION' in __import__('os').environ").output == "True"
 
 
@@ -3753,20 +3867,20 @@ def test_a_vanished_output_directory_costs_only_the_file(server: LocalJupyterSer
 )
 def test_timeout_interrupts_and_keeps_the_variables(executor: JupyterCodeExecutor, code: str) -> None:
     run(executor, "x = 5")
-    result = executor.execute("print('before', flush=True)\n" + code, timeout=1)
+    result = executor.execute("print('before', flush=True)\n" + code, timeout=0.5)
     assert (result.status, result.exit_code, result.kernel_state) == ("timeout", 124, "intact")
     assert result.text.startswith("before\n")
-    assert result.text.endswith("Timeout: interrupted after 1 s; variables are kept")
+    assert result.text.endswith("Timeout: interrupted after 0.5 s; variables are kept")
     assert run(executor, "x").output == "5"
 
 
 def test_code_that_ignores_the_interrupt_is_killed(
     executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
     run(executor, "x = 5")
     code = "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
-    result = executor.execute(code, timeout=1)
+    result = executor.execute(code, timeout=0.5)
     assert (result.status, result.exit_code, result.kernel_state) == ("timeout", 124, "lost")
     assert "the kernel was killed and restarted; all variables are lost" in result.note
     assert run(executor, "'x' in dir()").output == "False"
@@ -3849,7 +3963,7 @@ def test_on_input_answers(executor: JupyterCodeExecutor) -> None:
 
 
 def test_outputs_come_while_the_cell_runs_and_a_failing_hook_stops_nothing(
-    executor: JupyterCodeExecutor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    executor: JupyterCodeExecutor, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
 
@@ -3860,7 +3974,6 @@ def test_outputs_come_while_the_cell_runs_and_a_failing_hook_stops_nothing(
     code = f"import os, time\nprint('first', flush=True)\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\n7"
     result = executor.execute(code, on_output=hook)
     assert (result.status, result.text) == ("ok", "first\n7")
-    assert "a bug in the hook" in caplog.text
 
 
 def test_restart_gives_a_fresh_kernel(executor: JupyterCodeExecutor) -> None:
@@ -4006,6 +4119,7 @@ def test_max_output_none_is_no_limit(server: LocalJupyterServer, tmp_path: Path)
     assert (len(result.output), result.output_files) == (300_001, [])
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded_however_much_is_printed(tmp_path: Path) -> None:
     program = """
         import resource, sys, jupyter_exec
@@ -4245,7 +4359,7 @@ def test_late_output_is_marked_and_not_in_the_next_cell(executor: JupyterCodeExe
 def test_a_notebook_of_the_session(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
     run(executor, "x = 1\nprint('a')", "x + 1", "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()")
     run(executor, "1 / 0")
-    executor.execute("import time\ntime.sleep(60)", timeout=1)
+    executor.execute("import time\ntime.sleep(60)", timeout=0.5)
     run(executor, "print?")
     path = tmp_path / "session.ipynb"
     executor.save_notebook(path)
@@ -4255,7 +4369,7 @@ def test_a_notebook_of_the_session(executor: JupyterCodeExecutor, tmp_path: Path
     assert notebook.cells[1].outputs[0].data["text/plain"] == "2"
     assert notebook.cells[2].outputs[0].data["image/png"].startswith("iVBOR")
     assert notebook.cells[3].outputs[0].ename == "ZeroDivisionError"
-    assert notebook.cells[4].outputs[-1].text == "Timeout: interrupted after 1 s; variables are kept"
+    assert notebook.cells[4].outputs[-1].text == "Timeout: interrupted after 0.5 s; variables are kept"
     assert notebook.metadata.language_info.name == "python"
 
 
@@ -4316,21 +4430,22 @@ def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk:
         "import os\nif os.fork() == 0:\n    import time; time.sleep(60); os._exit(0)\nos.wait()",
         "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('caught')",
         "import subprocess; subprocess.run('sleep 60 & sleep 60', shell=True)",
+        "import os; os.system('sleep 60')",  # which ignores SIGINT itself: the sleeping process must get it
         "import threading; threading.Event().wait()",
     ],
 )
 def test_more_cells_that_can_be_interrupted(executor: JupyterCodeExecutor, code: str) -> None:
     run(executor, "x = 5")
-    result = executor.execute(code, timeout=1)
+    result = executor.execute(code, timeout=0.5)
     assert (result.status, result.kernel_state) == ("timeout", "intact")
     assert run(executor, "x").output == "5"
 
 
 def test_c_code_that_never_returns_is_killed(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
     code = "import ctypes\nlibc = ctypes.PyDLL(None)\nprint('in', flush=True)\nwhile True:\n    libc.sleep(60)"
     mask = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
-    result = executor.execute(mask + code, timeout=1)
+    result = executor.execute(mask + code, timeout=0.5)
     assert (result.status, result.kernel_state) == ("timeout", "lost")
     assert "the kernel was killed and restarted" in result.note
     assert run(executor, "1").output == "1"
@@ -4523,6 +4638,7 @@ def test_what_kernels_of_a_killed_host_had_started_is_ended(tmp_path: Path) -> N
         assert not any("sleep\0" in command_line(pid) for pid in marked_processes(f"MARK={marker}"))
 
 
+@pytest.mark.slow
 def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: Path) -> None:
     program = """
         import jupyter_exec
@@ -4557,7 +4673,7 @@ def test_a_slow_hook_loses_nothing(executor: JupyterCodeExecutor) -> None:
 
     def slow(output: dict[str, Any]) -> None:
         if not seen:
-            time.sleep(1)
+            time.sleep(0.3)
         seen.append(output)
 
     executor.execute("for i in range(5000): display(i)", on_output=slow)
@@ -4669,7 +4785,7 @@ def test_a_flood_of_small_messages_starves_nobody(kind: str) -> None:
     with made as server, JupyterCodeExecutor(server) as executor, JupyterCodeExecutor(server) as bystander:
         run(bystander, "y = 7")
         results: list[Any] = []
-        flood = threading.Thread(target=lambda: results.append(executor.execute("while True: display(1)", timeout=2)))
+        flood = threading.Thread(target=lambda: results.append(executor.execute("while True: display(1)", timeout=1)))
         flood.start()
         assert run(bystander, "y").output == "7"
         flood.join(PATIENCE)
@@ -4687,12 +4803,11 @@ def test_children_without_session_and_environment_die_with_the_server() -> None:
     eventually(lambda: not any(number in command_line(pid) for pid in sleepers), "it is gone")
 
 
-def test_a_hook_cannot_run_another_cell(executor: JupyterCodeExecutor, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hook_cannot_run_another_cell(executor: JupyterCodeExecutor) -> None:
     inner: list[Any] = []
     hook = lambda output: inner.append(executor.execute("print('inner')"))  # noqa: E731
     result = executor.execute("print('outer')", on_output=hook)
     assert (result.status, result.text) == ("ok", "outer\n")
-    assert "its hooks cannot run another one" in caplog.text
 
 
 @pytest.mark.parametrize("answer", [b"bytes", 5])
@@ -4907,9 +5022,11 @@ def test_a_language_that_the_kernel_does_not_speak_is_refused(executor: JupyterC
     assert (result.exit_code, result.output) == (1, "The kernel runs python or bash, not ruby: the block was not run.")
 
 
+@pytest.mark.slow
 def test_pip_is_quiet_but_its_failures_are_not(executor: JupyterCodeExecutor) -> None:
     for line in ("!pip install pip", "%pip install pip", "! pip3 install pip"):
-        assert (run(executor, line).exit_code, run(executor, line).output) == (0, "")
+        result = run(executor, line)
+        assert (result.exit_code, result.output) == (0, "")
     assert "ERROR: " in run(executor, "!pip install no-such-package-at-all-1234").output
     assert run_block(executor, "pip install pip", "bash").output == ""
 
@@ -5425,6 +5542,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing() -> None:
         assert process.wait(PATIENCE) == 130
 
 
+@pytest.mark.slow
 def test_run_in_docker(engine: Any, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("import os, six; print(os.getuid(), len(os.listdir('/sys/class/net')))")
     base = ["--base-image", os.environ["BASE_IMAGE"]] if "BASE_IMAGE" in os.environ else []
