@@ -1837,11 +1837,11 @@ def test_ctrl_c_keeps_the_cell_for_the_notebook(executor: JupyterCodeExecutor, t
 
 def test_what_a_kernel_had_sent_is_read_after_the_news_of_its_death() -> None:
     def dying(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
-        executor._kernel._mailbox.put(jupyter_exec.KernelExit(cause="killed"))
+        attached._kernel._mailbox.put(jupyter_exec.KernelExit(cause="killed"))
         kernel.publish("stream", {"name": "stdout", "text": "last words"}, request)
 
-    with scripted(dying) as executor:
-        result = executor.execute("1", timeout=PATIENCE)
+    with scripted(dying) as attached:
+        result = attached.execute("1", timeout=PATIENCE)
     assert (result.status, result.text.splitlines()[0]) == ("died", "last words")
 
 
@@ -3963,7 +3963,7 @@ def test_on_input_answers(executor: JupyterCodeExecutor) -> None:
 
 
 def test_outputs_come_while_the_cell_runs_and_a_failing_hook_stops_nothing(
-    executor: JupyterCodeExecutor, tmp_path: Path
+    executor: JupyterCodeExecutor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = tmp_path / "gate"
 
@@ -3974,6 +3974,7 @@ def test_outputs_come_while_the_cell_runs_and_a_failing_hook_stops_nothing(
     code = f"import os, time\nprint('first', flush=True)\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\n7"
     result = executor.execute(code, on_output=hook)
     assert (result.status, result.text) == ("ok", "first\n7")
+    assert "a bug in the hook" in caplog.text
 
 
 def test_restart_gives_a_fresh_kernel(executor: JupyterCodeExecutor) -> None:
@@ -4803,11 +4804,12 @@ def test_children_without_session_and_environment_die_with_the_server() -> None:
     eventually(lambda: not any(number in command_line(pid) for pid in sleepers), "it is gone")
 
 
-def test_a_hook_cannot_run_another_cell(executor: JupyterCodeExecutor) -> None:
+def test_a_hook_cannot_run_another_cell(executor: JupyterCodeExecutor, caplog: pytest.LogCaptureFixture) -> None:
     inner: list[Any] = []
     hook = lambda output: inner.append(executor.execute("print('inner')"))  # noqa: E731
     result = executor.execute("print('outer')", on_output=hook)
     assert (result.status, result.text) == ("ok", "outer\n")
+    assert "its hooks cannot run another one" in caplog.text
 
 
 @pytest.mark.parametrize("answer", [b"bytes", 5])
