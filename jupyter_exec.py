@@ -2740,7 +2740,8 @@ def _is_ipykernel(argv: list[str]) -> bool:
 def _is_forkable(argv: list[str], spec: Json) -> bool:
     """Whether a fork server can make this kernel; an environment of its own might have to be there from the start."""
     is_launcher = _is_ipykernel(argv) and argv[1:3] == ["-m", "ipykernel_launcher"]
-    return sys.platform == "linux" and is_launcher and not spec.get("env")
+    can_order = hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "send_fds")
+    return sys.platform == "linux" and can_order and is_launcher and not spec.get("env")
 
 
 def _mark(name: str) -> str:
@@ -2786,6 +2787,7 @@ class KernelHost:
         self._kernels: dict[str, HostedKernel] = {}
         self._fork_servers: dict[str, ForkServer] = {}  # by interpreter
         self._unforkable: set[str] = set()  # interpreters that cannot be one
+        self.adopts = False  # what a dying process leaves: a forked kernel needs it
         self._context: Any = None
         self._oom_kills = _oom_kills()
         self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
@@ -2842,7 +2844,8 @@ class KernelHost:
             connection = self._connection(request, argv, ports)
             write_private(path, connection.to_json())
             ports.close()  # as late as can be
-            if request["preload"] is not None and argv[0] not in self._unforkable and _is_forkable(argv, spec):
+            forkable = self.adopts and argv[0] not in self._unforkable and _is_forkable(argv, spec)
+            if forkable and request["preload"] is not None:
                 kernel = self._fork(argv, request)
             else:
                 kernel = self._launch(argv, spec, request["kernel"], request["slot"])
@@ -3157,9 +3160,9 @@ def _kill_all(pids: Iterable[int]) -> None:
 
 
 def _family(session: int, marker: bytes) -> Iterator[int]:
-    for entry in os.listdir("/proc") if sys.platform == "linux" else ():
+    for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if entry.isdigit():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, IndexError):
                 with open(f"/proc/{entry}/stat", "rb") as file:
                     fields_after_name = file.read().rpartition(b")")[2].split()
                 with open(f"/proc/{entry}/environ", "rb") as file:
@@ -3170,13 +3173,18 @@ def _family(session: int, marker: bytes) -> Iterator[int]:
 
 @functools.cache
 def _libc() -> Any:
-    import ctypes
+    """Return the C library, or None where Python cannot call it: built without ctypes, or linked statically."""
+    try:
+        import ctypes
 
-    return ctypes.CDLL(None)
+        return ctypes.CDLL(None)
+    except (ImportError, OSError):
+        return None
 
 
-def _prctl(option: int, value: int) -> None:
-    _libc().prctl(option, value, 0, 0, 0)
+def _prctl(option: int, value: int) -> bool:
+    """Set an attribute of this process; returns whether that was possible."""
+    return bool(_libc()) and _libc().prctl(option, value, 0, 0, 0) == 0
 
 
 def _windows_kernel32() -> Any:
@@ -3213,8 +3221,11 @@ def host_main() -> None:
         signal.signal(signal.SIGHUP, lambda *_: None)
         signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
+    if hasattr(signal, "pthread_sigmask"):  # what the program has blocked is inherited, by kernels too
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # a kernel's daemonised children become ours, to be reaped
+        # A kernel's daemonised children become ours, to be reaped; forked kernels too.
+        host.adopts = _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         _prctl(_PR_SET_DUMPABLE, 0)  # code in a kernel can neither trace this process nor open its descriptors
     _watch_parent(loop, host)
     loop.run()
@@ -3233,11 +3244,11 @@ def _own_stdio() -> Stream:
 def _watch_parent(loop: Loop, host: KernelHost) -> None:
     # A forked child of the client may hold the pipe open after the client's end.
     parent = os.getppid()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            loop.on_readable(os.pidfd_open(parent), host.close)
-    elif os.name != "nt":
-        _repeat(loop, 0.5, lambda: None if os.getppid() == parent else host.close())
+    try:
+        loop.on_readable(os.pidfd_open(parent), host.close)
+    except (OSError, AttributeError):  # the Pythons of conda and uv lack it, gVisor and old Linux too, macOS anyway
+        if parent and os.name != "nt":  # a container's first process has none
+            _repeat(loop, 0.5, lambda: None if os.getppid() == parent else host.close())
 
 
 def _repeat(loop: Loop, seconds: float, job: Callable[[], None]) -> None:

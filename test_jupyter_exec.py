@@ -2285,6 +2285,17 @@ def test_a_kernelspec_that_wants_a_provisioner_is_refused(kernels_dir: Path) -> 
             JupyterCodeExecutor(server, "yarn")
 
 
+def test_signals_that_the_program_has_blocked_reach_its_kernels() -> None:
+    program = """
+        import signal, jupyter_exec
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGCHLD, signal.SIGTERM})
+        with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:
+            print(executor.execute("while True: pass", timeout=0.3).kernel_state)
+            print(executor.execute("import os; os._exit(3)", timeout=5).kernel_state)
+    """
+    assert run_python(program).stdout == "intact\nlost\n"
+
+
 @pytest.fixture(scope="session")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Python without ipykernel and pyzmq."""
@@ -2385,7 +2396,30 @@ def test_nothing_outlives_a_killed_client(tmp_path: Path, how: str, code: str) -
     eventually(lambda: not list(tmp_path.iterdir()), "every file is gone")
 
 
-def test_a_forked_child_of_the_client_does_not_keep_the_kernels(tmp_path: Path) -> None:
+# What some builds of Python lack, and some sandboxes; the far end's own Python only, not the kernel's.
+POOR_PYTHON = """
+import os, random, signal, socket, sys  # random needs register_at_fork
+if "ipykernel_launcher" not in sys.orig_argv:
+    for module in (os, signal, socket):
+        for name in os.environ["LACKS"].split():
+            if hasattr(module, name):
+                delattr(module, name)
+            if name == "ctypes":
+                sys.modules["ctypes"] = None
+            if name == "/proc":
+                for function in ("listdir", "open", "stat"):
+                    def without(path, *rest, real=getattr(os, function), **options):
+                        if str(path).startswith("/proc"):
+                            raise FileNotFoundError(2, "No such file or directory", path)
+                        return real(path, *rest, **options)
+                    setattr(os, function, without)
+"""
+LACKS = "pidfd_open memfd_create pthread_sigmask SOCK_SEQPACKET send_fds recv_fds TCP_QUICKACK ctypes /proc"
+
+
+@pytest.mark.parametrize("lacks", ["", "register_at_fork", "pidfd_open register_at_fork"])
+def test_a_forked_child_of_the_client_does_not_keep_the_kernels(lacks: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(POOR_PYTHON)
     marker = f"mark-{time.time_ns()}"
     program = """
         import os, sys, time, warnings, jupyter_exec
@@ -2401,13 +2435,28 @@ def test_a_forked_child_of_the_client_does_not_keep_the_kernels(tmp_path: Path) 
         time.sleep(30)
     """
     command = [sys.executable, "-c", textwrap.dedent(program), marker]
-    environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{MODULE.parent}", "TMPDIR": str(tmp_path), "LACKS": lacks}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as client:
         assert client.stdout
         assert client.stdout.readline() == b"ready\n"
         client.kill()
         eventually(lambda: not marked_processes(f"MARK={marker}"), "every kernel is gone")
         os.killpg(client.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("lacks", "relay"), [("pidfd_open memfd_create", False), (LACKS, True)])
+def test_a_python_that_lacks_much_has_kernels(lacks: str, relay: bool, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(POOR_PYTHON)
+    env = {"PYTHONPATH": str(tmp_path), "LACKS": lacks}
+    with CommandJupyterServer([sys.executable], env=env) if relay else LocalJupyterServer(env=env) as server:
+        with JupyterCodeExecutor(server) as executor:
+            assert run(executor, "x = 1", "x").output == "\n1"
+            assert is_forked(executor) == (lacks != LACKS)
+            assert executor.execute("while True: pass", timeout=0.3).kernel_state == "intact"
+            assert "signal 9" in run(executor, "import os; os.kill(os.getpid(), 9)").output
+            assert run(executor, "2").output == "2"
+            executor.restart()
+            assert run(executor, "3").output == "3"
 
 
 def test_children_that_left_the_session_die_with_their_kernel(server: LocalJupyterServer, tmp_path: Path) -> None:
