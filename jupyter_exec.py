@@ -119,6 +119,11 @@ Json = dict[str, Any]
 logger = logging.getLogger("jupyter_exec")
 logger.addHandler(logging.NullHandler())
 
+if __name__ not in sys.modules:  # loaded by hand; dataclasses and pickle look their module up by its name
+    _by_hand: Any = type("module", (), {})()
+    _by_hand.__dict__ = globals()
+    sys.modules[__name__] = _by_hand
+
 
 # ======================================================================================================
 # 1. Errors (pure)
@@ -2518,25 +2523,27 @@ def _call_hook(hook: OutputHook, output: Json) -> None:
 
 # Parses and runs on any Python 3. `-c` has put the working directory on sys.path, where an agent's signal.py
 # would shadow the standard library: that goes first. The program ("c": code, if both Pythons have the same bytecode;
-# "s": source) is read unbuffered and exactly, since a buffered stdin would swallow the frames behind it, and
-# is registered as a module, since dataclasses look it up.
+# "s": source) is read unbuffered and exactly, since a buffered stdin would swallow the frames behind it.
 BOOTSTRAP = """\
 import sys; sys.path[:] = [p for p in sys.path if p]
-import importlib.util, marshal, os, types
+import importlib.util, marshal, os, select
 def read(n):
     data = b""
     while len(data) < n:
-        more = os.read(0, n - len(data))
+        try:
+            more = os.read(0, n - len(data))
+        except BlockingIOError:
+            select.select([0], [], [])
+            continue
         if not more: sys.exit(0)
         data += more
     return data
 magic = "".join("%02x" % byte for byte in importlib.util.MAGIC_NUMBER)
 os.write(1, ("NONCE %d %d %s\\n" % (sys.version_info[:2] + (magic,))).encode())
-name = "jupyter_exec_host"
-module = sys.modules[name] = types.ModuleType(name)
+module = {"__name__": "jupyter_exec_host"}
 kind, program = read(1), read(int(read(8)))
-exec(marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec>", "exec"), module.__dict__)
-module.host_main()
+exec(marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec>", "exec"), module)
+module["host_main"]()
 """
 
 # A process that has imported ipykernel and more, and forks a kernel for each order: a datagram on its stdin, with the
@@ -3727,22 +3734,36 @@ def _host_error(answer: Json) -> JupyterExecError:
 
 
 def own_program(magic: str) -> bytes:
-    """Return this module for a host whose bytecode has that magic number, wherever it was imported from (a zip too)."""
+    """Return this module for a host whose bytecode has that magic number, wherever it was imported from.
+
+    Raises: JupyterExecError if there is only bytecode here, which that host cannot read.
+    """
     import importlib.machinery
     import importlib.util
     import marshal
 
     loader: Any = globals().get("__loader__")
     name = getattr(globals().get("__spec__"), "name", __name__)
-    kind, program = b"s", b""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        # No loader that rewrites what it loads: the host may not have what the new code wants.
-        if magic == importlib.util.MAGIC_NUMBER.hex() and type(loader) is importlib.machinery.SourceFileLoader:
-            kind, program = b"c", marshal.dumps(loader.get_code(name))
-        else:
-            program = loader.get_source(name).encode("utf-8")
-    program = program or Path(__file__).read_bytes()
-    return b"%s%08d%s" % (kind, len(program), program)
+
+    def code() -> bytes:
+        return marshal.dumps(loader.get_code(name)) if magic == importlib.util.MAGIC_NUMBER.hex() else b""
+
+    # Code first, but of no loader that rewrites what it loads: the host may not have what the new code wants.
+    ways: list[tuple[bytes, Callable[[], bytes]]] = [
+        (b"c", lambda: code() if type(loader) is importlib.machinery.SourceFileLoader else b""),
+        (b"s", lambda: loader.get_source(name).encode("utf-8")),  # a zip has it too
+        (b"s", lambda: Path(re.sub(r"\.pyc\Z", ".py", __file__)).read_bytes()),
+        (b"c", code),  # a program without sources: only .pyc, or frozen
+    ]
+    for kind, way in ways:
+        with contextlib.suppress(ImportError, OSError, AttributeError, NameError):
+            if program := way():
+                return b"%s%08d%s" % (kind, len(program), program)
+    raise JupyterExecError(
+        f"the source of {name} is not here, and its bytecode is none for that Python. Use one of version "
+        f"{sys.version_info[0]}.{sys.version_info[1]}, or ship {name.rpartition('.')[2]}.py too (PyInstaller: "
+        "--add-data, or module_collection_mode 'py')"
+    )
 
 
 class Dialogue(Stream, Protocol):
@@ -4119,6 +4140,13 @@ class LocalJupyterServer(CommandJupyterServer):
     ) -> None:
         implied = "direct" if ip is None and port is None and token is None else "gateway"
         cwd = None if cwd is None else os.fspath(cwd)
+        compiled = globals().get("__compiled__")  # by Nuitka
+        if not python and (
+            getattr(sys, "frozen", False) or getattr(compiled, "standalone", compiled) or not sys.executable
+        ):
+            raise ValueError(
+                "This program is frozen, it is no Python: give python=, the path of one that has ipykernel."
+            )
         options: Json = {"preload": preload, "ipython_defaults": ipython_defaults}
         super().__init__(
             [os.fspath(python or sys.executable)], env=env, cwd=cwd, transport=transport or implied, **options

@@ -27,6 +27,7 @@ import itertools
 import json
 import os
 import pickle
+import py_compile
 import random
 import re
 import shutil
@@ -331,6 +332,44 @@ def test_works_from_a_zip_file(tmp_path: Path) -> None:
             archive.write(MODULE, f"pkg/_vendor/{name}")
     result = run_python(VENDORED, str(tmp_path / "code.zip"))
     assert (result.stdout, result.stderr) == ("42\n42\n", "")
+
+
+BY_HAND = """
+    import importlib.util, sys
+    spec = importlib.util.spec_from_file_location("by_hand", sys.argv[1])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.LocalJupyterServer() as server, module.JupyterCodeExecutor(server) as executor:
+        print(executor.execute_code_blocks([module.CodeBlock("40 + 2")]).output)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".py", ".pyc"])
+def test_a_module_that_is_loaded_by_hand_or_without_source_works(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"by_hand{suffix}"
+    shutil.copy(MODULE, path) if suffix == ".py" else py_compile.compile(str(MODULE), str(path))
+    result = run_python(BY_HAND, str(path), cwd=tmp_path)
+    assert (result.stdout, result.stderr) == ("42\n", "")
+
+
+def test_bytecode_that_the_host_cannot_read_is_not_sent(tmp_path: Path) -> None:
+    py_compile.compile(str(MODULE), str(tmp_path / "by_hand.pyc"))
+    program = BY_HAND.replace("    with", "    print(module.own_program('00'))\n    with")
+    result = run_python(program, str(tmp_path / "by_hand.pyc"), cwd=tmp_path)
+    assert "the source of by_hand is not here" in result.stderr
+    assert "ship by_hand.py too" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"), [(sys, "frozen", True), (jupyter_exec, "__compiled__", 1), (sys, "executable", "")]
+)
+def test_a_frozen_program_has_to_name_a_python(where: Any, name: str, value: Any, monkeypatch: Any) -> None:
+    python = sys.executable
+    monkeypatch.setattr(where, name, value, raising=False)
+    with pytest.raises(ValueError, match="This program is frozen"):
+        LocalJupyterServer()
+    with LocalJupyterServer(python=python) as server:
+        assert "python3" in server.kernelspecs()
 
 
 def test_working_directory_cannot_shadow_the_standard_library(tmp_path: Path) -> None:
