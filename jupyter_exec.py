@@ -2756,6 +2756,55 @@ def _mark(name: str) -> str:
     return f"{os.getpid()}/{name:_<24}"
 
 
+def make_directory() -> str:
+    """Make a private directory for connection files and sockets. Raises: KernelStartFailed with what to do."""
+    import tempfile
+
+    me = _owner_of(os.getpid())
+    try:
+        # The path of a socket file may have 107 bytes (103 on macOS): a long TMPDIR is not used.
+        base = tempfile.gettempdir()
+        base = base if len(os.fsencode(base)) < 60 or os.name == "nt" else "/tmp"
+        if me:
+            _remove_forgotten(base, me)
+        return tempfile.mkdtemp(prefix=f"jx-{me}-", dir=base)
+    except OSError as error:
+        reason = f"no temporary directory can be written to, set TMPDIR to one that can ({error.strerror or error})"
+        raise KernelStartFailed([], reason) from None
+
+
+def _remove_forgotten(base: str, me: str) -> None:
+    """Remove directories whose owner was killed with its host, so that neither could."""
+    import shutil
+
+    with contextlib.suppress(OSError):
+        for name in os.listdir(base):
+            found = re.fullmatch(r"jx-((\d{1,9})\.[0-9a-f]+\.([0-9a-f]{8}))-\w+", name)
+            if found and found[3] == me[-8:] and _has_ended(int(found[2]), found[1]):
+                path = os.path.join(base, name)
+                if os.lstat(path).st_uid == os.getuid():
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _owner_of(pid: int) -> str:
+    """Name a process for good: its pid, when it started, and where that pid counts; "" if this cannot be known."""
+    import zlib
+
+    with contextlib.suppress(OSError, IndexError):
+        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        place = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"  # containers may share a directory
+        return f"{pid}.{int(start):x}.{zlib.crc32(place.encode('utf-8')):08x}"
+    return ""
+
+
+def _has_ended(pid: int, owner: str) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return _owner_of(pid) not in ("", owner)
+
+
 class HostedKernel:
     """A process that the host has started, mostly a kernel, and what it knows of it."""
 
@@ -2840,6 +2889,12 @@ class KernelHost:
     def _on_start(self, request: Json) -> Json:
         """Launch a kernel in a slot; the kernel that had the slot is killed, its connection file rewritten."""
         spec = self._spec(request)
+        try:
+            os.getcwd()
+        except OSError:
+            raise KernelStartFailed(
+                spec["argv"], "the working directory was removed: make a server in another"
+            ) from None
         if request["relay"]:
             self._open_context()
         for old in [kernel for kernel in self._kernels.values() if kernel.slot == request["slot"]]:
@@ -3214,11 +3269,13 @@ def _windows_event() -> int:
 def host_main() -> None:
     """Be a kernel host on stdin and stdout until the pipe closes, the parent ends or SIGTERM comes."""
     import shutil
-    import tempfile
 
     loop = Loop()
     stream = _own_stdio()
-    directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="jx-")
+    try:
+        directory = sys.argv[1] if len(sys.argv) > 1 else make_directory()
+    except KernelStartFailed as error:
+        sys.exit(str(error))
     host = KernelHost(loop, stream, directory)
     signal.signal(signal.SIGINT, lambda *_: None)  # SIG_IGN would be inherited by the kernels
     signal.signal(signal.SIGTERM, lambda *_: loop.post(host.close))
@@ -4194,12 +4251,8 @@ class LocalJupyterServer(CommandJupyterServer):
         return await_server(info, check)
 
     def _connect(self) -> HostLink:
-        import tempfile
-
         self._remove_directory()
-        # The path of a socket file may have 107 bytes (103 on macOS): a long TMPDIR is not used.
-        base = tempfile.gettempdir()
-        self.directory = tempfile.mkdtemp(prefix="jx-", dir=base if len(base) < 70 or os.name == "nt" else "/tmp")
+        self.directory = make_directory()
         try:
             return super()._connect()
         except BaseException:

@@ -2845,12 +2845,78 @@ def test_a_missing_working_directory_is_refused() -> None:
         LocalJupyterServer(cwd="/no/such/directory")
 
 
-def test_a_long_tmpdir_does_not_break_socket_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("relay", [False, True])
+def test_a_long_tmpdir_does_not_break_socket_files(
+    relay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    with LocalJupyterServer() as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "1").output == "1"
+    env = {"TMPDIR": str(deep)}
+    with CommandJupyterServer([sys.executable], env=env) if relay else LocalJupyterServer(env=env) as server:
+        with JupyterCodeExecutor(server) as executor:
+            assert run(executor, "1").output == "1"
+
+
+@pytest.mark.parametrize("relay", [False, True])
+def test_no_temporary_directory_is_a_clear_error(relay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import tempfile; tempfile.tempdir = '/no/such/directory'")
+    server = CommandJupyterServer([sys.executable], env={"PYTHONPATH": str(tmp_path)})
+    if not relay:
+        monkeypatch.setattr(tempfile, "tempdir", "/no/such/directory")
+        server = LocalJupyterServer()
+    with server, pytest.raises((KernelStartFailed, ConnectionClosed), match="set TMPDIR to one that can"):
+        server.kernelspecs()
+
+
+def test_a_removed_working_directory_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    with LocalJupyterServer(cwd=tmp_path / "gone") as server:
+        server.kernelspecs()
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(KernelStartFailed, match="the working directory was removed"):
+            server.start_kernel()
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory for socket files: the path of pytest's own is too long for them."""
+    with tempfile.TemporaryDirectory(prefix="t") as path:
+        yield Path(path)
+
+
+def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = """
+        import os, jupyter_exec
+        server = jupyter_exec.LocalJupyterServer()
+        server.kernelspecs()
+        for pid in (server._process.pid, os.getpid()):
+            os.kill(pid, 9)
+    """
+    run_python(program, env=os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(short_path)})
+    (left,) = short_path.iterdir()
+    pid, start, place = left.name.split("-")[1].split(".")
+    others = [f"jx-{os.getpid()}.{start}-x", f"jx-{pid}.{start}.00000000-x", "jx-abc", f"xjx-{pid}.{start}.{place}-x"]
+    others.append(f"jx-{jupyter_exec._owner_of(os.getpid())}-x")
+    for name in others:
+        (short_path / name).mkdir()
+    (short_path / f"jx-{pid}.{start}.{place}-link").symlink_to(short_path / "jx-abc")
+    (short_path / "jx-abc" / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+    with LocalJupyterServer() as server:
+        server.kernelspecs()
+        names = {path.name for path in short_path.iterdir()}
+        assert left.name not in names
+        assert names >= {*others, f"jx-{pid}.{start}.{place}-link", Path(server.directory).name}
+        assert (short_path / "jx-abc" / "file").exists()
+
+
+def test_a_stdin_that_does_not_block_is_waited_for() -> None:
+    unblock = "import os, sys; os.set_blocking(0, False); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    with CommandJupyterServer([sys.executable, "-c", unblock]) as server:
+        assert "python3" in server.kernelspecs()
 
 
 def test_a_kernel_reached_only_through_the_pipe(tmp_path: Path) -> None:
