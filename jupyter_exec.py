@@ -2541,105 +2541,17 @@ def read(n):
 magic = "".join("%02x" % byte for byte in importlib.util.MAGIC_NUMBER)
 os.write(1, ("NONCE %d %d %s\\n" % (sys.version_info[:2] + (magic,))).encode())
 module = {"__name__": "jupyter_exec_host"}
-kind, program = read(1), read(int(read(8)))
+kind, size = read(1), read(8)
+program = read(int(size))
 exec(marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec>", "exec"), module)
-module["host_main"]()
+module["MAIN"](kind + size + program)
 """
 
-# A process that has imported ipykernel and more, and forks a kernel for each order: a datagram on its stdin, with the
-# kernel's stderr as a descriptor. It never has a thread, a socket of ZeroMQ or a secret, for all kernels would
-# have it too. The kernel's parent is not this process but the host, which adopts what a dying process leaves.
-FORK_SERVER = """\
-import sys; sys.path[:] = [p for p in sys.path if p]
-import contextlib, ctypes, gc, importlib, json, os, signal, site, socket, struct, threading, time, warnings
-host, lean, preload = os.getppid(), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-if host != int(os.environ["JPY_PARENT_PID"]):
-    sys.exit("This Python was started through another process, and cannot be a fork server.")
-libc = ctypes.CDLL(None)
-libc.getenv.restype = ctypes.c_void_p
-libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no kernel can write into what the next one begins with
-channel, null = socket.socket(fileno=os.dup(0)), os.open(os.devnull, os.O_RDONLY)
-os.dup2(null, 0)
-os.close(null)
-def changes(places):
-    return [os.stat(place).st_mtime_ns if os.path.exists(place) else 0 for place in places]
-places = [*site.getsitepackages(), site.getusersitepackages()]
-known = changes(places)
-os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does, before preload
-if lean:
-    sys.modules["debugpy"] = None  # a fifth of a kernel's start; a cell can import it
-for name in [  # what ipykernel imports while a kernel starts
-    "IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect", "IPython.extensions.storemagic",
-    "encodings.idna", "faulthandler", "ipykernel.debugger", "tornado.platform.asyncio", "tornado.queues",
-]:
-    with contextlib.suppress(ImportError):
-        importlib.import_module(name)
-from ipykernel.kernelapp import IPKernelApp
-if lean:
-    del sys.modules["debugpy"]
-own = os.path.join(os.getcwd(), "")
-sys.path.append(own)
-for name in preload:
-    try:
-        importlib.import_module(name)
-    except BaseException as error:
-        sys.exit("preload: %s cannot be imported. %s: %s" % (name, type(error).__name__, error))
-sys.path.remove(own)
-if threading.active_count() > 1:
-    sys.exit("There are threads at the start, which no fork would have (use preload=None): %s" % threading.enumerate())
-files = [getattr(sys.modules.get(name), "__file__", None) or "" for name in preload]
-known += changes(files)
-gc.collect()
-getattr(gc, "freeze", int)()
-forks = 0
-while True:
-    if not channel.recv(1, socket.MSG_PEEK):
-        sys.exit()
-    if forks and changes(places + files) != known:
-        sys.exit("Packages were installed, or a preloaded file edited.")  # a fresh process is to look at them
-    data, ancillary, _, _ = channel.recvmsg(2**18, socket.CMSG_SPACE(4))
-    kernel = json.loads(data)
-    errors, = struct.unpack("i", ancillary[0][2])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the threads of a preloaded library, which has to see to them itself
-        middle = os.fork()
-    if middle == 0:
-        middle, pid = os.getpid(), -1
-        try:
-            pid = os.fork()
-            if pid:
-                channel.send(json.dumps({"kernel": kernel["kernel"], "pid": pid}).encode())
-        finally:
-            if pid:
-                os._exit(pid < 0)
-        break
-    os.close(errors)
-    if os.waitpid(middle, 0)[1]:
-        sys.exit("No kernel could be forked: the limit of processes or memory is reached.")
-    forks += 1
-while os.getppid() == middle:  # until then this is one of the fork server's, to be killed with it
-    time.sleep(0.0005)
-os.setsid()
-os.dup2(errors, 2)
-os.close(errors)
-channel.close()
-libc.prctl(4, 1, 0, 0, 0)
-libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-if os.getppid() != host:
-    os._exit(1)
-with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-    file.write("1000")
-# The mark is written where /proc shows it: what the kernel forks, even without exec, has it too.
-ctypes.memmove(libc.getenv(b"JUPYTER_EXEC_KERNEL"), kernel["mark"].encode(), len(kernel["mark"]))
-os.environ["JUPYTER_EXEC_KERNEL"] = kernel["mark"]
-for name in ("numpy.random", "torch.random"):
-    if name in sys.modules:
-        sys.modules[name].seed()
-if "multiprocessing.process" in sys.modules:
-    sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
-sys.argv = [importlib.util.find_spec("ipykernel_launcher").origin] + kernel["argv"]
-IPKernelApp.launch_instance(parent_handle=host)
-"""
+# What ipykernel imports while a kernel starts.
+FORKED_MODULES = ["IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect", "encodings.idna"]
+FORKED_MODULES += ["IPython.extensions.storemagic", "faulthandler", "ipykernel.debugger", "ipykernel.kernelapp"]
+FORKED_MODULES += ["tornado.platform.asyncio", "tornado.queues"]
+CANNOT_FORK = 75  # exit status of a fork server that cannot be one
 _PYTHON = re.compile(r"python[0-9.]*(\.exe)?\Z")
 # What a kernel that serves a program does without: the history database and a pause after each cell. In, Out and
 # %history are there all the same.
@@ -2808,16 +2720,17 @@ def _has_ended(pid: int, owner: str) -> bool:
 class HostedKernel:
     """A process that the host has started, mostly a kernel, and what it knows of it."""
 
-    def __init__(self, name: str, slot: str, pid: int, errors: IO[bytes] | None) -> None:
+    def __init__(self, name: str, slot: str, argv: list[str], env: dict[str, str]) -> None:
         self.name = name  # of this process
         self.slot = slot  # of the kernel, restarts included
-        self.pid = pid  # 0: not yet forked
-        self.errors = errors  # its stderr
+        self.argv, self.env = argv, env
+        self.pid = 0  # not yet forked
+        self.errors: IO[bytes] | None = None  # its stderr
         self.stderr = bytearray()  # the end of what came from there
-        self.process: subprocess.Popen[Any] | None = None  # None: forked,
-        self.fork_server = ""  # by that of this interpreter,
-        self.ordered_at = time.monotonic()  # then
-        self.unborn = ""  # why it never was: "passing" is what does not hold for the next try, or "preload"
+        self.process: subprocess.Popen[Any] | None = None  # None: forked
+        self.preload: list[str] | None = None  # for the fork server that makes it; None: launched
+        self.lean = False
+        self.preload_failed = False  # and so it never was
         self.exit_code: int | None = None
         self.event = 0  # that interrupts it on Windows
         self.files: list[str] = []  # to be removed at its end
@@ -2831,17 +2744,19 @@ class ForkServer:
     def __init__(self, channel: socket.socket, preload: list[str]) -> None:
         self.channel = channel
         self.preload = preload
-        self.proven = False  # has forked
+        self.ordered = self.forked = 0  # kernels
 
 
 class KernelHost:
     """Serves control requests, watches kernels and relays their messages until the pipe closes."""
 
-    def __init__(self, loop: Loop, stream: Stream, directory: str) -> None:
+    def __init__(self, loop: Loop, stream: Stream, directory: str, program: bytes) -> None:
         self._loop = loop
         self._directory = directory
+        self._program = program  # this module, as it came
         self._kernels: dict[str, HostedKernel] = {}
         self._fork_servers: dict[str, ForkServer] = {}  # by interpreter
+        self._serial = itertools.count()
         self._unforkable: set[str] = set()  # interpreters that cannot be one
         self.adopts = False  # what a dying process leaves: a forked kernel needs it
         self._context: Any = None
@@ -2906,13 +2821,11 @@ class KernelHost:
             connection = self._connection(request, argv, ports)
             write_private(path, connection.to_json())
             ports.close()  # as late as can be
-            forkable = self.adopts and argv[0] not in self._unforkable and _is_forkable(argv, spec)
-            if forkable and request["preload"] is not None:
-                kernel = self._fork(argv, request)
-            else:
-                kernel = self._launch(argv, spec, request["kernel"], request["slot"])
+            kernel = self._new_kernel(request["kernel"], request["slot"], argv, spec)
+            if self.adopts and _is_forkable(argv, spec):
+                kernel.preload, kernel.lean = request["preload"], request["lean"]
+            self._begin(kernel)
         kernel.files = [path, *_ipc_files(connection)]
-        self._watch(kernel)
         if request["relay"]:
             self._open_relay(kernel, connection, request["identity"])
         return {
@@ -2945,8 +2858,8 @@ class KernelHost:
         addresses: Json = {"ip": ip, "transport": transport, **dict(zip(names, ports, strict=True))}
         return KernelConnection(**addresses, key=request["key"], kernel_name=request["kernel_name"])
 
-    def _environment(self, argv: list[str], spec: Json) -> dict[str, str]:
-        env = dict(os.environ, JPY_PARENT_PID=str(os.getpid()))
+    def _new_kernel(self, name: str, slot: str, argv: list[str], spec: Json) -> HostedKernel:
+        env = dict(os.environ, JPY_PARENT_PID=str(os.getpid())) | {_MARKER: _mark(name)}
         env.pop("PYTHONEXECUTABLE", None)  # macOS: it would override the kernel's own idea of its interpreter
         extra = spec.get("env") if isinstance(spec.get("env"), dict) else {}
         env |= {key: string.Template(str(value)).safe_substitute(os.environ) for key, value in (extra or {}).items()}
@@ -2957,65 +2870,94 @@ class KernelHost:
         if _is_ipykernel(argv) and os.path.exists(os.path.join(os.path.dirname(argv[0]), os.pardir, "pyvenv.cfg")):
             # As if it were activated: `!pip` and `!python` are to be those of the kernel.
             env["PATH"] = os.pathsep.join((os.path.dirname(argv[0]), env.get("PATH", os.defpath)))
-        return env
+        return HostedKernel(name, slot, argv, env)
 
-    def _launch(
-        self, argv: list[str], spec: Json, name: str, slot: str, own: Json | None = None, stdin: Any = None
-    ) -> HostedKernel:
-        """Start a process of its own; `own` is environment that is taken as it is."""
+    def _begin(self, kernel: HostedKernel) -> None:
+        """Have the kernel forked if that can be, else launch it, and watch it."""
+        if kernel.preload is None or kernel.argv[0] in self._unforkable:
+            kernel.preload = None
+            self._launch(kernel)
+        else:
+            self._fork(kernel, kernel.preload)
+        self._watch(kernel)
+
+    def _launch(self, kernel: HostedKernel, stdin: Any = None, pass_fds: Sequence[int] = ()) -> None:
+        """Start it as a process of its own."""
         import subprocess
 
-        env = self._environment(argv, spec) | {_MARKER: _mark(name), **(own or {})}
-        event = 0
         # stdout goes nowhere: a pipe that nobody reads stops the kernel after 64 KB of a subprocess's output.
         options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         if os.name == "nt":
-            event = _windows_event()
-            env |= {"JPY_INTERRUPT_EVENT": str(event), "IPY_INTERRUPT_EVENT": str(event)}
+            kernel.event = _windows_event()
+            kernel.env |= {"JPY_INTERRUPT_EVENT": str(kernel.event), "IPY_INTERRUPT_EVENT": str(kernel.event)}
             options |= {"close_fds": False, "stderr": subprocess.DEVNULL}
         elif sys.platform == "linux":
             # If this host is killed, its kernels go too. Safe: the host has one thread of Python.
             options["preexec_fn"] = functools.partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)
+        options |= {"pass_fds": pass_fds} if pass_fds else {}
+        argv, env = kernel.argv, kernel.env
         try:
             process: subprocess.Popen[Any] = subprocess.Popen(argv, env=env, start_new_session=True, **options)
         except OSError as error:
             raise KernelStartFailed(argv, f"{error.strerror}: {error.filename}") from None
         with contextlib.suppress(OSError):  # if memory runs out, kernels are to go, and this host to tell of it
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-        kernel = HostedKernel(name, slot, process.pid, process.stderr)
-        kernel.process, kernel.event = process, event
-        return kernel
+        kernel.process, kernel.pid, kernel.errors = process, process.pid, process.stderr
 
-    def _fork(self, argv: list[str], request: Json) -> HostedKernel:
-        """Order a kernel from the fork server of this interpreter; its pid comes with the answer."""
-        if not (server := self._fork_servers.get(argv[0])):
-            server = self._start_fork_server(argv[0], request["lean"], request["preload"])
+    def _fork(self, kernel: HostedKernel, preload: list[str]) -> None:
+        """Order a kernel from the fork server of its interpreter; its pid comes with the answer."""
+        python = kernel.argv[0]
+        if not (server := self._fork_servers.get(python)):
+            server = self._start_fork_server(kernel, preload)
         read_fd, write_fd = os.pipe()
-        errors = open(read_fd, "rb", buffering=0)  # noqa: SIM115 - lives as long as the kernel
-        kernel = HostedKernel(request["kernel"], request["slot"], 0, errors)
-        kernel.fork_server = argv[0]
-        order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": argv[3:]}
-        with contextlib.suppress(OSError):  # it has ended: that is reported of this kernel too
+        kernel.errors = open(read_fd, "rb", buffering=0)  # noqa: SIM115 - lives as long as the kernel
+        order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": kernel.argv[3:]}
+        with contextlib.suppress(OSError):  # it has ended: what it leaves undone is begun anew
             socket.send_fds(server.channel, [dump_json(order)], [write_fd])
         os.close(write_fd)
-        return kernel
+        server.ordered += 1
+        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, server.ordered))
 
-    def _start_fork_server(self, python: str, lean: bool, preload: list[str]) -> ForkServer:
+    def _start_fork_server(self, kernel: HostedKernel, preload: list[str]) -> ForkServer:
+        import tempfile
+
+        python, main = kernel.argv[0], BOOTSTRAP.replace("NONCE", "-").replace("MAIN", "fork_server_main")
+        # Another Python could not read this module's code, and fork none of its kernels.
+        check = (
+            f"import sys; sys.implementation.cache_tag == {sys.implementation.cache_tag!r} or sys.exit({CANNOT_FORK})"
+        )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.send(FORK_SERVER.encode("utf-8"))
-        with theirs:
-            # Not in a file, which a kernel could exchange; `ps` shows these words of it and its kernels.
-            argv = [python, "-c", "import os; exec(os.read(0, 65536))", "ipykernel-fork-server"]
-            argv += [json.dumps(lean), json.dumps(preload)]
+        # The program has no name by which a kernel could exchange it; `ps` shows the word behind it.
+        with theirs, tempfile.TemporaryFile(dir=self._directory, buffering=0) as program:
+            program.write(self._program)
+            program.seek(0)
+            options = json.dumps([theirs.fileno(), kernel.lean, preload])
+            argv = [python, "-c", f"{check}\n{main}", "ipykernel-fork-server", options]
+            process = HostedKernel(
+                python, python, argv, kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
+            )
             try:
-                self._watch(self._launch(argv, {}, python, python, {_MARKER: _mark("fork-server")}, theirs))
+                self._launch(process, program, [theirs.fileno()])
             except KernelStartFailed:
                 ours.close()
                 raise
+        self._watch(process)
         ours.setblocking(False)
         server = self._fork_servers[python] = ForkServer(ours, preload)
         self._loop.on_readable(ours.fileno(), functools.partial(self._read_pids, server))
         return server
+
+    def _check_order(self, python: str, server: ForkServer, number: int) -> None:
+        """Kill a fork server that has forked kernels, but not this one in time, and launch what it was to fork."""
+        if self._fork_servers.get(python) is not server or server.forked >= number:
+            return
+        if not server.forked:  # it is still at its preload, which may take long
+            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, number))
+            return
+        for kernel in self._kernels.values():
+            if not kernel.pid and kernel.argv[0] == python:
+                kernel.preload = None
+        _kill_all([self._kernels[python].pid])
 
     def _read_pids(self, server: ForkServer) -> None:
         while True:
@@ -3029,7 +2971,7 @@ class KernelHost:
                 self._loop.on_readable(server.channel.fileno(), None)
                 return
             born = json_object(answer, "answer of a fork server")
-            server.proven = True
+            server.forked += 1
             if kernel := self._kernels.get(born["kernel"]):
                 kernel.pid = born["pid"]
             else:  # it was given up before it was born
@@ -3069,7 +3011,9 @@ class KernelHost:
 
     def _on_spawn(self, request: Json) -> None:
         """Run a program that is no kernel, such as a gateway, under the same watch."""
-        self._watch(self._launch(request["argv"], {}, request["kernel"], request["kernel"], request["env"]))
+        kernel = self._new_kernel(request["kernel"], request["kernel"], request["argv"], {})
+        kernel.env |= request["env"]
+        self._begin(kernel)
 
     def _on_interrupt(self, request: Json) -> None:
         if kernel := self._kernels.get(request["kernel"]):
@@ -3084,9 +3028,6 @@ class KernelHost:
     def _on_kill(self, request: Json) -> None:
         if kernel := self._kernels.get(request["kernel"]):
             if not kernel.pid:
-                server = self._fork_servers.get(kernel.fork_server)
-                if server and server.proven and time.monotonic() - kernel.ordered_at > FORK_TIMEOUT:  # it hangs
-                    _kill_all([self._kernels[kernel.fork_server].pid])
                 self._report_exit(kernel)
             elif os.name == "nt":
                 assert kernel.process
@@ -3115,7 +3056,7 @@ class KernelHost:
                 self._end_fork_server(kernel, server)
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
-            event["unborn"] = kernel.unborn
+            event["preload_failed"] = kernel.preload_failed
             event["stderr"] = kernel.stderr.decode("utf-8", "replace")
             oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
             event["out_of_memory"] = self._oom_kills > oom_kills
@@ -3123,27 +3064,37 @@ class KernelHost:
             self._pipe.send([b"", dump_json(event)])
 
     def _end_fork_server(self, process: HostedKernel, server: ForkServer) -> None:
-        """Report what it has not yet forked as ended like it. Its other kernels live on."""
+        """Begin anew what it has not yet forked, unless its preload is at fault. Its other kernels live on."""
         self._read_pids(server)
         self._loop.on_readable(server.channel.fileno(), None)
         server.channel.close()
-        if not server.proven and not server.preload:
+        if not server.forked and (process.exit_code == CANNOT_FORK or not server.preload):
             self._unforkable.add(process.name)
         for kernel in list(self._kernels.values()):
-            if not kernel.pid and kernel.fork_server == process.name:
-                kernel.exit_code, kernel.stderr = process.exit_code, process.stderr
-                # Tried again, it is forked by a new one, or launched.
-                kernel.unborn = "passing" if server.proven or process.name in self._unforkable else "preload"
+            if not kernel.pid and kernel.argv[0] == process.name:
+                kernel.preload_failed = not server.forked and process.name not in self._unforkable
+                self._close_errors(kernel)
+                try:
+                    if not kernel.preload_failed:
+                        self._begin(kernel)
+                        continue
+                    kernel.exit_code, kernel.stderr = process.exit_code, process.stderr
+                except KernelStartFailed as error:
+                    kernel.stderr += str(error).encode("utf-8", "replace")
                 self._report_exit(kernel)
 
-    def _end(self, kernel: HostedKernel) -> None:
-        """Free what belongs to a kernel, dead or not."""
-        if kernel.pid:
-            _kill_family(kernel, f"\0{_MARKER}={_mark(kernel.name)}\0".encode())
+    def _close_errors(self, kernel: HostedKernel) -> None:
         if kernel.errors:
             self._read_stderr(kernel)
             self._loop.on_readable(kernel.errors.fileno(), None)
             kernel.errors.close()
+            kernel.errors = None
+
+    def _end(self, kernel: HostedKernel) -> None:
+        """Free what belongs to a kernel, dead or not."""
+        if kernel.pid:
+            _kill_family(kernel, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())
+        self._close_errors(kernel)
         for sock in kernel.sockets.values():
             self._loop.on_readable(sock.fd, None)
             sock.close()
@@ -3266,7 +3217,125 @@ def _windows_event() -> int:
     return int(_windows_kernel32().CreateEventA(ctypes.byref(attributes), False, False, b""))
 
 
-def host_main() -> None:
+def fork_server_main(program: bytes) -> None:
+    """Import ipykernel and what is preloaded, then fork a kernel for each order: a datagram with its stderr.
+
+    This process never has a thread, a socket of ZeroMQ or a secret, for all kernels would have it too. A kernel's
+    parent is not this process but the host, which adopts what a dying process leaves.
+    """
+    import gc
+
+    host, (descriptor, lean, preload) = os.getppid(), json.loads(sys.argv[2])
+    if host != int(os.environ["JPY_PARENT_PID"]):  # this Python was started through another process
+        sys.exit(CANNOT_FORK)
+    with open(os.devnull, "rb") as null:
+        os.dup2(null.fileno(), 0)
+    _prctl(_PR_SET_DUMPABLE, 0)  # no kernel can write into what the next one begins with
+    channel = socket.socket(fileno=descriptor)
+    channel.set_inheritable(False)
+    places = _preload(lean, preload)
+    known, forked = _changes(places), False
+    if threading.active_count() > 1:
+        sys.exit(
+            f"There are threads at the start, which no fork would have (use preload=None): {threading.enumerate()}"
+        )
+    gc.collect()
+    getattr(gc, "freeze", int)()
+    while channel.recv(1, socket.MSG_PEEK):
+        if forked and _changes(places) != known:
+            sys.exit("Packages were installed, or a preloaded file edited.")  # a fresh process is to look at them
+        data, (errors,), _, _ = socket.recv_fds(channel, 2**18, 1)
+        order = json.loads(data)
+        if middle := _fork_twice(channel, order["kernel"]):
+            channel.close()
+            _become_kernel(host, middle, errors, order)
+            return
+        os.close(errors)
+        forked = True
+
+
+def _preload(lean: bool, names: list[str]) -> list[str]:
+    """Import ipykernel and these modules; return the files and directories whose change makes them old."""
+    import importlib
+    import site
+
+    modules: dict[str, Any] = sys.modules
+    places = [*site.getsitepackages(), site.getusersitepackages()]
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does, but sooner
+    if lean:
+        modules["debugpy"] = None  # a fifth of a kernel's start; a cell can import it
+    for name in FORKED_MODULES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    if lean:
+        del modules["debugpy"]
+    own = os.path.join(os.getcwd(), "")
+    sys.path.append(own)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            sys.exit(f"preload: {name} cannot be imported. {type(error).__name__}: {error}")
+    sys.path.remove(own)
+    return places + [getattr(modules.get(name), "__file__", None) or "" for name in names]
+
+
+def _changes(places: list[str]) -> list[int]:
+    return [os.stat(place).st_mtime_ns if os.path.exists(place) else 0 for place in places]
+
+
+def _fork_twice(channel: socket.socket, name: str) -> int:
+    """Fork a child of a child, and tell its pid; return 0 here, and in it the pid of the child between."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the threads of a preloaded library, which has to see to them itself
+        middle = os.fork()
+    if middle:
+        if os.waitpid(middle, 0)[1]:
+            sys.exit("No kernel could be forked: the limit of processes or memory is reached.")
+        return 0
+    middle, pid = os.getpid(), -1
+    try:
+        pid = os.fork()
+        if pid:
+            channel.send(dump_json({"kernel": name, "pid": pid}))
+    finally:
+        if pid:
+            os._exit(pid < 0)
+    return middle
+
+
+def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
+    """In a process that was just forked: be what a launched kernel is, and run it."""
+    import ctypes
+    import importlib.util
+
+    while os.getppid() == middle:  # until then this is one of the fork server's, to be killed with it
+        time.sleep(0.0005)
+    os.setsid()
+    os.dup2(errors, 2)
+    os.close(errors)
+    _prctl(_PR_SET_DUMPABLE, 1)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != host:
+        os._exit(1)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    # The mark is written where /proc shows it: what the kernel forks, even without exec, has it too.
+    _libc().getenv.restype = ctypes.c_void_p
+    ctypes.memmove(_libc().getenv(_MARKER.encode()), order["mark"].encode(), len(order["mark"]))
+    os.environ[_MARKER] = order["mark"]
+    modules: dict[str, Any] = sys.modules
+    for name in {"numpy.random", "torch.random"} & modules.keys():
+        modules[name].seed()
+    if "multiprocessing.process" in modules:
+        modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
+    launcher = importlib.util.find_spec("ipykernel_launcher")
+    sys.argv = [str(launcher and launcher.origin), *order["argv"]]
+    del modules[__name__]
+    modules["ipykernel.kernelapp"].IPKernelApp.launch_instance(parent_handle=host)
+
+
+def host_main(program: bytes) -> None:
     """Be a kernel host on stdin and stdout until the pipe closes, the parent ends or SIGTERM comes."""
     import shutil
 
@@ -3276,7 +3345,7 @@ def host_main() -> None:
         directory = sys.argv[1] if len(sys.argv) > 1 else make_directory()
     except KernelStartFailed as error:
         sys.exit(str(error))
-    host = KernelHost(loop, stream, directory)
+    host = KernelHost(loop, stream, directory, program)
     signal.signal(signal.SIGINT, lambda *_: None)  # SIG_IGN would be inherited by the kernels
     signal.signal(signal.SIGTERM, lambda *_: loop.post(host.close))
     if os.name == "nt":
@@ -3766,15 +3835,13 @@ class HostLink:
 
 def _kernel_exit(event: Json) -> KernelExit:
     code = event["exit_code"] if isinstance(event.get("exit_code"), int) else None
-    limit, cause, passing = event.get("memory_limit"), "", False
+    limit, cause = event.get("memory_limit"), ""
     if event.get("out_of_memory") and code == -9:
         has_limit = isinstance(limit, int) and 0 < limit < 2**50  # cgroup v1 says "unlimited" by a huge number
         cause = f"out of memory (limit {limit // 2**20} MB)" if has_limit and limit else "out of memory"
-    elif event.get("unborn") == "passing":
-        cause, passing = "its fork server is gone", True
-    elif event.get("unborn"):
+    elif event.get("preload_failed"):
         cause = f"the fork server ended at its preload ({describe_exit(code)})"
-    return KernelExit(code, str(event.get("stderr") or "")[-STDERR_TAIL:], cause, passing)
+    return KernelExit(code, str(event.get("stderr") or "")[-STDERR_TAIL:], cause)
 
 
 def _host_error(answer: Json) -> JupyterExecError:
@@ -4129,7 +4196,7 @@ class CommandJupyterServer(HostServer):
         nonce = os.urandom(16).hex()
         errors = self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         try:
-            command = self._command(BOOTSTRAP.replace("NONCE", nonce))
+            command = self._command(BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main"))
             stream, process = _spawn(command, stderr=errors, env=self._env, cwd=self._cwd)
         except OSError as error:
             errors.close()
@@ -4478,7 +4545,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
     def _connect(self) -> HostLink:
         client = self._client = self._new_client()
         nonce = os.urandom(16).hex()
-        command = ["python3", "-c", BOOTSTRAP.replace("NONCE", nonce)]
+        command = ["python3", "-c", BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main")]
         try:
             with _engine_errors(self._image_name):
                 self._container = self._create(client, self._image(client), command)
