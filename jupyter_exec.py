@@ -1629,15 +1629,16 @@ def _writer(descriptor: int) -> Callable[[bytes], object]:
     return open(descriptor, "wb", buffering=0).write
 
 
-_inherited: weakref.WeakSet[Pipe] = weakref.WeakSet()
+_inherited: weakref.WeakSet[Pipe | Tail] = weakref.WeakSet()
 
 
 def _close_inherited() -> None:
-    """In a forked child: close its copies, so that the pipe closes when the parent ends."""
-    for pipe in list(_inherited):
-        with contextlib.suppress(OSError):
-            stream: Any = pipe.stream
-            os.close(getattr(stream, "raw", stream).detach())
+    """In a forked child: let go of its copies, so that the pipe closes when the parent ends."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for end in list(_inherited):
+        with contextlib.suppress(OSError):  # under the socket object, which may belong to gevent
+            os.dup2(null, end.fileno(), inheritable=False)
+    os.close(null)
 
 
 if hasattr(os, "register_at_fork"):
@@ -1690,6 +1691,56 @@ class Outbox:
         self._loop.on_writable(self._descriptor, None)
 
 
+class Tail:
+    """The end of what comes out of a pipe, such as a process's stderr; the rest is read and forgotten."""
+
+    def __init__(self) -> None:
+        self._descriptor, self.writer = os.pipe()  # `writer` is to be closed by whoever passes it on
+        os.set_blocking(self._descriptor, False)
+        self._data = bytearray()
+        self._loop: Loop | None = None
+        _inherited.add(self)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def __str__(self) -> str:
+        return self._data.decode("utf-8", "replace").strip()
+
+    def watch(self, loop: Loop) -> None:
+        self._loop = loop
+        loop.on_readable(self._descriptor, self._on_readable)
+
+    def _on_readable(self) -> None:
+        self.read()
+
+    def read(self) -> bool:
+        """Read what is there; returns False at the end."""
+        try:
+            data = os.read(self._descriptor, 2**16)
+        except BlockingIOError:
+            return True
+        self._data += data
+        del self._data[:-STDERR_TAIL]
+        if not data and self._loop:
+            self._loop.on_readable(self._descriptor, None)
+        return bool(data)
+
+    def drain(self) -> None:
+        """Read all that a pipe can hold: who has written may have ended."""
+        for _ in range(16):
+            if self._descriptor < 0 or not self.read():
+                break
+
+    def close(self) -> None:
+        self.drain()
+        if self._loop:
+            self._loop.on_readable(self._descriptor, None)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor, self._loop = -1, None
+
+
 class Pipe:
     """One end of the pipe between a server object and its kernel host. Belongs to its loop's thread.
 
@@ -1702,12 +1753,14 @@ class Pipe:
     ) -> None:
         self._loop, self.stream = loop, stream
         self._on_parts, self._on_closed = on_parts, on_closed
-        if hasattr(getattr(stream, "raw", stream), "detach"):
-            _inherited.add(self)
+        _inherited.add(self)
         self._codec = PipeCodec()
         self.outbox = Outbox(loop, stream, self.close)
         self._closed = False
         loop.on_readable(stream.fileno(), self._read)
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
 
     def send(self, parts: Sequence[bytes], urgent: bool = False) -> None:
         if not self._closed:
@@ -2725,8 +2778,7 @@ class HostedKernel:
         self.slot = slot  # of the kernel, restarts included
         self.argv, self.env = argv, env
         self.pid = 0  # not yet forked
-        self.errors: IO[bytes] | None = None  # its stderr
-        self.stderr = bytearray()  # the end of what came from there
+        self.stderr: Tail | None = None
         self.process: subprocess.Popen[Any] | None = None  # None: forked
         self.preload: list[str] | None = None  # for the fork server that makes it; None: launched
         self.lean = False
@@ -2886,11 +2938,12 @@ class KernelHost:
         import subprocess
 
         # stdout goes nowhere: a pipe that nobody reads stops the kernel after 64 KB of a subprocess's output.
-        options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        stderr = kernel.stderr = Tail()
+        options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr.writer}
         if os.name == "nt":
             kernel.event = _windows_event()
             kernel.env |= {"JPY_INTERRUPT_EVENT": str(kernel.event), "IPY_INTERRUPT_EVENT": str(kernel.event)}
-            options |= {"close_fds": False, "stderr": subprocess.DEVNULL}
+            options |= {"close_fds": False}
         elif sys.platform == "linux":
             # If this host is killed, its kernels go too. Safe: the host has one thread of Python.
             options["preexec_fn"] = functools.partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -2899,22 +2952,24 @@ class KernelHost:
         try:
             process: subprocess.Popen[Any] = subprocess.Popen(argv, env=env, start_new_session=True, **options)
         except OSError as error:
+            stderr.close()
             raise KernelStartFailed(argv, f"{error.strerror}: {error.filename}") from None
+        finally:
+            os.close(stderr.writer)
         with contextlib.suppress(OSError):  # if memory runs out, kernels are to go, and this host to tell of it
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-        kernel.process, kernel.pid, kernel.errors = process, process.pid, process.stderr
+        kernel.process, kernel.pid = process, process.pid
 
     def _fork(self, kernel: HostedKernel, preload: list[str]) -> None:
         """Order a kernel from the fork server of its interpreter; its pid comes with the answer."""
         python = kernel.argv[0]
         if not (server := self._fork_servers.get(python)):
             server = self._start_fork_server(kernel, preload)
-        read_fd, write_fd = os.pipe()
-        kernel.errors = open(read_fd, "rb", buffering=0)  # noqa: SIM115 - lives as long as the kernel
+        kernel.stderr = Tail()
         order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": kernel.argv[3:]}
         with contextlib.suppress(OSError):  # it has ended: what it leaves undone is begun anew
-            socket.send_fds(server.channel, [dump_json(order)], [write_fd])
-        os.close(write_fd)
+            socket.send_fds(server.channel, [dump_json(order)], [kernel.stderr.writer])
+        os.close(kernel.stderr.writer)
         server.ordered += 1
         self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, server.ordered))
 
@@ -2979,19 +3034,8 @@ class KernelHost:
 
     def _watch(self, kernel: HostedKernel) -> None:
         self._kernels[kernel.name] = kernel
-        if kernel.errors:
-            os.set_blocking(kernel.errors.fileno(), False)
-            self._loop.on_readable(kernel.errors.fileno(), functools.partial(self._read_stderr, kernel))
-
-    def _read_stderr(self, kernel: HostedKernel) -> None:
-        if not kernel.errors:
-            return
-        descriptor = kernel.errors.fileno()
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(descriptor, 65536):
-                kernel.stderr += data
-                del kernel.stderr[:-STDERR_TAIL]
-            self._loop.on_readable(descriptor, None)
+        if kernel.stderr:
+            kernel.stderr.watch(self._loop)
 
     def _open_context(self) -> None:
         try:
@@ -3057,7 +3101,7 @@ class KernelHost:
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
             event["preload_failed"] = kernel.preload_failed
-            event["stderr"] = kernel.stderr.decode("utf-8", "replace")
+            event["stderr"] = str(kernel.stderr or "")
             oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
             event["out_of_memory"] = self._oom_kills > oom_kills
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
@@ -3073,28 +3117,22 @@ class KernelHost:
         for kernel in list(self._kernels.values()):
             if not kernel.pid and kernel.argv[0] == process.name:
                 kernel.preload_failed = not server.forked and process.name not in self._unforkable
-                self._close_errors(kernel)
-                try:
-                    if not kernel.preload_failed:
+                if kernel.stderr:
+                    kernel.stderr.close()
+                if kernel.preload_failed:
+                    kernel.exit_code, kernel.stderr = process.exit_code, process.stderr
+                else:
+                    with contextlib.suppress(KernelStartFailed):
                         self._begin(kernel)
                         continue
-                    kernel.exit_code, kernel.stderr = process.exit_code, process.stderr
-                except KernelStartFailed as error:
-                    kernel.stderr += str(error).encode("utf-8", "replace")
                 self._report_exit(kernel)
-
-    def _close_errors(self, kernel: HostedKernel) -> None:
-        if kernel.errors:
-            self._read_stderr(kernel)
-            self._loop.on_readable(kernel.errors.fileno(), None)
-            kernel.errors.close()
-            kernel.errors = None
 
     def _end(self, kernel: HostedKernel) -> None:
         """Free what belongs to a kernel, dead or not."""
         if kernel.pid:
             _kill_family(kernel, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())
-        self._close_errors(kernel)
+        if kernel.stderr:
+            kernel.stderr.close()
         for sock in kernel.sockets.values():
             self._loop.on_readable(sock.fd, None)
             sock.close()
@@ -3737,8 +3775,8 @@ class RemoteJupyterServer(Stoppable):
 class HostLink:
     """The client's end of the pipe to one kernel host: requests with answers, events, relayed messages."""
 
-    def __init__(self, stream: Stream, on_lost: Callable[[], str]) -> None:
-        """`on_lost()` tells, once the pipe is closed, what is known of the host's end."""
+    def __init__(self, stream: Stream, on_lost: Callable[[], str], errors: Tail | None = None) -> None:
+        """`on_lost()` tells, once the pipe is closed, what is known of the host's end; `errors` is then closed."""
         self.loop = Loop()
         self.mailboxes: dict[str, Mailbox] = {}  # of each kernel process, by its name
         self.lost: str | None = None  # why the host is gone
@@ -3749,6 +3787,9 @@ class HostLink:
         self._context: Any = None
         self._context_lock = threading.Lock()
         self._pipe = Pipe(self.loop, stream, self._on_parts, self._on_closed)
+        self._errors = errors
+        if errors:
+            errors.watch(self.loop)
         self.loop.start("jupyter_exec I/O")
 
     def context(self) -> Any:
@@ -3809,6 +3850,8 @@ class HostLink:
     def _on_closed(self, reason: str) -> None:
         end = "" if self._closing else self._on_lost()
         self.lost = f"{reason}; {end}" if end else reason
+        if self._errors:
+            self._errors.close()
         self._fail_answers()
         for mailbox in list(self.mailboxes.values()):
             gone = KernelExit(cause=f"its host is gone: {self.lost}", passing=True)
@@ -3891,22 +3934,43 @@ def own_program(magic: str) -> bytes:
 
 
 class Dialogue(Stream, Protocol):
-    """A Stream that can be told how long to wait, for the time before the loop has it."""
+    """A Stream that can be told not to block, for the time before the loop has it."""
 
     def settimeout(self, seconds: float, /) -> None: ...
 
 
-def greet_host(stream: Dialogue, nonce: str) -> None:
+_Result = TypeVar("_Result")
+
+
+def _as_soon_as(
+    stream: Stream, event: int, call: Callable[[], _Result], deadline: Deadline, errors: Tail | None
+) -> _Result:
+    """Return `call()` when it does not block any more; meanwhile read the stderr, for which the command may wait."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream.fileno(), event)
+        if errors:
+            selector.register(errors, selectors.EVENT_READ)
+        while True:
+            with contextlib.suppress(BlockingIOError, InterruptedError):
+                return call()
+            if deadline.expired:
+                raise TimeoutError
+            for key, _ in selector.select(deadline.remaining):
+                if key.fileobj is errors and errors and not errors.read():
+                    selector.unregister(errors)
+
+
+def greet_host(stream: Dialogue, nonce: str, errors: Tail | None = None) -> None:
     """Wait for the host's greeting, among whatever else is printed there, and send the source.
 
     Raises: ConnectionClosed, ExecutionTimeout, JupyterExecError if its Python is too old.
     """
     deadline, seen = Deadline(START_TIMEOUT), b""
-    pattern = re.compile(rb"%s (\d+) (\d+) ([0-9a-f]+)\n" % nonce.encode("ascii"))
+    pattern = re.compile(rb"%s (\d{1,4}) (\d{1,4}) ([0-9a-f]{1,64})\n" % nonce.encode("ascii"))
+    stream.settimeout(0)
     try:
         while not (found := pattern.search(seen)):
-            stream.settimeout(deadline.remaining or 1e-6)
-            data = stream.recv(4096)
+            data = _as_soon_as(stream, selectors.EVENT_READ, lambda: stream.recv(4096), deadline, errors)
             if not data or len(seen) > 2**20:
                 raise ConnectionClosed(f"no Python answered{_quote(seen)}")
             seen += data
@@ -3915,13 +3979,12 @@ def greet_host(stream: Dialogue, nonce: str) -> None:
             raise JupyterExecError("its Python {}.{} is too old, 3.10 or newer is needed".format(*version))
         unsent = memoryview(own_program(found[3].decode()))
         while unsent:
-            stream.settimeout(deadline.remaining or 1e-6)
-            unsent = unsent[stream.send(unsent) :]
+            sent = _as_soon_as(stream, selectors.EVENT_WRITE, functools.partial(stream.send, unsent), deadline, errors)
+            unsent = unsent[sent:]
     except TimeoutError:
         raise ExecutionTimeout(f"no answer within {deadline.seconds:g} s{_quote(seen)}") from None
-    except ConnectionError as error:
+    except OSError as error:
         raise error if isinstance(error, ConnectionClosed) else ConnectionClosed("it ended at once") from None
-    stream.settimeout(0)
 
 
 def _quote(seen: bytes) -> str:
@@ -4188,31 +4251,32 @@ class CommandJupyterServer(HostServer):
         self._cwd = cwd
         self._env = _merged_env(env or {})
         self._process: subprocess.Popen[Any] | None = None  # the command
-        self._errors: IO[bytes] | None = None  # its stderr
 
     def _connect(self) -> HostLink:
-        import tempfile
-
-        nonce = os.urandom(16).hex()
-        errors = self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        nonce, errors = os.urandom(16).hex(), Tail()
         try:
             command = self._command(BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main"))
-            stream, process = _spawn(command, stderr=errors, env=self._env, cwd=self._cwd)
+            stream, process = _spawn(command, stderr=errors.writer, env=self._env, cwd=self._cwd)
         except OSError as error:
             errors.close()
             raise KernelStartFailed(self._argv, f"{error.strerror}: {error.filename}") from None
+        finally:
+            os.close(errors.writer)
         self._process = process
         if not self.relays:
             with contextlib.suppress(ImportError):  # needed soon; meanwhile the other Python starts
                 import zmq  # noqa: F401
         try:
-            greet_host(stream, nonce)
-        except JupyterExecError as error:
+            greet_host(stream, nonce, errors)
+        except BaseException as error:
             stream.close()
             end = _epitaph(process, errors) if isinstance(error, ConnectionClosed) else ""
+            errors.close()
             self._disconnect()
+            if not isinstance(error, JupyterExecError):  # such as Ctrl-C
+                raise
             raise KernelStartFailed(self._argv, f"{error}: {end}" if end else str(error)) from None
-        return HostLink(stream, lambda: _epitaph(process, errors))
+        return HostLink(stream, lambda: _epitaph(process, errors), errors)
 
     def _command(self, program: str) -> list[str]:
         import shlex
@@ -4229,8 +4293,6 @@ class CommandJupyterServer(HostServer):
                 self._process.kill()
                 self._process.wait()
             self._process = None
-        if self._errors:
-            self._errors.close()
 
 
 class LocalJupyterServer(CommandJupyterServer):
@@ -4370,23 +4432,15 @@ def _merged_env(changes: Mapping[str, str | None]) -> dict[str, str]:
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def _tail(file: IO[bytes]) -> str:
-    """Return the end of what a process wrote into its stderr file."""
-    with contextlib.suppress(OSError, ValueError):
-        file.seek(max(0, file.seek(0, os.SEEK_END) - STDERR_TAIL))
-        return file.read(STDERR_TAIL).decode("utf-8", "replace").strip()
-    return ""
-
-
-def _epitaph(process: subprocess.Popen[Any], errors: IO[bytes]) -> str:
+def _epitaph(process: subprocess.Popen[Any], errors: Tail) -> str:
     import subprocess
 
     try:
         code = process.wait(0.2)
     except subprocess.TimeoutExpired:
         return ""
-    tail = _tail(errors)
-    return describe_exit(code) + (f"; its stderr: {tail}" if tail else "")
+    errors.drain()
+    return describe_exit(code) + (f"; its stderr: {errors}" if str(errors) else "")
 
 
 class DockerStream(NetStream):

@@ -220,6 +220,13 @@ def executor(server: LocalJupyterServer, tmp_path: Path) -> Iterator[JupyterCode
         yield executor
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory for socket files: the path of pytest's own is too long for them."""
+    with tempfile.TemporaryDirectory(prefix="t") as path:
+        yield Path(path)
+
+
 def read_notebook(path: Path, as_version: int) -> Any:
     return nbformat.read(path, as_version=as_version)  # type: ignore[no-untyped-call]
 
@@ -2371,6 +2378,31 @@ def test_a_command_that_is_no_python_is_reported(argv: list[str], says: str) -> 
     assert re.search(says, str(caught.value), re.DOTALL)
 
 
+CHATTY = """
+import os, subprocess, sys, threading
+def chatter():
+    while True:
+        os.write(2, b"chatter " * 8000)
+threading.Thread(target=chatter, daemon=True).start()
+os.write(2, b"x" * 2**20)
+sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))
+"""
+
+
+def test_of_the_stderr_of_a_command_only_the_end_is_kept(short_path: Path) -> None:
+    with CommandJupyterServer([sys.executable, "-c", CHATTY], env={"TMPDIR": str(short_path)}) as server:
+        with JupyterCodeExecutor(server) as executor:
+            assert run(executor, "print(len('x' * 10**6))").output == "1000000\n"
+        assert server._process
+        assert not [
+            file for file in Path(f"/proc/{server._process.pid}/fd").iterdir() if "deleted" in os.readlink(file)
+        ]
+        link = server.link()
+        server._process.kill()
+        eventually(lambda: link.lost, "the end of the command")
+        assert re.search("its stderr: [chater ]{1000,4200}$", link.lost or "")
+
+
 def test_a_python_that_is_too_old_is_reported(tmp_path: Path) -> None:
     fake = tmp_path / "python"
     fake.write_text(f"#!{sys.executable}\nimport sys\nsys.version_info = (3, 8)\nexec(sys.argv[2])\n")
@@ -2892,13 +2924,6 @@ def test_a_removed_working_directory_is_a_clear_error(tmp_path: Path) -> None:
         (tmp_path / "gone").rmdir()
         with pytest.raises(KernelStartFailed, match="the working directory was removed"):
             server.start_kernel()
-
-
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    """A directory for socket files: the path of pytest's own is too long for them."""
-    with tempfile.TemporaryDirectory(prefix="t") as path:
-        yield Path(path)
 
 
 def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
