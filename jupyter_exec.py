@@ -108,6 +108,9 @@ TMPFS_SIZE = "512m"  # of each temporary file system of a read-only container
 LARGE_PART = 2**16  # bytes of a part of a message beyond which it is used where ZeroMQ has it, not copied
 STREAM_PIECE = 2**17  # bytes of a stream message that are parsed at a time
 MAILBOX_LIMIT = 256 * 2**20  # bytes of unread messages of a kernel beyond which stream output is dropped
+RELAY_LIMIT = 64 * 2**20  # bytes that wait at the host for a slow link, beyond which output is dropped
+RELAY_PIECE = 2**18  # bytes of such output that go at a time, so that other things get their turn
+SLOW_LINK = 1.0  # seconds that output has waited there when an interrupt drops it, since the cell is to end in time
 MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
 MAX_SPILL = 256 * 2**20  # characters of such a file
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
@@ -538,7 +541,8 @@ class PipeCodec:
 
     A frame is: b"JX", number of parts (u16), total length of the parts (u32), length of each part (u32),
     the parts; integers are big-endian. The first part is an address: b"" for control (one JSON part follows),
-    b"KERNEL/CHANNEL" for a relayed message (the parts of the ZeroMQ message follow, signed end to end).
+    b"KERNEL/CHANNEL" for a relayed message (the parts of the ZeroMQ message follow, signed end to end),
+    b"+KERNEL" for a piece of the frame of a large one.
     """
 
     _HEAD = struct.Struct(">2sHI")
@@ -1648,32 +1652,35 @@ if hasattr(os, "register_at_fork"):
 class Outbox:
     """Writes to a stream as far as it takes bytes now, the rest when it is ready again. For the loop's thread.
 
+    What waits stands in lanes, which take turns: a flood in one stops no other. The lane "" goes before them all.
     `on_stuck(reason)` is called when the stream breaks, or takes nothing for CONTROL_TIMEOUT.
     """
 
     def __init__(self, loop: Loop, stream: Stream, on_stuck: Callable[[str], None]) -> None:
         self._loop, self._stream, self._on_stuck = loop, stream, on_stuck
         self.patient = False  # waits for ever: the other end may be stopped in a debugger
-        self._unsent: deque[memoryview] = deque()
+        self._begun = memoryview(b"")
+        self._lanes: dict[str, deque[tuple[bytes, bool, float]]] = {}  # data, whether it may be dropped, since when
+        self.waiting = 0  # bytes in the lanes
         self._sent_at = 0.0
         self._descriptor: int = getattr(stream, "write_fileno", stream.fileno)()
 
-    def send(self, data: bytes, urgent: bool = False) -> None:
-        """Write, or queue, `data`; what is urgent goes before all that is not begun."""
-        waiting = bool(self._unsent)
-        self._unsent.insert(1 if urgent else len(self._unsent), memoryview(data))
-        if not waiting:
-            self._sent_at = time.monotonic()
+    def send(self, data: bytes, lane: str = "", may_be_lost: bool = False) -> None:
+        """Write, or queue, `data`."""
+        now, busy = time.monotonic(), bool(self._begun or self._lanes)
+        self._lanes.setdefault(lane, deque()).append((data, may_be_lost, now))
+        self.waiting += len(data)
+        if not busy:
+            self._sent_at = now
             self._write()
 
     def _write(self) -> None:
         try:
-            while self._unsent:
-                sent = self._stream.send(self._unsent[0])
+            while self._begun or self._lanes:
+                self._begun = self._begun or self._next()
+                sent = self._stream.send(self._begun)
                 self._sent_at = time.monotonic()
-                self._unsent[0] = self._unsent[0][sent:]
-                if not self._unsent[0]:
-                    self._unsent.popleft()
+                self._begun = self._begun[sent:]
         except (BlockingIOError, InterruptedError):
             self._loop.on_writable(self._descriptor, self._write)
             self._loop.later(CONTROL_TIMEOUT, self._check_progress)
@@ -1682,12 +1689,34 @@ class Outbox:
         else:
             self._loop.on_writable(self._descriptor, None)
 
+    def _next(self) -> memoryview:
+        lane = "" if "" in self._lanes else next(iter(self._lanes))
+        queued = self._lanes.pop(lane)
+        data = queued.popleft()[0]
+        if queued:
+            self._lanes[lane] = queued  # behind the others
+        self.waiting -= len(data)
+        return memoryview(data)
+
+    def drop_old(self, lane: str) -> bool:
+        """Drop what may be dropped of a lane in which something has waited for SLOW_LINK; returns whether it did."""
+        queued = self._lanes.get(lane)
+        if not queued or time.monotonic() - queued[0][2] < SLOW_LINK:
+            return False
+        self._lanes[lane] = kept = deque(entry for entry in queued if not entry[1])
+        if not kept:
+            del self._lanes[lane]
+        self.waiting -= sum(len(data) for data, may_be_lost, _ in queued if may_be_lost)
+        return len(kept) < len(queued)
+
     def _check_progress(self) -> None:
-        if not self.patient and self._unsent and time.monotonic() - self._sent_at >= CONTROL_TIMEOUT:
+        busy = self._begun or self._lanes
+        if not self.patient and busy and time.monotonic() - self._sent_at >= CONTROL_TIMEOUT:
             self._on_stuck(f"nothing was read for {CONTROL_TIMEOUT:g} s")
 
     def close(self) -> None:
-        self._unsent.clear()
+        self._begun = memoryview(b"")
+        self._lanes.clear()
         self._loop.on_writable(self._descriptor, None)
 
 
@@ -1762,9 +1791,9 @@ class Pipe:
     def fileno(self) -> int:
         return self.stream.fileno()
 
-    def send(self, parts: Sequence[bytes], urgent: bool = False) -> None:
+    def send(self, parts: Sequence[bytes], lane: str = "", may_be_lost: bool = False) -> None:
         if not self._closed:
-            self.outbox.send(PipeCodec.encode(parts), urgent)
+            self.outbox.send(PipeCodec.encode(parts), lane, may_be_lost)
 
     def _read(self) -> None:
         try:
@@ -2571,7 +2600,8 @@ def _call_hook(hook: OutputHook, output: Json) -> None:
 # over its stdin. Everything here but the relay needs only the standard library. One thread, one Loop.
 #
 # Control requests are JSON objects {"id", "op", ...}; the answer is {"id", "result"} or {"id", "error",
-# "data"}; {"event": "exit", ...} tells of a kernel's death.
+# "data"}; {"event": "exit", ...} tells of a kernel's death, {"event": "loss", ...} of output that was dropped, the
+# rest of a large message included.
 # ======================================================================================================
 
 # Parses and runs on any Python 3. `-c` has put the working directory on sys.path, where an agent's signal.py
@@ -2786,6 +2816,8 @@ class HostedKernel:
         self.exit_code: int | None = None
         self.event = 0  # that interrupts it on Windows
         self.files: list[str] = []  # to be removed at its end
+        self.loss_told = False  # to the client, of the output that is being dropped
+        self.hurries = False  # its output is dropped unless the link is free
         self.sockets: dict[str, Any] = {}  # of a relayed kernel
         self.readers: dict[str, SocketReader] = {}
 
@@ -2848,7 +2880,7 @@ class KernelHost:
             answer = {"id": request["id"], "error": error.__class__.__name__, "data": vars(error)}
         except Exception as error:  # ours, or a nonsensical environment: the client shall see it
             answer = {"id": request["id"], "error": "JupyterExecError", "data": f"{error.__class__.__name__}: {error}"}
-        self._pipe.send([b"", dump_json(answer)], urgent=True)  # output of all kernels may be queued, on a slow link
+        self._pipe.send([b"", dump_json(answer)])
 
     def _on_kernelspecs(self, request: Json) -> Json:
         return find_kernelspecs(os.environ, request["own_python3"])
@@ -3047,11 +3079,39 @@ class KernelHost:
     def _open_relay(self, kernel: HostedKernel, connection: KernelConnection, identity: str) -> None:
         kernel.sockets = open_sockets(self._context, connection, identity.encode("ascii"))
         for channel, sock in kernel.sockets.items():
-            address = f"{kernel.name}/{channel}".encode("ascii")
-            kernel.readers[channel] = SocketReader(self._loop, sock, functools.partial(self._relay, address))
+            deliver = functools.partial(self._relay, kernel, channel)
+            kernel.readers[channel] = SocketReader(self._loop, sock, deliver)
 
-    def _relay(self, address: bytes, parts: list[bytes]) -> None:
-        self._pipe.send([address, *parts])
+    def _relay(self, kernel: HostedKernel, channel: str, parts: list[bytes]) -> None:
+        parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
+        waiting, is_large = self._pipe.outbox.waiting, sum(map(len, parts)) > RELAY_PIECE
+        may_be_lost = (waiting > 0 or is_large) and channel == "iopub" and _may_be_lost(parts)
+        kernel.hurries = kernel.hurries and channel != "shell"
+        if may_be_lost and (waiting > RELAY_LIMIT or (kernel.hurries and (waiting or is_large))):
+            self._tell_loss(kernel)
+            return
+        kernel.loss_told = kernel.loss_told and not may_be_lost
+        if not is_large:
+            self._pipe.send(parts, kernel.name, may_be_lost)
+            return
+        data = PipeCodec.encode(parts)
+        for start in range(0, len(data), RELAY_PIECE):
+            piece = data[start : start + RELAY_PIECE]
+            self._pipe.send([f"+{kernel.name}".encode("ascii"), piece], kernel.name, may_be_lost)
+
+    def _tell_loss(self, kernel: HostedKernel) -> None:
+        if not kernel.loss_told:
+            kernel.loss_told = True
+            self._pipe.send([b"", dump_json({"event": "loss", "kernel": kernel.name})], kernel.name)
+
+    def _hurry(self, name: str) -> None:
+        """Let the end of a kernel's cell overtake the output that waits for a slow link."""
+        if self._pipe.outbox.drop_old(name):
+            kernel = self._kernels.get(name)
+            if kernel:
+                kernel.hurries = True  # until the cell's reply
+                kernel.loss_told = False
+                self._tell_loss(kernel)
 
     def _on_spawn(self, request: Json) -> None:
         """Run a program that is no kernel, such as a gateway, under the same watch."""
@@ -3060,6 +3120,7 @@ class KernelHost:
         self._begin(kernel)
 
     def _on_interrupt(self, request: Json) -> None:
+        self._hurry(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
             if os.name == "nt":
                 _windows_kernel32().SetEvent(kernel.event)
@@ -3070,6 +3131,7 @@ class KernelHost:
                         os.killpg(kernel.pid, signal.SIGINT)
 
     def _on_kill(self, request: Json) -> None:
+        self._hurry(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
             if not kernel.pid:
                 self._report_exit(kernel)
@@ -3105,7 +3167,7 @@ class KernelHost:
             oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
             event["out_of_memory"] = self._oom_kills > oom_kills
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
-            self._pipe.send([b"", dump_json(event)])
+            self._pipe.send([b"", dump_json(event)], kernel.name)
 
     def _end_fork_server(self, process: HostedKernel, server: ForkServer) -> None:
         """Begin anew what it has not yet forked, unless its preload is at fault. Its other kernels live on."""
@@ -3148,6 +3210,15 @@ class KernelHost:
         "interrupt": _on_interrupt,
         "kill": _on_kill,
     }
+
+
+def _may_be_lost(parts: list[bytes]) -> bool:
+    """Whether a message of iopub is output, which a slow link may lose: not a status, an error or a welcome."""
+    with contextlib.suppress(ValueError, IndexError, ProtocolError):
+        header = json_object(parts[parts.index(DELIMITER) + 2][:2000], "header")
+        needed = header.get("msg_type") in ("status", "error", "iopub_welcome", "shutdown_reply")
+        return not needed or sum(map(len, parts)) > LARGE_PART
+    return True
 
 
 def _oom_kills() -> int:
@@ -3780,6 +3851,7 @@ class HostLink:
         self.loop = Loop()
         self.mailboxes: dict[str, Mailbox] = {}  # of each kernel process, by its name
         self.lost: str | None = None  # why the host is gone
+        self._begun: dict[str, PipeCodec] = {}  # by kernel, a large message of which pieces have come
         self._on_lost = on_lost
         self._closing = False
         self._serial = itertools.count(1)
@@ -3835,17 +3907,31 @@ class HostLink:
 
     def _on_parts(self, parts: list[bytes]) -> None:
         # Whatever stands here may come from hostile code at the other end.
+        if parts[0].startswith(b"+"):
+            kernel = parts[0][1:].decode("ascii", "replace")
+            if kernel in self.mailboxes:
+                for whole in self._begun.setdefault(kernel, PipeCodec()).feed(b"".join(parts[1:])):
+                    self._on_relayed(whole)
+            return
         if parts[0]:
-            kernel, _, channel = parts[0].decode("ascii", "replace").partition("/")
-            if (mailbox := self.mailboxes.get(kernel)) and channel in CHANNELS:
-                mailbox.put((channel, parts[1:]))
+            self._on_relayed(parts)
             return
         message = json_object(b"".join(parts[1:]), "control message")
-        if message.get("event") == "exit":
-            if mailbox := self.mailboxes.pop(str(message.get("kernel")), None):
+        kernel, event = str(message.get("kernel")), message.get("event")
+        if event in ("loss", "exit"):
+            self._begun.pop(kernel, None)
+        if event == "loss" and kernel in self.mailboxes:
+            self.mailboxes[kernel].dropped = True
+        elif event == "exit":
+            if mailbox := self.mailboxes.pop(kernel, None):
                 mailbox.put(_kernel_exit(message))
         elif isinstance(message.get("id"), int) and (then := self._answers.pop(message["id"], None)):
             self.loop.post(functools.partial(then, message))  # its failure is not the pipe's
+
+    def _on_relayed(self, parts: list[bytes]) -> None:
+        kernel, _, channel = parts[0].decode("ascii", "replace").partition("/")
+        if (mailbox := self.mailboxes.get(kernel)) and channel in CHANNELS:
+            mailbox.put((channel, parts[1:]))
 
     def _on_closed(self, reason: str) -> None:
         end = "" if self._closing else self._on_lost()

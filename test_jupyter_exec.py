@@ -1983,6 +1983,50 @@ def test_pipe_carries_more_than_the_kernel_buffers(loop: jupyter_exec.Loop, pipe
     assert read == [parts, [b"second"]]
 
 
+def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+
+    class Full:
+        free = 1
+
+        def fileno(self) -> int:
+            return pipe[1]
+
+        def send(self, data: memoryview) -> int:
+            if not self.free:
+                raise BlockingIOError
+            self.free -= 1
+            sent.append(bytes(data).decode())
+            return len(data)
+
+    pipe = os.pipe()
+    stream: Any = Full()
+    outbox = jupyter_exec.Outbox(loop, stream, sent.append)
+    done = threading.Event()
+
+    def test() -> None:
+        for data, may_be_lost in {"a0": True, "a1": True, "a2": True, "a3": True, "a4": False, "b1": True}.items():
+            outbox.send(data.encode(), data[0], may_be_lost)
+        outbox.send(b"control")
+        assert outbox.waiting == 15  # without a1, which is begun
+        stream.free = 2
+        outbox._write()
+        assert not outbox.drop_old("a")
+        monkeypatch.setattr(jupyter_exec, "SLOW_LINK", 0.0)
+        assert outbox.drop_old("a")
+        assert not outbox.drop_old("a")
+        stream.free = 9
+        outbox._write()
+        outbox.close()
+        done.set()
+
+    loop.post(test)
+    assert done.wait(PATIENCE)
+    assert (sent, outbox.waiting) == (["a0", "a1", "control", "a2", "b1", "a4"], 0)
+    for end in pipe:
+        os.close(end)
+
+
 @pytest.mark.parametrize("garbage", [b"Segmentation fault\n", b"JX\0\1\xff\xff\xff\xff"])
 def test_pipe_gives_up_on_garbage(pipe_end: PipeEnd, garbage: bytes) -> None:
     pipe_end.socket.sendall(jupyter_exec.PipeCodec.encode([b"good"]) + garbage)
@@ -3965,7 +4009,7 @@ def copy(source, target, rate):
             data = data[os.write(target, data):]
     os.close(target)
 threading.Thread(target=copy, args=(0, process.stdin.fileno(), 1e12), daemon=True).start()
-copy(process.stdout.fileno(), 1, 5e6)
+copy(process.stdout.fileno(), 1, float(os.environ["RATE"]))
 """
 
 
@@ -3975,7 +4019,8 @@ def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
     monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 3.0)
     (tmp_path / "link.py").write_text(SLOW_LINK)
     printing = threading.Event()
-    with CommandJupyterServer([sys.executable, str(tmp_path / "link.py"), sys.executable]) as server:
+    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
+    with CommandJupyterServer(argv, env={"RATE": "5e6"}) as server:
         with JupyterCodeExecutor(server) as one, ThreadPoolExecutor(1) as pool:
             code = "import sys\nfor _ in range(300_000): sys.stdout.write('x' * 99 + chr(10))"
             cell = pool.submit(one.execute, code, on_output=lambda output: printing.set())
@@ -3984,6 +4029,33 @@ def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
                 assert not cell.done()
                 assert run(two, "1").output == "1"
             assert cell.result().status == "ok"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["", "os._exit(3)", "1 / 0"])
+def test_a_flood_over_a_slow_link_is_bounded_and_its_cell_ends_in_time(end: str, tmp_path: Path) -> None:
+    (tmp_path / "link.py").write_text(SLOW_LINK)
+    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
+    flood = "while True: print('x' * 1000)" if not end else "for _ in range(20_000): print('x' * 1000)"
+    with CommandJupyterServer(argv, env={"RATE": "1e6"}) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "x = 5; import os").exit_code == 0
+        started = time.monotonic()
+        result = executor.execute(f"{flood}\n{end}", timeout=4)
+        assert time.monotonic() - started < 4 + jupyter_exec.INTERRUPT_GRACE
+        assert result.kernel_state == ("lost" if "exit" in end else "intact")
+        assert "exit" in end or run(executor, "x").output == "5"
+
+
+def test_what_a_slow_link_loses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_host(monkeypatch, "RELAY_LIMIT = 64 * 2**20", "RELAY_LIMIT = 10**6")
+    (tmp_path / "link.py").write_text(SLOW_LINK)
+    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
+    with CommandJupyterServer(argv, env={"RATE": "5e6"}) as server, JupyterCodeExecutor(server) as executor:
+        result = executor.execute("for _ in range(100): print('x' * 10**5, flush=True)\n1 / 0")
+        assert result.error
+        assert result.error["ename"] == "ZeroDivisionError"
+        assert "lost" in result.note
+        assert "lost" not in executor.execute("print('y' * 1000)").note
 
 
 def test_kernels_through_ssh(sshd: list[str]) -> None:
