@@ -125,6 +125,9 @@ STREAM_PIECE = 2**17  # bytes of a stream message that are parsed at a time
 MAX_JSON = 64 * 2**20  # bytes of a message that is no stream; and of its Python objects, four times as much
 MAX_HEADER = 2**20  # bytes of each of header, parent_header and metadata
 MAILBOX_LIMIT = 64 * 2**20  # unread bytes of a kernel: beyond it output is dropped, at twice that it is killed
+RELAY_LIMIT = 64 * 2**20  # bytes that wait at the host for a slow link, beyond which output is dropped
+RELAY_PIECE = 2**18  # bytes of such output that go at a time, so that other things get their turn
+SLOW_LINK = 1.0  # seconds that output has waited there when an interrupt drops it, since the cell is to end in time
 MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
 MAX_SPILL = 256 * 2**20  # characters of such a file
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
@@ -141,6 +144,11 @@ PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between cho
 Json = dict[str, Any]
 logger = logging.getLogger("jupyter_exec")
 logger.addHandler(logging.NullHandler())
+
+if __name__ not in sys.modules:  # loaded by hand; dataclasses and pickle look their module up by its name
+    _by_hand: Any = type("module", (), {})()
+    _by_hand.__dict__ = globals()
+    sys.modules[__name__] = _by_hand
 
 
 # ======================================================================================================
@@ -607,7 +615,8 @@ class PipeCodec:
 
     A frame is: b"JX", number of parts (u16), total length of the parts (u32), length of each part (u32),
     the parts; integers are big-endian. The first part is an address: b"" for control (one JSON part follows),
-    b"KERNEL/CHANNEL" for a relayed message (the parts of the ZeroMQ message follow, signed end to end).
+    b"KERNEL/CHANNEL" for a relayed message (the parts of the ZeroMQ message follow, signed end to end),
+    b"+KERNEL" for a piece of the frame of a large one.
     """
 
     _HEAD = struct.Struct(">2sHI")
@@ -1685,15 +1694,16 @@ def _writer(descriptor: int) -> Callable[[bytes], object]:
     return open(descriptor, "wb", buffering=0).write
 
 
-_inherited: weakref.WeakSet[Pipe] = weakref.WeakSet()
+_inherited: weakref.WeakSet[Pipe | Tail] = weakref.WeakSet()
 
 
 def _close_inherited() -> None:
-    """In a forked child: close its copies, so that the pipe closes when the parent ends."""
-    for pipe in list(_inherited):
-        with contextlib.suppress(OSError):
-            stream: Any = pipe.stream
-            os.close(getattr(stream, "raw", stream).detach())
+    """In a forked child: let go of its copies, so that the pipe closes when the parent ends."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for end in list(_inherited):
+        with contextlib.suppress(OSError):  # under the socket object, which may belong to gevent
+            os.dup2(null, end.fileno(), inheritable=False)
+    os.close(null)
 
 
 if hasattr(os, "register_at_fork"):
@@ -1703,38 +1713,41 @@ if hasattr(os, "register_at_fork"):
 class Outbox:
     """Writes to a stream as far as it takes bytes now, the rest when it is ready again. For the loop's thread.
 
+    What waits stands in lanes, which take turns: a flood in one stops no other. The lane "" goes before them all.
     `on_stuck(reason)` is called when the stream breaks, or takes nothing for CONTROL_TIMEOUT.
     """
 
     def __init__(self, loop: Loop, stream: Stream, on_stuck: Callable[[str], None]) -> None:
         self._loop, self._stream, self._on_stuck = loop, stream, on_stuck
         self.patient = False  # waits for ever: the other end may be stopped in a debugger
-        self._unsent: deque[memoryview] = deque()
+        self._begun = memoryview(b"")
+        self._lanes: dict[str, deque[tuple[bytes, bool, float]]] = {}  # data, whether it may be dropped, since when
+        self.waiting = 0  # bytes in the lanes
         self._sent_at = 0.0
         self._watched = False  # a check of the progress is due
         self._descriptor: int = getattr(stream, "write_fileno", stream.fileno)()
 
     @property
-    def waiting(self) -> bool:
+    def busy(self) -> bool:
         """Whether there is something that the stream has not taken yet."""
-        return bool(self._unsent)
+        return bool(self._begun or self._lanes)
 
-    def send(self, data: bytes, urgent: bool = False) -> None:
-        """Write, or queue, `data`; what is urgent goes before all that is not begun."""
-        waiting = self.waiting
-        self._unsent.insert(1 if urgent else len(self._unsent), memoryview(data))
-        if not waiting:
-            self._sent_at = time.monotonic()
+    def send(self, data: bytes, lane: str = "", may_be_lost: bool = False) -> None:
+        """Write, or queue, `data`."""
+        now, busy = time.monotonic(), self.busy
+        self._lanes.setdefault(lane, deque()).append((data, may_be_lost, now))
+        self.waiting += len(data)
+        if not busy:
+            self._sent_at = now
             self._write()
 
     def _write(self) -> None:
         try:
-            while self._unsent:
-                sent = self._stream.send(self._unsent[0])
+            while self.busy:
+                self._begun = self._begun or self._next()
+                sent = self._stream.send(self._begun)
                 self._sent_at = time.monotonic()
-                self._unsent[0] = self._unsent[0][sent:]
-                if not self._unsent[0]:
-                    self._unsent.popleft()
+                self._begun = self._begun[sent:]
         except (BlockingIOError, InterruptedError):
             self._loop.on_writable(self._descriptor, self._write)
             if not self._watched:
@@ -1745,17 +1758,88 @@ class Outbox:
         else:
             self._loop.on_writable(self._descriptor, None)
 
+    def _next(self) -> memoryview:
+        lane = "" if "" in self._lanes else next(iter(self._lanes))
+        queued = self._lanes.pop(lane)
+        data = queued.popleft()[0]
+        if queued:
+            self._lanes[lane] = queued  # behind the others
+        self.waiting -= len(data)
+        return memoryview(data)
+
+    def drop_old(self, lane: str) -> bool:
+        """Drop what may be dropped of a lane in which something has waited for SLOW_LINK; returns whether it did."""
+        queued = self._lanes.get(lane)
+        if not queued or time.monotonic() - queued[0][2] < SLOW_LINK:
+            return False
+        self._lanes[lane] = kept = deque(entry for entry in queued if not entry[1])
+        if not kept:
+            del self._lanes[lane]
+        self.waiting -= sum(len(data) for data, may_be_lost, _ in queued if may_be_lost)
+        return len(kept) < len(queued)
+
     def _check_progress(self) -> None:
         idle = time.monotonic() - self._sent_at
-        self._watched = self.waiting and (self.patient or idle < CONTROL_TIMEOUT)
+        self._watched = self.busy and (self.patient or idle < CONTROL_TIMEOUT)
         if self._watched:
             self._loop.later(max(CONTROL_TIMEOUT - idle, CONTROL_TIMEOUT / 10), self._check_progress)
-        elif self.waiting:
+        elif self.busy:
             self._on_stuck(f"nothing was read for {CONTROL_TIMEOUT:g} s")
 
     def close(self) -> None:
-        self._unsent.clear()
+        self._begun = memoryview(b"")
+        self._lanes.clear()
         self._loop.on_writable(self._descriptor, None)
+
+
+class Tail:
+    """The end of what comes out of a pipe, such as a process's stderr; the rest is read and forgotten."""
+
+    def __init__(self) -> None:
+        self._descriptor, self.writer = os.pipe()  # `writer` is to be closed by whoever passes it on
+        os.set_blocking(self._descriptor, False)
+        self._data = bytearray()
+        self._loop: Loop | None = None
+        _inherited.add(self)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def __str__(self) -> str:
+        return self._data.decode("utf-8", "replace").strip()
+
+    def watch(self, loop: Loop) -> None:
+        self._loop = loop
+        loop.on_readable(self._descriptor, self._on_readable)
+
+    def _on_readable(self) -> None:
+        self.read()
+
+    def read(self) -> bool:
+        """Read what is there; returns False at the end."""
+        try:
+            data = os.read(self._descriptor, 2**16)
+        except BlockingIOError:
+            return True
+        self._data += data
+        del self._data[:-STDERR_TAIL]
+        if not data and self._loop:
+            self._loop.on_readable(self._descriptor, None)
+        return bool(data)
+
+    def drain(self) -> None:
+        """Read all that a pipe can hold: who has written may have ended."""
+        for _ in range(16):
+            if self._descriptor < 0 or not self.read():
+                break
+
+    def close(self) -> None:
+        self.drain()
+        if self._loop:
+            self._loop.on_readable(self._descriptor, None)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor, self._loop = -1, None
 
 
 class Pipe:
@@ -1770,16 +1854,18 @@ class Pipe:
     ) -> None:
         self._loop, self.stream = loop, stream
         self._on_parts, self._on_closed = on_parts, on_closed
-        if hasattr(getattr(stream, "raw", stream), "detach"):
-            _inherited.add(self)
+        _inherited.add(self)
         self._codec = PipeCodec()
         self.outbox = Outbox(loop, stream, self.close)
         self._closed = False
         loop.on_readable(stream.fileno(), self._read)
 
-    def send(self, parts: Sequence[bytes], urgent: bool = False) -> None:
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def send(self, parts: Sequence[bytes], lane: str = "", may_be_lost: bool = False) -> None:
         if not self._closed:
-            self.outbox.send(PipeCodec.encode(parts), urgent)
+            self.outbox.send(PipeCodec.encode(parts), lane, may_be_lost)
 
     def _read(self) -> None:
         try:
@@ -2157,7 +2243,7 @@ class WebSocketChannels:
 
     def _answer(self) -> None:
         # A server that asks and does not read must not fill the outbox: its last ping is answered when it has read.
-        if self._outbox and not self._outbox.waiting:
+        if self._outbox and not self._outbox.busy:
             answers = self._websocket.data_to_send()
             if not answers and not self._websocket.closed and not hasattr(socket, "TCP_QUICKACK"):
                 answers = self._websocket.pong()  # what is sent takes the acknowledgement along
@@ -2171,7 +2257,7 @@ class WebSocketChannels:
         if time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
             self._drop("the server is silent")
         self._answer()
-        if self._outbox and not self._outbox.waiting:
+        if self._outbox and not self._outbox.busy:
             self._outbox.send(self._websocket.ping())
         self._loop.later(PING_INTERVAL, self._ping)
 
@@ -2681,126 +2767,41 @@ def _reported_exit(message: Message) -> KernelExit | None:
 # over its stdin. Everything here but the relay needs only the standard library. One thread, one Loop.
 #
 # Control requests are JSON objects {"id", "op", ...}; the answer is {"id", "result"} or {"id", "error",
-# "data"}; {"event": "exit", ...} tells of a kernel's death.
+# "data"}; {"event": "exit", ...} tells of a kernel's death, {"event": "loss", ...} of output that was dropped, the
+# rest of a large message included.
 # ======================================================================================================
 
 # Parses and runs on any Python 3. `-c` has put the working directory on sys.path, where an agent's signal.py
 # would shadow the standard library: that goes first. The program ("c": code, if both Pythons have the same bytecode;
-# "s": source) is read unbuffered and exactly, since a buffered stdin would swallow the frames behind it, and
-# is registered as a module, since dataclasses look it up.
+# "s": source) is read unbuffered and exactly, since a buffered stdin would swallow the frames behind it.
 BOOTSTRAP = """\
 import sys; sys.path[:] = [p for p in sys.path if p]
-import importlib.util, marshal, os, types
+import importlib.util, marshal, os, select
 def read(n):
     data = b""
     while len(data) < n:
-        more = os.read(0, n - len(data))
+        try:
+            more = os.read(0, n - len(data))
+        except BlockingIOError:
+            select.select([0], [], [])
+            continue
         if not more: sys.exit(0)
         data += more
     return data
 magic = "".join("%02x" % byte for byte in importlib.util.MAGIC_NUMBER)
 os.write(1, ("NONCE %d %d %s\\n" % (sys.version_info[:2] + (magic,))).encode())
-name = "jupyter_exec_host"
-module = sys.modules[name] = types.ModuleType(name)
-kind, program = read(1), read(int(read(8)))
-exec(marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec>", "exec"), module.__dict__)
-module.host_main()
+module = {"__name__": "jupyter_exec_host"}
+kind, size = read(1), read(8)
+program = read(int(size))
+exec(marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec>", "exec"), module)
+module["MAIN"](kind + size + program)
 """
 
-# A process that has imported ipykernel and more, and forks a kernel for each order: a datagram on its stdin, with the
-# kernel's stderr as a descriptor. It never has a thread, a socket of ZeroMQ or a secret, for all kernels would
-# have it too. The kernel's parent is not this process but the host, which adopts what a dying process leaves.
-FORK_SERVER = """\
-import sys; sys.path[:] = [p for p in sys.path if p]
-import contextlib, ctypes, gc, importlib, json, os, signal, site, socket, struct, threading, time, warnings
-host, lean, preload = os.getppid(), json.loads(sys.argv[2]), json.loads(sys.argv[3])
-if host != int(os.environ["JPY_PARENT_PID"]):
-    sys.exit("This Python was started through another process, and cannot be a fork server.")
-libc = ctypes.CDLL(None)
-libc.getenv.restype = ctypes.c_void_p
-libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no kernel can write into what the next one begins with
-channel, null = socket.socket(fileno=os.dup(0)), os.open(os.devnull, os.O_RDONLY)
-os.dup2(null, 0)
-os.close(null)
-def changes(places):
-    return [os.stat(place).st_mtime_ns if os.path.exists(place) else 0 for place in places]
-places = [*site.getsitepackages(), site.getusersitepackages()]
-known = changes(places)
-os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does, before preload
-if lean:
-    sys.modules["debugpy"] = None  # a fifth of a kernel's start; a cell can import it
-for name in [  # what ipykernel imports while a kernel starts
-    "IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect", "IPython.extensions.storemagic",
-    "encodings.idna", "faulthandler", "ipykernel.debugger", "tornado.platform.asyncio", "tornado.queues",
-]:
-    with contextlib.suppress(ImportError):
-        importlib.import_module(name)
-from ipykernel.kernelapp import IPKernelApp
-if lean:
-    del sys.modules["debugpy"]
-own = os.path.join(os.getcwd(), "")
-sys.path.append(own)
-for name in preload:
-    try:
-        importlib.import_module(name)
-    except BaseException as error:
-        sys.exit("preload: %s cannot be imported. %s: %s" % (name, type(error).__name__, error))
-sys.path.remove(own)
-if threading.active_count() > 1:
-    sys.exit("There are threads at the start, which no fork would have (use preload=None): %s" % threading.enumerate())
-files = [getattr(sys.modules.get(name), "__file__", None) or "" for name in preload]
-known += changes(files)
-gc.collect()
-getattr(gc, "freeze", int)()
-forks = 0
-while True:
-    if not channel.recv(1, socket.MSG_PEEK):
-        sys.exit()
-    if forks and changes(places + files) != known:
-        sys.exit("Packages were installed, or a preloaded file edited.")  # a fresh process is to look at them
-    data, ancillary, _, _ = channel.recvmsg(2**18, socket.CMSG_SPACE(4))
-    kernel = json.loads(data)
-    errors, = struct.unpack("i", ancillary[0][2])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the threads of a preloaded library, which has to see to them itself
-        middle = os.fork()
-    if middle == 0:
-        middle, pid = os.getpid(), -1
-        try:
-            pid = os.fork()
-            if pid:
-                channel.send(json.dumps({"kernel": kernel["kernel"], "pid": pid}).encode())
-        finally:
-            if pid:
-                os._exit(pid < 0)
-        break
-    os.close(errors)
-    if os.waitpid(middle, 0)[1]:
-        sys.exit("No kernel could be forked: the limit of processes or memory is reached.")
-    forks += 1
-while os.getppid() == middle:  # until then this is one of the fork server's, to be killed with it
-    time.sleep(0.0005)
-os.setsid()
-os.dup2(errors, 2)
-os.close(errors)
-channel.close()
-libc.prctl(4, 1, 0, 0, 0)
-libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-if os.getppid() != host:
-    os._exit(1)
-with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-    file.write("1000")
-# The mark is written where /proc shows it: what the kernel forks, even without exec, has it too.
-ctypes.memmove(libc.getenv(b"JUPYTER_EXEC_KERNEL"), kernel["mark"].encode(), len(kernel["mark"]))
-os.environ["JUPYTER_EXEC_KERNEL"] = kernel["mark"]
-for name in ("numpy.random", "torch.random"):
-    if name in sys.modules:
-        sys.modules[name].seed()
-if "multiprocessing.process" in sys.modules:
-    sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
-sys.argv = [importlib.util.find_spec("ipykernel_launcher").origin] + kernel["argv"]
-IPKernelApp.launch_instance(parent_handle=host)
-"""
+# What ipykernel imports while a kernel starts.
+FORKED_MODULES = ["IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect", "encodings.idna"]
+FORKED_MODULES += ["IPython.extensions.storemagic", "faulthandler", "ipykernel.debugger", "ipykernel.kernelapp"]
+FORKED_MODULES += ["tornado.platform.asyncio", "tornado.queues"]
+CANNOT_FORK = 75  # exit status of a fork server that cannot be one
 _PYTHON = re.compile(r"python[0-9.]*(\.exe)?\Z")
 # What a kernel that serves a program does without: the history database and a pause after each cell. In, Out and
 # %history are there all the same.
@@ -2908,7 +2909,8 @@ def _is_ipykernel(argv: list[str]) -> bool:
 def _is_forkable(argv: list[str], spec: Json) -> bool:
     """Whether a fork server can make this kernel; an environment of its own might have to be there from the start."""
     is_launcher = _is_ipykernel(argv) and argv[1:3] == ["-m", "ipykernel_launcher"]
-    return sys.platform == "linux" and is_launcher and not spec.get("env")
+    can_order = hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "send_fds")
+    return sys.platform == "linux" and can_order and is_launcher and not spec.get("env")
 
 
 def _mark(name: str) -> str:
@@ -2916,22 +2918,73 @@ def _mark(name: str) -> str:
     return f"{os.getpid()}/{name:_<24}"
 
 
+def make_directory() -> str:
+    """Make a private directory for connection files and sockets. Raises: KernelStartFailed with what to do."""
+    import tempfile
+
+    me = _owner_of(os.getpid())
+    try:
+        # The path of a socket file may have 107 bytes (103 on macOS): a long TMPDIR is not used.
+        base = tempfile.gettempdir()
+        base = base if len(os.fsencode(base)) < 60 or os.name == "nt" else "/tmp"
+        if me:
+            _remove_forgotten(base, me)
+        return tempfile.mkdtemp(prefix=f"jx-{me}-", dir=base)
+    except OSError as error:
+        reason = f"no temporary directory can be written to, set TMPDIR to one that can ({error.strerror or error})"
+        raise KernelStartFailed([], reason) from None
+
+
+def _remove_forgotten(base: str, me: str) -> None:
+    """Remove directories whose owner was killed with its host, so that neither could."""
+    import shutil
+
+    with contextlib.suppress(OSError):
+        for name in os.listdir(base):
+            found = re.fullmatch(r"jx-((\d{1,9})\.[0-9a-f]+\.([0-9a-f]{8}))-\w+", name)
+            if found and found[3] == me[-8:] and _has_ended(int(found[2]), found[1]):
+                path = os.path.join(base, name)
+                if os.lstat(path).st_uid == os.getuid():
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _owner_of(pid: int) -> str:
+    """Name a process for good: its pid, when it started, and where that pid counts; "" if this cannot be known."""
+    import zlib
+
+    with contextlib.suppress(OSError, IndexError):
+        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        place = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"  # containers may share a directory
+        return f"{pid}.{int(start):x}.{zlib.crc32(place.encode('utf-8')):08x}"
+    return ""
+
+
+def _has_ended(pid: int, owner: str) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return _owner_of(pid) not in ("", owner)
+
+
 class HostedKernel:
     """A process that the host has started, mostly a kernel, and what it knows of it."""
 
-    def __init__(self, name: str, slot: str, pid: int, errors: IO[bytes] | None) -> None:
+    def __init__(self, name: str, slot: str, argv: list[str], env: dict[str, str]) -> None:
         self.name = name  # of this process
         self.slot = slot  # of the kernel, restarts included
-        self.pid = pid  # 0: not yet forked
-        self.errors = errors  # its stderr
-        self.stderr = bytearray()  # the end of what came from there
-        self.process: subprocess.Popen[Any] | None = None  # None: forked,
-        self.fork_server = ""  # by that of this interpreter,
-        self.ordered_at = time.monotonic()  # then
-        self.unborn = ""  # why it never was: "passing" is what does not hold for the next try, or "preload"
+        self.argv, self.env = argv, env
+        self.pid = 0  # not yet forked
+        self.stderr: Tail | None = None
+        self.process: subprocess.Popen[Any] | None = None  # None: forked
+        self.preload: list[str] | None = None  # for the fork server that makes it; None: launched
+        self.lean = False
+        self.preload_failed = False  # and so it never was
         self.exit_code: int | None = None
         self.event = 0  # that interrupts it on Windows
         self.files: list[str] = []  # to be removed at its end
+        self.loss_told = False  # to the client, of the output that is being dropped
+        self.hurries = False  # its output is dropped unless the link is free
         self.sockets: dict[str, Any] = {}  # of a relayed kernel
         self.readers: dict[str, SocketReader] = {}
 
@@ -2942,18 +2995,21 @@ class ForkServer:
     def __init__(self, channel: socket.socket, preload: list[str]) -> None:
         self.channel = channel
         self.preload = preload
-        self.proven = False  # has forked
+        self.ordered = self.forked = 0  # kernels
 
 
 class KernelHost:
     """Serves control requests, watches kernels and relays their messages until the pipe closes."""
 
-    def __init__(self, loop: Loop, stream: Stream, directory: str) -> None:
+    def __init__(self, loop: Loop, stream: Stream, directory: str, program: bytes) -> None:
         self._loop = loop
         self._directory = directory
+        self._program = program  # this module, as it came
         self._kernels: dict[str, HostedKernel] = {}
         self._fork_servers: dict[str, ForkServer] = {}  # by interpreter
+        self._serial = itertools.count()
         self._unforkable: set[str] = set()  # interpreters that cannot be one
+        self.adopts = False  # what a dying process leaves: a forked kernel needs it
         self._context: Any = None
         self._oom_kills = _oom_kills()
         self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
@@ -2991,7 +3047,7 @@ class KernelHost:
             answer = {"id": request["id"], "error": error.__class__.__name__, "data": vars(error)}
         except Exception as error:  # ours, or a nonsensical environment: the client shall see it
             answer = {"id": request["id"], "error": "JupyterExecError", "data": f"{error.__class__.__name__}: {error}"}
-        self._pipe.send([b"", dump_json(answer)], urgent=True)  # output of all kernels may be queued, on a slow link
+        self._pipe.send([b"", dump_json(answer)])
 
     def _on_kernelspecs(self, request: Json) -> Json:
         return find_kernelspecs(os.environ, request["own_python3"])
@@ -2999,6 +3055,12 @@ class KernelHost:
     def _on_start(self, request: Json) -> Json:
         """Launch a kernel in a slot; the kernel that had the slot is killed, its connection file rewritten."""
         spec = self._spec(request)
+        try:
+            os.getcwd()
+        except OSError:
+            raise KernelStartFailed(
+                spec["argv"], "the working directory was removed: make a server in another"
+            ) from None
         if request["relay"]:
             self._open_context()
         for old in [kernel for kernel in self._kernels.values() if kernel.slot == request["slot"]]:
@@ -3010,12 +3072,11 @@ class KernelHost:
             connection = self._connection(request, argv, ports)
             write_private(path, connection.to_json())
             ports.close()  # as late as can be
-            if request["preload"] is not None and argv[0] not in self._unforkable and _is_forkable(argv, spec):
-                kernel = self._fork(argv, request)
-            else:
-                kernel = self._launch(argv, spec, request["kernel"], request["slot"])
+            kernel = self._new_kernel(request["kernel"], request["slot"], argv, spec)
+            if self.adopts and _is_forkable(argv, spec):
+                kernel.preload, kernel.lean = request["preload"], request["lean"]
+            self._begin(kernel)
         kernel.files = [path, *_ipc_files(connection)]
-        self._watch(kernel)
         if request["relay"]:
             self._open_relay(kernel, connection, request["identity"])
         return {
@@ -3048,8 +3109,8 @@ class KernelHost:
         addresses: Json = {"ip": ip, "transport": transport, **dict(zip(names, ports, strict=True))}
         return KernelConnection(**addresses, key=request["key"], kernel_name=request["kernel_name"])
 
-    def _environment(self, argv: list[str], spec: Json) -> dict[str, str]:
-        env = dict(os.environ, JPY_PARENT_PID=str(os.getpid()))
+    def _new_kernel(self, name: str, slot: str, argv: list[str], spec: Json) -> HostedKernel:
+        env = dict(os.environ, JPY_PARENT_PID=str(os.getpid())) | {_MARKER: _mark(name)}
         env.pop("PYTHONEXECUTABLE", None)  # macOS: it would override the kernel's own idea of its interpreter
         extra = spec.get("env") if isinstance(spec.get("env"), dict) else {}
         env |= {key: string.Template(str(value)).safe_substitute(os.environ) for key, value in (extra or {}).items()}
@@ -3060,65 +3121,97 @@ class KernelHost:
         if _is_ipykernel(argv) and os.path.exists(os.path.join(os.path.dirname(argv[0]), os.pardir, "pyvenv.cfg")):
             # As if it were activated: `!pip` and `!python` are to be those of the kernel.
             env["PATH"] = os.pathsep.join((os.path.dirname(argv[0]), env.get("PATH", os.defpath)))
-        return env
+        return HostedKernel(name, slot, argv, env)
 
-    def _launch(
-        self, argv: list[str], spec: Json, name: str, slot: str, own: Json | None = None, stdin: Any = None
-    ) -> HostedKernel:
-        """Start a process of its own; `own` is environment that is taken as it is."""
+    def _begin(self, kernel: HostedKernel) -> None:
+        """Have the kernel forked if that can be, else launch it, and watch it."""
+        if kernel.preload is None or kernel.argv[0] in self._unforkable:
+            kernel.preload = None
+            self._launch(kernel)
+        else:
+            self._fork(kernel, kernel.preload)
+        self._watch(kernel)
+
+    def _launch(self, kernel: HostedKernel, stdin: Any = None, pass_fds: Sequence[int] = ()) -> None:
+        """Start it as a process of its own."""
         import subprocess
 
-        env = self._environment(argv, spec) | {_MARKER: _mark(name), **(own or {})}
-        event = 0
         # stdout goes nowhere: a pipe that nobody reads stops the kernel after 64 KB of a subprocess's output.
-        options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        stderr = kernel.stderr = Tail()
+        options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr.writer}
         if os.name == "nt":
-            event = _windows_event()
-            env |= {"JPY_INTERRUPT_EVENT": str(event), "IPY_INTERRUPT_EVENT": str(event)}
-            options |= {"close_fds": False, "stderr": subprocess.DEVNULL}
+            kernel.event = _windows_event()
+            kernel.env |= {"JPY_INTERRUPT_EVENT": str(kernel.event), "IPY_INTERRUPT_EVENT": str(kernel.event)}
+            options |= {"close_fds": False}
         elif sys.platform == "linux":
             # If this host is killed, its kernels go too. Safe: the host has one thread of Python.
             options["preexec_fn"] = functools.partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)
+        options |= {"pass_fds": pass_fds} if pass_fds else {}
+        argv, env = kernel.argv, kernel.env
         try:
             process: subprocess.Popen[Any] = subprocess.Popen(argv, env=env, start_new_session=True, **options)
         except OSError as error:
+            stderr.close()
             raise KernelStartFailed(argv, f"{error.strerror}: {error.filename}") from None
+        finally:
+            os.close(stderr.writer)
         with contextlib.suppress(OSError):  # if memory runs out, kernels are to go, and this host to tell of it
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-        kernel = HostedKernel(name, slot, process.pid, process.stderr)
-        kernel.process, kernel.event = process, event
-        return kernel
+        kernel.process, kernel.pid = process, process.pid
 
-    def _fork(self, argv: list[str], request: Json) -> HostedKernel:
-        """Order a kernel from the fork server of this interpreter; its pid comes with the answer."""
-        if not (server := self._fork_servers.get(argv[0])):
-            server = self._start_fork_server(argv[0], request["lean"], request["preload"])
-        read_fd, write_fd = os.pipe()
-        errors = open(read_fd, "rb", buffering=0)  # noqa: SIM115 - lives as long as the kernel
-        kernel = HostedKernel(request["kernel"], request["slot"], 0, errors)
-        kernel.fork_server = argv[0]
-        order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": argv[3:]}
-        with contextlib.suppress(OSError):  # it has ended: that is reported of this kernel too
-            socket.send_fds(server.channel, [dump_json(order)], [write_fd])
-        os.close(write_fd)
-        return kernel
+    def _fork(self, kernel: HostedKernel, preload: list[str]) -> None:
+        """Order a kernel from the fork server of its interpreter; its pid comes with the answer."""
+        python = kernel.argv[0]
+        if not (server := self._fork_servers.get(python)):
+            server = self._start_fork_server(kernel, preload)
+        kernel.stderr = Tail()
+        order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": kernel.argv[3:]}
+        with contextlib.suppress(OSError):  # it has ended: what it leaves undone is begun anew
+            socket.send_fds(server.channel, [dump_json(order)], [kernel.stderr.writer])
+        os.close(kernel.stderr.writer)
+        server.ordered += 1
+        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, server.ordered))
 
-    def _start_fork_server(self, python: str, lean: bool, preload: list[str]) -> ForkServer:
+    def _start_fork_server(self, kernel: HostedKernel, preload: list[str]) -> ForkServer:
+        import tempfile
+
+        python, main = kernel.argv[0], BOOTSTRAP.replace("NONCE", "-").replace("MAIN", "fork_server_main")
+        # Another Python could not read this module's code, and fork none of its kernels.
+        check = (
+            f"import sys; sys.implementation.cache_tag == {sys.implementation.cache_tag!r} or sys.exit({CANNOT_FORK})"
+        )
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.send(FORK_SERVER.encode("utf-8"))
-        with theirs:
-            # Not in a file, which a kernel could exchange; `ps` shows these words of it and its kernels.
-            argv = [python, "-c", "import os; exec(os.read(0, 65536))", "ipykernel-fork-server"]
-            argv += [json.dumps(lean), json.dumps(preload)]
+        # The program has no name by which a kernel could exchange it; `ps` shows the word behind it.
+        with theirs, tempfile.TemporaryFile(dir=self._directory, buffering=0) as program:
+            program.write(self._program)
+            program.seek(0)
+            options = json.dumps([theirs.fileno(), kernel.lean, preload])
+            argv = [python, "-c", f"{check}\n{main}", "ipykernel-fork-server", options]
+            process = HostedKernel(
+                python, python, argv, kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
+            )
             try:
-                self._watch(self._launch(argv, {}, python, python, {_MARKER: _mark("fork-server")}, theirs))
+                self._launch(process, program, [theirs.fileno()])
             except KernelStartFailed:
                 ours.close()
                 raise
+        self._watch(process)
         ours.setblocking(False)
         server = self._fork_servers[python] = ForkServer(ours, preload)
         self._loop.on_readable(ours.fileno(), functools.partial(self._read_pids, server))
         return server
+
+    def _check_order(self, python: str, server: ForkServer, number: int) -> None:
+        """Kill a fork server that has forked kernels, but not this one in time, and launch what it was to fork."""
+        if self._fork_servers.get(python) is not server or server.forked >= number:
+            return
+        if not server.forked:  # it is still at its preload, which may take long
+            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, number))
+            return
+        for kernel in self._kernels.values():
+            if not kernel.pid and kernel.argv[0] == python:
+                kernel.preload = None
+        _kill_all([self._kernels[python].pid])
 
     def _read_pids(self, server: ForkServer) -> None:
         while True:
@@ -3132,7 +3225,7 @@ class KernelHost:
                 self._loop.on_readable(server.channel.fileno(), None)
                 return
             born = json_object(answer, "answer of a fork server")
-            server.proven = True
+            server.forked += 1
             if kernel := self._kernels.get(born["kernel"]):
                 kernel.pid = born["pid"]
             else:  # it was given up before it was born
@@ -3140,19 +3233,8 @@ class KernelHost:
 
     def _watch(self, kernel: HostedKernel) -> None:
         self._kernels[kernel.name] = kernel
-        if kernel.errors:
-            os.set_blocking(kernel.errors.fileno(), False)
-            self._loop.on_readable(kernel.errors.fileno(), functools.partial(self._read_stderr, kernel))
-
-    def _read_stderr(self, kernel: HostedKernel) -> None:
-        if not kernel.errors:
-            return
-        descriptor = kernel.errors.fileno()
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(descriptor, 65536):
-                kernel.stderr += data
-                del kernel.stderr[:-STDERR_TAIL]
-            self._loop.on_readable(descriptor, None)
+        if kernel.stderr:
+            kernel.stderr.watch(self._loop)
 
     def _open_context(self) -> None:
         try:
@@ -3164,17 +3246,48 @@ class KernelHost:
     def _open_relay(self, kernel: HostedKernel, connection: KernelConnection, identity: str) -> None:
         kernel.sockets = open_sockets(self._context, connection, identity.encode("ascii"))
         for channel, sock in kernel.sockets.items():
-            address = f"{kernel.name}/{channel}".encode("ascii")
-            kernel.readers[channel] = SocketReader(self._loop, sock, functools.partial(self._relay, address))
+            deliver = functools.partial(self._relay, kernel, channel)
+            kernel.readers[channel] = SocketReader(self._loop, sock, deliver)
 
-    def _relay(self, address: bytes, parts: list[bytes]) -> None:
-        self._pipe.send([address, *parts])
+    def _relay(self, kernel: HostedKernel, channel: str, parts: list[bytes]) -> None:
+        parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
+        waiting, is_large = self._pipe.outbox.waiting, sum(map(len, parts)) > RELAY_PIECE
+        may_be_lost = (waiting > 0 or is_large) and channel == "iopub" and _may_be_lost(parts)
+        kernel.hurries = kernel.hurries and channel != "shell"
+        if may_be_lost and (waiting > RELAY_LIMIT or (kernel.hurries and (waiting or is_large))):
+            self._tell_loss(kernel)
+            return
+        kernel.loss_told = kernel.loss_told and not may_be_lost
+        if not is_large:
+            self._pipe.send(parts, kernel.name, may_be_lost)
+            return
+        data = PipeCodec.encode(parts)
+        for start in range(0, len(data), RELAY_PIECE):
+            piece = data[start : start + RELAY_PIECE]
+            self._pipe.send([f"+{kernel.name}".encode("ascii"), piece], kernel.name, may_be_lost)
+
+    def _tell_loss(self, kernel: HostedKernel) -> None:
+        if not kernel.loss_told:
+            kernel.loss_told = True
+            self._pipe.send([b"", dump_json({"event": "loss", "kernel": kernel.name})], kernel.name)
+
+    def _hurry(self, name: str) -> None:
+        """Let the end of a kernel's cell overtake the output that waits for a slow link."""
+        if self._pipe.outbox.drop_old(name):
+            kernel = self._kernels.get(name)
+            if kernel:
+                kernel.hurries = True  # until the cell's reply
+                kernel.loss_told = False
+                self._tell_loss(kernel)
 
     def _on_spawn(self, request: Json) -> None:
         """Run a program that is no kernel, such as a gateway, under the same watch."""
-        self._watch(self._launch(request["argv"], {}, request["kernel"], request["kernel"], request["env"]))
+        kernel = self._new_kernel(request["kernel"], request["kernel"], request["argv"], {})
+        kernel.env |= request["env"]
+        self._begin(kernel)
 
     def _on_interrupt(self, request: Json) -> None:
+        self._hurry(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
             if os.name == "nt":
                 _windows_kernel32().SetEvent(kernel.event)
@@ -3185,11 +3298,9 @@ class KernelHost:
                         os.killpg(kernel.pid, signal.SIGINT)
 
     def _on_kill(self, request: Json) -> None:
+        self._hurry(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
             if not kernel.pid:
-                server = self._fork_servers.get(kernel.fork_server)
-                if server and server.proven and time.monotonic() - kernel.ordered_at > FORK_TIMEOUT:  # it hangs
-                    _kill_all([self._kernels[kernel.fork_server].pid])
                 self._report_exit(kernel)
             elif os.name == "nt":
                 assert kernel.process
@@ -3218,35 +3329,39 @@ class KernelHost:
                 self._end_fork_server(kernel, server)
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
-            event["unborn"] = kernel.unborn
-            event["stderr"] = kernel.stderr.decode("utf-8", "replace")
+            event["preload_failed"] = kernel.preload_failed
+            event["stderr"] = str(kernel.stderr or "")
             oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
             event["out_of_memory"] = self._oom_kills > oom_kills
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
-            self._pipe.send([b"", dump_json(event)])
+            self._pipe.send([b"", dump_json(event)], kernel.name)
 
     def _end_fork_server(self, process: HostedKernel, server: ForkServer) -> None:
-        """Report what it has not yet forked as ended like it. Its other kernels live on."""
+        """Begin anew what it has not yet forked, unless its preload is at fault. Its other kernels live on."""
         self._read_pids(server)
         self._loop.on_readable(server.channel.fileno(), None)
         server.channel.close()
-        if not server.proven and not server.preload:
+        if not server.forked and (process.exit_code == CANNOT_FORK or not server.preload):
             self._unforkable.add(process.name)
         for kernel in list(self._kernels.values()):
-            if not kernel.pid and kernel.fork_server == process.name:
-                kernel.exit_code, kernel.stderr = process.exit_code, process.stderr
-                # Tried again, it is forked by a new one, or launched.
-                kernel.unborn = "passing" if server.proven or process.name in self._unforkable else "preload"
+            if not kernel.pid and kernel.argv[0] == process.name:
+                kernel.preload_failed = not server.forked and process.name not in self._unforkable
+                if kernel.stderr:
+                    kernel.stderr.close()
+                if kernel.preload_failed:
+                    kernel.exit_code, kernel.stderr = process.exit_code, process.stderr
+                else:
+                    with contextlib.suppress(KernelStartFailed):
+                        self._begin(kernel)
+                        continue
                 self._report_exit(kernel)
 
     def _end(self, kernel: HostedKernel) -> None:
         """Free what belongs to a kernel, dead or not."""
         if kernel.pid:
-            _kill_family(kernel, f"\0{_MARKER}={_mark(kernel.name)}\0".encode())
-        if kernel.errors:
-            self._read_stderr(kernel)
-            self._loop.on_readable(kernel.errors.fileno(), None)
-            kernel.errors.close()
+            _kill_family(kernel, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())
+        if kernel.stderr:
+            kernel.stderr.close()
         for sock in kernel.sockets.values():
             self._loop.on_readable(sock.fd, None)
             sock.close()
@@ -3262,6 +3377,15 @@ class KernelHost:
         "interrupt": _on_interrupt,
         "kill": _on_kill,
     }
+
+
+def _may_be_lost(parts: list[bytes]) -> bool:
+    """Whether a message of iopub is output, which a slow link may lose: not a status, an error or a welcome."""
+    with contextlib.suppress(ValueError, IndexError, ProtocolError):
+        header = json_object(parts[parts.index(DELIMITER) + 2][:2000], "header")
+        needed = header.get("msg_type") in ("status", "error", "iopub_welcome", "shutdown_reply")
+        return not needed or sum(map(len, parts)) > LARGE_PART
+    return True
 
 
 def _oom_kills() -> int:
@@ -3325,9 +3449,9 @@ def _kill_all(pids: Iterable[int]) -> None:
 
 
 def _family(session: int, marker: bytes) -> Iterator[int]:
-    for entry in os.listdir("/proc") if sys.platform == "linux" else ():
+    for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if entry.isdigit():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, IndexError):
                 with open(f"/proc/{entry}/stat", "rb") as file:
                     fields_after_name = file.read().rpartition(b")")[2].split()
                 with open(f"/proc/{entry}/environ", "rb") as file:
@@ -3338,13 +3462,18 @@ def _family(session: int, marker: bytes) -> Iterator[int]:
 
 @functools.cache
 def _libc() -> Any:
-    import ctypes
+    """Return the C library, or None where Python cannot call it: built without ctypes, or linked statically."""
+    try:
+        import ctypes
 
-    return ctypes.CDLL(None)
+        return ctypes.CDLL(None)
+    except (ImportError, OSError):
+        return None
 
 
-def _prctl(option: int, value: int) -> None:
-    _libc().prctl(option, value, 0, 0, 0)
+def _prctl(option: int, value: int) -> bool:
+    """Set an attribute of this process; returns whether that was possible."""
+    return bool(_libc()) and _libc().prctl(option, value, 0, 0, 0) == 0
 
 
 def _windows_kernel32() -> Any:
@@ -3364,15 +3493,135 @@ def _windows_event() -> int:
     return int(_windows_kernel32().CreateEventA(ctypes.byref(attributes), False, False, b""))
 
 
-def host_main() -> None:
+def fork_server_main(program: bytes) -> None:
+    """Import ipykernel and what is preloaded, then fork a kernel for each order: a datagram with its stderr.
+
+    This process never has a thread, a socket of ZeroMQ or a secret, for all kernels would have it too. A kernel's
+    parent is not this process but the host, which adopts what a dying process leaves.
+    """
+    import gc
+
+    host, (descriptor, lean, preload) = os.getppid(), json.loads(sys.argv[2])
+    if host != int(os.environ["JPY_PARENT_PID"]):  # this Python was started through another process
+        sys.exit(CANNOT_FORK)
+    with open(os.devnull, "rb") as null:
+        os.dup2(null.fileno(), 0)
+    _prctl(_PR_SET_DUMPABLE, 0)  # no kernel can write into what the next one begins with
+    channel = socket.socket(fileno=descriptor)
+    channel.set_inheritable(False)
+    places = _preload(lean, preload)
+    known, forked = _changes(places), False
+    if threading.active_count() > 1:
+        sys.exit(
+            f"There are threads at the start, which no fork would have (use preload=None): {threading.enumerate()}"
+        )
+    gc.collect()
+    getattr(gc, "freeze", int)()
+    while channel.recv(1, socket.MSG_PEEK):
+        if forked and _changes(places) != known:
+            sys.exit("Packages were installed, or a preloaded file edited.")  # a fresh process is to look at them
+        data, (errors,), _, _ = socket.recv_fds(channel, 2**18, 1)
+        order = json.loads(data)
+        if middle := _fork_twice(channel, order["kernel"]):
+            channel.close()
+            _become_kernel(host, middle, errors, order)
+            return
+        os.close(errors)
+        forked = True
+
+
+def _preload(lean: bool, names: list[str]) -> list[str]:
+    """Import ipykernel and these modules; return the files and directories whose change makes them old."""
+    import importlib
+    import site
+
+    modules: dict[str, Any] = sys.modules
+    places = [*site.getsitepackages(), site.getusersitepackages()]
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does, but sooner
+    if lean:
+        modules["debugpy"] = None  # a fifth of a kernel's start; a cell can import it
+    for name in FORKED_MODULES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    if lean:
+        del modules["debugpy"]
+    own = os.path.join(os.getcwd(), "")
+    sys.path.append(own)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            sys.exit(f"preload: {name} cannot be imported. {type(error).__name__}: {error}")
+    sys.path.remove(own)
+    return places + [getattr(modules.get(name), "__file__", None) or "" for name in names]
+
+
+def _changes(places: list[str]) -> list[int]:
+    return [os.stat(place).st_mtime_ns if os.path.exists(place) else 0 for place in places]
+
+
+def _fork_twice(channel: socket.socket, name: str) -> int:
+    """Fork a child of a child, and tell its pid; return 0 here, and in it the pid of the child between."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the threads of a preloaded library, which has to see to them itself
+        middle = os.fork()
+    if middle:
+        if os.waitpid(middle, 0)[1]:
+            sys.exit("No kernel could be forked: the limit of processes or memory is reached.")
+        return 0
+    middle, pid = os.getpid(), -1
+    try:
+        pid = os.fork()
+        if pid:
+            channel.send(dump_json({"kernel": name, "pid": pid}))
+    finally:
+        if pid:
+            os._exit(pid < 0)
+    return middle
+
+
+def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
+    """In a process that was just forked: be what a launched kernel is, and run it."""
+    import ctypes
+    import importlib.util
+
+    while os.getppid() == middle:  # until then this is one of the fork server's, to be killed with it
+        time.sleep(0.0005)
+    os.setsid()
+    os.dup2(errors, 2)
+    os.close(errors)
+    _prctl(_PR_SET_DUMPABLE, 1)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != host:
+        os._exit(1)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    # The mark is written where /proc shows it: what the kernel forks, even without exec, has it too.
+    _libc().getenv.restype = ctypes.c_void_p
+    ctypes.memmove(_libc().getenv(_MARKER.encode()), order["mark"].encode(), len(order["mark"]))
+    os.environ[_MARKER] = order["mark"]
+    modules: dict[str, Any] = sys.modules
+    for name in {"numpy.random", "torch.random"} & modules.keys():
+        modules[name].seed()
+    if "multiprocessing.process" in modules:
+        modules["multiprocessing.process"].current_process().authkey = os.urandom(32)
+    launcher = importlib.util.find_spec("ipykernel_launcher")
+    sys.argv = [str(launcher and launcher.origin), *order["argv"]]
+    del modules[__name__]
+    modules["ipykernel.kernelapp"].IPKernelApp.launch_instance(parent_handle=host)
+
+
+def host_main(program: bytes) -> None:
     """Be a kernel host on stdin and stdout until the pipe closes, the parent ends or SIGTERM comes."""
     import shutil
-    import tempfile
 
     loop = Loop()
     stream = _own_stdio()
-    directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="jx-")
-    host = KernelHost(loop, stream, directory)
+    try:
+        directory = sys.argv[1] if len(sys.argv) > 1 else make_directory()
+    except KernelStartFailed as error:
+        sys.exit(str(error))
+    host = KernelHost(loop, stream, directory, program)
     signal.signal(signal.SIGINT, lambda *_: None)  # SIG_IGN would be inherited by the kernels
     signal.signal(signal.SIGTERM, lambda *_: loop.post(host.close))
     if os.name == "nt":
@@ -3381,8 +3630,11 @@ def host_main() -> None:
         signal.signal(signal.SIGHUP, lambda *_: None)
         signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
+    if hasattr(signal, "pthread_sigmask"):  # what the program has blocked is inherited, by kernels too
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # a kernel's daemonised children become ours, to be reaped
+        # A kernel's daemonised children become ours, to be reaped; forked kernels too.
+        host.adopts = _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         _prctl(_PR_SET_DUMPABLE, 0)  # code in a kernel can neither trace this process nor open its descriptors
     _watch_parent(loop, host)
     loop.run()
@@ -3401,11 +3653,11 @@ def _own_stdio() -> Stream:
 def _watch_parent(loop: Loop, host: KernelHost) -> None:
     # A forked child of the client may hold the pipe open after the client's end.
     parent = os.getppid()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            loop.on_readable(os.pidfd_open(parent), host.close)
-    elif os.name != "nt":
-        _repeat(loop, 0.5, lambda: None if os.getppid() == parent else host.close())
+    try:
+        loop.on_readable(os.pidfd_open(parent), host.close)
+    except (OSError, AttributeError):  # the Pythons of conda and uv lack it, gVisor and old Linux too, macOS anyway
+        if parent and os.name != "nt":  # a container's first process has none
+            _repeat(loop, 0.5, lambda: None if os.getppid() == parent else host.close())
 
 
 def _repeat(loop: Loop, seconds: float, job: Callable[[], None]) -> None:
@@ -3806,11 +4058,12 @@ class RemoteJupyterServer(Stoppable):
 class HostLink:
     """The client's end of the pipe to one kernel host: requests with answers, events, relayed messages."""
 
-    def __init__(self, stream: Stream, on_lost: Callable[[], str]) -> None:
-        """`on_lost()` tells, once the pipe is closed, what is known of the host's end."""
+    def __init__(self, stream: Stream, on_lost: Callable[[], str], errors: Tail | None = None) -> None:
+        """`on_lost()` tells, once the pipe is closed, what is known of the host's end; `errors` is then closed."""
         self.loop = Loop()
         self.mailboxes: dict[str, Mailbox] = {}  # of each kernel process, by its name
         self.lost: str | None = None  # why the host is gone
+        self._begun: dict[str, PipeCodec] = {}  # by kernel, a large message of which pieces have come
         self._on_lost = on_lost
         self._closing = False
         self._serial = itertools.count(1)
@@ -3818,6 +4071,9 @@ class HostLink:
         self._context: Any = None
         self._context_lock = threading.Lock()
         self._pipe = Pipe(self.loop, stream, self._on_parts, self._on_closed)
+        self._errors = errors
+        if errors:
+            errors.watch(self.loop)
         self.loop.start("jupyter_exec I/O")
 
     def context(self) -> Any:
@@ -3863,21 +4119,37 @@ class HostLink:
 
     def _on_parts(self, parts: list[bytes]) -> None:
         # Whatever stands here may come from hostile code at the other end.
+        if parts[0].startswith(b"+"):
+            kernel = parts[0][1:].decode("ascii", "replace")
+            if kernel in self.mailboxes:
+                for whole in self._begun.setdefault(kernel, PipeCodec()).feed(b"".join(parts[1:])):
+                    self._on_relayed(whole)
+            return
         if parts[0]:
-            kernel, _, channel = parts[0].decode("ascii", "replace").partition("/")
-            if (mailbox := self.mailboxes.get(kernel)) and channel in CHANNELS:
-                mailbox.put((channel, parts[1:]))
+            self._on_relayed(parts)
             return
         message = json_object(b"".join(parts[1:]), "control message")
-        if message.get("event") == "exit":
-            if mailbox := self.mailboxes.pop(str(message.get("kernel")), None):
+        kernel, event = str(message.get("kernel")), message.get("event")
+        if event in ("loss", "exit"):
+            self._begun.pop(kernel, None)
+        if event == "loss" and kernel in self.mailboxes:
+            self.mailboxes[kernel].dropped = True
+        elif event == "exit":
+            if mailbox := self.mailboxes.pop(kernel, None):
                 mailbox.put(_kernel_exit(message))
         elif isinstance(message.get("id"), int) and (then := self._answers.pop(message["id"], None)):
             self.loop.post(functools.partial(then, message))  # its failure is not the pipe's
 
+    def _on_relayed(self, parts: list[bytes]) -> None:
+        kernel, _, channel = parts[0].decode("ascii", "replace").partition("/")
+        if (mailbox := self.mailboxes.get(kernel)) and channel in CHANNELS:
+            mailbox.put((channel, parts[1:]))
+
     def _on_closed(self, reason: str) -> None:
         end = "" if self._closing else self._on_lost()
         self.lost = f"{reason}; {end}" if end else reason
+        if self._errors:
+            self._errors.close()
         self._fail_answers()
         for mailbox in list(self.mailboxes.values()):
             gone = KernelExit(cause=f"its host is gone: {self.lost}", passing=True)
@@ -3904,15 +4176,13 @@ class HostLink:
 
 def _kernel_exit(event: Json) -> KernelExit:
     code = event["exit_code"] if isinstance(event.get("exit_code"), int) else None
-    limit, cause, passing = event.get("memory_limit"), "", False
+    limit, cause = event.get("memory_limit"), ""
     if event.get("out_of_memory") and code == -9:
         has_limit = isinstance(limit, int) and 0 < limit < 2**50  # cgroup v1 says "unlimited" by a huge number
         cause = f"out of memory (limit {limit // 2**20} MB)" if has_limit and limit else "out of memory"
-    elif event.get("unborn") == "passing":
-        cause, passing = "its fork server is gone", True
-    elif event.get("unborn"):
+    elif event.get("preload_failed"):
         cause = f"the fork server ended at its preload ({describe_exit(code)})"
-    return KernelExit(code, str(event.get("stderr") or "")[-STDERR_TAIL:], cause, passing)
+    return KernelExit(code, str(event.get("stderr") or "")[-STDERR_TAIL:], cause)
 
 
 def _host_error(answer: Json) -> JupyterExecError:
@@ -3929,41 +4199,76 @@ def _host_error(answer: Json) -> JupyterExecError:
 
 
 def own_program(magic: str) -> bytes:
-    """Return this module for a host whose bytecode has that magic number, wherever it was imported from (a zip too)."""
+    """Return this module for a host whose bytecode has that magic number, wherever it was imported from.
+
+    Raises: JupyterExecError if there is only bytecode here, which that host cannot read.
+    """
     import importlib.machinery
     import importlib.util
     import marshal
 
     loader: Any = globals().get("__loader__")
     name = getattr(globals().get("__spec__"), "name", __name__)
-    kind, program = b"s", b""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        # No loader that rewrites what it loads: the host may not have what the new code wants.
-        if magic == importlib.util.MAGIC_NUMBER.hex() and type(loader) is importlib.machinery.SourceFileLoader:
-            kind, program = b"c", marshal.dumps(loader.get_code(name))
-        else:
-            program = loader.get_source(name).encode("utf-8")
-    program = program or Path(__file__).read_bytes()
-    return b"%s%08d%s" % (kind, len(program), program)
+
+    def code() -> bytes:
+        return marshal.dumps(loader.get_code(name)) if magic == importlib.util.MAGIC_NUMBER.hex() else b""
+
+    # Code first, but of no loader that rewrites what it loads: the host may not have what the new code wants.
+    ways: list[tuple[bytes, Callable[[], bytes]]] = [
+        (b"c", lambda: code() if type(loader) is importlib.machinery.SourceFileLoader else b""),
+        (b"s", lambda: loader.get_source(name).encode("utf-8")),  # a zip has it too
+        (b"s", lambda: Path(re.sub(r"\.pyc\Z", ".py", __file__)).read_bytes()),
+        (b"c", code),  # a program without sources: only .pyc, or frozen
+    ]
+    for kind, way in ways:
+        with contextlib.suppress(ImportError, OSError, AttributeError, NameError):
+            if program := way():
+                return b"%s%08d%s" % (kind, len(program), program)
+    raise JupyterExecError(
+        f"the source of {name} is not here, and its bytecode is none for that Python. Use one of version "
+        f"{sys.version_info[0]}.{sys.version_info[1]}, or ship {name.rpartition('.')[2]}.py too (PyInstaller: "
+        "--add-data, or module_collection_mode 'py')"
+    )
 
 
 class Dialogue(Stream, Protocol):
-    """A Stream that can be told how long to wait, for the time before the loop has it."""
+    """A Stream that can be told not to block, for the time before the loop has it."""
 
     def settimeout(self, seconds: float, /) -> None: ...
 
 
-def greet_host(stream: Dialogue, nonce: str) -> None:
+_Result = TypeVar("_Result")
+
+
+def _as_soon_as(
+    stream: Stream, event: int, call: Callable[[], _Result], deadline: Deadline, errors: Tail | None
+) -> _Result:
+    """Return `call()` when it does not block any more; meanwhile read the stderr, for which the command may wait."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(stream.fileno(), event)
+        if errors:
+            selector.register(errors, selectors.EVENT_READ)
+        while True:
+            with contextlib.suppress(BlockingIOError, InterruptedError):
+                return call()
+            if deadline.expired:
+                raise TimeoutError
+            for key, _ in selector.select(deadline.remaining):
+                if key.fileobj is errors and errors and not errors.read():
+                    selector.unregister(errors)
+
+
+def greet_host(stream: Dialogue, nonce: str, errors: Tail | None = None) -> None:
     """Wait for the host's greeting, among whatever else is printed there, and send the source.
 
     Raises: ConnectionClosed, ExecutionTimeout, JupyterExecError if its Python is too old.
     """
     deadline, seen = Deadline(START_TIMEOUT), b""
-    pattern = re.compile(rb"%s (\d+) (\d+) ([0-9a-f]+)\n" % nonce.encode("ascii"))
+    pattern = re.compile(rb"%s (\d{1,4}) (\d{1,4}) ([0-9a-f]{1,64})\n" % nonce.encode("ascii"))
+    stream.settimeout(0)
     try:
         while not (found := pattern.search(seen)):
-            stream.settimeout(deadline.remaining or 1e-6)
-            data = stream.recv(4096)
+            data = _as_soon_as(stream, selectors.EVENT_READ, lambda: stream.recv(4096), deadline, errors)
             if not data or len(seen) > 2**20:
                 raise ConnectionClosed(f"no Python answered{_quote(seen)}")
             seen += data
@@ -3972,13 +4277,12 @@ def greet_host(stream: Dialogue, nonce: str) -> None:
             raise JupyterExecError("its Python {}.{} is too old, 3.10 or newer is needed".format(*version))
         unsent = memoryview(own_program(found[3].decode()))
         while unsent:
-            stream.settimeout(deadline.remaining or 1e-6)
-            unsent = unsent[stream.send(unsent) :]
+            sent = _as_soon_as(stream, selectors.EVENT_WRITE, functools.partial(stream.send, unsent), deadline, errors)
+            unsent = unsent[sent:]
     except TimeoutError:
         raise ExecutionTimeout(f"no answer within {deadline.seconds:g} s{_quote(seen)}") from None
-    except ConnectionError as error:
+    except OSError as error:
         raise error if isinstance(error, ConnectionClosed) else ConnectionClosed("it ended at once") from None
-    stream.settimeout(0)
 
 
 def _quote(seen: bytes) -> str:
@@ -4248,31 +4552,32 @@ class CommandJupyterServer(HostServer):
         self._cwd = cwd
         self._env = _merged_env(env or {})
         self._process: subprocess.Popen[Any] | None = None  # the command
-        self._errors: IO[bytes] | None = None  # its stderr
 
     def _connect(self) -> HostLink:
-        import tempfile
-
-        nonce = os.urandom(16).hex()
-        errors = self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        nonce, errors = os.urandom(16).hex(), Tail()
         try:
-            command = self._command(BOOTSTRAP.replace("NONCE", nonce))
-            stream, process = _spawn(command, stderr=errors, env=self._env, cwd=self._cwd)
+            command = self._command(BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main"))
+            stream, process = _spawn(command, stderr=errors.writer, env=self._env, cwd=self._cwd)
         except OSError as error:
             errors.close()
             raise KernelStartFailed(self._argv, f"{error.strerror}: {error.filename}") from None
+        finally:
+            os.close(errors.writer)
         self._process = process
         if not self.relays:
             with contextlib.suppress(ImportError):  # needed soon; meanwhile the other Python starts
                 import zmq  # noqa: F401
         try:
-            greet_host(stream, nonce)
-        except JupyterExecError as error:
+            greet_host(stream, nonce, errors)
+        except BaseException as error:
             stream.close()
             end = _epitaph(process, errors) if isinstance(error, ConnectionClosed) else ""
+            errors.close()
             self._disconnect()
+            if not isinstance(error, JupyterExecError):  # such as Ctrl-C
+                raise
             raise KernelStartFailed(self._argv, f"{error}: {end}" if end else str(error)) from None
-        return HostLink(stream, lambda: _epitaph(process, errors))
+        return HostLink(stream, lambda: _epitaph(process, errors), errors)
 
     def _command(self, program: str) -> list[str]:
         import shlex
@@ -4289,8 +4594,6 @@ class CommandJupyterServer(HostServer):
                 self._process.kill()
                 self._process.wait()
             self._process = None
-        if self._errors:
-            self._errors.close()
 
 
 class LocalJupyterServer(CommandJupyterServer):
@@ -4324,6 +4627,13 @@ class LocalJupyterServer(CommandJupyterServer):
     ) -> None:
         implied = "direct" if ip is None and port is None and token is None else "gateway"
         cwd = None if cwd is None else os.fspath(cwd)
+        compiled = globals().get("__compiled__")  # by Nuitka
+        if not python and (
+            getattr(sys, "frozen", False) or getattr(compiled, "standalone", compiled) or not sys.executable
+        ):
+            raise ValueError(
+                "This program is frozen, it is no Python: give python=, the path of one that has ipykernel."
+            )
         options: Json = {"preload": preload, "ipython_defaults": ipython_defaults}
         super().__init__(
             [os.fspath(python or sys.executable)], env=env, cwd=cwd, transport=transport or implied, **options
@@ -4367,12 +4677,8 @@ class LocalJupyterServer(CommandJupyterServer):
         return await_server(JupyterConnectionInfo(ip, False, int(said.read_text()), self._token), check)
 
     def _connect(self) -> HostLink:
-        import tempfile
-
         self._remove_directory()
-        # The path of a socket file may have 107 bytes (103 on macOS): a long TMPDIR is not used.
-        base = tempfile.gettempdir()
-        self.directory = tempfile.mkdtemp(prefix="jx-", dir=base if len(base) < 70 or os.name == "nt" else "/tmp")
+        self.directory = make_directory()
         try:
             return super()._connect()
         except BaseException:
@@ -4423,23 +4729,15 @@ def _merged_env(changes: Mapping[str, str | None]) -> dict[str, str]:
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def _tail(file: IO[bytes]) -> str:
-    """Return the end of what a process wrote into its stderr file."""
-    with contextlib.suppress(OSError, ValueError):
-        file.seek(max(0, file.seek(0, os.SEEK_END) - STDERR_TAIL))
-        return file.read(STDERR_TAIL).decode("utf-8", "replace").strip()
-    return ""
-
-
-def _epitaph(process: subprocess.Popen[Any], errors: IO[bytes]) -> str:
+def _epitaph(process: subprocess.Popen[Any], errors: Tail) -> str:
     import subprocess
 
     try:
         code = process.wait(0.2)
     except subprocess.TimeoutExpired:
         return ""
-    tail = _tail(errors)
-    return describe_exit(code) + (f"; its stderr: {tail}" if tail else "")
+    errors.drain()
+    return describe_exit(code) + (f"; its stderr: {errors}" if str(errors) else "")
 
 
 class DockerStream(NetStream):
@@ -4598,7 +4896,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
     def _connect(self) -> HostLink:
         client = self._client = self._new_client()
         nonce = os.urandom(16).hex()
-        command = ["python3", "-c", BOOTSTRAP.replace("NONCE", nonce)]
+        command = ["python3", "-c", BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main")]
         try:
             with _engine_errors(self._image_name):
                 self._container = self._create(client, self._image(client), command)

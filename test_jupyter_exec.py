@@ -30,6 +30,7 @@ import json
 import logging
 import os
 import pickle
+import py_compile
 import random
 import re
 import shutil
@@ -253,6 +254,13 @@ def executor(server: LocalJupyterServer, tmp_path: Path) -> Iterator[JupyterCode
         yield executor
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory for socket files: the path of pytest's own is too long for them."""
+    with tempfile.TemporaryDirectory(prefix="t") as path:
+        yield Path(path)
+
+
 def read_notebook(path: Path, as_version: int) -> Any:
     return nbformat.read(path, as_version=as_version)  # type: ignore[no-untyped-call]
 
@@ -366,6 +374,44 @@ def test_works_from_a_zip_file(tmp_path: Path) -> None:
             archive.write(MODULE, f"pkg/_vendor/{name}")
     result = run_python(VENDORED, str(tmp_path / "code.zip"))
     assert (result.stdout, result.stderr) == ("42\n42\n", "")
+
+
+BY_HAND = """
+    import importlib.util, sys
+    spec = importlib.util.spec_from_file_location("by_hand", sys.argv[1])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.LocalJupyterServer() as server, module.JupyterCodeExecutor(server) as executor:
+        print(executor.execute_code_blocks([module.CodeBlock("40 + 2")]).output)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".py", ".pyc"])
+def test_a_module_that_is_loaded_by_hand_or_without_source_works(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"by_hand{suffix}"
+    shutil.copy(MODULE, path) if suffix == ".py" else py_compile.compile(str(MODULE), str(path))
+    result = run_python(BY_HAND, str(path), cwd=tmp_path)
+    assert (result.stdout, result.stderr) == ("42\n", "")
+
+
+def test_bytecode_that_the_host_cannot_read_is_not_sent(tmp_path: Path) -> None:
+    py_compile.compile(str(MODULE), str(tmp_path / "by_hand.pyc"))
+    program = BY_HAND.replace("    with", "    print(module.own_program('00'))\n    with")
+    result = run_python(program, str(tmp_path / "by_hand.pyc"), cwd=tmp_path)
+    assert "the source of by_hand is not here" in result.stderr
+    assert "ship by_hand.py too" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"), [(sys, "frozen", True), (jupyter_exec, "__compiled__", 1), (sys, "executable", "")]
+)
+def test_a_frozen_program_has_to_name_a_python(where: Any, name: str, value: Any, monkeypatch: Any) -> None:
+    python = sys.executable
+    monkeypatch.setattr(where, name, value, raising=False)
+    with pytest.raises(ValueError, match="This program is frozen"):
+        LocalJupyterServer()
+    with LocalJupyterServer(python=python) as server:
+        assert "python3" in server.kernelspecs()
 
 
 def test_working_directory_cannot_shadow_the_standard_library(tmp_path: Path) -> None:
@@ -1602,6 +1648,50 @@ def test_pipe_carries_more_than_the_kernel_buffers(loop: jupyter_exec.Loop, pipe
     assert read == [parts, [b"second"]]
 
 
+def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+
+    class Full:
+        free = 1
+
+        def fileno(self) -> int:
+            return pipe[1]
+
+        def send(self, data: memoryview) -> int:
+            if not self.free:
+                raise BlockingIOError
+            self.free -= 1
+            sent.append(bytes(data).decode())
+            return len(data)
+
+    pipe = os.pipe()
+    stream: Any = Full()
+    outbox = jupyter_exec.Outbox(loop, stream, sent.append)
+    done = threading.Event()
+
+    def test() -> None:
+        for data, may_be_lost in {"a0": True, "a1": True, "a2": True, "a3": True, "a4": False, "b1": True}.items():
+            outbox.send(data.encode(), data[0], may_be_lost)
+        outbox.send(b"control")
+        assert outbox.waiting == 15  # without a1, which is begun
+        stream.free = 2
+        outbox._write()
+        assert not outbox.drop_old("a")
+        monkeypatch.setattr(jupyter_exec, "SLOW_LINK", 0.0)
+        assert outbox.drop_old("a")
+        assert not outbox.drop_old("a")
+        stream.free = 9
+        outbox._write()
+        outbox.close()
+        done.set()
+
+    loop.post(test)
+    assert done.wait(PATIENCE)
+    assert (sent, outbox.waiting) == (["a0", "a1", "control", "a2", "b1", "a4"], 0)
+    for end in pipe:
+        os.close(end)
+
+
 @pytest.mark.parametrize("garbage", [b"Segmentation fault\n", b"JX\0\1\xff\xff\xff\xff"])
 def test_pipe_gives_up_on_garbage(pipe_end: PipeEnd, garbage: bytes) -> None:
     pipe_end.socket.sendall(jupyter_exec.PipeCodec.encode([b"good"]) + garbage)
@@ -2050,6 +2140,17 @@ def test_a_kernelspec_that_wants_a_provisioner_is_refused(kernels_dir: Path) -> 
             JupyterCodeExecutor(server, "yarn")
 
 
+def test_signals_that_the_program_has_blocked_reach_its_kernels() -> None:
+    program = """
+        import signal, jupyter_exec
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGCHLD, signal.SIGTERM})
+        with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:
+            print(executor.execute("while True: pass", timeout=0.3).kernel_state)
+            print(executor.execute("import os; os._exit(3)", timeout=5).kernel_state)
+    """
+    assert run_python(program).stdout == "intact\nlost\n"
+
+
 @pytest.fixture(scope="session")
 def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Python without ipykernel and pyzmq."""
@@ -2084,6 +2185,31 @@ def test_a_command_that_is_no_python_is_reported(argv: list[str], says: str) -> 
     with CommandJupyterServer(argv) as server, pytest.raises(KernelStartFailed) as caught:
         JupyterCodeExecutor(server)
     assert re.search(says, str(caught.value), re.DOTALL)
+
+
+CHATTY = """
+import os, subprocess, sys, threading
+def chatter():
+    while True:
+        os.write(2, b"chatter " * 8000)
+threading.Thread(target=chatter, daemon=True).start()
+os.write(2, b"x" * 2**20)
+sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))
+"""
+
+
+def test_of_the_stderr_of_a_command_only_the_end_is_kept(short_path: Path) -> None:
+    with CommandJupyterServer([sys.executable, "-c", CHATTY], env={"TMPDIR": str(short_path)}) as server:
+        with JupyterCodeExecutor(server) as executor:
+            assert run(executor, "print(len('x' * 10**6))").output == "1000000\n"
+        assert server._process
+        assert not [
+            file for file in Path(f"/proc/{server._process.pid}/fd").iterdir() if "deleted" in os.readlink(file)
+        ]
+        link = server.link()
+        server._process.kill()
+        eventually(lambda: link.lost, "the end of the command")
+        assert re.search("its stderr: [chater ]{1000,4200}$", link.lost or "")
 
 
 def test_a_python_that_is_too_old_is_reported(tmp_path: Path) -> None:
@@ -2171,8 +2297,32 @@ def test_nothing_outlives_a_client_and_a_host_that_are_killed_at_once(tmp_path: 
     eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
 
 
-@pytest.mark.parametrize("fork", ["os.fork()", "ctypes.PyDLL(None).fork()"])  # the second runs no hooks of Python
-def test_a_forked_child_of_the_client_does_not_keep_the_kernels(tmp_path: Path, fork: str) -> None:
+# What some builds of Python lack, and some sandboxes; the far end's own Python only, not the kernel's.
+POOR_PYTHON = """
+import os, random, signal, socket, sys  # random needs register_at_fork
+if "ipykernel_launcher" not in sys.orig_argv:
+    for module in (os, signal, socket):
+        for name in os.environ["LACKS"].split():
+            if hasattr(module, name):
+                delattr(module, name)
+            if name == "ctypes":
+                sys.modules["ctypes"] = None
+            if name == "/proc":
+                for function in ("listdir", "open", "stat"):
+                    def without(path, *rest, real=getattr(os, function), **options):
+                        if str(path).startswith("/proc"):
+                            raise FileNotFoundError(2, "No such file or directory", path)
+                        return real(path, *rest, **options)
+                    setattr(os, function, without)
+"""
+LACKS = "pidfd_open memfd_create pthread_sigmask SOCK_SEQPACKET send_fds recv_fds TCP_QUICKACK ctypes /proc"
+
+
+# The second fork runs no hooks of Python.
+@pytest.mark.parametrize("fork", ["os.fork()", "ctypes.PyDLL(None).fork()"])
+@pytest.mark.parametrize("lacks", ["", "register_at_fork", "pidfd_open register_at_fork"])
+def test_a_forked_child_of_the_client_does_not_keep_the_kernels(lacks: str, fork: str, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(POOR_PYTHON)
     marker = f"mark-{time.time_ns()}"
     program = """
         import ctypes, os, sys, time, warnings, jupyter_exec
@@ -2188,13 +2338,28 @@ def test_a_forked_child_of_the_client_does_not_keep_the_kernels(tmp_path: Path, 
         time.sleep(30)
     """
     command = [sys.executable, "-c", textwrap.dedent(program), marker, fork]
-    environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{MODULE.parent}", "TMPDIR": str(tmp_path), "LACKS": lacks}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as client:
         assert client.stdout
         assert client.stdout.readline() == b"ready\n"
         client.kill()
         eventually(lambda: not marked_processes(f"MARK={marker}"), "every kernel is gone")
         os.killpg(client.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("lacks", "relay"), [("pidfd_open memfd_create", False), (LACKS, True)])
+def test_a_python_that_lacks_much_has_kernels(lacks: str, relay: bool, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(POOR_PYTHON)
+    env = {"PYTHONPATH": str(tmp_path), "LACKS": lacks}
+    with CommandJupyterServer([sys.executable], env=env) if relay else LocalJupyterServer(env=env) as server:
+        with JupyterCodeExecutor(server) as executor:
+            assert run(executor, "x = 1", "x").output == "\n1"
+            assert is_forked(executor) == (lacks != LACKS)
+            assert executor.execute("while True: pass", timeout=0.3).kernel_state == "intact"
+            assert "signal 9" in run(executor, "import os; os.kill(os.getpid(), 9)").output
+            assert run(executor, "2").output == "2"
+            executor.restart()
+            assert run(executor, "3").output == "3"
 
 
 def test_children_that_left_the_session_die_with_their_kernel(server: LocalJupyterServer, tmp_path: Path) -> None:
@@ -2388,16 +2553,25 @@ def test_a_restarted_kernel_sees_an_edited_module_that_was_preloaded(tmp_path: P
         assert run(executor, "import mine; mine.x").output == "'edited'"
 
 
-def test_a_fork_server_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def patch_host(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    """Have hosts run the module with a change in its source."""
+    source = MODULE.read_bytes()
+    assert source.count(old.encode()) == 1
+    source = source.replace(old.encode(), new.encode())
+    monkeypatch.setattr(jupyter_exec, "own_program", lambda magic: b"s%08d%s" % (len(source), source))
+
+
+def test_a_fork_server_that_hangs_is_replaced_by_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_host(monkeypatch, "FORK_TIMEOUT = 2.0", "FORK_TIMEOUT = 0.3")
     with LocalJupyterServer(preload=[]) as server, JupyterCodeExecutor(server) as one:
         run(one, "x = 1")
+        eventually(lambda: fork_server_of(server), "a fork server")
         os.kill(fork_server_of(server), signal.SIGSTOP)
-        with monkeypatch.context() as patch:
-            patch.setattr(jupyter_exec, "START_TIMEOUT", jupyter_exec.FORK_TIMEOUT + 0.5)
-            with JupyterCodeExecutor(server) as two:
-                assert "no answer within 2.5 s" in run(two, "1").output
-        with JupyterCodeExecutor(server) as three:
-            assert run(three, "1").output == "1"
+        with JupyterCodeExecutor(server) as two, JupyterCodeExecutor(server) as three:
+            assert run(two, "1").output == run(three, "1").output == "1"
+            assert not is_forked(two)
+        with JupyterCodeExecutor(server) as four:
+            assert is_forked(four)
         assert run(one, "x").output == "1"
 
 
@@ -2423,9 +2597,16 @@ def test_a_python_that_cannot_fork_kernels_launches_them(tmp_path: Path) -> None
     spec.mkdir(parents=True)
     argv = [str(wrapper), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "w", "language": "python"}))
-    with LocalJupyterServer(preload=[], env={"JUPYTER_PATH": str(tmp_path)}) as server:
-        with JupyterCodeExecutor(server, "wrapped") as executor:
-            assert not is_forked(executor)
+    for preload in ([], ["json"]):
+        with LocalJupyterServer(preload=preload, env={"JUPYTER_PATH": str(tmp_path)}) as server:
+            with JupyterCodeExecutor(server, "wrapped") as executor:
+                assert not is_forked(executor)
+
+
+def test_a_kernel_of_another_version_than_the_host_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_host(monkeypatch, "cache_tag == {sys.implementation.cache_tag!r}", "cache_tag == 'cpython-39'")
+    with LocalJupyterServer(preload=["json"]) as server, JupyterCodeExecutor(server) as executor:
+        assert not is_forked(executor)
 
 
 def test_kernels_ordered_from_a_dying_fork_server_start_all_the_same() -> None:
@@ -2544,12 +2725,71 @@ def test_a_missing_working_directory_is_refused() -> None:
         LocalJupyterServer(cwd="/no/such/directory")
 
 
-def test_a_long_tmpdir_does_not_break_socket_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("relay", [False, True])
+def test_a_long_tmpdir_does_not_break_socket_files(
+    relay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    with LocalJupyterServer() as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "1").output == "1"
+    env = {"TMPDIR": str(deep)}
+    with CommandJupyterServer([sys.executable], env=env) if relay else LocalJupyterServer(env=env) as server:
+        with JupyterCodeExecutor(server) as executor:
+            assert run(executor, "1").output == "1"
+
+
+@pytest.mark.parametrize("relay", [False, True])
+def test_no_temporary_directory_is_a_clear_error(relay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import tempfile; tempfile.tempdir = '/no/such/directory'")
+    server = CommandJupyterServer([sys.executable], env={"PYTHONPATH": str(tmp_path)})
+    if not relay:
+        monkeypatch.setattr(tempfile, "tempdir", "/no/such/directory")
+        server = LocalJupyterServer()
+    with server, pytest.raises((KernelStartFailed, ConnectionClosed), match="set TMPDIR to one that can"):
+        server.kernelspecs()
+
+
+def test_a_removed_working_directory_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    with LocalJupyterServer(cwd=tmp_path / "gone") as server:
+        server.kernelspecs()
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(KernelStartFailed, match="the working directory was removed"):
+            server.start_kernel()
+
+
+def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = """
+        import os, jupyter_exec
+        server = jupyter_exec.LocalJupyterServer()
+        server.kernelspecs()
+        for pid in (server._process.pid, os.getpid()):
+            os.kill(pid, 9)
+    """
+    run_python(program, env=os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(short_path)})
+    (left,) = short_path.iterdir()
+    pid, start, place = left.name.split("-")[1].split(".")
+    others = [f"jx-{os.getpid()}.{start}-x", f"jx-{pid}.{start}.00000000-x", "jx-abc", f"xjx-{pid}.{start}.{place}-x"]
+    others.append(f"jx-{jupyter_exec._owner_of(os.getpid())}-x")
+    for name in others:
+        (short_path / name).mkdir()
+    (short_path / f"jx-{pid}.{start}.{place}-link").symlink_to(short_path / "jx-abc")
+    (short_path / "jx-abc" / "file").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+    with LocalJupyterServer() as server:
+        server.kernelspecs()
+        names = {path.name for path in short_path.iterdir()}
+        assert left.name not in names
+        assert names >= {*others, f"jx-{pid}.{start}.{place}-link", Path(server.directory).name}
+        assert (short_path / "jx-abc" / "file").exists()
+
+
+def test_a_stdin_that_does_not_block_is_waited_for() -> None:
+    unblock = "import os, sys; os.set_blocking(0, False); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    with CommandJupyterServer([sys.executable, "-c", unblock]) as server:
+        assert "python3" in server.kernelspecs()
 
 
 def test_a_kernel_reached_only_through_the_pipe(tmp_path: Path) -> None:
@@ -3753,7 +3993,7 @@ def copy(source, target, rate):
             data = data[os.write(target, data):]
     os.close(target)
 threading.Thread(target=copy, args=(0, process.stdin.fileno(), 1e12), daemon=True).start()
-copy(process.stdout.fileno(), 1, 5e6)
+copy(process.stdout.fileno(), 1, float(os.environ["RATE"]))
 """
 
 
@@ -3763,7 +4003,8 @@ def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
     monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 1.5)
     (tmp_path / "link.py").write_text(SLOW_LINK)
     printing = threading.Event()
-    with CommandJupyterServer([sys.executable, str(tmp_path / "link.py"), sys.executable]) as server:
+    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
+    with CommandJupyterServer(argv, env={"RATE": "5e6"}) as server:
         with JupyterCodeExecutor(server) as one, ThreadPoolExecutor(1) as pool:
             code = "import sys\nfor _ in range(150_000): sys.stdout.write('x' * 99 + chr(10))"
             cell = pool.submit(one.execute, code, on_output=lambda output: printing.set())
@@ -3772,6 +4013,33 @@ def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
                 assert not cell.done()
                 assert run(two, "1").output == "1"
             assert cell.result().status == "ok"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["", "os._exit(3)", "1 / 0"])
+def test_a_flood_over_a_slow_link_is_bounded_and_its_cell_ends_in_time(end: str, tmp_path: Path) -> None:
+    (tmp_path / "link.py").write_text(SLOW_LINK)
+    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
+    flood = "while True: print('x' * 1000)" if not end else "for _ in range(20_000): print('x' * 1000)"
+    with CommandJupyterServer(argv, env={"RATE": "1e6"}) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "x = 5; import os").exit_code == 0
+        started = time.monotonic()
+        result = executor.execute(f"{flood}\n{end}", timeout=4)
+        assert time.monotonic() - started < 4 + jupyter_exec.INTERRUPT_GRACE
+        assert result.kernel_state == ("lost" if "exit" in end else "intact")
+        assert "exit" in end or run(executor, "x").output == "5"
+
+
+def test_what_a_slow_link_loses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch_host(monkeypatch, "RELAY_LIMIT = 64 * 2**20", "RELAY_LIMIT = 10**6")
+    (tmp_path / "link.py").write_text(SLOW_LINK)
+    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
+    with CommandJupyterServer(argv, env={"RATE": "5e6"}) as server, JupyterCodeExecutor(server) as executor:
+        result = executor.execute("for _ in range(100): print('x' * 10**5, flush=True)\n1 / 0")
+        assert result.error
+        assert result.error["ename"] == "ZeroDivisionError"
+        assert "lost" in result.note
+        assert "lost" not in executor.execute("print('y' * 1000)").note
 
 
 def test_kernels_through_ssh(sshd: list[str]) -> None:
