@@ -2925,33 +2925,30 @@ def make_directory() -> str:
     """Make a private directory for connection files and sockets. Raises: KernelStartFailed with what to do."""
     import tempfile
 
-    me = _owner_of(os.getpid())
     try:
         # The path of a socket file may have 107 bytes (103 on macOS): a long TMPDIR is not used.
         base = tempfile.gettempdir()
         base = base if len(os.fsencode(base)) < 60 or os.name == "nt" else "/tmp"
-        if me:
-            _remove_forgotten(base, me)
-        return tempfile.mkdtemp(prefix=f"jx-{me}-", dir=base)
+        _remove_forgotten(base)
+        return tempfile.mkdtemp(prefix=f"jx-{process_name(os.getpid())}-", dir=base)
     except OSError as error:
         reason = f"no temporary directory can be written to, set TMPDIR to one that can ({error.strerror or error})"
         raise KernelStartFailed([], reason) from None
 
 
-def _remove_forgotten(base: str, me: str) -> None:
+def _remove_forgotten(base: str) -> None:
     """Remove directories whose owner was killed with its host, so that neither could."""
     import shutil
 
     with contextlib.suppress(OSError):
         for name in os.listdir(base):
-            found = re.fullmatch(r"jx-((\d{1,9})\.[0-9a-f]+\.([0-9a-f]{8}))-\w+", name)
-            if found and found[3] == me[-8:] and _has_ended(int(found[2]), found[1]):
-                path = os.path.join(base, name)
-                if os.lstat(path).st_uid == os.getuid():
-                    shutil.rmtree(path, ignore_errors=True)
+            found = re.fullmatch(r"jx-([0-9a-f.]+)-\w+", name)
+            path = os.path.join(base, name)
+            if found and has_ended(found[1]) and os.lstat(path).st_uid == os.getuid():
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _owner_of(pid: int) -> str:
+def process_name(pid: int) -> str:
     """Name a process for good: its pid, when it started, and where that pid counts; "" if this cannot be known."""
     import zlib
 
@@ -2962,12 +2959,16 @@ def _owner_of(pid: int) -> str:
     return ""
 
 
-def _has_ended(pid: int, owner: str) -> bool:
+def has_ended(name: str) -> bool:
+    """Whether the process of that `process_name` is surely gone; False for one of another machine or container."""
+    found = re.fullmatch(r"(\d{1,9})\.[0-9a-f]+(\.[0-9a-f]{8})", name)
+    if not found or not process_name(os.getpid()).endswith(found[2]):
+        return False
     try:
-        os.kill(pid, 0)
+        os.kill(int(found[1]), 0)
     except OSError as error:
         return isinstance(error, ProcessLookupError)
-    return _owner_of(pid) not in ("", owner)
+    return process_name(int(found[1])) not in ("", name)
 
 
 class HostedKernel:
@@ -5080,7 +5081,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             "use_config_proxy": self._network != "none",  # its proxies, and the passwords in their URLs
             "environment": dict(self._env),
             "working_dir": self._work_dir,
-            "labels": {"jupyter_exec": __version__, "jupyter_exec.owner": _owner_label(os.getpid())},
+            "labels": {"jupyter_exec": __version__, "jupyter_exec.owner": process_name(os.getpid())},
             "user": user,
             # The kernel host is to be PID 1: code can neither stop it nor open its pipe, which an init before it would
             # have open too. It hears no SIGTERM either, so that `docker stop` would wait.
@@ -5165,13 +5166,6 @@ NOT_FIRST = (
 )
 
 
-def _owner_label(pid: int) -> str:
-    started = ""
-    with contextlib.suppress(OSError):  # Linux: pids are used again
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return f"{socket.gethostname()} {pid} {started}"
-
-
 def _remove_quietly(container: Any, owner: int) -> None:
     with contextlib.suppress(Exception):  # it is gone already, or the engine is
         if os.getpid() == owner:  # finalizers run in forked children too
@@ -5181,9 +5175,7 @@ def _remove_quietly(container: Any, owner: int) -> None:
 def _remove_forsaken(client: Any) -> None:
     """Remove the gateway containers of processes of this machine that are gone: nothing tells a gateway of that."""
     for container in client.containers.list(filters={"label": "jupyter_exec.forsakable"}, ignore_removed=True):
-        label = container.labels.get("jupyter_exec.owner", "")
-        host, pid = (*label.split(" "), "")[:2]
-        if host == socket.gethostname() and pid.isdigit() and label != _owner_label(int(pid)):
+        if has_ended(container.labels.get("jupyter_exec.owner", "")):
             _remove_quietly(container, os.getpid())
 
 

@@ -2772,7 +2772,7 @@ def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
     (left,) = short_path.iterdir()
     pid, start, place = left.name.split("-")[1].split(".")
     others = [f"jx-{os.getpid()}.{start}-x", f"jx-{pid}.{start}.00000000-x", "jx-abc", f"xjx-{pid}.{start}.{place}-x"]
-    others.append(f"jx-{jupyter_exec._owner_of(os.getpid())}-x")
+    others.append(f"jx-{jupyter_exec.process_name(os.getpid())}-x")
     for name in others:
         (short_path / name).mkdir()
     (short_path / f"jx-{pid}.{start}.{place}-link").symlink_to(short_path / "jx-abc")
@@ -2844,7 +2844,7 @@ def test_jupyter_client_attaches_by_our_connection_file(executor: JupyterCodeExe
 GREETING = """
 import json, os, re, sys, types
 nonce = re.search("[0-9a-f]{32}", sys.argv[-1])[0]
-os.write(1, ("%s %d %d 00\\n" % (nonce, *sys.version_info[:2])).encode())  # no bytecode in common
+os.write(1, ("%s %d %d 00 1 1\\n" % (nonce, *sys.version_info[:2])).encode())  # no bytecode in common
 def read(size):
     data = b""
     while len(data) < size:
