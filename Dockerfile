@@ -1,6 +1,7 @@
 # The image of jupyter_exec.DockerJupyterServer. Target "kernel": Python with ipykernel, enough for the direct way.
 ARG BASE_IMAGE=python:3.13-slim
 FROM ${BASE_IMAGE} AS kernel
+# Requirements of pip, one a line.
 ARG PACKAGES=""
 ENV VIRTUAL_ENV=/opt/venv \
     PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
@@ -9,7 +10,7 @@ ENV VIRTUAL_ENV=/opt/venv \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 # Any user may install into the environment and write at home: with bind_dir the user is the directory's owner.
 RUN python3 -m venv /opt/venv \
- && pip install ipykernel ${PACKAGES} \
+ && printf '%s\n' "${PACKAGES}" | pip install ipykernel -r /dev/stdin \
  && mkdir -p /home/jupyter /workspace \
  && (getent passwd 1000 || useradd --uid 1000 --home-dir /home/jupyter jupyter) \
  && chown 1000 /workspace \

@@ -100,11 +100,12 @@ GATEWAY_OPTIONS = [
     "--ZMQChannelsWebsocketConnection.limit_rate=False",
 ]
 MAX_WEBSOCKET_MESSAGE = 10 * 2**20  # bytes; tornado, below every Jupyter server, resets the connection beyond
-ENGINE_TIMEOUT = 3  # seconds for the Docker engine to answer at all
+ENGINE_TIMEOUT = 10  # seconds for the Docker engine to answer at all; asked twice
 WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as end a container
 BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
 PIDS_LIMIT = 512  # processes and threads in a container; a fork bomb ends there
-TMPFS_SIZE = "512m"  # of each temporary file system of a read-only container
+TMPFS_SIZE = "512m"  # of each temporary file system of a container
+NORMAL_USER = "1000:1000"  # as whom code runs in a container where it would be root
 LARGE_PART = 2**16  # bytes of a part of a message beyond which it is used where ZeroMQ has it, not copied
 STREAM_PIECE = 2**17  # bytes of a stream message that are parsed at a time
 MAILBOX_LIMIT = 256 * 2**20  # bytes of unread messages of a kernel beyond which stream output is dropped
@@ -2531,7 +2532,8 @@ def read(n):
         data += more
     return data
 magic = "".join("%02x" % byte for byte in importlib.util.MAGIC_NUMBER)
-os.write(1, ("NONCE %d %d %s\\n" % (sys.version_info[:2] + (magic,))).encode())
+who = (os.getpid(), getattr(os, "getuid", os.getpid)())
+os.write(1, ("NONCE %d %d %s %d %d\\n" % (sys.version_info[:2] + (magic,) + who)).encode())
 name = "jupyter_exec_host"
 module = sys.modules[name] = types.ModuleType(name)
 kind, program = read(1), read(int(read(8)))
@@ -3206,7 +3208,8 @@ def host_main() -> None:
     directory = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="jx-")
     host = KernelHost(loop, stream, directory)
     signal.signal(signal.SIGINT, lambda *_: None)  # SIG_IGN would be inherited by the kernels
-    signal.signal(signal.SIGTERM, lambda *_: loop.post(host.close))
+    if os.getpid() != 1:  # as a container's first process it would hear any cell; without a handler it hears none
+        signal.signal(signal.SIGTERM, lambda *_: loop.post(host.close))
     if os.name == "nt":
         _repeat(loop, 0.05, host.reap)
     else:
@@ -3740,13 +3743,15 @@ class Dialogue(Stream, Protocol):
     def settimeout(self, seconds: float, /) -> None: ...
 
 
-def greet_host(stream: Dialogue, nonce: str) -> None:
+def greet_host(stream: Dialogue, nonce: str) -> tuple[int, int]:
     """Wait for the host's greeting, among whatever else is printed there, and send the source.
+
+    Returns (pid, user id) of the host, as they are over there.
 
     Raises: ConnectionClosed, ExecutionTimeout, JupyterExecError if its Python is too old.
     """
     deadline, seen = Deadline(START_TIMEOUT), b""
-    pattern = re.compile(rb"%s (\d+) (\d+) ([0-9a-f]+)\n" % nonce.encode("ascii"))
+    pattern = re.compile(rb"%s (\d+) (\d+) ([0-9a-f]+) (\d{1,10}) (\d{1,10})\n" % nonce.encode("ascii"))
     try:
         while not (found := pattern.search(seen)):
             stream.settimeout(deadline.remaining or 1e-6)
@@ -3766,6 +3771,7 @@ def greet_host(stream: Dialogue, nonce: str) -> None:
     except ConnectionError as error:
         raise error if isinstance(error, ConnectionClosed) else ConnectionClosed("it ended at once") from None
     stream.settimeout(0)
+    return int(found[4]), int(found[5])
 
 
 def _quote(seen: bytes) -> str:
@@ -4274,6 +4280,8 @@ class DockerStream(NetStream):
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.raw.shutdown(socket.SHUT_RDWR)  # the response of the SDK holds the descriptor, too
+        if response := getattr(self._attached, "_response", None):
+            response.close()  # or its finalizer complains of the closed file
         self._attached.close()
         super().close()
 
@@ -4284,10 +4292,12 @@ class DockerJupyterServer(HostServer):
     The container runs as a normal user without capabilities, with `network` "bridge" or "none". The bundled image
     is built on first use from DEFAULT_DOCKERFILE, on `base_image`, with `packages` (requirements of pip) in it;
     `custom_image_name` is any image with a python3 that has ipykernel. `bind_dir`, a directory on the engine's
-    host, is mounted at `work_dir`. `docker_kwargs` are those of docker-py's containers.create: mappings and lists
-    are merged with ours, anything else replaces ours. `preload` and `ipython_defaults` are those of HostServer.
+    host, is mounted at `work_dir`; code runs as its owner, but not as root, unless `user` says so. `docker_kwargs` are
+    those of docker-py's containers.create: mappings and lists are merged with ours, anything else replaces ours; the
+    logger warns of those that open the sandbox. `preload` and `ipython_defaults` are those of HostServer.
 
-    Raises: ValueError for keywords that do not go together. A kernel's start raises SandboxError.
+    Raises: ValueError for keywords that do not go together, TypeError for unknown ones. A kernel's start raises
+    SandboxError.
     """
 
     GenerateToken = _GenerateToken
@@ -4295,6 +4305,7 @@ class DockerJupyterServer(HostServer):
 # The image of jupyter_exec.DockerJupyterServer. Target "kernel": Python with ipykernel, enough for the direct way.
 ARG BASE_IMAGE=python:3.13-slim
 FROM ${BASE_IMAGE} AS kernel
+# Requirements of pip, one a line.
 ARG PACKAGES=""
 ENV VIRTUAL_ENV=/opt/venv \\
     PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \\
@@ -4303,7 +4314,7 @@ ENV VIRTUAL_ENV=/opt/venv \\
     PIP_DISABLE_PIP_VERSION_CHECK=1
 # Any user may install into the environment and write at home: with bind_dir the user is the directory's owner.
 RUN python3 -m venv /opt/venv \\
- && pip install ipykernel ${PACKAGES} \\
+ && printf '%s\\n' "${PACKAGES}" | pip install ipykernel -r /dev/stdin \\
  && mkdir -p /home/jupyter /workspace \\
  && (getent passwd 1000 || useradd --uid 1000 --home-dir /home/jupyter jupyter) \\
  && chown 1000 /workspace \\
@@ -4358,13 +4369,21 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         super().__init__(transport or implied, preload, ipython_defaults)
         for name in sorted(self._RESERVED.keys() & docker_kwargs.keys()):
             raise ValueError(f"{name!r} is not for docker_kwargs; use {self._RESERVED[name]}.")
-        if network is not None and "network_mode" in docker_kwargs:
+        _check_keywords(docker_kwargs, DockerJupyterServer.__init__.__kwdefaults__ or {})
+        self._docker_kwargs = {name: _listed(value) for name, value in docker_kwargs.items() if value is not None}
+        if network is not None and "network_mode" in self._docker_kwargs:
             raise ValueError("Give network or network_mode, not both.")
         if custom_image_name and (packages or base_image):
             raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
-        if isinstance(packages, str):
+        if isinstance(packages, str) or not all(isinstance(package, str) for package in packages):
             raise ValueError("packages must be a list of strings.")
-        if self.transport == "gateway" and "none" in (network, docker_kwargs.get("network_mode")):
+        for package in packages:
+            if any(word.startswith("-") for word in package.split()):
+                raise ValueError(f"packages are requirements of pip; {package!r} has an option of pip.")
+        if isinstance(token, str) and not token.strip():
+            raise ValueError("An empty token would open the gateway to anybody: give one, or leave it out.")
+        self._network = network or self._docker_kwargs.get("network_mode") or "bridge"
+        if self.transport == "gateway" and self._network == "none":
             raise ValueError('A gateway cannot be reached without a network: use transport="direct".')
         self._stop_container = stop_container
         self._token = token
@@ -4373,33 +4392,40 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._auto_remove = auto_remove
         self._env = dict(docker_env or {})
         self._base_image = base_image
-        self._packages = sorted("".join(package.split()) for package in packages)  # no spaces: one word each
-        self._network = network or "bridge"
+        self._packages = sorted(" ".join(package.split()) for package in packages)  # one line each
         self._bind_dir = None if bind_dir is None else os.path.abspath(bind_dir)
         self._work_dir = work_dir
-        self._docker_kwargs = docker_kwargs
         self._client: Any = None
         self._container: Any = None
         self._ended: Any = None  # the engine's answer to "wait", when it comes
         self._exit_status: int | None = None
+        self._end_lock = threading.Lock()
+        self._pid = 0  # of the process that has started the container
+        for opening in _openings(self._docker_kwargs | {"network_mode": self._network}, self._bind_dir):
+            logger.warning("The sandbox of Docker is opened: %s", opening)
 
     def _connect(self) -> HostLink:
         client = self._client = self._new_client()
         nonce = os.urandom(16).hex()
         command = ["python3", "-c", BOOTSTRAP.replace("NONCE", nonce)]
+        stream = None
         try:
             with _engine_errors(self._image_name):
                 self._container = self._create(client, self._image(client), command)
                 stream = self._attach(client)
                 self._container.start()
         except BaseException:
+            if stream:
+                stream.close()
+            if self._ended:
+                self._ended.close()
             self._ended = None  # nothing to wait for
             if self._container:
-                _remove_quietly(self._container)
+                _remove_quietly(self._container, os.getpid())
             self._disconnect()
             raise
         try:
-            greet_host(stream, nonce)
+            pid, uid = greet_host(stream, nonce)
         except JupyterExecError as error:
             stream.close()
             end = self._epitaph() if isinstance(error, ConnectionClosed) else ""
@@ -4407,6 +4433,13 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             name, logs = self._container.name, stream.stderr.decode("utf-8", "replace")
             self._disconnect()
             raise SandboxError(reason, self._image_name, name, logs) from None
+        user = self._container.attrs["Config"]["User"]
+        if uid == 0 and "user" not in self._docker_kwargs and not _is_root(user):
+            stream.close()
+            self._disconnect()
+            raise SandboxError(f"User {user} of the image is root: give user=, such as {NORMAL_USER}", self._image_name)
+        if pid != 1:
+            logger.warning(NOT_FIRST, self._container.name)
         return HostLink(stream, lambda: f"{self._epitaph()}{_log_of(stream)}")
 
     def _start_gateway(self) -> JupyterConnectionInfo:
@@ -4420,13 +4453,13 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
                 options = self._options(client, image.attrs.get("Config") or {}, None)
                 for name in ("stdin_open", "log_config", "auto_remove", *([] if self._bind_dir else ["working_dir"])):
                     del options[name]
-                options["environment"] = _merged(options["environment"], {"TOKEN": token})
+                options["environment"]["TOKEN"] = token
                 if self._stop_container:
-                    options["labels"] = _merged(options["labels"], {"jupyter_exec.forsakable": "1"})
-                options["ports"] = _merged({"8888/tcp": ("127.0.0.1", None)}, options.get("ports") or {})
+                    options["labels"]["jupyter_exec.forsakable"] = "1"
+                options["ports"] = {"8888/tcp": ("127.0.0.1", None)} | dict(options.get("ports") or {})
                 self._container = client.containers.create(image.id, **options)
                 if self._stop_container:
-                    weakref.finalize(self, _remove_quietly, self._container)  # also at the end of the program
+                    weakref.finalize(self, _remove_quietly, self._container, os.getpid())  # at the program's end, too
                 self._container.start()
                 self._container.reload()
                 published = (self._container.ports.get("8888/tcp") or [{}])[0].get("HostPort", 0)
@@ -4438,12 +4471,15 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     def _check_gateway(self) -> None:
         time.sleep(0.05)
-        self._container.reload()
-        if self._container.status not in ("created", "running"):
+        with _engine_errors(self._image_name):
+            self._container.reload()
+            if self._container.status in ("created", "running"):
+                return
             logs = self._container.logs(tail=20).decode("utf-8", "replace")
-            raise SandboxError("The container has ended before its gateway answered", self._image_name, "", logs)
+        raise SandboxError("The container has ended before its gateway answered", self._image_name, "", logs)
 
     def _new_client(self) -> Any:
+        self._pid = os.getpid()
         client = docker_client()
         here = client.api.base_url.startswith("http+docker://")  # a socket of this machine
         if here and self._bind_dir and not os.path.isdir(self._bind_dir):
@@ -4478,7 +4514,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         return client.images.get(self._image_name)
 
     def _build(self, client: Any) -> None:
-        arguments = {"PACKAGES": " ".join(self._packages)}
+        arguments = {"PACKAGES": "\n".join(self._packages)}
         if self._base_image:
             arguments["BASE_IMAGE"] = self._base_image
         print(f"jupyter_exec: building the image {self._image_name}, once; this takes a minute", file=sys.stderr)
@@ -4497,7 +4533,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         for step in steps:  # to the end: the engine's answer has to be read up
             text = strip_ansi(str(step.get("stream") or step.get("status") or step.get("error") or "")).strip()
             tail.extend([text] * bool(text))
-            if text.startswith("Step "):
+            if text[:5].upper() == "STEP ":  # Podman shouts
                 print(f"jupyter_exec: {text[:100]}", file=sys.stderr)
             failed = failed or "error" in step
         if failed:
@@ -4509,7 +4545,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
     def _create(self, client: Any, image: Any, command: list[str]) -> Any:
         options = self._options(client, image.attrs.get("Config") or {}, command)
         if not self._bind_dir and not self._has_work_dir(client, image):  # the engine would make it, but for root
-            options.setdefault("tmpfs", {}).setdefault(self._work_dir, _tmpfs(options["user"]))
+            options.setdefault("tmpfs", {}).setdefault(self._work_dir, _tmpfs(client, options["user"]))
         return client.containers.create(image.id, **options)
 
     def _has_work_dir(self, client: Any, image: Any) -> bool:
@@ -4528,7 +4564,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     def _options(self, client: Any, config: Json, command: list[str] | None) -> Json:
         """Return the arguments of containers.create: ours, merged with those of the user."""
-        user = self._docker_kwargs.get("user") or self._user(client, config)
+        user = self._docker_kwargs["user"] if "user" in self._docker_kwargs else self._user(client, config)
         options: Json = {
             "command": command,
             "name": self._container_name or f"jupyter-exec-{os.urandom(8).hex()}",
@@ -4536,11 +4572,15 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             "auto_remove": self._auto_remove,
             "log_config": {"type": "none"},  # the stdout is our relay, not to be written to the engine's disk
             "network_mode": self._network,
-            "environment": self._env,
+            "use_config_proxy": self._network != "none",  # its proxies, and the passwords in their URLs
+            "environment": dict(self._env),
             "working_dir": self._work_dir,
             "labels": {"jupyter_exec": __version__, "jupyter_exec.owner": _owner_label(os.getpid())},
             "user": user,
-            "init": True,  # without it, an interrupted subprocess is not noticed by PID 1
+            # The kernel host is to be PID 1: code can neither stop it nor open its pipe, which an init before it would
+            # have open too. It hears no SIGTERM either, so that `docker stop` would wait.
+            "init": command is None,
+            "stop_signal": None if command is None else "SIGKILL",
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
             "pids_limit": PIDS_LIMIT,
@@ -4550,52 +4590,60 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if self._docker_kwargs.get("read_only"):
             home = dict(entry.partition("=")[::2] for entry in config.get("Env") or []).get("HOME")
             places = ["/tmp", *([home] if home else []), *([] if self._bind_dir else [self._work_dir])]
-            options["tmpfs"] = {place: _tmpfs(user) for place in places}
+            options["tmpfs"] = dict.fromkeys(places, _tmpfs(client, user))
         for name, value in self._docker_kwargs.items():
-            options[name] = _merged(options.get(name), value)
+            options[name] = _merged(name, options.get(name), value)
         return options
 
     def _user(self, client: Any, config: Json) -> str:
-        """Return whom to run as: the image's user unless that is root; with a bind_dir its owner."""
+        """Return whom to run as: the image's user, with a bind_dir its owner, but root neither way."""
         own = str(config.get("User") or "")
-        user = "1000:1000" if own.partition(":")[0] in ("", "0", "root") else own
-        if self._bind_dir and client.info().get("OperatingSystem") != "Docker Desktop":
-            if any("rootless" in option for option in client.info().get("SecurityOptions") or ()):
+        info = client.info() if self._bind_dir else {}
+        if self._bind_dir and info.get("OperatingSystem") != "Docker Desktop":
+            if any("rootless" in option for option in info.get("SecurityOptions") or ()):
                 return "0:0"  # is the caller, outside
             with contextlib.suppress(OSError):  # on another host: nothing to see from here
-                owner = os.stat(self._bind_dir)
-                return f"{owner.st_uid}:{owner.st_gid}"
-        return user
+                return _owner_of(self._bind_dir)
+        return NORMAL_USER if _is_root(own) else own
 
     def _attach(self, client: Any) -> DockerStream:
         """Attach to the container, and wait for its end, both before it starts: later would be too late."""
         streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
-        stream = DockerStream(client.api.attach_socket(self._container.id, params=streams))
         url = client.api._url("/containers/{0}/wait", self._container.id)
         condition = "removed" if self._auto_remove else "next-exit"
         self._exit_status = None
         self._ended = client.api._post(url, params={"condition": condition}, stream=True, timeout=WAIT_TIMEOUT)
-        return stream
+        return DockerStream(client.api.attach_socket(self._container.id, params=streams))
 
     def _exit_code(self) -> int | None:
         """Wait, a while, for the end of the container, and for its removal if that is due."""
-        if self._ended is not None:
-            with contextlib.suppress(OSError, ValueError), self._ended as answer:
-                self._exit_status = int(answer.json()["StatusCode"])
-            self._ended = None
-        return self._exit_status
+        with self._end_lock:  # the I/O thread asks when the pipe closes, stop() at the same time
+            if self._ended is not None:
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError), self._ended as answer:
+                    self._exit_status = int(answer.json()["StatusCode"])
+                self._ended = None
+            return self._exit_status
 
     def _epitaph(self) -> str:
         code = self._exit_code()
-        cause = "killed, perhaps for want of memory" if code == 137 else f"exit code {code}"
-        return "" if code is None else f"the container has ended ({cause})"
+        cause = " (killed, perhaps for want of memory)" if code == 137 else f" (exit code {code})"
+        # Podman says 0 whatever it was; a host ends in no such way.
+        return "" if code is None else f"the container has ended{cause if code else ''}"
 
     def _disconnect(self) -> None:
         container, self._container = self._container, None
+        if os.getpid() != self._pid:
+            return  # a forked child has left the `with` of its parent
         if container and self._stop_container and (self._exit_code() is None or not self._auto_remove):
             with contextlib.suppress(Exception):  # whatever it is: the container is gone, or the engine is
                 container.remove(force=True) if self._auto_remove else container.kill()
         self._client.close()
+
+
+NOT_FIRST = (
+    "The kernel host is not the first process of container %s: its entrypoint does not `exec` its command, or init or "
+    "pid_mode was given. Code can stop the host, write into its pipe, and live on after this program."
+)
 
 
 def _owner_label(pid: int) -> str:
@@ -4605,9 +4653,10 @@ def _owner_label(pid: int) -> str:
     return f"{socket.gethostname()} {pid} {started}"
 
 
-def _remove_quietly(container: Any) -> None:
+def _remove_quietly(container: Any, owner: int) -> None:
     with contextlib.suppress(Exception):  # it is gone already, or the engine is
-        container.remove(force=True)
+        if os.getpid() == owner:  # finalizers run in forked children too
+            container.remove(force=True)
 
 
 def _remove_forsaken(client: Any) -> None:
@@ -4616,7 +4665,7 @@ def _remove_forsaken(client: Any) -> None:
         label = container.labels.get("jupyter_exec.owner", "")
         host, pid = (*label.split(" "), "")[:2]
         if host == socket.gethostname() and pid.isdigit() and label != _owner_label(int(pid)):
-            _remove_quietly(container)
+            _remove_quietly(container, os.getpid())
 
 
 def _log_of(stream: DockerStream) -> str:
@@ -4631,7 +4680,12 @@ def docker_client() -> Any:
     except ImportError:
         raise SandboxError("The package docker is not installed: pip install docker") from None
     with _engine_errors():
-        client = docker.from_env(timeout=ENGINE_TIMEOUT)
+        try:
+            client = docker.from_env(timeout=ENGINE_TIMEOUT)
+        except docker.errors.DockerException as error:
+            if "timed out" not in str(error):
+                raise
+            client = docker.from_env(timeout=ENGINE_TIMEOUT)  # a machine under load
         client.api.timeout = WAIT_TIMEOUT
         return client
 
@@ -4645,9 +4699,11 @@ def _engine_errors(image: str = "") -> Iterator[None]:
         yield
     except docker.errors.APIError as error:
         raise SandboxError(f"The Docker engine refuses: {error.explanation or error}", image) from None
-    except (docker.errors.DockerException, OSError) as error:
+    except (docker.errors.DockerException, OSError, TypeError, ValueError) as error:  # the last of a keyword's value
         if "Permission denied" in str(error):
             reason = "No permission to use Docker: add yourself to the group docker, or use LocalJupyterServer"
+        elif "timed out" in str(error):
+            reason = f"The Docker engine does not answer: try again, restart it, or use LocalJupyterServer ({error})"
         elif isinstance(error, OSError) or "Error while fetching server" in str(error):
             reason = f"Docker is not running: start it, or use LocalJupyterServer ({error})"
         else:
@@ -4655,23 +4711,95 @@ def _engine_errors(image: str = "") -> Iterator[None]:
         raise SandboxError(reason, image) from None
 
 
-def _tmpfs(user: str) -> str:
-    # Docker's default is noexec, with which compiled wheels cannot be imported.
-    uid, _, gid = user.partition(":")
-    owner = f",uid={uid},gid={gid or uid}" if uid.isdigit() else ""
+def _tmpfs(client: Any, user: object) -> str:
+    # Docker's default is noexec, with which compiled wheels cannot be imported. Podman refuses an owner, and keeps the
+    # mode; Docker has that of a directory which is there already.
+    uid, _, gid = str(user).partition(":")
+    podman = any("Podman" in part.get("Name", "") for part in client.version().get("Components") or ())
+    owner = f",uid={uid},gid={gid or uid}" if uid.isdigit() and not podman else ""
     return f"exec,size={TMPFS_SIZE},mode=1777{owner}"
 
 
-def _merged(ours: Any, theirs: Any) -> Any:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return ours | theirs
-    if isinstance(ours, dict) and isinstance(theirs, list):  # of "SOURCE:TARGET:MODE" or "NAME=VALUE"
-        return [_as_entry(*item) for item in ours.items()] + theirs
-    return ours + theirs if isinstance(ours, list) and isinstance(theirs, list) else theirs
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else value
 
 
-def _as_entry(key: str, value: Any) -> str:
-    return f"{key}:{value['bind']}:{value['mode']}" if isinstance(value, dict) else f"{key}={value}"
+def _merged(name: str, ours: Any, theirs: Any) -> Any:
+    """Return an option of ours with that of the user, in whatever kind of collection it comes."""
+    if isinstance(theirs, str) and isinstance(ours, dict | list):
+        theirs = [theirs]
+    if isinstance(theirs, list) and (separator := _SEPARATORS.get(name)):
+        pairs = [entry.partition(separator) for entry in theirs]
+        theirs = {key: value if found else None for key, found, value in pairs}
+    if isinstance(ours, dict) and isinstance(theirs, list):  # volumes, as "SOURCE:TARGET:MODE"
+        ours = [f"{source}:{target['bind']}:{target['mode']}" for source, target in ours.items()]
+    if isinstance(theirs, Mapping):
+        return (ours or {}) | dict(theirs)
+    return ours + theirs if isinstance(ours, list) else theirs
+
+
+# Where docker-py takes entries instead of a mapping -> what stands between name and value.
+_SEPARATORS = {"environment": "=", "labels": "=", "tmpfs": ":"}
+
+
+def _is_root(user: str) -> bool:
+    name = user.partition(":")[0].strip()
+    with contextlib.suppress(ValueError):
+        return int(name) == 0  # "00" too
+    return name in ("", "root")
+
+
+def _owner_of(bind_dir: str) -> str:
+    """Return as whom code may run in a directory: its owner, but not root, who could leave a setuid file there.
+
+    Raises: SandboxError if it could not write there.
+    """
+    found = os.stat(bind_dir)
+    user = f"{found.st_uid}:{found.st_gid or 1000}" if found.st_uid else NORMAL_USER
+    shift = 6 if found.st_uid else 3 if found.st_gid == 1000 else 0
+    if found.st_mode >> shift & 3 != 3:  # write, and enter
+        advice = f"chown it to {user}, or say by user= as whom to run ('0:0' is root)"
+        raise SandboxError(f"bind_dir {bind_dir} is not writable for {user}, as whom code would run: {advice}")
+    return user
+
+
+def _check_keywords(given: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise TypeError for what docker-py would refuse, if it is installed."""
+    if not given:
+        return
+    try:
+        from docker.models.containers import RUN_CREATE_KWARGS, RUN_HOST_CONFIG_KWARGS
+    except ImportError:
+        return
+    known = [*RUN_CREATE_KWARGS, *RUN_HOST_CONFIG_KWARGS, "networking_config", "ports", "volumes", *ours]
+    for name in sorted(given.keys() - set(known)):
+        import difflib
+
+        meant = "".join(f"; did you mean {close!r}?" for close in difflib.get_close_matches(name, known, 1))
+        raise TypeError(f"Neither DockerJupyterServer nor docker-py has a keyword {name!r}{meant}")
+
+
+def _openings(options: Mapping[str, Any], bind_dir: str | None) -> Iterator[str]:
+    """Say which options let code out of the container, or give it more rights than a normal user has."""
+    for name in ("privileged", "cap_add", "devices", "device_cgroup_rules", "volumes_from"):
+        if options.get(name):
+            yield f"{name}={options[name]!r} gives code rights over the machine or over other containers"
+    for name in ("network_mode", "pid_mode", "ipc_mode", "userns_mode", "uts_mode", "cgroupns"):
+        if str(options.get(name)).partition(":")[0] in ("host", "container"):
+            yield f"{name}={options[name]!r} shares what is the machine's, or another container's"
+    for entry in _merged("security_opt", [], options.get("security_opt", [])):
+        if re.search(r"no-new-privileges[:=]false|unconfined|disable", str(entry)):
+            yield f"security_opt {entry!r} takes away a restriction"
+    if _is_root(str(options.get("user", "-"))):
+        yield f"user={options['user']!r} is root, who can leave setuid files in what is mounted"
+    if options.get("pids_limit") in (0, -1):
+        yield "pids_limit does not limit: a fork bomb reaches the machine"
+    volumes = _merged("volumes", [], options.get("volumes", []))
+    sources = [str(volume).partition(":")[0] for volume in volumes] + [bind_dir or "-"]
+    sources += [str(mount.get("Source")) for mount in options.get("mounts", [])]
+    for source in sources:
+        if source.endswith(".sock") or source.rstrip("/") in ("", "/run", "/var/run"):
+            yield f"with {source} mounted, code may become master of the machine"
 
 
 def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelClient:

@@ -2957,7 +2957,7 @@ print(open("/proc/1/comm").read().strip(), [name for name in os.environ if "TOKE
 
 
 def test_docker_kernels_share_one_hardened_container(boxed: JupyterCodeExecutor, containers: Any) -> None:
-    assert run(boxed, HARDENED).output == "1000 0 0 1\n['lo'] /workspace True jupyter\ndocker-init []\n"
+    assert run(boxed, HARDENED).output == "1000 0 0 1\n['lo'] /workspace True jupyter\npython3 []\n"
     with JupyterCodeExecutor(boxed._server) as second:
         run(boxed, "x = 1")
         assert run(second, "'x' in dir()").output == "False"
@@ -2976,8 +2976,50 @@ def test_docker_pictures_come_out_of_the_box(boxed: JupyterCodeExecutor) -> None
     assert Path(path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_code_in_a_container_cannot_reach_the_pipe_of_its_host(boxed: JupyterCodeExecutor) -> None:
-    assert "PermissionError" in run(boxed, "import os; os.listdir(f'/proc/{os.getppid()}/fd')").output
+ATTACKS = """
+import os, signal
+for name in ("SIGSTOP", "SIGTERM", "SIGKILL", "SIGHUP", "SIGINT", "SIGUSR1", "SIGCHLD"):
+    os.kill(1, getattr(signal, name))
+for attack in (lambda: os.listdir("/proc/1/fd"), lambda: open("/proc/1/fd/4", "wb"), lambda: open("/proc/1/mem")):
+    try:
+        attack()
+    except PermissionError:
+        print("denied")
+"""
+
+
+def test_code_in_a_container_can_neither_stop_its_host_nor_reach_the_pipe(boxed: JupyterCodeExecutor) -> None:
+    with JupyterCodeExecutor(boxed._server) as bystander:
+        run(bystander, "y = 7")
+        assert run(boxed, ATTACKS).output == "denied\n" * 3
+        assert run(bystander, "y").output == "7"
+
+
+def test_orphans_in_a_container_are_reaped(boxed: JupyterCodeExecutor) -> None:
+    code = """
+        import os, subprocess, time
+        pid = int(subprocess.check_output("sleep 0.01 >/dev/null & echo $!", shell=True))
+        while os.path.exists(f"/proc/{pid}"):
+            time.sleep(0.01)
+    """
+    assert boxed.execute(textwrap.dedent(code), timeout=PATIENCE).status == "ok"
+
+
+def test_an_entrypoint_that_stays_before_the_host_is_named(
+    containers: Any, image: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    name = image('FROM BUNDLED\nENTRYPOINT ["sh", "-c", "\\"$@\\"; exit $?", "entry"]')
+    with docker_server(custom_image_name=name) as server:
+        server.kernelspecs()
+    assert "does not `exec` its command" in caplog.text
+
+
+def test_a_host_that_is_the_first_process_hears_a_stop_at_once(containers: Any) -> None:
+    with docker_server() as server:
+        server.kernelspecs()
+        (container,) = containers()
+        container.stop(timeout=600)  # what the engine would wait before it kills
+        assert server._exit_code() == 137
 
 
 def test_docker_timeout_and_death(boxed: JupyterCodeExecutor) -> None:
@@ -3048,11 +3090,16 @@ def test_docker_name_taken(containers: Any) -> None:
 def test_docker_environment_network_and_packages(
     engine: Any, containers: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with docker_server(packages=["six"], docker_env={"GREETING": "hello"}, network="bridge") as server:
+    packages = [
+        "six; python_version >= '3' and platform_machine != '$(touch /tmp/pwned)`touch /tmp/pwned`\";*'",
+        "idna>=3,!=4",
+    ]
+    with docker_server(packages=packages, docker_env={"GREETING": "hello"}, network="bridge") as server:
         with JupyterCodeExecutor(server) as executor:
             built = server._image_name
-            code = "import os, six, socket\nprint(os.environ['GREETING'], len(socket.if_nameindex()))"
+            code = "import os, idna, six, socket\nprint(os.environ['GREETING'], len(socket.if_nameindex()))"
             assert run(executor, code).output == "hello 2\n"
+            assert run(executor, "print('pwned' in os.listdir('/tmp'))").output == "False\n"
     engine.images.remove(built)
     progress = capfd.readouterr().err
     assert f"building the image {built}" in progress
@@ -3067,6 +3114,44 @@ def test_bind_dir_is_the_working_directory_with_the_owners_uid(containers: Any, 
         assert run(executor, "import os; open('made', 'w').close(); print(os.getcwd())").output == "/data\n"
     assert (tmp_path / "made").stat().st_uid == 4321
     assert tmp_path.stat().st_mode == mode
+
+
+def test_code_is_not_root_in_a_bind_dir_of_root(containers: Any, tmp_path: Path) -> None:
+    os.chmod(tmp_path.parent, 0o755)
+    with docker_server(bind_dir=tmp_path) as server, pytest.raises(SandboxError, match="not writable for 1000:1000"):
+        server.kernelspecs()
+    for options, uid in (({}, 1000), ({"user": 0}, 0)):
+        os.chown(tmp_path, uid, 0)
+        os.chmod(tmp_path, 0o700)
+        with docker_server(bind_dir=tmp_path, **options) as server, JupyterCodeExecutor(server) as executor:
+            assert run(executor, "import os; open('made', 'w').close(); print(os.getuid())").output == f"{uid}\n"
+        assert (tmp_path / "made").stat().st_uid == uid
+        (tmp_path / "made").unlink()
+        os.chown(tmp_path, 0, 1000)
+        os.chmod(tmp_path, 0o770)
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "user"),
+    [
+        ((4321, 4322), 0o700, "4321:4322"),
+        ((4321, 0), 0o700, "4321:1000"),
+        ((4321, 1000), 0o577, None),
+        ((0, 0), 0o703, "1000:1000"),
+        ((0, 1000), 0o730, "1000:1000"),
+        ((0, 1000), 0o757, None),
+        ((0, 0), 0o775, None),
+    ],
+)
+def test_as_whom_code_runs_in_a_bind_dir(tmp_path: Path, owner: tuple[int, int], mode: int, user: str | None) -> None:
+    os.chown(tmp_path, *owner)
+    tmp_path.chmod(mode)
+    if user:
+        assert jupyter_exec._owner_of(str(tmp_path)) == user
+    else:
+        with pytest.raises(SandboxError, match="chown it to"):
+            jupyter_exec._owner_of(str(tmp_path))
+    tmp_path.chmod(0o700)
 
 
 def test_docker_work_dir_that_is_not_in_the_image_is_writable(containers: Any) -> None:
@@ -3096,6 +3181,59 @@ def test_docker_through_tcp(containers: Any, monkeypatch: pytest.MonkeyPatch) ->
     with docker_server() as server, JupyterCodeExecutor(server, max_output=None) as executor:
         assert run(executor, "x = 1", "x").output == "\n1"
         assert len(run(executor, "print('x' * 5_000_000)").output) == 5_000_001
+
+
+@pytest.fixture(scope="session")
+def podman() -> Iterator[str]:
+    """The address of Podman's Docker API, with the bundled image on it."""
+    need("podman", shutil.which("podman") and os.getuid() == 0 and "BASE_IMAGE" in os.environ)
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        config, address = Path(directory, "containers.conf"), f"unix://{directory}/podman.sock"
+        config.write_text('[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=4096:4096"]\n')
+        environment = os.environ | {"CONTAINERS_CONF": str(config)}
+        saved = subprocess.Popen(["docker", "save", os.environ["BASE_IMAGE"]], stdout=subprocess.PIPE)
+        subprocess.run(["podman", "load", "--quiet"], stdin=saved.stdout, capture_output=True, check=True)
+        assert saved.stdout and saved.wait() == 0
+        saved.stdout.close()
+        service = subprocess.Popen(["podman", "system", "service", "--time=0", address], env=environment)
+        stack.callback(service.wait)
+        stack.callback(service.terminate)
+        eventually(Path(directory, "podman.sock").exists, "Podman listens")
+        yield address
+
+
+@pytest.fixture
+def podman_server(podman: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DockerJupyterServer]:
+    monkeypatch.setenv("DOCKER_HOST", podman)
+    return functools.partial(docker_server, base_image=f"localhost/{os.environ['BASE_IMAGE']}")
+
+
+@pytest.mark.slow
+def test_podman_by_its_docker_api(
+    bundled_image: None, podman_server: Callable[..., DockerJupyterServer], capfd: pytest.CaptureFixture[str]
+) -> None:
+    places = "for path in ('x', '/tmp/x'): open(path, 'w').close()\n"
+    with podman_server(read_only=True, work_dir="/else/where") as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, places + "print(open('/proc/1/comm').read())").output == "python3\n\n"
+        assert run(executor, ATTACKS).output == "denied\n" * 3
+        server._container.kill()
+        result = run(executor, "1")
+        assert "the container has ended" in result.output
+        assert "exit code 0" not in result.output
+        assert run(executor, "1").output == "1"
+    progress = capfd.readouterr().err
+    assert ("building the image" in progress) == ("STEP 1/" in progress)
+
+
+@pytest.mark.slow
+def test_podman_by_command(bundled_image: None, podman_server: Callable[..., DockerJupyterServer]) -> None:
+    with podman_server() as built:
+        built.kernelspecs()
+        name = built._image_name
+    limits = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"]
+    with CommandJupyterServer(["podman", "run", "-i", "--rm", "--network=none", *limits, name, "python3"]) as server:
+        with JupyterCodeExecutor(server) as executor:
+            assert run(executor, ATTACKS, "6 * 7").output == "denied\n" * 3 + "\n42"
 
 
 @pytest.fixture
@@ -3159,6 +3297,22 @@ def test_a_failing_build_is_reported_with_its_end(containers: Any) -> None:
     assert "no-such-package-at-all-1234" in str(caught.value)
 
 
+def test_docker_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import docker
+
+    error = docker.errors.DockerException("Error while fetching server API version: Read timed out. (read timeout=10)")
+    asked: list[int] = []
+
+    def stall(timeout: int) -> None:
+        asked.append(timeout)
+        raise error
+
+    monkeypatch.setattr(docker, "from_env", stall)
+    with pytest.raises(SandboxError, match="The Docker engine does not answer: try again, restart it"):
+        jupyter_exec.docker_client()
+    assert asked == [10, 10]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
 def test_docker_not_running_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
@@ -3186,6 +3340,9 @@ def test_no_permission_for_docker_says_what_to_do(monkeypatch: pytest.MonkeyPatc
         ({"network": "none", "network_mode": "host"}, "not both"),
         ({"custom_image_name": "x", "packages": ["six"]}, "bundled image"),
         ({"packages": "six"}, "list of strings"),
+        ({"packages": ["six", "--index-url=http://evil"]}, "option of pip"),
+        ({"packages": ["six\n-r /etc/passwd"]}, "option of pip"),
+        ({"token": " "}, "open the gateway to anybody"),
     ],
 )
 def test_docker_keywords_that_do_not_go_together(options: dict[str, Any], says: str) -> None:
@@ -3194,28 +3351,117 @@ def test_docker_keywords_that_do_not_go_together(options: dict[str, Any], says: 
 
 
 def test_docker_kwargs_are_merged_with_ours(containers: Any, tmp_path: Path) -> None:
+    os.chown(tmp_path, 1000, 1000)
     options: dict[str, Any] = {
-        "labels": {"mine": "1"},
-        "security_opt": ["label=disable"],
-        "environment": ["B=2"],
-        "volumes": [f"{tmp_path}:/mine:ro"],
+        "labels": ["mine"],
+        "security_opt": "label=disable",
+        "environment": ("B=2",),
+        "volumes": {f"{tmp_path}:/mine:ro"},
+        "cap_drop": ("NET_RAW",),
+        "tmpfs": ["/more:size=1m"],
         "pids_limit": 77,
         "nano_cpus": 10**9,
+        "network_mode": None,
     }
     with docker_server(docker_env={"A": "1"}, bind_dir=tmp_path, **options) as server:
         server.kernelspecs()
         (container,) = containers()
         attrs = container.attrs
-        assert attrs["Config"]["Labels"].items() >= {"mine": "1", "jupyter_exec": jupyter_exec.__version__}.items()
+        assert attrs["Config"]["Labels"].items() >= {"mine": "", "jupyter_exec": jupyter_exec.__version__}.items()
         assert attrs["HostConfig"]["SecurityOpt"] == ["no-new-privileges", "label=disable"]
+        assert attrs["HostConfig"]["CapDrop"] == ["ALL", "NET_RAW"]
+        assert attrs["HostConfig"]["Tmpfs"] == {"/more": "size=1m"}
         assert {"A=1", "B=2"} <= set(attrs["Config"]["Env"])
         assert {mount["Destination"] for mount in attrs["Mounts"]} == {"/mine", "/workspace"}
         assert (attrs["HostConfig"]["PidsLimit"], attrs["HostConfig"]["NanoCpus"]) == (77, 10**9)
 
 
-def test_an_unknown_docker_keyword_is_named(containers: Any) -> None:
-    with docker_server(memory_limit="1g") as server, pytest.raises(TypeError, match="memory_limit"):
-        JupyterCodeExecutor(server)
+@pytest.mark.parametrize(
+    ("name", "ours", "theirs", "merged"),
+    [
+        ("cap_drop", ["ALL"], "NET_RAW", ["ALL", "NET_RAW"]),
+        ("cap_drop", ["ALL"], [], ["ALL"]),
+        ("environment", {"A": "1"}, ["B=2=3", "C", "A=4"], {"A": "4", "B": "2=3", "C": None}),
+        ("volumes", {"/a": {"bind": "/b", "mode": "rw"}}, "/c:/d", ["/a:/b:rw", "/c:/d"]),
+        ("volumes", {"/a": {}}, {"/c": {}}, {"/a": {}, "/c": {}}),
+        ("tmpfs", None, ["/x", "/y:size=1m"], {"/x": None, "/y": "size=1m"}),
+        ("pids_limit", 512, 77, 77),
+        ("ulimits", None, [1], [1]),
+    ],
+)
+def test_merging_of_docker_options(name: str, ours: Any, theirs: Any, merged: Any) -> None:
+    assert jupyter_exec._merged(name, ours, theirs) == merged
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("mem_limitt", "mem_limit"), ("package", "packages"), ("bind_dirr", "bind_dir"), ("xyzzy", "")]
+)
+def test_an_unknown_docker_keyword_is_named(name: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=f"'{name}'" + (f"; did you mean '{meant}'" if meant else "$")):
+        docker_server(**{name: 1})
+
+
+def test_a_docker_keyword_with_a_strange_value_is_our_error(containers: Any) -> None:
+    with docker_server(mem_limit="1 apple") as server, pytest.raises(SandboxError, match="1 apple"):
+        server.kernelspecs()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"privileged": True},
+        {"cap_add": ["SYS_ADMIN"]},
+        {"security_opt": ["no-new-privileges:false"]},
+        {"security_opt": ("seccomp=unconfined",)},
+        {"network": "host"},
+        {"network_mode": "container:other"},
+        {"pid_mode": "host"},
+        {"user": "00"},
+        {"user": 0},
+        {"pids_limit": -1},
+        {"volumes": ["/var/run/docker.sock:/var/run/docker.sock"]},
+        {"volumes": {"/": {"bind": "/host", "mode": "ro"}}},
+        {"mounts": [{"Source": "/run/podman/podman.sock", "Target": "/x", "Type": "bind"}]},
+        {"bind_dir": "/"},
+    ],
+    ids=str,
+)
+def test_what_opens_the_sandbox_is_warned_of(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    DockerJupyterServer(**options)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("jupyter_exec", "WARNING")
+
+
+def test_usual_options_warn_of_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"security_opt": ["label=type:x"], "volumes": [f"{tmp_path}:/x"], "ipc_mode": "private"}
+    DockerJupyterServer(bind_dir=tmp_path, user="1000", read_only=True, pids_limit=9, cap_add=[], **options)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("user", ["", "0", "00", "0000:0", "+0", "root", "root:x", "0:1000"])
+def test_users_of_an_image_that_are_root(user: str) -> None:
+    server = DockerJupyterServer()
+    assert server._user(None, {"User": user}) == "1000:1000"
+    assert server._user(None, {"User": f"1{user}"}) == f"1{user}"
+
+
+def test_another_name_of_root_in_an_image_is_refused(containers: Any, image: Callable[[str], str]) -> None:
+    name = image("FROM BUNDLED\nUSER root\nRUN echo toor:x:0:0::/root:/bin/sh >>/etc/passwd\nUSER toor\n")
+    with docker_server(custom_image_name=name) as server:
+        with pytest.raises(SandboxError, match="User toor of the image is root: give user="):
+            server.kernelspecs()
+
+
+def test_proxies_of_the_docker_configuration_stay_out_without_a_network(
+    containers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"proxies": {"default": {"httpProxy": "http://me:secret@proxy"}}}')
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    for network, there in (("none", False), ("bridge", True)):
+        with docker_server(network=network) as server:
+            server.kernelspecs()
+            (container,) = containers()
+            assert ("HTTP_PROXY=http://me:secret@proxy" in container.attrs["Config"]["Env"]) == there
 
 
 # Servers
@@ -3708,6 +3954,23 @@ def test_a_gateway_container_of_a_dead_process_is_removed_at_the_next_start(cont
         server.get_client()
         assert [container.id for container in containers()] != [forsaken.id]
         assert len(containers()) == 1
+
+
+def test_a_forked_child_that_exits_leaves_the_gateway_of_its_parent(containers: Any) -> None:
+    program = """
+        import os, sys, jupyter_exec
+        with jupyter_exec.DockerJupyterServer(base_image=sys.argv[1] or None, transport="gateway") as server:
+            for leave in (sys.exit, server.stop):
+                assert server.kernelspecs()
+                if not os.fork():
+                    leave()
+                    sys.exit()
+                os.wait()
+                assert server.kernelspecs()
+                server._container.reload()
+    """
+    result = run_python(program, os.environ.get("BASE_IMAGE", ""))
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_gateway_without_network_is_refused() -> None:
