@@ -101,7 +101,8 @@ GATEWAY_OPTIONS = [
 ]
 MAX_WEBSOCKET_MESSAGE = 10 * 2**20  # bytes; tornado, below every Jupyter server, resets the connection beyond
 ENGINE_TIMEOUT = 10  # seconds for the Docker engine to answer at all; asked twice
-WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as end a container
+WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as start a container
+STOP_TIMEOUT = 10  # seconds for the Docker engine to end a container; stop() lasts no longer
 BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
 PIDS_LIMIT = 512  # processes and threads in a container; a fork bomb ends there
 TMPFS_SIZE = "512m"  # of each temporary file system of a container
@@ -4417,12 +4418,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         except BaseException:
             if stream:
                 stream.close()
-            if self._ended:
-                self._ended.close()
-            self._ended = None  # nothing to wait for
-            if self._container:
-                _remove_quietly(self._container, os.getpid())
-            self._disconnect()
+            self._disconnect(failed=True)
             raise
         try:
             pid, uid = greet_host(stream, nonce)
@@ -4465,8 +4461,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
                 published = (self._container.ports.get("8888/tcp") or [{}])[0].get("HostPort", 0)
             return await_server(JupyterConnectionInfo("127.0.0.1", False, int(published), token), self._check_gateway)
         except BaseException:
-            self._stop_container = True
-            self._disconnect()
+            self._disconnect(failed=True)
             raise
 
     def _check_gateway(self) -> None:
@@ -4608,12 +4603,17 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     def _attach(self, client: Any) -> DockerStream:
         """Attach to the container, and wait for its end, both before it starts: later would be too late."""
-        streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
-        url = client.api._url("/containers/{0}/wait", self._container.id)
+        url = client.api._url("/containers/{0}", self._container.id)
         condition = "removed" if self._auto_remove else "next-exit"
         self._exit_status = None
-        self._ended = client.api._post(url, params={"condition": condition}, stream=True, timeout=WAIT_TIMEOUT)
-        return DockerStream(client.api.attach_socket(self._container.id, params=streams))
+        self._ended = client.api._post(
+            f"{url}/wait", params={"condition": condition}, stream=True, timeout=STOP_TIMEOUT
+        )
+        # As attach_socket() does, which waits for ever if the engine does not answer.
+        streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
+        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
+        answer = client.api._post(f"{url}/attach", params=streams, headers=headers, stream=True, timeout=STOP_TIMEOUT)
+        return DockerStream(client.api._get_raw_response_socket(answer))
 
     def _exit_code(self) -> int | None:
         """Wait, a while, for the end of the container, and for its removal if that is due."""
@@ -4630,13 +4630,22 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         # Podman says 0 whatever it was; a host ends in no such way.
         return "" if code is None else f"the container has ended{cause if code else ''}"
 
-    def _disconnect(self) -> None:
+    def _disconnect(self, failed: bool = False) -> None:
+        """End the container by force: it may be paused, and its host stopped, or slow."""
         container, self._container = self._container, None
         if os.getpid() != self._pid:
             return  # a forked child has left the `with` of its parent
-        if container and self._stop_container and (self._exit_code() is None or not self._auto_remove):
-            with contextlib.suppress(Exception):  # whatever it is: the container is gone, or the engine is
-                container.remove(force=True) if self._auto_remove else container.kill()
+        self._client.api.timeout = STOP_TIMEOUT
+        try:
+            if container and (self._stop_container or failed):
+                container.remove(force=True) if self._auto_remove or failed else container.kill()
+        except Exception as error:  # whatever it is: the container is gone, or the engine is
+            if "already in progress" in str(error):
+                self._exit_code()
+        with self._end_lock:
+            if self._ended is not None:
+                self._ended.close()
+            self._ended = None
         self._client.close()
 
 

@@ -3183,6 +3183,112 @@ def test_docker_through_tcp(containers: Any, monkeypatch: pytest.MonkeyPatch) ->
         assert len(run(executor, "print('x' * 5_000_000)").output) == 5_000_001
 
 
+class StallingEngine:
+    """A proxy before the engine's socket; it stops at the first request that has `stall_at` in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.stall_at = b""
+        self.passes = threading.Event()
+        self.passes.set()
+        self._sockets = [socket.socket(socket.AF_UNIX)]
+        self._sockets[0].bind(str(path))
+        self._sockets[0].listen()
+        self._threads: list[threading.Thread] = []
+        self._spawn(self._accept)
+
+    def _spawn(self, target: Callable[..., None], *args: Any) -> None:
+        self._threads.append(threading.Thread(target=target, args=args))
+        self._threads[-1].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = self._sockets[0].accept()[0], socket.socket(socket.AF_UNIX)
+                self._sockets += [near, far]
+                far.connect("/var/run/docker.sock")
+                self._spawn(self._copy, near, far)
+                self._spawn(self._copy, far, near)
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                if self.stall_at and self.stall_at in data:
+                    self.passes.clear()
+                self.passes.wait()
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for sock in self._sockets:
+            sock.close()
+
+
+@pytest.fixture
+def stalling(containers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StallingEngine]:
+    for name in ("ENGINE_TIMEOUT", "STOP_TIMEOUT"):
+        monkeypatch.setattr(jupyter_exec, name, 0.5)
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/engine.sock")
+    with contextlib.closing(StallingEngine(tmp_path / "engine.sock")) as stalling:
+        yield stalling
+        stalling.stall_at = b""
+        stalling.passes.set()
+        eventually(lambda: not containers(), "the containers are gone")
+
+
+@pytest.mark.parametrize("request_", ["/version", "/images/", "/wait", "/attach", "/start"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
+def test_an_engine_that_stalls_while_a_container_starts(
+    stalling: StallingEngine, request_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "WAIT_TIMEOUT", 1)
+    stalling.stall_at = request_.encode()
+    with docker_server() as server, pytest.raises(SandboxError, match="engine does not answer"):
+        server.kernelspecs()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_engine_that_stalls_under_a_cell(stalling: StallingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with docker_server() as server, JupyterCodeExecutor(server) as executor:
+        run(executor, "x = 1")
+        stalling.passes.clear()
+        for name in ("INTERRUPT_GRACE", "CONTROL_TIMEOUT", "SHUTDOWN_GRACE"):
+            monkeypatch.setattr(jupyter_exec, name, 0.5)
+        assert executor.execute("x", timeout=0.2).kernel_state == "lost"
+        assert "engine does not answer" in run(executor, "1").output
+
+
+def test_a_docker_session_ends_silently(containers: Any) -> None:
+    program = """
+        import gc, sys, jupyter_exec
+        with jupyter_exec.DockerJupyterServer(base_image=sys.argv[1] or None) as server:
+            server.kernelspecs()
+        gc.collect()
+    """
+    result = run_python(program, os.environ.get("BASE_IMAGE", ""))
+    assert (result.returncode, result.stderr) == (0, "")  # Python 3.13 and newer complained of a closed file
+
+
+def test_a_paused_container(containers: Any) -> None:
+    with docker_server() as server, JupyterCodeExecutor(server) as executor:
+        run(executor, "x = 1")
+        (container,) = containers()
+        container.pause()
+        with ThreadPoolExecutor(1) as pool:
+            result = pool.submit(run, executor, "x")
+            container.unpause()
+            assert result.result().output == "1"
+        container.pause()
+        server.stop()
+        assert containers() == []
+
+
 @pytest.fixture(scope="session")
 def podman() -> Iterator[str]:
     """The address of Podman's Docker API, with the bundled image on it."""
