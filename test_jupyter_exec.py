@@ -2817,7 +2817,7 @@ def test_jupyter_client_attaches_by_our_connection_file(executor: JupyterCodeExe
 GREETING = """
 import json, os, re, sys, types
 nonce = re.search("[0-9a-f]{32}", sys.argv[-1])[0]
-os.write(1, ("%s %d %d 00\\n" % (nonce, *sys.version_info[:2])).encode())  # no bytecode in common
+os.write(1, ("%s %d %d 00 1 1\\n" % (nonce, *sys.version_info[:2])).encode())  # no bytecode in common
 def read(size):
     data = b""
     while len(data) < size:
