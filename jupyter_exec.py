@@ -4376,11 +4376,6 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             raise ValueError("Give network or network_mode, not both.")
         if custom_image_name and (packages or base_image):
             raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
-        if isinstance(packages, str) or not all(isinstance(package, str) for package in packages):
-            raise ValueError("packages must be a list of strings.")
-        for package in packages:
-            if any(word.startswith("-") for word in package.split()):
-                raise ValueError(f"packages are requirements of pip; {package!r} has an option of pip.")
         if isinstance(token, str) and not token.strip():
             raise ValueError("An empty token would open the gateway to anybody: give one, or leave it out.")
         self._network = network or self._docker_kwargs.get("network_mode") or "bridge"
@@ -4393,7 +4388,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._auto_remove = auto_remove
         self._env = dict(docker_env or {})
         self._base_image = base_image
-        self._packages = sorted(" ".join(package.split()) for package in packages)  # one line each
+        self._packages = _requirements(packages)
         self._bind_dir = None if bind_dir is None else os.path.abspath(bind_dir)
         self._work_dir = work_dir
         self._client: Any = None
@@ -4770,6 +4765,16 @@ def _owner_of(bind_dir: str) -> str:
         advice = f"chown it to {user}, or say by user= as whom to run ('0:0' is root)"
         raise SandboxError(f"bind_dir {bind_dir} is not writable for {user}, as whom code would run: {advice}")
     return user
+
+
+def _requirements(packages: Sequence[str]) -> list[str]:
+    """Return requirements of pip, each as one line. Raises: ValueError."""
+    if isinstance(packages, str) or not all(isinstance(package, str) for package in packages):
+        raise ValueError("packages must be a list of strings.")
+    for package in packages:
+        if any(word.startswith("-") for word in package.split()):
+            raise ValueError(f"packages are requirements of pip; {package!r} has an option of pip.")
+    return sorted(" ".join(package.split()) for package in packages)
 
 
 def _check_keywords(given: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
