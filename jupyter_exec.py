@@ -237,7 +237,7 @@ class KernelStartFailed(KernelError):
     def __str__(self) -> str:
         lines = [f"The kernel could not be started: {self.reason or describe_exit(self.exit_code)}."]
         if self.argv:
-            lines.append(f"Command: {' '.join(self.argv)}")
+            lines.append(f"Command: {' '.join(word.partition(chr(10))[0] for word in self.argv)}")
         if self.stderr:
             lines.append(self.stderr.rstrip())
         if self.argv and "No module named" in self.stderr and "ipykernel" in self.stderr:
@@ -288,6 +288,11 @@ class SandboxError(JupyterExecError):
         names = [f"image {self.image}"] * bool(self.image) + [f"container {self.container}"] * bool(self.container)
         where = f" ({', '.join(names)})" if names else ""
         return "\n".join([self.reason + where, *([self.logs.strip()] if self.logs.strip() else [])])
+
+
+def describe_os_error(error: OSError) -> str:
+    """Say what an OSError is about, without its number."""
+    return f"{error.strerror}: {error.filename}" if error.filename is not None else str(error.strerror or error)
 
 
 def describe_exit(exit_code: int | None) -> str:
@@ -2041,26 +2046,34 @@ def new_context() -> Any:
 
 
 def open_sockets(context: Any, connection: KernelConnection, identity: bytes) -> dict[str, Any]:
-    """Connect shell, iopub, stdin and control; returns {channel: zmq.Socket}. The caller closes them."""
+    """Connect shell, iopub, stdin and control; returns {channel: zmq.Socket}. The caller closes them.
+
+    Raises: zmq.ZMQError.
+    """
     import zmq
 
     kinds = {"shell": zmq.DEALER, "iopub": zmq.SUB, "stdin": zmq.DEALER, "control": zmq.DEALER}
-    sockets = {}
-    for channel, kind in kinds.items():
-        sockets[channel] = sock = context.socket(kind)
-        sock.linger = 0
-        sock.reconnect_ivl = RECONNECT_INTERVAL
-        sock.maxmsgsize = MAX_MESSAGE
-        if channel == "iopub":
-            # The default high-water mark of 1000 messages loses output, and the final idle with it.
-            sock.rcvhwm = 0
-            # Subscribe before connecting, or the welcome is missed; the unique topic gets one for certain.
-            sock.subscribe(b"")
-            sock.subscribe(identity)
-        else:
-            # "stdin: ... the client's identity must be the same as that of its shell socket."
-            sock.identity = identity
-        sock.connect(connection.address(channel))
+    sockets: dict[str, Any] = {}
+    try:
+        for channel, kind in kinds.items():
+            sockets[channel] = sock = context.socket(kind)
+            sock.linger = 0
+            sock.reconnect_ivl = RECONNECT_INTERVAL
+            sock.maxmsgsize = MAX_MESSAGE
+            if channel == "iopub":
+                # The default high-water mark of 1000 messages loses output, and the final idle with it.
+                sock.rcvhwm = 0
+                # Subscribe before connecting, or the welcome is missed; the unique topic gets one for certain.
+                sock.subscribe(b"")
+                sock.subscribe(identity)
+            else:
+                # "stdin: ... the client's identity must be the same as that of its shell socket."
+                sock.identity = identity
+            sock.connect(connection.address(channel))
+    except zmq.ZMQError:  # too many open files
+        for sock in sockets.values():
+            sock.close()
+        raise
     return sockets
 
 
@@ -2118,6 +2131,14 @@ class ZmqChannels:
         loop.post(functools.partial(self._open, context, connection, watch))
 
     def _open(self, context: Any, connection: KernelConnection, watch: bool) -> None:
+        import zmq
+
+        try:
+            self._open_all(context, connection, watch)
+        except zmq.ZMQError as error:
+            self._mailbox.put(KernelExit(cause=f"its sockets cannot be opened here: {error.strerror}"))
+
+    def _open_all(self, context: Any, connection: KernelConnection, watch: bool) -> None:
         self._sockets = open_sockets(context, connection, os.urandom(16).hex().encode())
         for channel, sock in self._sockets.items():
             self._readers[channel] = SocketReader(self._loop, sock, functools.partial(self._deliver, channel))
@@ -3156,7 +3177,7 @@ class KernelHost:
             process: subprocess.Popen[Any] = subprocess.Popen(argv, env=env, start_new_session=True, **options)
         except OSError as error:
             stderr.close()
-            raise KernelStartFailed(argv, f"{error.strerror}: {error.filename}") from None
+            raise KernelStartFailed(argv, describe_os_error(error)) from None
         finally:
             os.close(stderr.writer)
         with contextlib.suppress(OSError):  # if memory runs out, kernels are to go, and this host to tell of it
@@ -4568,7 +4589,7 @@ class CommandJupyterServer(HostServer):
             stream, process = _spawn(command, stderr=errors.writer, env=self._env, cwd=self._cwd)
         except OSError as error:
             errors.close()
-            raise KernelStartFailed(self._argv, f"{error.strerror}: {error.filename}") from None
+            raise KernelStartFailed(self._argv, describe_os_error(error)) from None
         finally:
             os.close(errors.writer)
         self._process = process
@@ -4887,11 +4908,6 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             raise ValueError("Give network or network_mode, not both.")
         if custom_image_name and (packages or base_image):
             raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
-        if isinstance(packages, str) or not all(isinstance(package, str) for package in packages):
-            raise ValueError("packages must be a list of strings.")
-        for package in packages:
-            if any(word.startswith("-") for word in package.split()):
-                raise ValueError(f"packages are requirements of pip; {package!r} has an option of pip.")
         if isinstance(token, str) and not token.strip():
             raise ValueError("An empty token would open the gateway to anybody: give one, or leave it out.")
         self._network = network or self._docker_kwargs.get("network_mode") or "bridge"
@@ -4904,7 +4920,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._auto_remove = auto_remove
         self._env = dict(docker_env or {})
         self._base_image = base_image
-        self._packages = sorted(" ".join(package.split()) for package in packages)  # one line each
+        self._packages = _requirements(packages)
         self._bind_dir = None if bind_dir is None else os.path.abspath(bind_dir)
         self._work_dir = work_dir
         self._client: Any = None
@@ -5272,6 +5288,16 @@ def _owner_of(bind_dir: str) -> str:
         advice = f"chown it to {user}, or say by user= as whom to run ('0:0' is root)"
         raise SandboxError(f"bind_dir {bind_dir} is not writable for {user}, as whom code would run: {advice}")
     return user
+
+
+def _requirements(packages: Sequence[str]) -> list[str]:
+    """Return requirements of pip, each as one line. Raises: ValueError."""
+    if isinstance(packages, str) or not all(isinstance(package, str) for package in packages):
+        raise ValueError("packages must be a list of strings.")
+    for package in packages:
+        if any(word.startswith("-") for word in package.split()):
+            raise ValueError(f"packages are requirements of pip; {package!r} has an option of pip.")
+    return sorted(" ".join(package.split()) for package in packages)
 
 
 def _check_keywords(given: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -6480,8 +6506,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our stdout has left
         return 141
     except (JupyterExecError, ValueError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename is not None
-        says = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and named else str(error)
+        says = str(error) if isinstance(error, JupyterExecError | ValueError) else describe_os_error(error)
         with contextlib.suppress(OSError):
             put(sys.stderr, f"jupyter-exec: {says}")
         return 1
