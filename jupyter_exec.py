@@ -4191,24 +4191,39 @@ class HostLink:
         """Close the pipe, which ends the host and its kernels; end the loop and its sockets."""
         self._closing = True
         if self.lost is None:
-            self.loop.post(functools.partial(self._pipe.close, reason))
+            self.loop.post(functools.partial(self.hang_up, reason))
         self.loop.post(self._destroy_context)
         self.loop.stop()
+
+    def hang_up(self, reason: str = "the server object is gone") -> None:
+        """Close the pipe; for the loop's thread."""
+        self._closing = True
+        self._pipe.close(reason)
 
     def _destroy_context(self) -> None:
         if self._context is not None:
             self._context.destroy(linger=0)
 
 
+def _text(value: object) -> str:
+    """Return what a host calls text, as far as it is some: the end of it, without lone surrogates."""
+    return value[-STDERR_TAIL:].encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
+
+
+def _texts(value: object) -> list[str]:
+    return list(map(_text, value[:1000])) if isinstance(value, list) else []
+
+
 def _kernel_exit(event: Json) -> KernelExit:
-    code = event["exit_code"] if isinstance(event.get("exit_code"), int) else None
+    code = event.get("exit_code")
+    code = code if type(code) is int and -64 <= code < 2**32 else None
     limit, cause = event.get("memory_limit"), ""
     if event.get("out_of_memory") and code == -9:
         has_limit = isinstance(limit, int) and 0 < limit < 2**50  # cgroup v1 says "unlimited" by a huge number
         cause = f"out of memory (limit {limit // 2**20} MB)" if has_limit and limit else "out of memory"
     elif event.get("preload_failed"):
         cause = f"the fork server ended at its preload ({describe_exit(code)})"
-    return KernelExit(code, str(event.get("stderr") or "")[-STDERR_TAIL:], cause)
+    return KernelExit(code, _text(event.get("stderr")), cause)
 
 
 def _host_error(answer: Json) -> JupyterExecError:
@@ -4217,11 +4232,13 @@ def _host_error(answer: Json) -> JupyterExecError:
     for kind in (KernelSpecNotFound, KernelStartFailed):
         if kind.__name__ == answer["error"] and isinstance(data, dict):
             error = kind()
-            vars(error).update({key: value for key, value in data.items() if type(value) is type(vars(error).get(key))})
+            for key, default in vars(error).items():
+                if default is not None:
+                    setattr(error, key, (_texts if isinstance(default, list) else _text)(data.get(key)))
             return error
     if answer["error"] == "ConnectionClosed":
-        return ConnectionClosed(f"The kernel host is gone: {data}.")
-    return JupyterExecError(f"The kernel host reports: {data}")
+        return ConnectionClosed(f"The kernel host is gone: {_text(data)}.")
+    return JupyterExecError(f"The kernel host reports: {_text(data)}")
 
 
 def own_program(magic: str) -> bytes:
@@ -4352,18 +4369,25 @@ class HostedKernelControl:
                 lean=self._server.lean,
                 preload=self._server.preload,
             )
-        except JupyterExecError:
+            return self._reach(link, mailbox, result)
+        except JupyterExecError as error:
             link.mailboxes.pop(self._name, None)
+            if isinstance(error, ProtocolError):
+                link.close("it breaks the protocol")  # and with it the kernel that nobody reaches
             raise
+
+    def _reach(self, link: HostLink, mailbox: Mailbox, result: Any) -> Channels:
         if not isinstance(result, dict):
             raise ProtocolError("The kernel host gives a strange answer.")
-        argv = result.get("argv")
-        self.argv = [str(arg) for arg in argv] if isinstance(argv, list) else []
+        self.argv = _texts(result.get("argv"))
         self._by_message = result.get("interrupt_mode") == "message"
         if self._server.relays:
             return PipeChannels(functools.partial(link.relay, self._name), self._key)
         self.connection_file = os.path.join(self._server.directory, f"kernel-{self._slot}.json")
-        connection = KernelConnection.from_json(str(result.get("connection")))
+        connection = KernelConnection.from_json(_text(result.get("connection")))
+        places = [("tcp", "127.0.0.1"), ("ipc", os.path.join(self._server.directory, self._slot))]
+        if (connection.transport, connection.ip) not in places or connection.key != self._key:
+            raise ProtocolError("The kernel host names a connection that is not the kernel's.")
         return ZmqChannels(link.loop, link.context(), connection, mailbox)
 
     def interrupt(self, sent: Callable[[], None]) -> bool:
@@ -4421,6 +4445,8 @@ class HostServer(Stoppable):
     relays = True  # messages through the pipe, not straight over ZeroMQ
     own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
     directory = ""  # of the connection files, if they are on this machine
+    _link: HostLink | None = None
+    _gateway: RemoteJupyterServer | None = None
 
     def __init__(self, transport: str, preload: Sequence[str] | None, ipython_defaults: bool) -> None:
         if transport not in ("direct", "gateway"):
@@ -4433,8 +4459,16 @@ class HostServer(Stoppable):
         self.lean = not ipython_defaults
         self.serial = itertools.count(1)
         self.transport = transport
-        self._gateway: RemoteJupyterServer | None = None
-        self._link: HostLink | None = None
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # A server that nobody refers to ends, in its I/O thread: this may be called at any point of any thread, with
+        # any lock held. That thread refers to no server; a job that does keeps it until the end is done.
+        loop = self._link.loop if self._link else self._gateway and self._gateway._loop
+        if loop and not is_finalizing():
+            with contextlib.suppress(JupyterExecError):  # this is a forked child
+                if self._link:
+                    loop.post(self._link.hang_up)
+                loop.post(self.stop)
 
     def _connect(self) -> HostLink:
         """Start a kernel host and greet it within START_TIMEOUT."""
@@ -4467,7 +4501,8 @@ class HostServer(Stoppable):
         if self.transport == "gateway":
             return self.get_client().kernelspecs()
         result = self.link().call("kernelspecs", own_python3=self.own_python3)
-        return dict(result) if isinstance(result, dict) else {}
+        specs = result if isinstance(result, dict) else {}
+        return {_text(name): spec for name, spec in specs.items() if isinstance(spec, dict)}
 
     def get_client(self) -> RemoteJupyterServer:
         """Return the client of the kernel gateway, which is started on first use.
@@ -4963,7 +4998,13 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             raise SandboxError(f"User {user} of the image is root: give user=, such as {NORMAL_USER}", self._image_name)
         if pid != 1:
             logger.warning(NOT_FIRST, self._container.name)
-        return HostLink(stream, lambda: f"{self._epitaph()}{_log_of(stream)}")
+        server = weakref.ref(self)  # which ends when nobody else refers to it
+
+        def on_lost() -> str:
+            this = server()
+            return f"{this._epitaph() if this else ''}{_log_of(stream)}"
+
+        return HostLink(stream, on_lost)
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         """Run the image's own command, with the port published on the loopback address of the engine only."""

@@ -2906,6 +2906,67 @@ while True:
 """
 
 
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.just(10**4000) | st.text(st.characters()),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+FIELDS = ["exit_code", "stderr", "memory_limit", "out_of_memory", "name", "available", "searched", "python", "argv"]
+
+
+@settings(max_examples=50)
+@given(st.dictionaries(st.sampled_from([*FIELDS, "reason", "preload_failed"]), ANY_JSON), ANY_JSON)
+def test_whatever_a_host_reports_can_be_printed(data: dict[str, Any], other: Any) -> None:
+    for name in ("KernelSpecNotFound", "KernelStartFailed", "ConnectionClosed", "JupyterExecError", other):
+        for given_data in (data, other):
+            error = jupyter_exec._host_error({"error": name, "data": given_data})
+            assert isinstance(error, JupyterExecError)
+            assert len(str(error).encode("utf-8")) < 10**6
+    exit = jupyter_exec._kernel_exit(data)
+    assert len(str(exit.error()).encode("utf-8")) < 10**5
+    assert 0 <= exit.status() <= 255
+
+
+STRANGE_ANSWERS = """
+codec = module.PipeCodec()
+while True:
+    for parts in codec.feed(os.read(0, 65536) or sys.exit()):
+        request = json.loads(parts[1])
+        os.write(1, frame([b"", b'{"id": %d, "result": %s}' % (request["id"], ANSWER)]))
+"""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "b'5'",
+        "b'9' * 10**5",
+        "b'[' * 10**5 + b']' * 10**5",
+        """b'{"connection": {}}'""",
+        """b'{"connection": "{}"}'""",
+        "json.dumps({'connection': json.dumps(elsewhere)}).encode()",
+    ],
+)
+def test_a_host_with_strange_answers_is_given_up(answer: str, tmp_path: Path) -> None:
+    elsewhere = f"elsewhere = {CONNECTION | {'ip': '127.0.0.2'}!r}\n"
+    with scripted_host(tmp_path, elsewhere + STRANGE_ANSWERS.replace("ANSWER", answer)) as server:
+        server.relays = False
+        with pytest.raises((ProtocolError, ConnectionClosed)):
+            server.start_kernel()
+        process = server._process
+        assert process
+        eventually(lambda: process.poll() is not None, "the host is gone")
+
+
+@pytest.mark.parametrize("greeting", ["9" * 5000 + " 9 00", "3 11 zz", "-3 11 00"])
+def test_a_strange_greeting_is_none(greeting: str) -> None:
+    program = "import re, sys; print(re.search('[0-9a-f]{32}', sys.argv[-1])[0], GREETING)".replace(
+        "GREETING", repr(greeting)
+    )
+    with CommandJupyterServer([sys.executable, "-c", program]) as server:
+        with pytest.raises(KernelStartFailed, match="no Python answered"):
+            server.kernelspecs()
+
+
 def test_a_host_that_lies_is_survived(tmp_path: Path) -> None:
     with scripted_host(tmp_path, LYING_HOST) as server:
         with pytest.raises(KernelStartFailed, match="lies"):
@@ -5254,6 +5315,42 @@ def test_forgotten_servers_end_silently_with_the_program(ending: str, tmp_path: 
     assert noise == []
     eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
     eventually(lambda: not list(tmp_path.iterdir()), "every file is gone")
+
+
+@pytest.mark.parametrize("kind", ["local", "command", "gateway"])
+def test_a_server_that_nobody_refers_to_ends(kind: str) -> None:
+    before = resources()
+    server: Any = CommandJupyterServer([sys.executable]) if kind == "command" else LocalJupyterServer()
+    if kind == "gateway":
+        need("server", installed("kernel_gateway"))
+        server = LocalJupyterServer(transport="gateway")
+    executor: Any = JupyterCodeExecutor(server)
+    del server
+    gc.collect()
+    assert run(executor, "1").output == "1"  # it holds its server
+    executor.stop()
+    assert resources()["processes"] > before["processes"]
+    del executor
+    gc.collect()
+    names = ("processes", "threads", "directories")
+    eventually(lambda: all(resources()[name] <= before[name] for name in names), "nothing is left")
+
+
+def test_a_server_that_is_collected_in_a_forked_child_lives_on() -> None:
+    program = """
+        import gc, os, warnings, jupyter_exec
+        warnings.simplefilter("ignore")
+        server = jupyter_exec.LocalJupyterServer()
+        server.kernelspecs()
+        if os.fork() == 0:
+            del server
+            gc.collect()
+            os._exit(0)
+        os.wait()
+        print("python3" in server.kernelspecs())
+    """
+    result = run_python(program)
+    assert (result.stdout, result.stderr) == ("True\n", "")
 
 
 def test_a_forgotten_executor_is_ended_with_a_warning(server: LocalJupyterServer) -> None:
