@@ -2148,10 +2148,12 @@ def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
 
 def test_what_a_kernel_had_sent_is_read_after_the_news_of_its_death() -> None:
     def dying(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
-        executor._kernel._mailbox.put(jupyter_exec.KernelExit(cause="killed"))
+        mailboxes[0].put(jupyter_exec.KernelExit(cause="killed"))
         kernel.publish("stream", {"name": "stdout", "text": "last words"}, request)
 
+    mailboxes: list[Any] = []
     with scripted(dying) as executor:
+        mailboxes.append(executor._kernel._mailbox)
         result = executor.execute("1", timeout=PATIENCE)
     assert (result.status, result.text.splitlines()[0]) == ("died", "last words")
 
@@ -2332,7 +2334,7 @@ kernelapp.launch_new_instance(["-f", sys.argv[1]])
 
 
 def test_a_kernel_that_dies_at_start_is_reported_with_its_stderr(kernels_dir: Path) -> None:
-    argv = ["python", "-c", "import sys; sys.exit('no licence found')"]
+    argv = ["python", "-c", "import sys; sys.exit(' '.join(['no', 'licence', 'found']))"]
     add_spec(kernels_dir, "bad", argv=argv, display_name="b", language="python")
     with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
         executor = JupyterCodeExecutor(server, "bad")
@@ -5173,7 +5175,7 @@ def test_run_notebook(tmp_path: Path) -> None:
 
 
 def test_run_json_tells_of_a_kernel_that_cannot_start(kernels_dir: Path) -> None:
-    argv = ["python", "-c", "import sys; sys.exit('no licence found')"]
+    argv = ["python", "-c", "import sys; sys.exit(' '.join(['no', 'licence', 'found']))"]
     add_spec(kernels_dir, "bad", argv=argv, display_name="b", language="python")
     result = cli(
         "run", "-c", "1", "--json", "--kernel", "bad", env=os.environ | {"JUPYTER_PATH": str(kernels_dir.parent)}
