@@ -2771,6 +2771,8 @@ class KernelClient:
                 yield message
         except ProtocolError as error:
             logger.warning("Ignored a message on %s: %s", item[0], error)
+            if self._running and not isinstance(error, SignatureError):  # the kernel's own: it may have been output
+                self._running.withheld = True
 
 
 def _reported_exit(message: Message) -> KernelExit | None:
@@ -5148,6 +5150,9 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             "security_opt": ["no-new-privileges"],
             "pids_limit": PIDS_LIMIT,
         }
+        # Of the engine's memory at most a half, unless told otherwise; and no swap beside the limit.
+        options["mem_limit"] = self._docker_kwargs.get("mem_limit") or client.info()["MemTotal"] // 2
+        options["memswap_limit"] = options["mem_limit"]
         if self._bind_dir:
             options["volumes"] = {self._bind_dir: {"bind": self._work_dir, "mode": "rw"}}
         if self._docker_kwargs.get("read_only"):

@@ -4626,6 +4626,24 @@ def test_interrupt_from_another_thread(executor: JupyterCodeExecutor) -> None:
     assert run(executor, "1").output == "1"
 
 
+def test_a_storm_of_interrupts_hits_running_cells_only(executor: JupyterCodeExecutor) -> None:
+    executor.execute("x = 0")
+    over = threading.Event()
+
+    def storm() -> None:
+        while not over.wait(0.002):
+            executor.interrupt()
+
+    thread = threading.Thread(target=storm)
+    thread.start()
+    statuses = [executor.execute("x += 1", timeout=PATIENCE).status for _ in range(25)]
+    over.set()
+    thread.join()
+    assert set(statuses) <= {"ok", "error", "interrupted"}
+    counted = int(executor.execute("x").text)
+    assert statuses.count("ok") <= counted <= len(statuses)
+
+
 def test_interrupt_while_nothing_runs_does_nothing(executor: JupyterCodeExecutor) -> None:
     executor.interrupt()
     assert run(executor, "1").output == "1"
@@ -5480,6 +5498,15 @@ FAULTS: dict[str, tuple[str, set[tuple[int, str]]]] = {
     "host": ("import os, time; os.kill(os.getppid(), 9); time.sleep(60)", {(137, "lost")}),
     "orphan": ("import subprocess; subprocess.Popen(['sleep', '600'], start_new_session=True)", {(0, "intact")}),
     "big": ("print('y' * 3_000_000)", {(0, "intact")}),
+    "displays": ("for i in range(3000): display(i)", {(0, "intact")}),
+    "turns": (
+        "import sys\nfor i in range(500): print(i, flush=True); print(i, file=sys.stderr, flush=True)",
+        {(0, "intact")},
+    ),
+    "bytes": ("print('\\udc80' * 200_000 + chr(92) * 500_000 + 'x\\b' * 50_000)", {(0, "intact")}),
+    "updates": ("h = display(0, display_id=True)\nfor i in range(2000): h.update(i)", {(0, "intact")}),
+    "deep": ("v = []\nfor i in range(900): v = [v]\ndisplay({'application/json': v}, raw=True)", {(0, "intact")}),
+    "stopped": ("import os; os.kill(os.getpid(), 19)", {(124, "lost")}),
 }
 
 
