@@ -3047,6 +3047,7 @@ class KernelHost:
             self._end(kernel)
         for _ in range(10):  # what has left its kernel's session and environment was adopted by this process
             _kill_all(_children())
+        signal.set_wakeup_fd(-1)  # the loop closes what it was
         self._loop.stop()
 
     def close(self) -> None:
@@ -3202,7 +3203,7 @@ class KernelHost:
     def _start_fork_server(self, kernel: HostedKernel, preload: list[str]) -> ForkServer:
         import tempfile
 
-        python, main = kernel.argv[0], BOOTSTRAP.replace("NONCE", "-").replace("MAIN", "fork_server_main")
+        python, bootstrap = kernel.argv[0], BOOTSTRAP.replace("NONCE", "-").replace("MAIN", "fork_server_main")
         # Another Python could not read this module's code, and fork none of its kernels.
         check = (
             f"import sys; sys.implementation.cache_tag == {sys.implementation.cache_tag!r} or sys.exit({CANNOT_FORK})"
@@ -3213,7 +3214,7 @@ class KernelHost:
             program.write(self._program)
             program.seek(0)
             options = json.dumps([theirs.fileno(), kernel.lean, preload])
-            argv = [python, "-c", f"{check}\n{main}", "ipykernel-fork-server", options]
+            argv = [python, "-c", f"{check}\n{bootstrap}", "ipykernel-fork-server", options]
             process = HostedKernel(
                 python, python, argv, kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
             )
