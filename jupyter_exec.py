@@ -325,7 +325,7 @@ class Message:
     content: Json
     buffers: list[bytes]
     size: int = field(default=0, compare=False)  # bytes that it takes in memory, about
-    lost: bool = False  # its content was too large to be taken
+    lost: bool = False  # its content was too large, or no JSON: {} stands for it
 
     @property
     def msg_type(self) -> str:
@@ -555,20 +555,28 @@ def messages_of(channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
     if max(map(len, parts[:3])) > MAX_HEADER:
         raise ProtocolError(f"The header of a message is larger than {MAX_HEADER} bytes.")
     header, parent_header = json_object(parts[0], "header"), _object_or_null(parts[1], "parent_header")
-    metadata, content = _object_or_null(parts[2], "metadata"), parts[3]
-    buffers = list(map(bytes, parts[4:]))
-    size, lost = sum(map(len, parts)) + 1000, False
+    is_read = str(header.get("msg_type")) in _CONTENTS
+    if len(parts[3]) > STREAM_PIECE and not is_read:
+        parts = [*parts[:2], b"{}", b"{}"]
+    metadata, content, buffers = _object_or_null(parts[2], "metadata"), parts[3], list(map(bytes, parts[4:]))
     if header.get("msg_type") == "stream" and _text_start(content):
         for piece in stream_pieces(content):
-            yield Message(channel, header, parent_header, metadata, json_object(piece, "content"), buffers, len(piece))
+            yield Message(channel, header, parent_header, metadata, *_content(piece, buffers, len(piece)))
         return
-    if header.get("msg_type") in _CONTENTS:
-        lost = len(content) > MAX_JSON
-        size += 0 if lost else json_weight(bytes(content))
-        lost = lost or size > 4 * MAX_JSON
-    if lost or (len(content) > LARGE_PART and header.get("msg_type") not in _CONTENTS):
-        content = b"{}"
-    yield Message(channel, header, parent_header, metadata, _object_or_null(content, "content"), buffers, size, lost)
+    size, lost = sum(map(len, parts)) + 1000, is_read and len(content) > MAX_JSON
+    if is_read and not lost:
+        size += json_weight(bytes(content))
+        lost = size > 4 * MAX_JSON
+    rest = ({}, buffers, size, True) if lost else _content(content, buffers, size)
+    yield Message(channel, header, parent_header, metadata, *rest)
+
+
+def _content(data: bytes | memoryview, buffers: list[bytes], size: int) -> tuple[Json, list[bytes], int, bool]:
+    """Return the last fields of a Message; a content that cannot be read, nested too deeply for one, counts as lost."""
+    try:
+        return _object_or_null(data, "content"), buffers, size, False
+    except ProtocolError:
+        return {}, buffers, size, True
 
 
 def stream_pieces(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
@@ -2771,8 +2779,6 @@ class KernelClient:
                 yield message
         except ProtocolError as error:
             logger.warning("Ignored a message on %s: %s", item[0], error)
-            if self._running and not isinstance(error, SignatureError):  # the kernel's own: it may have been output
-                self._running.withheld = True
 
 
 def _reported_exit(message: Message) -> KernelExit | None:
@@ -5517,11 +5523,13 @@ def _dedent(line: str, columns: int) -> str:
 class Folder:
     """A directory that is held open: what is written into it is in it, whatever has taken the place of its path.
 
-    Code in a sandbox may share it, and plant links. Raises: OSError, here and in each method.
+    Code in a sandbox may share it, and plant links. Raises: ValueError if it does not exist; OSError in each method.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
+        if not self.path.is_dir():
+            raise ValueError(f"Output directory {path} does not exist.")
         self._at: Json = {}
         if os.open in os.supports_dir_fd:  # not on Windows
             descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
@@ -5980,8 +5988,6 @@ class JupyterCodeExecutor:
         if not timeout >= 1:
             raise ValueError("Timeout must be greater than or equal to 1.")
         self._output_dir = Path(output_dir)
-        if not self._output_dir.is_dir():
-            raise ValueError(f"Output directory {output_dir} does not exist.")
         self._folder = Folder(self._output_dir)
         self._timeout = timeout
         self._kernel_name = kernel_name
@@ -6166,7 +6172,7 @@ class JupyterCodeExecutor:
     def save_notebook(self, path: str | os.PathLike[str]) -> None:
         """Write the session so far as a notebook: each cell with its outputs, failed and timed-out ones too.
 
-        Raises: OSError.
+        Raises: OSError; ValueError if the directory does not exist.
         """
         with self._turns.turn():
             metadata: Json = {"kernelspec": {"name": self._kernel_name, "display_name": self._kernel_name}}

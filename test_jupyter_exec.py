@@ -611,8 +611,6 @@ def test_invalid_utf8_and_null_dicts_of_real_kernels_are_read() -> None:
         ([b"<IDS|MSG>"], "five"),
         (signed(b"{}", b"{}", b"{}"), "five"),
         (signed(b"[]", b"{}", b"{}", b"{}"), "header is not a JSON object"),
-        (signed(b"{}", b"{}", b"{}", b"{"), "content is not JSON"),
-        (signed(b'{"msg_type":"error"}', b"{}", b"{}", b'{"a":' * 100_000), "content is not JSON"),
         (signed(b"{}", b" " * 2**21, b"{}", b"{}"), "header of a message is larger"),
     ],
 )
@@ -670,7 +668,13 @@ BOMB = b'{"data":{"application/json":[%b[]]},"metadata":{}}' % (b"[]," * 5_000_0
 
 @pytest.mark.parametrize(
     ("msg_type", "content", "lost"),
-    [("comm_msg", BOMB, False), ("display_data", BOMB, True), ("error", b'"' + b"x" * 70_000_000 + b'"', True)],
+    [
+        ("error", b"{", True),
+        ("display_data", b'{"a":' * 100_000, True),
+        ("comm_msg", BOMB, False),
+        ("display_data", BOMB, True),
+        ("error", b'"' + b"x" * 70_000_000 + b'"', True),
+    ],
 )
 def test_what_is_too_large_is_not_parsed(msg_type: str, content: bytes, lost: bool) -> None:
     header = json.dumps({"msg_type": msg_type}).encode()
@@ -1244,7 +1248,6 @@ def v1_of(*parts: bytes, channel: str = "shell") -> bytes:
         v1_of(b"[]", b"{}", b"{}", b"{}"),
         v1_of(b"{}", b"[]", b"{}", b"{}"),
         v1_of(b"{}", b"{}", b"", b"{}"),
-        v1_of(b"{}", b"{}", b"{}", b"{"),
         v1_of(b"{}", b"{}", b"{}", b"{}", channel="hb"),
         v1_of(b"{}", b"{}", b"{}", b"{}", channel=""),
         v1_of(b"{}", b"{}", b"{}", b"{}", channel="sh\u00e9ll"),
@@ -1278,7 +1281,7 @@ def test_what_is_huge_is_parsed_once_or_not_at_all(monkeypatch: pytest.MonkeyPat
         huge.header = {"msg_type": msg_type}
         (skipped,) = V1Codec().decode(V1Codec().encode(huge))
         assert (skipped.content, skipped.buffers) == ({}, [])
-    assert parsed == ["header"] * 3
+    assert set(parsed) == {"header", "parent_header"}
 
 
 CODECS: dict[str, Any] = {">I": JsonCodec(), "<Q": V1Codec()}
@@ -3009,7 +3012,9 @@ def need(name: str, present: object) -> None:
 def docker_server(**options: Any) -> DockerJupyterServer:
     if "custom_image_name" not in options:
         options.setdefault("base_image", os.environ.get("BASE_IMAGE"))
-    return DockerJupyterServer(**{"network": "none", **options, "labels": {RUN: ""} | options.get("labels", {})})
+    return DockerJupyterServer(
+        **{"network": "none", **options, "labels": jupyter_exec._merged("labels", {RUN: ""}, options.get("labels", {}))}
+    )
 
 
 @pytest.fixture
@@ -4189,8 +4194,7 @@ def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(mo
     channels: Any = jupyter_exec.WebSocketChannels(loop, dial, mailbox)
     pairs[0][1].settimeout(PATIENCE)
     pairs[0][1].sendall(frame(9, b"x" * 125) * 100_000)  # 13 MB
-    waiting = channels._outbox._unsent
-    assert 0 < sum(map(len, waiting)) < 1000
+    assert 0 < len(channels._outbox._begun) + channels._outbox.waiting < 1000
     eventually(lambda: len(pairs) == 2, "it was dropped, and called again")
     assert isinstance(mailbox.get(PATIENCE), jupyter_exec.Reconnected)
     pairs[1][1].sendall(frame(9, b"last"))
@@ -5351,7 +5355,7 @@ def test_a_server_that_nobody_refers_to_ends(kind: str) -> None:
     assert resources()["processes"] > before["processes"]
     del executor
     gc.collect()
-    names = ("processes", "threads", "directories")
+    names = ("processes", "threads", "files")
     eventually(lambda: all(resources()[name] <= before[name] for name in names), "nothing is left")
 
 
@@ -5680,7 +5684,7 @@ def test_a_script_reaches_the_shell_as_written(
 
 
 def test_a_script_leaves_nothing_in_the_kernel(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
-    names = "sorted(name for name in globals() if name[0] != '_'), __import__('subprocess').getoutput('ls -l /proc/$PPID/fd | grep -c pipe:')"
+    names = "sorted(name for name in globals() if name[0] != '_'), __import__('subprocess').getoutput('ls -l /proc/$PPID/fd 2>/dev/null | grep -c pipe:')"
     run(executor, names)
     before = run(executor, names).output
     run_block(executor, "echo {a}; exit 3", "sh")
@@ -6352,7 +6356,7 @@ def test_a_full_disk_behind_stdout_is_an_error(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, str(MODULE), *arguments]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert (result.stderr, result.returncode) == ("jupyter-exec: [Errno 28] No space left on device\n", 1)
+    assert (result.stderr, result.returncode) == ("jupyter-exec: No space left on device\n", 1)
 
 
 NASTY = "\x1b]52;c;QQ==\x07\x1b[2J\x1bc\x1b(0\x9b31m\x1b\x1b[m]52;c;QQ==\x07\x0e"
