@@ -252,10 +252,20 @@ class KernelDied(KernelError):
     cause: str = ""
     exit_code: int | None = None  # negative: killed by that signal; None: unknown
     stderr: str = ""
+    retryable: bool = False  # the cause does not hold for a kernel that is started again
 
     def __str__(self) -> str:
         tail = f"\n{self.stderr.rstrip()}" if self.stderr.strip() else ""
-        return f"The kernel died ({self.cause or describe_exit(self.exit_code)}); all variables are lost{tail}"
+        return f"The kernel died ({self.sentence()}); all variables are lost{tail}"
+
+    def sentence(self) -> str:
+        return self.cause or describe_exit(self.exit_code)
+
+    def status(self) -> int:
+        """Return the exit status that reports this death, by the shell's convention; 137 if it is unknown."""
+        if self.exit_code is None:
+            return 137
+        return 128 - self.exit_code if self.exit_code < 0 else 1
 
 
 @dataclass(eq=False)
@@ -1136,28 +1146,6 @@ def _append_text(outputs: list[Json] | deque[Json], name: str, text: str) -> Non
 
 
 @dataclass
-class KernelExit:
-    """A kernel's process has ended: `exit_code` is negative for a signal and None if nobody knows it."""
-
-    exit_code: int | None = None
-    stderr: str = ""
-    cause: str = ""
-    passing: bool = False  # a reason that does not hold for a kernel that is started again
-
-    def sentence(self) -> str:
-        return self.cause or describe_exit(self.exit_code)
-
-    def error(self) -> KernelDied:
-        return KernelDied(self.sentence(), self.exit_code, self.stderr)
-
-    def status(self) -> int:
-        """Return the exit status that reports this death, by the shell's convention; 137 if it is unknown."""
-        if self.exit_code is None:
-            return 137
-        return 128 - self.exit_code if self.exit_code < 0 else 1
-
-
-@dataclass
 class ExecutionResult:
     """What one cell did.
 
@@ -1174,7 +1162,7 @@ class ExecutionResult:
     outputs: list[Json]
     execution_count: int | None = None
     duration: float = 0.0  # seconds
-    death: KernelExit | None = None
+    death: KernelDied | None = None
     missing: int = 0
 
     @property
@@ -1197,7 +1185,7 @@ class ExecutionResult:
         if self.status == "timeout":
             raise ExecutionTimeout(self.note)
         if self.death and self.status == "died":
-            raise self.death.error()
+            raise self.death
         if self.status == "error" and self.error:
             traceback = clean_text("\n".join(self.error["traceback"]))
             raise ExecutionError(self.error["ename"], self.error["evalue"], traceback)
@@ -1223,7 +1211,7 @@ class Execution:
         self.interrupted = False  # somebody asked for it
         self.signalled = False  # the kernel was told
         self.killed = False  # by us, since that did not help
-        self.death: KernelExit | None = None
+        self.death: KernelDied | None = None
         self.fences: set[str] = set()
         self.reconnected = False  # both of reply and idle may be lost
         self.withheld = False  # output was dropped on its way
@@ -1369,9 +1357,7 @@ class Execution:
         if self.timed_out is not None:
             return self._timeout_outcome(f"{self.timed_out:g} s")
         if self.death:
-            tail = f"\n{self.death.stderr.rstrip()}" if self.death.stderr.strip() else ""
-            note = f"The kernel died ({self.death.sentence()}); all variables are lost{clean_text(tail)}"
-            return "died", self.death.status(), "lost", note
+            return "died", self.death.status(), "lost", clean_text(str(self.death))
         if self.interrupted:
             if self.done:
                 return "interrupted", 130, "intact", "Interrupted; variables are kept"
@@ -1734,7 +1720,7 @@ class Outbox:
 
     def __init__(self, loop: Loop, stream: Stream, on_stuck: Callable[[str], None]) -> None:
         self._loop, self._stream, self._on_stuck = loop, stream, on_stuck
-        self.patient = False  # waits for ever: the other end may be stopped in a debugger
+        self.waits_for_ever = False  # the other end may be stopped in a debugger
         self._begun = memoryview(b"")
         self._lanes: dict[str, deque[tuple[bytes, bool, float]]] = {}  # data, whether it may be dropped, since when
         self.waiting = 0  # bytes in the lanes
@@ -1795,7 +1781,7 @@ class Outbox:
 
     def _check_progress(self) -> None:
         idle = time.monotonic() - self._sent_at
-        self._watched = self.busy and (self.patient or idle < CONTROL_TIMEOUT)
+        self._watched = self.busy and (self.waits_for_ever or idle < CONTROL_TIMEOUT)
         if self._watched:
             self._loop.later(max(CONTROL_TIMEOUT - idle, CONTROL_TIMEOUT / 10), self._check_progress)
         elif self.busy:
@@ -1911,7 +1897,7 @@ class Reconnected:
     """A connection that was lost is there again; what was on its way may be missing."""
 
 
-MailItem = RawMessage | KernelExit | Reconnected
+MailItem = RawMessage | KernelDied | Reconnected
 
 
 class Mailbox:
@@ -1941,10 +1927,10 @@ class Mailbox:
                 self.dropped = True
                 return
             if unread > 2 * MAILBOX_LIMIT:
-                item, size = KernelExit(cause=f"it was killed: {unread // 2**20} MB of its messages were unread"), 0
+                item, size = KernelDied(cause=f"it was killed: {unread // 2**20} MB of its messages were unread"), 0
                 if self._on_flood:
                     self._on_flood()
-        self.ended = self.ended or isinstance(item, KernelExit)
+        self.ended = self.ended or isinstance(item, KernelDied)
         self._put_bytes += size
         self._put_replies += _is_reply(item)
         self._queue.put((item, size))
@@ -2017,7 +2003,7 @@ class KernelControl(Protocol):
         """
 
     def kill(self) -> None:
-        """End the kernel at once, if it is ours; the mailbox gets its KernelExit."""
+        """End the kernel at once, if it is ours; the mailbox gets its KernelDied."""
 
     def close(self) -> None:
         """Free what `start` made, the channels aside."""
@@ -2144,7 +2130,7 @@ class ZmqChannels:
         try:
             self._open_all(context, connection, watch)
         except zmq.ZMQError as error:
-            self._mailbox.put(KernelExit(cause=f"its sockets cannot be opened here: {error.strerror}"))
+            self._mailbox.put(KernelDied(cause=f"its sockets cannot be opened here: {error.strerror}"))
 
     def _open_all(self, context: Any, connection: KernelConnection, watch: bool) -> None:
         self._sockets = open_sockets(context, connection, os.urandom(16).hex().encode())
@@ -2164,7 +2150,7 @@ class ZmqChannels:
         events: list[list[bytes]] = []
         read_all(self._monitor, events.append)
         if events:
-            self._mailbox.put(KernelExit(cause="its connection was closed"))
+            self._mailbox.put(KernelDied(cause="its connection was closed"))
 
     def send(self, message: Message) -> None:
         parts = self._codec.encode(message)
@@ -2231,7 +2217,7 @@ class WebSocketChannels:
         self._heard_at = 0.0
         self._closed = False
         self._connect(Deadline(START_TIMEOUT))
-        loop.post(self._attend)
+        loop.post(self._take_over)
 
     def _connect(self, deadline: Deadline) -> None:
         sock, subprotocol = self._dial(deadline)
@@ -2239,7 +2225,7 @@ class WebSocketChannels:
         self._socket, self._websocket = NetStream(sock), WebSocket(functools.partial(os.urandom, 4), MAX_MESSAGE)
         self._codec: V1Codec | JsonCodec = V1Codec() if subprotocol else JsonCodec()
 
-    def _attend(self) -> None:
+    def _take_over(self) -> None:
         if self._closed:
             self._socket.close()
             return
@@ -2294,11 +2280,11 @@ class WebSocketChannels:
 
     def _drop(self, reason: str) -> None:
         if self._outbox and not self._closed:
-            self._hang_up()
+            self._close_socket()
             # In a thread for the time of the attempts: other kernels of the server must not wait for them.
             threading.Thread(target=self._dial_again, args=(reason,), daemon=True).start()
 
-    def _hang_up(self) -> None:
+    def _close_socket(self) -> None:
         if self._outbox:
             self._loop.on_readable(self._socket.fileno(), None)
             self._outbox.close()
@@ -2311,14 +2297,14 @@ class WebSocketChannels:
             time.sleep(RECONNECT_DELAY)  # a server that accepts and closes must not make this a race
             try:
                 self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
-                self._loop.post(self._attend)
+                self._loop.post(self._take_over)
                 if self._closed:  # so the loop may have ended
                     self._socket.close()
                 return
             except JupyterExecError as error:
                 if deadline.expired or (isinstance(error, ServerError) and error.status < 500):
                     cause = f"the connection to its server was lost: {reason}; {error}"
-                    self._loop.post(functools.partial(self._mailbox.put, KernelExit(cause=cause)))
+                    self._loop.post(functools.partial(self._mailbox.put, KernelDied(cause=cause)))
                     return
 
     def send(self, message: Message) -> None:
@@ -2346,7 +2332,7 @@ class WebSocketChannels:
         if self._outbox:
             with contextlib.suppress(OSError):
                 self._socket.send(memoryview(self._websocket.close()))
-        self._hang_up()
+        self._close_socket()
 
 
 # ======================================================================================================
@@ -2424,7 +2410,7 @@ class KernelClient:
         self.ready = False
         self._running: Execution | None = None
         self._nudges: set[str] = set()  # interrupts whose effect is not yet known to be over
-        self._exit: KernelExit | None = None
+        self._death: KernelDied | None = None
         self._closing = False
         self._ended = False  # the code has called exit(): the process is about to end
         self.kernel_info: Json = {}
@@ -2443,7 +2429,7 @@ class KernelClient:
     @property
     def alive(self) -> bool:
         """Whether there is a kernel that can run a cell, as far as known now."""
-        return self._channels is not None and self._exit is None and not self._ended
+        return self._channels is not None and self._death is None and not self._ended
 
     @property
     def owned(self) -> bool:
@@ -2453,12 +2439,12 @@ class KernelClient:
     @property
     def ended(self) -> bool:
         """Whether the kernel has ended, be it that nobody has been told yet."""
-        return self._exit is not None or self._mailbox.ended
+        return self._death is not None or self._mailbox.ended
 
     def start(self) -> None:
         """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready."""
         self.close()
-        self._mailbox, self._exit, self.ready, self.kernel_info = Mailbox(self._end_flood), None, False, {}
+        self._mailbox, self._death, self.ready, self.kernel_info = Mailbox(self._end_flood), None, False, {}
         self._ended = self._closing = False
         self._nudges.clear()
         self._session = os.urandom(16).hex()
@@ -2476,8 +2462,8 @@ class KernelClient:
                 self._greet(deadline)
             except KernelStartFailed:
                 # Its port was taken in the meantime, or its host or fork server is no more: nothing is lost.
-                exit = self._exit
-                if not attempts or not exit or not (exit.passing or "Address already in use" in exit.stderr):
+                death = self._death
+                if not attempts or not death or not (death.retryable or "Address already in use" in death.stderr):
                     self.give_up()
                     raise
                 self.start()
@@ -2489,8 +2475,8 @@ class KernelClient:
         self._send("shell", "kernel_info_request", {})
         while not (self.kernel_info and heard):
             item = self._mailbox.get(deadline.within(READY_RETRY))
-            if isinstance(item, KernelExit):
-                self._exit = item
+            if isinstance(item, KernelDied):
+                self._death = item
                 raise KernelStartFailed(self._control.argv, item.cause, item.exit_code, item.stderr)
             if deadline.expired:
                 raise KernelStartFailed(self._control.argv, f"no answer within {deadline.seconds:g} s")
@@ -2577,8 +2563,8 @@ class KernelClient:
             watch.overdue = None
         if execution.done:
             return True
-        if self._exit:  # taken by whoever stopped the kernel in the meantime
-            execution.death = self._exit
+        if self._death:  # taken by whoever stopped the kernel in the meantime
+            execution.death = self._death
         elif watch.overdue is None and execution.half_done:
             watch.overdue = Deadline(FENCE_DELAY)
         elif watch.overdue and watch.overdue.expired:
@@ -2609,9 +2595,9 @@ class KernelClient:
 
     def _take(self, item: MailItem | None, execution: Execution, hooks: Hooks) -> Iterator[None]:
         """Take an item from the mailbox, in pieces: yields after each, and once if there is nothing."""
-        if isinstance(item, KernelExit):
+        if isinstance(item, KernelDied):
             self._drain(execution, hooks)
-            self._exit = execution.death = item
+            self._death = execution.death = item
         elif isinstance(item, Reconnected):
             if self._running:
                 execution.reconnected = True
@@ -2625,8 +2611,8 @@ class KernelClient:
         yield
 
     def _feed(self, message: Message, execution: Execution, hooks: Hooks) -> None:
-        if exit := _reported_exit(message):
-            self._mailbox.put(exit)
+        if death := _reported_death(message):
+            self._mailbox.put(death)
         if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
             self._send("stdin", "input_reply", {"value": hooks.answer(message.content)})
         elif output := execution.feed(message) or self._late_output(message, execution):
@@ -2645,7 +2631,7 @@ class KernelClient:
         """Take what a dead kernel had sent: it may arrive after the news of its death."""
         deadline = Deadline(FENCE_DELAY)
         while (item := self._mailbox.get(DEATH_DRAIN)) is not None:
-            if not isinstance(item, KernelExit):
+            if not isinstance(item, KernelDied):
                 for _ in self._take(item, execution, hooks):
                     if deadline.expired:
                         return
@@ -2658,13 +2644,13 @@ class KernelClient:
         while not execution.death:
             for _ in self._take(self._mailbox.get(deadline.remaining), execution, Hooks()):
                 if deadline.expired and not execution.death:
-                    self._exit = execution.death = KernelExit(cause="it was killed")
+                    self._death = execution.death = KernelDied(cause="it was killed")
         death = execution.death
         try:
             if not self._closing and not self._control.supervised:  # a server takes its time: at the next call
                 self.start()
         except JupyterExecError:
-            self._exit = death  # the next call tries again and reports
+            self._death = death  # the next call tries again and reports
 
     def interrupt(self) -> None:
         """Interrupt the running cell, from any thread; without effect while none runs."""
@@ -2714,13 +2700,13 @@ class KernelClient:
         """End the kernel: ask it, and after SHUTDOWN_GRACE kill it. Only disconnects from one that is not ours."""
         self._closing = True
         if self._channels and self._control.owned:
-            if self.ready and not self._exit and not self._control.supervised:
+            if self.ready and not self._death and not self._control.supervised:
                 # Deviation: asked on control, where it belongs, ipykernel 7 often hangs at its end (its control thread
                 # writes to an iopub thread that has gone).
                 is_ipykernel = self.kernel_info.get("implementation") == "ipython"
                 self._send("shell" if is_ipykernel else "control", "shutdown_request", {"restart": False})
                 self._wait_exit(SHUTDOWN_GRACE)
-            if not self._exit or self._control.supervised:
+            if not self._death or self._control.supervised:
                 self._control.kill()
                 self._wait_exit(SHUTDOWN_GRACE)
         self.close()
@@ -2737,10 +2723,10 @@ class KernelClient:
 
     def _wait_exit(self, seconds: float) -> None:
         deadline = Deadline(seconds)
-        while not self._exit and not deadline.expired:
+        while not self._death and not deadline.expired:
             item = self._mailbox.get(deadline.remaining)
-            if isinstance(item, KernelExit):
-                self._exit = item
+            if isinstance(item, KernelDied):
+                self._death = item
 
     def restart(self) -> None:
         """Replace the kernel by a fresh one. Raises: KernelError if it was attached to."""
@@ -2781,13 +2767,13 @@ class KernelClient:
             logger.warning("Ignored a message on %s: %s", item[0], error)
 
 
-def _reported_exit(message: Message) -> KernelExit | None:
+def _reported_death(message: Message) -> KernelDied | None:
     """Return the end of the kernel if it says so on iopub, or a Jupyter server of its own, with no parent."""
     if message.msg_type == "shutdown_reply" and message.channel == "iopub":
-        return KernelExit(cause="it was shut down or restarted by somebody else")
+        return KernelDied(cause="it was shut down or restarted by somebody else")
     state = message.content.get("execution_state")
     if message.msg_type == "status" and state in ("restarting", "dead") and not message.parent_id:
-        return KernelExit(cause="its server found it dead" + (" and restarted it" if state == "restarting" else ""))
+        return KernelDied(cause="its server found it dead" + (" and restarted it" if state == "restarting" else ""))
     return None
 
 
@@ -3000,7 +2986,7 @@ def has_ended(name: str) -> bool:
     return process_name(int(found[1])) not in ("", name)
 
 
-class HostedKernel:
+class ChildProcess:
     """A process that the host has started, mostly a kernel, and what it knows of it."""
 
     def __init__(self, name: str, slot: str, argv: list[str], env: dict[str, str]) -> None:
@@ -3038,7 +3024,7 @@ class KernelHost:
         self._loop = loop
         self._directory = directory
         self._program = program  # this module, as it came
-        self._kernels: dict[str, HostedKernel] = {}
+        self._kernels: dict[str, ChildProcess] = {}
         self._fork_servers: dict[str, ForkServer] = {}  # by interpreter
         self._serial = itertools.count()
         self._unforkable: set[str] = set()  # interpreters that cannot be one
@@ -3046,7 +3032,7 @@ class KernelHost:
         self._context: Any = None
         self._oom_kills = _oom_kills()
         self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
-        self._pipe.outbox.patient = True
+        self._pipe.outbox.waits_for_ever = True
 
     def _on_closed(self, reason: str) -> None:
         for kernel in self._kernels.values():
@@ -3143,7 +3129,7 @@ class KernelHost:
         addresses: Json = {"ip": ip, "transport": transport, **dict(zip(names, ports, strict=True))}
         return KernelConnection(**addresses, key=request["key"], kernel_name=request["kernel_name"])
 
-    def _new_kernel(self, name: str, slot: str, argv: list[str], spec: Json) -> HostedKernel:
+    def _new_kernel(self, name: str, slot: str, argv: list[str], spec: Json) -> ChildProcess:
         env = dict(os.environ, JPY_PARENT_PID=str(os.getpid())) | {_MARKER: _mark(name)}
         env.pop("PYTHONEXECUTABLE", None)  # macOS: it would override the kernel's own idea of its interpreter
         extra = spec.get("env") if isinstance(spec.get("env"), dict) else {}
@@ -3155,9 +3141,9 @@ class KernelHost:
         if _is_ipykernel(argv) and os.path.exists(os.path.join(os.path.dirname(argv[0]), os.pardir, "pyvenv.cfg")):
             # As if it were activated: `!pip` and `!python` are to be those of the kernel.
             env["PATH"] = os.pathsep.join((os.path.dirname(argv[0]), env.get("PATH", os.defpath)))
-        return HostedKernel(name, slot, argv, env)
+        return ChildProcess(name, slot, argv, env)
 
-    def _begin(self, kernel: HostedKernel) -> None:
+    def _begin(self, kernel: ChildProcess) -> None:
         """Have the kernel forked if that can be, else launch it, and watch it."""
         if kernel.preload is None or kernel.argv[0] in self._unforkable:
             kernel.preload = None
@@ -3166,7 +3152,7 @@ class KernelHost:
             self._fork(kernel, kernel.preload)
         self._watch(kernel)
 
-    def _launch(self, kernel: HostedKernel, stdin: Any = None, pass_fds: Sequence[int] = ()) -> None:
+    def _launch(self, kernel: ChildProcess, stdin: Any = None, pass_fds: Sequence[int] = ()) -> None:
         """Start it as a process of its own."""
         import subprocess
 
@@ -3193,7 +3179,7 @@ class KernelHost:
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
         kernel.process, kernel.pid = process, process.pid
 
-    def _fork(self, kernel: HostedKernel, preload: list[str]) -> None:
+    def _fork(self, kernel: ChildProcess, preload: list[str]) -> None:
         """Order a kernel from the fork server of its interpreter; its pid comes with the answer."""
         python = kernel.argv[0]
         if not (server := self._fork_servers.get(python)):
@@ -3206,7 +3192,7 @@ class KernelHost:
         server.ordered += 1
         self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, server.ordered))
 
-    def _start_fork_server(self, kernel: HostedKernel, preload: list[str]) -> ForkServer:
+    def _start_fork_server(self, kernel: ChildProcess, preload: list[str]) -> ForkServer:
         import tempfile
 
         python, bootstrap = kernel.argv[0], BOOTSTRAP.replace("NONCE", "-").replace("MAIN", "fork_server_main")
@@ -3221,7 +3207,7 @@ class KernelHost:
             program.seek(0)
             options = json.dumps([theirs.fileno(), kernel.lean, preload])
             argv = [python, "-c", f"{check}\n{bootstrap}", "ipykernel-fork-server", options]
-            process = HostedKernel(
+            process = ChildProcess(
                 python, python, argv, kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
             )
             try:
@@ -3265,7 +3251,7 @@ class KernelHost:
             else:  # it was given up before it was born
                 _kill_all([born["pid"]])
 
-    def _watch(self, kernel: HostedKernel) -> None:
+    def _watch(self, kernel: ChildProcess) -> None:
         self._kernels[kernel.name] = kernel
         if kernel.stderr:
             kernel.stderr.watch(self._loop)
@@ -3277,13 +3263,13 @@ class KernelHost:
             advice = f"pyzmq is not installed there; run {sys.executable} -m pip install pyzmq ipykernel"
             raise KernelStartFailed([sys.executable], advice) from None
 
-    def _open_relay(self, kernel: HostedKernel, connection: KernelConnection, identity: str) -> None:
+    def _open_relay(self, kernel: ChildProcess, connection: KernelConnection, identity: str) -> None:
         kernel.sockets = open_sockets(self._context, connection, identity.encode("ascii"))
         for channel, sock in kernel.sockets.items():
             deliver = functools.partial(self._relay, kernel, channel)
             kernel.readers[channel] = SocketReader(self._loop, sock, deliver)
 
-    def _relay(self, kernel: HostedKernel, channel: str, parts: list[bytes]) -> None:
+    def _relay(self, kernel: ChildProcess, channel: str, parts: list[bytes]) -> None:
         parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
         waiting, is_large = self._pipe.outbox.waiting, sum(map(len, parts)) > RELAY_PIECE
         may_be_lost = (waiting > 0 or is_large) and channel == "iopub" and _may_be_lost(parts)
@@ -3300,7 +3286,7 @@ class KernelHost:
             piece = data[start : start + RELAY_PIECE]
             self._pipe.send([f"+{kernel.name}".encode("ascii"), piece], kernel.name, may_be_lost)
 
-    def _tell_loss(self, kernel: HostedKernel) -> None:
+    def _tell_loss(self, kernel: ChildProcess) -> None:
         if not kernel.loss_told:
             kernel.loss_told = True
             self._pipe.send([b"", dump_json({"event": "loss", "kernel": kernel.name})], kernel.name)
@@ -3354,7 +3340,7 @@ class KernelHost:
                 # What the kernel wrote last may still be on its way through ZeroMQ.
                 self._loop.later(DEATH_DRAIN if kernel.sockets else 0, functools.partial(self._report_exit, kernel))
 
-    def _report_exit(self, kernel: HostedKernel) -> None:
+    def _report_exit(self, kernel: ChildProcess) -> None:
         if kernel.name in self._kernels:
             for reader in kernel.readers.values():
                 reader.drain()
@@ -3370,7 +3356,7 @@ class KernelHost:
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
             self._pipe.send([b"", dump_json(event)], kernel.name)
 
-    def _end_fork_server(self, process: HostedKernel, server: ForkServer) -> None:
+    def _end_fork_server(self, process: ChildProcess, server: ForkServer) -> None:
         """Begin anew what it has not yet forked, unless its preload is at fault. Its other kernels live on."""
         self._read_pids(server)
         self._loop.on_readable(server.channel.fileno(), None)
@@ -3390,7 +3376,7 @@ class KernelHost:
                         continue
                 self._report_exit(kernel)
 
-    def _end(self, kernel: HostedKernel) -> None:
+    def _end(self, kernel: ChildProcess) -> None:
         """Free what belongs to a kernel, dead or not."""
         if kernel.pid:
             _kill_family(kernel, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())
@@ -3458,7 +3444,7 @@ def _ended_children(processes: list[subprocess.Popen[Any] | None]) -> Iterator[t
             yield ended[0], os.waitstatus_to_exitcode(ended[1])
 
 
-def _kill_family(kernel: HostedKernel, marker: bytes) -> None:
+def _kill_family(kernel: ChildProcess, marker: bytes) -> None:
     """Kill a kernel, its session, and whatever left the session but still has the kernel's mark."""
     if os.name == "nt":
         assert kernel.process
@@ -3977,7 +3963,7 @@ class RemoteKernelControl:
 
     def _report(self, cause: str) -> None:
         if self._mailbox:
-            self._mailbox.put(KernelExit(cause=cause))
+            self._mailbox.put(KernelDied(cause=cause))
 
     def close(self) -> None:
         if self._channels:
@@ -4171,7 +4157,7 @@ class HostLink:
             self.mailboxes[kernel].dropped = True
         elif event == "exit":
             if mailbox := self.mailboxes.pop(kernel, None):
-                mailbox.put(_kernel_exit(message))
+                mailbox.put(_death_of(message))
         elif isinstance(message.get("id"), int) and (then := self._answers.pop(message["id"], None)):
             self.loop.post(functools.partial(then, message))  # its failure is not the pipe's
 
@@ -4187,8 +4173,8 @@ class HostLink:
             self._errors.close()
         self._fail_answers()
         for mailbox in list(self.mailboxes.values()):
-            gone = KernelExit(cause=f"its host is gone: {self.lost}", passing=True)
-            mailbox.put(KernelExit(cause=reason) if self._closing else gone)
+            gone = KernelDied(cause=f"its host is gone: {self.lost}", retryable=True)
+            mailbox.put(KernelDied(cause=reason) if self._closing else gone)
         self.mailboxes.clear()
 
     def _fail_answers(self) -> None:
@@ -4223,7 +4209,7 @@ def _texts(value: object) -> list[str]:
     return list(map(_text, value[:1000])) if isinstance(value, list) else []
 
 
-def _kernel_exit(event: Json) -> KernelExit:
+def _death_of(event: Json) -> KernelDied:
     code = event.get("exit_code")
     code = code if type(code) is int and -64 <= code < 2**32 else None
     limit, cause = event.get("memory_limit"), ""
@@ -4232,7 +4218,7 @@ def _kernel_exit(event: Json) -> KernelExit:
         cause = f"out of memory (limit {limit // 2**20} MB)" if has_limit and limit else "out of memory"
     elif event.get("preload_failed"):
         cause = f"the fork server ended at its preload ({describe_exit(code)})"
-    return KernelExit(code, _text(event.get("stderr")), cause)
+    return KernelDied(cause, code, _text(event.get("stderr")))
 
 
 def _host_error(answer: Json) -> JupyterExecError:
@@ -4283,7 +4269,7 @@ def own_program(magic: str) -> bytes:
     )
 
 
-class Dialogue(Stream, Protocol):
+class TimedStream(Stream, Protocol):
     """A Stream that can be told not to block, for the time before the loop has it."""
 
     def settimeout(self, seconds: float, /) -> None: ...
@@ -4310,7 +4296,7 @@ def _as_soon_as(
                     selector.unregister(errors)
 
 
-def greet_host(stream: Dialogue, nonce: str, errors: Tail | None = None) -> tuple[int, int]:
+def greet_host(stream: TimedStream, nonce: str, errors: Tail | None = None) -> tuple[int, int]:
     """Wait for the host's greeting, among whatever else is printed there, and send the source.
 
     Returns (pid, user id) of the host, as they are over there.
@@ -4573,7 +4559,7 @@ class _GenerateToken:
     """Stands for a token that is made up; AutoGen's default."""
 
 
-def token_of(token: str | _GenerateToken | None) -> str:
+def chosen_token(token: str | _GenerateToken | None) -> str:
     """Return the token, or a new one. Raises: ValueError for the empty one, which lets everybody in."""
     if token == "":
         raise ValueError("An empty token would open the gateway to everybody: leave it out, one is made up.")
@@ -4644,13 +4630,13 @@ class CommandJupyterServer(HostServer):
             greet_host(stream, nonce, errors)
         except BaseException as error:
             stream.close()
-            end = _epitaph(process, errors) if isinstance(error, ConnectionClosed) else ""
+            end = _describe_end(process, errors) if isinstance(error, ConnectionClosed) else ""
             errors.close()
             self._disconnect()
             if not isinstance(error, JupyterExecError):  # such as Ctrl-C
                 raise
             raise KernelStartFailed(self._argv, f"{error}: {end}" if end else str(error)) from None
-        return HostLink(stream, lambda: _epitaph(process, errors), errors)
+        return HostLink(stream, lambda: _describe_end(process, errors), errors)
 
     def _command(self, program: str) -> list[str]:
         import shlex
@@ -4713,7 +4699,7 @@ class LocalJupyterServer(CommandJupyterServer):
         )
         self.own_python3 = python is not None
         self._address = ip or "127.0.0.1", port
-        self._token = token_of(token)
+        self._token = chosen_token(token)
         handler = {"class": "logging.handlers.RotatingFileHandler", "level": log_level, "maxBytes": log_max_bytes}
         handler |= {"backupCount": log_backup_count, "filename": os.path.abspath(log_file or os.devnull)}
         self._logging = {"handlers": {"file": handler}, "loggers": {"KernelGatewayApp": {"handlers": ["file"]}}}
@@ -4735,7 +4721,7 @@ class LocalJupyterServer(CommandJupyterServer):
         link.call("spawn", kernel="gateway", argv=argv, env=env)
 
         def check() -> None:
-            if isinstance(end := mailbox.get(0.05), KernelExit):
+            if isinstance(end := mailbox.get(0.05), KernelDied):
                 advice = (
                     f"; run {self._argv[0]} -m pip install jupyter_kernel_gateway" if "No module" in end.stderr else ""
                 )
@@ -4802,7 +4788,7 @@ def _merged_env(changes: Mapping[str, str | None]) -> dict[str, str]:
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def _epitaph(process: subprocess.Popen[Any], errors: Tail) -> str:
+def _describe_end(process: subprocess.Popen[Any], errors: Tail) -> str:
     import subprocess
 
     try:
@@ -4995,7 +4981,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             pid, uid = greet_host(stream, nonce)
         except JupyterExecError as error:
             stream.close()
-            end = self._epitaph() if isinstance(error, ConnectionClosed) else ""
+            end = self._describe_end() if isinstance(error, ConnectionClosed) else ""
             reason = f"No kernel host answered: {error}{f'; {end}' if end else ''}"
             name, logs = self._container.name, stream.stderr.decode("utf-8", "replace")
             self._disconnect()
@@ -5011,17 +4997,17 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
         def on_lost() -> str:
             this = server()
-            return f"{this._epitaph() if this else ''}{_log_of(stream)}"
+            return f"{this._describe_end() if this else ''}{_log_of(stream)}"
 
         return HostLink(stream, on_lost)
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         """Run the image's own command, with the port published on the loopback address of the engine only."""
         client = self._client = self._new_client()
-        token = token_of(self._token)
+        token = chosen_token(self._token)
         try:
             with _engine_errors(self._image_name):
-                _remove_forsaken(client)
+                _remove_orphans(client)
                 image = self._image(client)
                 options = self._options(client, image.attrs.get("Config") or {}, None)
                 for name in ("stdin_open", "log_config", "auto_remove", *([] if self._bind_dir else ["working_dir"])):
@@ -5204,7 +5190,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
                 self._ended = None
             return self._exit_status
 
-    def _epitaph(self) -> str:
+    def _describe_end(self) -> str:
         code = self._exit_code()
         cause = " (killed, perhaps for want of memory)" if code == 137 else f" (exit code {code})"
         # Podman says 0 whatever it was; a host ends in no such way.
@@ -5241,7 +5227,7 @@ def _remove_quietly(container: Any, owner: int) -> None:
             container.remove(force=True)
 
 
-def _remove_forsaken(client: Any) -> None:
+def _remove_orphans(client: Any) -> None:
     """Remove the gateway containers of processes of this machine that are gone: nothing tells a gateway of that."""
     for container in client.containers.list(filters={"label": "jupyter_exec.forsakable"}, ignore_removed=True):
         if has_ended(container.labels.get("jupyter_exec.owner", "")):

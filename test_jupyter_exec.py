@@ -1563,7 +1563,7 @@ def test_results_raise_what_happened() -> None:
     with pytest.raises(ExecutionError, match="E: v\nt"):
         failed.result(0).raise_for_error()
     died = execution(stream("a"))
-    died.death = jupyter_exec.KernelExit(-9)
+    died.death = jupyter_exec.KernelDied("", -9)
     with pytest.raises(KernelDied, match="SIGKILL"):
         died.result(0).raise_for_error()
     execution(REPLY, IDLE).result(0).raise_for_error()
@@ -1737,7 +1737,7 @@ def test_a_kernel_that_sends_without_end_is_ended(monkeypatch: pytest.MonkeyPatc
         mailbox.put(raw_message("status", 10))
     read = list(iter(lambda: mailbox.get(0), None))
     assert len(read) < 250 and ended == [1]
-    assert isinstance(read[-1], jupyter_exec.KernelExit) and "unread" in read[-1].sentence()
+    assert isinstance(read[-1], jupyter_exec.KernelDied) and "unread" in read[-1].sentence()
 
 
 def test_connection_files_are_private_and_read_back(tmp_path: Path) -> None:
@@ -1930,7 +1930,7 @@ def test_ctrl_c_keeps_the_cell_for_the_notebook(executor: JupyterCodeExecutor, t
 
 def test_what_a_kernel_had_sent_is_read_after_the_news_of_its_death() -> None:
     def dying(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
-        attached._kernel._mailbox.put(jupyter_exec.KernelExit(cause="killed"))
+        attached._kernel._mailbox.put(jupyter_exec.KernelDied(cause="killed"))
         kernel.publish("stream", {"name": "stdout", "text": "last words"}, request)
 
     with scripted(dying) as attached:
@@ -2924,7 +2924,7 @@ def test_whatever_a_host_reports_can_be_printed(data: dict[str, Any], other: Any
             error = jupyter_exec._host_error({"error": name, "data": given_data})
             assert isinstance(error, JupyterExecError)
             assert len(str(error).encode("utf-8")) < 10**6
-    exit = jupyter_exec._kernel_exit(data)
+    exit = jupyter_exec._death_of(data)
     assert len(str(exit.error()).encode("utf-8")) < 10**5
     assert 0 <= exit.status() <= 255
 
