@@ -2646,8 +2646,10 @@ class KernelClient:
                 if deadline.expired and not execution.death:
                     self._death = execution.death = KernelDied(cause="it was killed")
         death = execution.death
+        # A server takes its time, and so does a host that was silent just now: the kernel is started at the next call.
+        quick = not self._control.supervised and not deadline.expired
         try:
-            if not self._closing and not self._control.supervised:  # a server takes its time: at the next call
+            if quick and not self._closing:
                 self.start()
         except JupyterExecError:
             self._death = death  # the next call tries again and reports
