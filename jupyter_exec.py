@@ -1768,16 +1768,19 @@ class Outbox:
         self.waiting -= len(data)
         return memoryview(data)
 
-    def drop_old(self, lane: str) -> bool:
-        """Drop what may be dropped of a lane in which something has waited for SLOW_LINK; returns whether it did."""
-        queued = self._lanes.get(lane)
-        if not queued or time.monotonic() - queued[0][2] < SLOW_LINK:
+    def drop_old(self, lane: str, instead: bytes) -> bool:
+        """Drop what may be dropped of a lane in which something has waited for SLOW_LINK, and send `instead`.
+
+        Returns whether it did.
+        """
+        queued, now = self._lanes.get(lane), time.monotonic()
+        kept = [entry for entry in queued or () if not entry[1]]
+        if not queued or now - queued[0][2] < SLOW_LINK or len(kept) == len(queued):
             return False
-        self._lanes[lane] = kept = deque(entry for entry in queued if not entry[1])
-        if not kept:
-            del self._lanes[lane]
-        self.waiting -= sum(len(data) for data, may_be_lost, _ in queued if may_be_lost)
-        return len(kept) < len(queued)
+        # First: what is dropped may be the rest of a message of which a piece has been sent.
+        self._lanes[lane] = deque([(instead, False, now), *kept])
+        self.waiting += len(instead) - sum(len(data) for data, may_be_lost, _ in queued if may_be_lost)
+        return True
 
     def _check_progress(self) -> None:
         idle = time.monotonic() - self._sent_at
@@ -3291,16 +3294,13 @@ class KernelHost:
     def _tell_loss(self, kernel: ChildProcess) -> None:
         if not kernel.loss_told:
             kernel.loss_told = True
-            self._pipe.send([b"", dump_json({"event": "loss", "kernel": kernel.name})], kernel.name)
+            self._pipe.send(_loss(kernel.name), kernel.name)
 
     def _hurry(self, name: str) -> None:
         """Let the end of a kernel's cell overtake the output that waits for a slow link."""
-        if self._pipe.outbox.drop_old(name):
-            kernel = self._kernels.get(name)
-            if kernel:
-                kernel.hurries = True  # until the cell's reply
-                kernel.loss_told = False
-                self._tell_loss(kernel)
+        dropped = self._pipe.outbox.drop_old(name, PipeCodec.encode(_loss(name)))
+        if dropped and (kernel := self._kernels.get(name)):
+            kernel.hurries = kernel.loss_told = True  # until the cell's reply
 
     def _on_spawn(self, request: Json) -> None:
         """Run a program that is no kernel, such as a gateway, under the same watch."""
@@ -3408,6 +3408,10 @@ def _may_be_lost(parts: list[bytes]) -> bool:
         needed = header.get("msg_type") in ("status", "error", "iopub_welcome", "shutdown_reply")
         return not needed or sum(map(len, parts)) > LARGE_PART
     return True
+
+
+def _loss(kernel: str) -> list[bytes]:
+    return [b"", dump_json({"event": "loss", "kernel": kernel})]
 
 
 def _oom_kills() -> int:

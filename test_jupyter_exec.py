@@ -1679,10 +1679,10 @@ def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, mon
         assert outbox.waiting == 15  # without a1, which is begun
         stream.free = 2
         outbox._write()
-        assert not outbox.drop_old("a")
+        assert not outbox.drop_old("a", b"loss")
         monkeypatch.setattr(jupyter_exec, "SLOW_LINK", 0.0)
-        assert outbox.drop_old("a")
-        assert not outbox.drop_old("a")
+        assert outbox.drop_old("a", b"loss")
+        assert not outbox.drop_old("a", b"loss")
         stream.free = 9
         outbox._write()
         outbox.close()
@@ -1690,7 +1690,7 @@ def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, mon
 
     loop.post(test)
     assert done.wait(PATIENCE)
-    assert (sent, outbox.waiting) == (["a0", "a1", "control", "a2", "b1", "a4"], 0)
+    assert (sent, outbox.waiting) == (["a0", "a1", "control", "a2", "b1", "loss", "a4"], 0)
     for end in pipe:
         os.close(end)
 
