@@ -2406,7 +2406,7 @@ class KernelClient:
 
     def __init__(self, control: KernelControl) -> None:
         self._control = control
-        self._mailbox = Mailbox(self._end_flood)
+        self._mailbox = self._new_mailbox()
         self._channels: Channels | None = None
         self._session = ""
         self._serial = itertools.count(1)
@@ -2447,7 +2447,7 @@ class KernelClient:
     def start(self) -> None:
         """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready."""
         self.close()
-        self._mailbox, self._death, self.ready, self.kernel_info = Mailbox(self._end_flood), None, False, {}
+        self._mailbox, self._death, self.ready, self.kernel_info = self._new_mailbox(), None, False, {}
         self._ended = self._closing = False
         self._nudges.clear()
         self._session = os.urandom(16).hex()
@@ -2698,8 +2698,14 @@ class KernelClient:
                     self._nudges.clear()
                     return
 
-    def _end_flood(self) -> None:
-        threading.Thread(target=self.abort, daemon=True).start()  # it may ask a server: not in the I/O thread
+    def _new_mailbox(self) -> Mailbox:
+        this = weakref.ref(self)  # the I/O thread must not keep a client that nobody else refers to
+
+        def end_flood() -> None:
+            if client := this():
+                threading.Thread(target=client.abort, daemon=True).start()  # it may ask a server, which takes time
+
+        return Mailbox(end_flood)
 
     def shutdown(self) -> None:
         """End the kernel: ask it, and after SHUTDOWN_GRACE kill it. Only disconnects from one that is not ours."""
@@ -4021,6 +4027,12 @@ class RemoteJupyterServer(Stoppable):
         self._kernel_id = kernel_id
         self._loop: Loop | None = None
         self._controls: list[RemoteKernelControl] = []
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # A server that nobody refers to deletes its kernels, in its I/O thread: see HostServer.__del__.
+        if (loop := getattr(self, "_loop", None)) and not is_finalizing():
+            with contextlib.suppress(JupyterExecError):  # this is a forked child
+                loop.post(self.stop)
 
     @property
     def loop(self) -> Loop:

@@ -1888,6 +1888,20 @@ def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
     assert note in result.note
 
 
+def test_a_kernel_that_floods_while_no_cell_runs_is_ended_and_the_reason_told(
+    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 200_000)
+    flood = "while True: k.session.send(k.iopub_socket, 'status', {'execution_state': 'busy'})"
+    code = f"import threading\nk = get_ipython().kernel\ndef work():\n  {flood}\nthreading.Thread(target=work).start()"
+    executor.execute(code)
+    eventually(lambda: executor._kernel._mailbox.ended, "the kernel is given up")
+    result = run(executor, "1")
+    assert (result.exit_code, result.kernel_state) == (137, "lost")
+    assert "of its messages were unread" in result.output
+    assert run(executor, "1").output == "1"
+
+
 def test_a_lost_idle_is_asked_for_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "FENCE_DELAY", 0.05)
 
@@ -3801,6 +3815,21 @@ def test_remote_kernels_are_deleted_and_attached_ones_are_not(remote: Peer) -> N
         assert client.execute("x", PATIENCE).text == "5"
     with remote.client() as witness:
         assert witness.list_kernels() == []
+
+
+def test_a_remote_server_that_nobody_refers_to_deletes_its_kernels_and_ends(gateway: Peer) -> None:
+    with gateway.client() as witness:
+        before, threads = len(witness.list_kernels()), set(threading.enumerate())
+        server: Any = gateway.client()
+        executor: Any = JupyterCodeExecutor(server)
+        assert run(executor, "1").output == "1"
+        executor.stop()
+        client: Any = server.start_kernel()
+        client.wait_ready(jupyter_exec.Deadline(PATIENCE))
+        del server, executor, client
+        gc.collect()
+        eventually(lambda: len(witness.list_kernels()) == before, "the kernel is deleted")
+        eventually(lambda: set(threading.enumerate()) <= threads, "the thread has ended")
 
 
 def test_remote_kernel_gets_its_environment(gateway: Peer) -> None:
