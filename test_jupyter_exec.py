@@ -9,7 +9,7 @@ Rules of this file
 * No leaks: an autouse fixture compares processes, threads, sockets and directories before and after each test.
 * No surprises: a record of level ERROR on the module's logger fails the test, unless `logs_error` expects it.
 * Hermetic: the run has a temporary directory and a container label (RUN) of its own; tests pass in any order.
-* `pytest` ends within three minutes on two idle cores; what takes seconds is marked `slow` (`pytest -m slow`).
+* `pytest` is to end within three minutes on two idle cores; what takes seconds is marked `slow` (`pytest -m slow`).
 * The tests of other sections pass with the fork server on and, by JUPYTER_EXEC_LAUNCH=1, off.
 * What the machine lacks is skipped with its reason, unless JUPYTER_EXEC_REQUIRE names it: then it fails.
 """
