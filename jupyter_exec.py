@@ -3874,12 +3874,13 @@ class RestClient:
             try:
                 sock.settimeout(deadline.remaining or 1e-6)
                 sock.sendall("\r\n".join((*lines, "", "")).encode("ascii") + payload)
-                response = http.client.HTTPResponse(source, method=method)
-                response.begin()
-                while more := response.read1(2**16):
-                    body += more
-                if response.length:
-                    raise EOFError("its answer is cut short")
+                # Closed here, not by the garbage collector: then its reader may be closed before it.
+                with contextlib.closing(http.client.HTTPResponse(source, method=method)) as response:
+                    response.begin()
+                    while more := response.read1(2**16):
+                        body += more
+                    if response.length:
+                        raise EOFError("its answer is cut short")
             except TimeoutError:
                 what = f"{method} {self.info.url}{path.partition('?')[0]}"
                 raise ExecutionTimeout(f"No answer to {what} within {deadline.seconds:g} s.") from None
