@@ -388,6 +388,7 @@ BY_HAND = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".py", ".pyc"])
 def test_a_module_that_is_loaded_by_hand_or_without_source_works(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"by_hand{suffix}"
@@ -1891,12 +1892,15 @@ def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
 
 
 def test_a_kernel_that_floods_while_no_cell_runs_is_ended_and_the_reason_told(
-    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+    executor: JupyterCodeExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 200_000)
+    gate = tmp_path / "gate"
+    wait = f"while not os.path.exists({str(gate)!r}): time.sleep(0.01)"
     flood = "while True: k.session.send(k.iopub_socket, 'status', {'execution_state': 'busy'})"
-    code = f"import threading\nk = get_ipython().kernel\ndef work():\n  {flood}\nthreading.Thread(target=work).start()"
-    executor.execute(code)
+    code = f"import os, threading, time\nk = get_ipython().kernel\ndef work():\n  {wait}\n  {flood}\n"
+    executor.execute(code + "threading.Thread(target=work).start()")
+    gate.touch()
     eventually(lambda: executor._kernel._mailbox.ended, "the kernel is given up")
     result = run(executor, "1")
     assert (result.exit_code, result.kernel_state) == (137, "lost")
@@ -2018,6 +2022,7 @@ ENVIRONMENTS: list[dict[str, str | None]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", ENVIRONMENTS, ids=str)
 def test_kernelspec_directories_are_those_of_jupyter(changes: dict[str, str]) -> None:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("JUPYTER")} | changes
@@ -2297,6 +2302,7 @@ def test_nothing_outlives_a_killed_client(tmp_path: Path, how: str, code: str) -
     eventually(lambda: not list(tmp_path.iterdir()), "every file is gone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preload", ["[]", "None"])
 def test_nothing_outlives_a_client_and_a_host_that_are_killed_at_once(tmp_path: Path, preload: str) -> None:
     marker = f"mark-{time.time_ns()}"
@@ -2339,6 +2345,7 @@ LACKS = "pidfd_open memfd_create pthread_sigmask SOCK_SEQPACKET send_fds recv_fd
 
 
 # The second fork runs no hooks of Python.
+@pytest.mark.slow
 @pytest.mark.parametrize("fork", ["os.fork()", "ctypes.PyDLL(None).fork()"])
 @pytest.mark.parametrize("lacks", ["", "register_at_fork", "pidfd_open register_at_fork"])
 def test_a_forked_child_of_the_client_does_not_keep_the_kernels(lacks: str, fork: str, tmp_path: Path) -> None:
@@ -2536,6 +2543,7 @@ def test_a_preload_that_fails_is_reported(tmp_path: Path, source: str, says: str
         assert run(executor, "1").output == "1"
 
 
+@pytest.mark.slow
 def test_preload_finds_modules_of_the_working_directory_and_pictures_come_inline(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("x = 5")
     with LocalJupyterServer(preload=["mine", "matplotlib.pyplot"], cwd=tmp_path) as server:
@@ -2586,6 +2594,7 @@ def patch_host(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
     monkeypatch.setattr(jupyter_exec, "own_program", lambda magic: b"s%08d%s" % (len(source), source))
 
 
+@pytest.mark.slow
 def test_a_fork_server_that_hangs_is_replaced_by_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_host(monkeypatch, "FORK_TIMEOUT = 2.0", "FORK_TIMEOUT = 0.3")
     with LocalJupyterServer(preload=[]) as server, JupyterCodeExecutor(server) as one:
@@ -2940,7 +2949,7 @@ ANY_JSON = st.recursive(
 FIELDS = ["exit_code", "stderr", "memory_limit", "out_of_memory", "name", "available", "searched", "python", "argv"]
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(st.dictionaries(st.sampled_from([*FIELDS, "reason", "preload_failed"]), ANY_JSON), ANY_JSON)
 def test_whatever_a_host_reports_can_be_printed(data: dict[str, Any], other: Any) -> None:
     for name in ("KernelSpecNotFound", "KernelStartFailed", "ConnectionClosed", "JupyterExecError", other):
@@ -3272,6 +3281,7 @@ def test_as_whom_code_runs_in_a_bind_dir(tmp_path: Path, owner: tuple[int, int],
     tmp_path.chmod(0o700)
 
 
+@pytest.mark.slow
 def test_docker_work_dir_that_is_not_in_the_image_is_writable(containers: Any) -> None:
     with docker_server(work_dir="/elsewhere/deep") as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "import os; open('made', 'w').close(); print(os.getcwd())").output == "/elsewhere/deep\n"
@@ -3385,6 +3395,7 @@ def test_an_engine_that_stalls_under_a_cell(stalling: StallingEngine, monkeypatc
         assert "engine does not answer" in run(executor, "1").output
 
 
+@pytest.mark.slow
 def test_a_docker_session_ends_silently(containers: Any) -> None:
     program = """
         import gc, sys, jupyter_exec
@@ -3495,6 +3506,7 @@ ENTRYPOINT ["sh", "-c", "shift 2; exec /usr/bin/python3 /old.py \"$1\"", "x"]
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dockerfile", "says"),
     [
@@ -3674,6 +3686,7 @@ def test_users_of_an_image_that_are_root(user: str) -> None:
     assert server._user(None, {"User": f"1{user}"}) == f"1{user}"
 
 
+@pytest.mark.slow
 def test_another_name_of_root_in_an_image_is_refused(containers: Any, image: Callable[[str], str]) -> None:
     name = image("FROM BUNDLED\nUSER root\nRUN echo toor:x:0:0::/root:/bin/sh >>/etc/passwd\nUSER toor\n")
     with docker_server(custom_image_name=name) as server:
@@ -3681,6 +3694,7 @@ def test_another_name_of_root_in_an_image_is_refused(containers: Any, image: Cal
             server.kernelspecs()
 
 
+@pytest.mark.slow
 def test_proxies_of_the_docker_configuration_stay_out_without_a_network(
     containers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -3806,6 +3820,7 @@ def test_remote_kernels_work_like_local_ones(far: JupyterCodeExecutor, tmp_path:
     assert far.connection_file is None
 
 
+@pytest.mark.slow
 def test_remote_restart_and_death(far: JupyterCodeExecutor) -> None:
     run(far, "x = 1")
     far.restart()
@@ -4530,6 +4545,7 @@ def test_what_a_slow_link_loses_is_said(tmp_path: Path, monkeypatch: pytest.Monk
         assert "lost" not in executor.execute("print('y' * 1000)").note
 
 
+@pytest.mark.slow
 def test_kernels_through_ssh(sshd: list[str]) -> None:
     with CommandJupyterServer([*sshd, sys.executable]) as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "x = 6", "x * 7").output == "\n42"
@@ -5201,6 +5217,7 @@ def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk:
 # When things go wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
@@ -5374,6 +5391,7 @@ def test_an_executor_in_a_forked_child_says_so() -> None:
     assert (result.stdout, result.stderr) == ("1 True\n5\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "1 / 0", "os.kill(os.getpid(), 15)"])
 def test_forgotten_servers_end_silently_with_the_program(ending: str, tmp_path: Path) -> None:
     marker = f"mark-{time.time_ns()}"
@@ -5396,6 +5414,7 @@ def test_forgotten_servers_end_silently_with_the_program(ending: str, tmp_path: 
     eventually(lambda: not list(tmp_path.iterdir()), "every file is gone")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "command", "gateway"])
 def test_a_server_that_nobody_refers_to_ends(kind: str) -> None:
     before = resources()
@@ -6400,6 +6419,7 @@ def test_options_of_another_mode_are_refused(option: list[str]) -> None:
     assert "is of use with" in cli("run", "-c", "1", *option).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_end_with_their_status_and_leave_nothing(number: int, status: int, tmp_path: Path) -> None:
     code = "print('go', flush=True)\nwhile True: pass"
@@ -6463,6 +6483,7 @@ def test_updates_save_no_files_and_others_only_so_many(tmp_path: Path, monkeypat
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_cell_is_in_the_notebook(number: int, tmp_path: Path) -> None:
     code = "print('go', flush=True)\nwhile True: pass"
