@@ -2008,6 +2008,9 @@ class KernelControl(Protocol):
     def kill(self) -> None:
         """End the kernel at once, if it is ours; the mailbox gets its KernelDied."""
 
+    def abandon(self) -> None:
+        """Give up what runs the kernel, since it did not answer to `kill`; the next start has a new one."""
+
     def close(self) -> None:
         """Free what `start` made, the channels aside."""
 
@@ -2647,7 +2650,8 @@ class KernelClient:
         while not execution.death:
             for _ in self._take(self._mailbox.get(deadline.remaining), execution, Hooks()):
                 if deadline.expired and not execution.death:
-                    self._death = execution.death = KernelDied(cause="it was killed")
+                    self._control.abandon()
+                    self._death = execution.death = self._death or KernelDied(cause="it was killed")
         death = execution.death
         # A server takes its time, and so does a host that was silent just now: the kernel is started at the next call.
         quick = not self._control.supervised and not deadline.expired
@@ -3974,6 +3978,9 @@ class RemoteKernelControl:
             self._id = None
             self._report("it was deleted on the server")
 
+    def abandon(self) -> None:
+        pass  # the server is asked again
+
     def _report(self, cause: str) -> None:
         if self._mailbox:
             self._mailbox.put(KernelDied(cause=cause))
@@ -4413,6 +4420,10 @@ class HostedKernelControl:
         if self._link:
             self._link.ask("kill", lambda answer: None, kernel=self._name)
 
+    def abandon(self) -> None:
+        if self._link:
+            self._link.close("the kernel host did not answer 'kill' in time")
+
     def close(self) -> None:
         pass  # the server has the link
 
@@ -4439,6 +4450,9 @@ class AttachedKernelControl:
         return False
 
     def kill(self) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
     def close(self) -> None:
