@@ -321,6 +321,11 @@ def describe_exit(exit_code: int | None) -> str:
 # ======================================================================================================
 
 
+def text_of(value: object) -> str:
+    """Return a string, or a number, that a peer sent, else ""; a list may be nested too deeply for `str`."""
+    return str(value) if isinstance(value, str | int | float) else ""
+
+
 @dataclass(slots=True)
 class Message:
     """One message of the Jupyter protocol, without identities and signature.
@@ -339,15 +344,15 @@ class Message:
 
     @property
     def msg_type(self) -> str:
-        return str(self.header.get("msg_type", ""))
+        return text_of(self.header.get("msg_type"))
 
     @property
     def msg_id(self) -> str:
-        return str(self.header.get("msg_id", ""))
+        return text_of(self.header.get("msg_id"))
 
     @property
     def parent_id(self) -> str:
-        return str(self.parent_header.get("msg_id", ""))
+        return text_of(self.parent_header.get("msg_id"))
 
 
 def new_message(channel: str, msg_type: str, content: Json, *, session: str, msg_id: str, date: str) -> Message:
@@ -565,7 +570,7 @@ def messages_of(channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
     if max(map(len, parts[:3])) > MAX_HEADER:
         raise ProtocolError(f"The header of a message is larger than {MAX_HEADER} bytes.")
     header, parent_header = json_object(parts[0], "header"), _object_or_null(parts[1], "parent_header")
-    is_read = str(header.get("msg_type")) in _CONTENTS
+    is_read = text_of(header.get("msg_type")) in _CONTENTS
     if len(parts[3]) > STREAM_PIECE and not is_read:
         parts = [*parts[:2], b"{}", b"{}"]
     metadata, content, buffers = _object_or_null(parts[2], "metadata"), parts[3], list(map(bytes, parts[4:]))
@@ -1304,7 +1309,7 @@ class Execution:
     def _on_error(self, content: Json, size: int) -> Json:
         traceback = content.get("traceback")
         lines = [line for line in traceback if isinstance(line, str)] if isinstance(traceback, list) else []
-        names = {name: str(content.get(name, "")) for name in ("ename", "evalue")}
+        names = {name: text_of(content.get(name)) for name in ("ename", "evalue")}
         self._clear_if_due()
         self._outputs.add({"output_type": "error", **names, "traceback": lines}, size)
         return {"output_type": "error", **names, "traceback": lines}
@@ -1394,7 +1399,7 @@ class Execution:
 
 def _display_id(content: Json) -> str:
     transient = content.get("transient")  # null or absent in some kernels
-    return str(transient.get("display_id") or "") if isinstance(transient, dict) else ""
+    return text_of(transient.get("display_id")) if isinstance(transient, dict) else ""
 
 
 def _bundle(content: Json) -> Json:
@@ -2372,7 +2377,7 @@ class Hooks:
         """Return the answer to an input_request; "\x04" is the end of input: the cell gets EOFError."""
         if self._on_input:
             try:
-                answer = self._on_input(str(content.get("prompt", "")), bool(content.get("password")))
+                answer = self._on_input(text_of(content.get("prompt")), bool(content.get("password")))
                 if isinstance(answer, str):
                     return answer
                 if answer is not None:
@@ -2430,7 +2435,7 @@ class KernelClient:
     def language(self) -> str:
         """The name of the language that the kernel speaks, as it said; "" before it is ready."""
         info = self.kernel_info.get("language_info")
-        return str(info.get("name", "")) if isinstance(info, dict) else ""
+        return text_of(info.get("name")) if isinstance(info, dict) else ""
 
     @property
     def alive(self) -> bool:
@@ -4176,7 +4181,7 @@ class HostLink:
             self._on_relayed(parts)
             return
         message = json_object(b"".join(parts[1:]), "control message")
-        kernel, event = str(message.get("kernel")), message.get("event")
+        kernel, event = text_of(message.get("kernel")), message.get("event")
         if event in ("loss", "exit"):
             self._begun.pop(kernel, None)
         if event == "loss" and kernel in self.mailboxes:

@@ -1464,6 +1464,29 @@ def test_the_number_of_outputs_is_bounded_and_the_last_text_is_there(monkeypatch
     assert result.truncated and result.note
 
 
+DEEP: Any = json.loads("[" * 900 + "]" * 900)
+
+
+@pytest.mark.parametrize(
+    "msg_type", ["stream", "display_data", "error", "execute_reply", "status", "update_display_data"]
+)
+def test_no_nesting_of_what_a_kernel_sends_raises(msg_type: str) -> None:
+    names = "name text data metadata transient ename evalue traceback status payload execution_count execution_state"
+    channel = "shell" if msg_type == "execute_reply" else "iopub"
+    contents = [{name: DEEP for name in names.split()}]
+    contents += [
+        {
+            "transient": {"display_id": DEEP},
+            "data": {"text/plain": DEEP, "image/png": DEEP},
+            "payload": [{"source": DEEP}],
+        }
+    ]
+    made = execution(*((channel, msg_type, content) for content in contents), REPLY, IDLE)
+    assert "[[" not in made.result(0).text
+    odd = jupyter_exec.Message(channel, {"msg_type": DEEP, "msg_id": DEEP}, {"msg_id": DEEP}, {}, {}, [])
+    assert (odd.msg_type, odd.msg_id, odd.parent_id) == ("", "", "")
+
+
 def test_what_a_hook_got_never_changes() -> None:
     made = jupyter_exec.Execution("m")
     seen = []
