@@ -4795,6 +4795,8 @@ class LocalJupyterServer(CommandJupyterServer):
         if self.directory:
             import shutil
 
+            with contextlib.suppress(OSError):  # an empty one goes even where no more files can be opened
+                os.rmdir(self.directory)
             shutil.rmtree(self.directory, ignore_errors=True)
 
 

@@ -130,9 +130,10 @@ def eventually(condition: Callable[[], Any], what: str) -> Any:
 def run_python(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program that imports the module under test in a process of its own."""
     options.setdefault("env", os.environ | {"PYTHONPATH": str(MODULE.parent)})
+    options.setdefault("timeout", 60)
     program = "import logging; logging.basicConfig(level=logging.ERROR)\n" + textwrap.dedent(program)
     command = [sys.executable, "-W", "error", "-c", program, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    result = subprocess.run(command, capture_output=True, text=True, **options)
     assert "ERROR:jupyter_exec:" not in result.stderr, result.stderr
     return result
 
@@ -5551,6 +5552,54 @@ def test_unread_output_is_bounded(executor: JupyterCodeExecutor, monkeypatch: py
     result = executor.execute(code, timeout=60, on_output=slow)
     assert (result.status, result.exit_code) == ("ok", 0)
     assert "Some of the output was lost" in result.note
+
+
+@pytest.mark.parametrize("server", ["LocalJupyterServer()", "CommandJupyterServer([sys.executable])"])
+def test_a_program_may_end_while_a_cell_runs_in_a_daemon_thread(server: str) -> None:
+    marker = f"mark-{time.time_ns()}"
+    program = f"""
+        import sys, threading
+        from jupyter_exec import *
+        executor, go = JupyterCodeExecutor({server}), threading.Event()
+        code = "print('go', flush=True)\\nwhile True: print('x' * 1000)"
+        threading.Thread(target=executor.execute, args=(code,), kwargs={{"on_output": lambda output: go.set()}}, daemon=True).start()
+        go.wait(20)
+    """
+    result = run_python(program, env=os.environ | {"PYTHONPATH": str(MODULE.parent), "MARK": marker})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["before the start", "before a cell"])
+def test_a_limit_of_open_files_is_told_wherever_it_is_reached_and_overcome(when: str, tmp_path: Path) -> None:
+    program = """
+        import resource, sys, jupyter_exec
+        jupyter_exec.START_TIMEOUT = 5
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        def limit(more):
+            with open("/dev/null") as file:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + more, hard))
+        for more in (0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 24):
+            server = jupyter_exec.LocalJupyterServer()
+            if sys.argv[2] == "before a cell":
+                executor = jupyter_exec.JupyterCodeExecutor(server, output_dir=sys.argv[1])
+                executor.execute("1")
+            limit(more)
+            try:
+                if sys.argv[2] != "before a cell":
+                    executor = jupyter_exec.JupyterCodeExecutor(server, output_dir=sys.argv[1])
+                results = [executor.execute_code_blocks(code) for code in ("from IPython.display import HTML; HTML('<b>')", "print('x' * 200_000)", "exit()", "1")]
+                assert all(result.exit_code == 0 or result.output for result in results), results
+            except (jupyter_exec.JupyterExecError, OSError) as error:
+                assert str(error)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            server.stop()
+            with jupyter_exec.LocalJupyterServer() as fresh, jupyter_exec.JupyterCodeExecutor(fresh) as other:
+                assert other.execute("6 * 7").text == "42", more
+        print("done")
+    """
+    assert run_python(program, str(tmp_path), when, timeout=110).stdout == "done\n"
 
 
 @pytest.mark.slow
