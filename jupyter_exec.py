@@ -1019,12 +1019,6 @@ class Line:
         return text
 
 
-def collapse(text: str) -> str:
-    """Drop what a carriage return or a backspace has overwritten: of a progress bar its last state remains."""
-    line = Line()
-    return line.add(text) + line.take()
-
-
 def gap_mark(missing: int, where: str = "") -> str:
     """Return what stands for `missing` characters in a text; `where` says where they are."""
     return f"\n[{missing} characters are missing here{'; ' * bool(where)}{where}]\n"
@@ -1340,7 +1334,7 @@ class Execution:
 
     @property
     def ended_session(self) -> bool:
-        """Whether the code called exit() or quit(), be it with an exit status."""
+        """Whether the code called exit() or quit(), with or without an exit status."""
         return any(not keep or type(keep) is int for keep in self._exits)
 
     @property
@@ -2449,7 +2443,7 @@ class KernelClient:
 
     @property
     def ended(self) -> bool:
-        """Whether the kernel has ended, be it that nobody has been told yet."""
+        """Whether the kernel has ended, even if nobody has been told yet."""
         return self._death is not None or self._mailbox.ended
 
     def start(self) -> None:

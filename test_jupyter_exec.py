@@ -5016,6 +5016,12 @@ def test_a_thread_that_shows_things_while_no_cell_runs_is_bounded(tmp_path: Path
     assert int(growth) < 300 and status == "ok"
 
 
+def collapse(text: str) -> str:
+    """Return what a terminal would show of a text that comes in one piece."""
+    line = jupyter_exec.Line()
+    return line.add(text) + line.take()
+
+
 @pytest.mark.parametrize(
     ("raw", "left"),
     [
@@ -5031,7 +5037,7 @@ def test_a_thread_that_shows_things_while_no_cell_runs_is_bounded(tmp_path: Path
     ],
 )
 def test_text_is_as_a_terminal_would_have_left_it(raw: str, left: str) -> None:
-    assert jupyter_exec.collapse(raw) == left
+    assert collapse(raw) == left
 
 
 @given(st.text(alphabet="ab\n\r\b", max_size=60), st.data())
@@ -5039,7 +5045,7 @@ def test_a_terminals_text_does_not_depend_on_how_it_came_in_pieces(text: str, da
     line, left, cuts = jupyter_exec.Line(), "", sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     for start, end in itertools.pairwise([0, *cuts, len(text)]):
         left += line.add(text[start:end])
-    assert left + line.take() == jupyter_exec.collapse(text)
+    assert left + line.take() == collapse(text)
 
 
 STREAMS = st.lists(st.tuples(st.sampled_from(["stdout", "stderr"]), st.text(alphabet="ab\n", max_size=30)), max_size=20)
