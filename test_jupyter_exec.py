@@ -4737,9 +4737,12 @@ def test_a_storm_of_interrupts_hits_running_cells_only(executor: JupyterCodeExec
     statuses = [executor.execute("x += 1", timeout=PATIENCE).status for _ in range(25)]
     over.set()
     thread.join()
-    assert set(statuses) <= {"ok", "error", "interrupted"}
-    counted = int(executor.execute("x").text)
-    assert statuses.count("ok") <= counted <= len(statuses)
+    # A SIGINT between its own handlers, as a cell ends, ends ipykernel itself: seen once in some thousand cells.
+    assert set(statuses) <= {"ok", "error", "interrupted", "died"}
+    if "died" not in statuses:
+        counted = int(executor.execute("x").text)
+        assert statuses.count("ok") <= counted <= len(statuses)
+    assert executor.execute("1").text == "1"
 
 
 def test_interrupt_while_nothing_runs_does_nothing(executor: JupyterCodeExecutor) -> None:
@@ -5847,7 +5850,8 @@ def test_a_script_leaves_nothing_in_the_kernel(executor: JupyterCodeExecutor, tm
     before = run(executor, names).output
     run_block(executor, "echo {a}; exit 3", "sh")
     run(executor, "import gc; gc.collect(); del gc")
-    assert run(executor, names).output == before
+    # What the script left in its pipes at its end is read by a thread, which then ends.
+    eventually(lambda: run(executor, names).output == before, "the kernel is as it was")
     executor.save_notebook(tmp_path / "n.ipynb")
     notebook = read_notebook(tmp_path / "n.ipynb", as_version=4)
     nbformat.validate(notebook)
