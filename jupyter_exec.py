@@ -22,10 +22,12 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
     6  Channels              Deadline, Loop, Pipe, the ways to reach a kernel
     7  Kernel client         one cell at a time: replies, outputs, deadline, interrupt, death
     8  Kernel host           kernelspecs, launch, watch, relay; runs at the other end of a pipe
-    9  Servers               LocalJupyterServer, DockerJupyterServer, CommandJupyterServer, RemoteJupyterServer
-    10 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor and its async face
-    11 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
-    12 License
+    9  Jupyter servers       JupyterConnectionInfo, RemoteJupyterServer: REST and WebSockets
+    10 Hosted servers        the link to a kernel host, CommandJupyterServer, LocalJupyterServer
+    11 Docker                DockerJupyterServer
+    12 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor and its async face
+    13 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
+    14 License
 
 Where the kernels live: a server object starts a Python process, sends it this very source over stdin, and
 the process becomes the *kernel host* that starts, watches and kills kernels. When your program ends, however it
@@ -1994,6 +1996,7 @@ class KernelControl(Protocol):
     supervised: bool  # a server starts it anew when it ends by itself: only `kill` ends it
     argv: list[str]  # of the kernel's process, empty if unknown
     connection_file: str | None  # on this machine
+    start_timeout: float  # seconds for the kernel to be ready
 
     def start(self, mailbox: Mailbox) -> Channels:
         """Start the kernel, or start it anew, and connect; `mailbox` gets all that comes from it, its death too."""
@@ -2455,11 +2458,12 @@ class KernelClient:
         self._session = os.urandom(16).hex()
         self._channels = self._control.start(self._mailbox)
 
-    def wait_ready(self, deadline: Deadline) -> None:
+    def wait_ready(self) -> None:
         """Wait until the kernel answers on shell and is heard on iopub.
 
         Raises: KernelStartFailed.
         """
+        deadline = Deadline(self._control.start_timeout)
         attempts = PORT_ATTEMPTS if self._control.owned else 1
         while not self.ready:
             attempts -= 1
@@ -2791,6 +2795,52 @@ def _reported_death(message: Message) -> KernelDied | None:
     return None
 
 
+class AttachedKernelControl:
+    """KernelControl of a kernel that somebody else started; it is never killed or restarted from here."""
+
+    owned, supervised, start_timeout = False, False, START_TIMEOUT
+
+    def __init__(self, connection: KernelConnection, connection_file: str | None) -> None:
+        self._connection = connection
+        self._loop: Loop | None = None
+        self._context: Any = None
+        self.argv: list[str] = []
+        self.connection_file = connection_file
+
+    def start(self, mailbox: Mailbox) -> Channels:
+        self.close()
+        self._loop, self._context = Loop(), new_context()
+        self._loop.start("jupyter_exec I/O")
+        return ZmqChannels(self._loop, self._context, self._connection, mailbox, watch=True)
+
+    def interrupt(self, sent: Callable[[], None]) -> bool:
+        return False
+
+    def kill(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if self._loop:
+            self._loop.post(functools.partial(self._context.destroy, 0))
+            self._loop.stop()
+            self._loop = None
+
+
+def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelClient:
+    """Connect to a running kernel by its connection file, or by the contents of one.
+
+    Raises: ProtocolError for a broken file.
+    """
+    path = None if isinstance(target, KernelConnection) else os.path.abspath(target)
+    connection = target if isinstance(target, KernelConnection) else read_connection_file(path or "")
+    client = KernelClient(AttachedKernelControl(connection, path))
+    client.start()
+    return client
+
+
 # ======================================================================================================
 # 8. Kernel host
 #
@@ -3101,14 +3151,15 @@ class KernelHost:
             self._end(self._kernels.pop(old.name))
         path = os.path.join(self._directory, f"kernel-{request['slot']}.json")
         argv = command_of(spec, path)
-        argv += LEAN_OPTIONS if request["lean"] and _is_ipykernel(argv) else []
+        lean = not request["launch"]["ipython_defaults"]
+        argv += LEAN_OPTIONS if lean and _is_ipykernel(argv) else []
         with contextlib.ExitStack() as ports:
             connection = self._connection(request, argv, ports)
             write_private(path, connection.to_json())
             ports.close()  # as late as can be
             kernel = self._new_kernel(request["kernel"], request["slot"], argv, spec)
             if self.adopts and _is_forkable(argv, spec):
-                kernel.preload, kernel.lean = request["preload"], request["lean"]
+                kernel.preload, kernel.lean = request["launch"]["preload"], lean
             self._begin(kernel)
         kernel.files = [path, *_ipc_files(connection)]
         if request["relay"]:
@@ -3702,7 +3753,7 @@ def _repeat(loop: Loop, seconds: float, job: Callable[[], None]) -> None:
 
 
 # ======================================================================================================
-# 9. Servers
+# 9. Jupyter servers
 # ======================================================================================================
 
 
@@ -3930,6 +3981,7 @@ class RemoteKernelControl:
 
     def __init__(self, server: RemoteJupyterServer, kernel_name: str, kernel_id: str | None) -> None:
         self._server, self._kernel_name, self._id = server, kernel_name, kernel_id
+        self.start_timeout = server.start_timeout
         self.argv: list[str] = []
         self.owned = kernel_id is None
         self._mailbox: Mailbox | None = None
@@ -3939,13 +3991,13 @@ class RemoteKernelControl:
         rest, loop = self._server.rest, self._server.loop
         if self._id and self.owned:
             try:
-                rest.request("POST", f"{self._path}/restart", {}, timeout=START_TIMEOUT)
+                rest.request("POST", f"{self._path}/restart", {}, timeout=self.start_timeout)
             except ServerError:  # the kernel is gone, or the server just restarting it by itself
                 self.kill()
                 rest.request("GET", "/api/kernelspecs")  # if it is the server that is gone, this says so best
         if not self._id:
             body = {"name": self._kernel_name, "env": self._server.env}
-            model = rest.request("POST", "/api/kernels", body, timeout=START_TIMEOUT)
+            model = rest.request("POST", "/api/kernels", body, timeout=self.start_timeout)
             kernel_id = model.get("id") if isinstance(model, dict) else None
             self._id = kernel_id if isinstance(kernel_id, str) else ""
         self._mailbox = mailbox
@@ -4017,7 +4069,8 @@ class RemoteJupyterServer(Stoppable):
     """Kernels on a Jupyter server, kernel gateway or enterprise gateway that is there already.
 
     `env` is given to each kernel (an enterprise gateway wants KERNEL_USERNAME in it). With `kernel_id`, `start_kernel`
-    attaches to that running kernel, which is then neither restarted nor deleted.
+    attaches to that running kernel, which is then neither restarted nor deleted. `start_timeout` is how many seconds
+    the start of a kernel may take.
     """
 
     def __init__(
@@ -4026,8 +4079,10 @@ class RemoteJupyterServer(Stoppable):
         *,
         env: Mapping[str, str] | None = None,
         kernel_id: str | None = None,
+        start_timeout: float = START_TIMEOUT,
     ) -> None:
         super().__init__()
+        self.start_timeout = start_timeout
         self.connection_info = connection_info
         self.rest = RestClient(connection_info)
         self.env = dict(env or {})
@@ -4101,25 +4156,44 @@ class RemoteJupyterServer(Stoppable):
             loop.stop()
 
 
+# ======================================================================================================
+# 10. Hosted servers
+# ======================================================================================================
+
+
+class TimedStream(Stream, Protocol):
+    """A Stream that can be told not to block, for the time before the loop has it."""
+
+    def settimeout(self, seconds: float, /) -> None: ...
+
+
+@dataclass
+class FarEnd:
+    """A process over there that was started to become a kernel host."""
+
+    stream: TimedStream  # its stdin and stdout
+    describe_end: Callable[[], str]  # once the stream is closed: what is known of the end of the process
+    errors: Tail | None = None  # its stderr, to be read all the time
+
+
 class HostLink:
     """The client's end of the pipe to one kernel host: requests with answers, events, relayed messages."""
 
-    def __init__(self, stream: Stream, on_lost: Callable[[], str], errors: Tail | None = None) -> None:
-        """`on_lost()` tells, once the pipe is closed, what is known of the host's end; `errors` is then closed."""
+    def __init__(self, far_end: FarEnd, pid: int, uid: int) -> None:
+        self.pid, self.uid = pid, uid
         self.loop = Loop()
         self.mailboxes: dict[str, Mailbox] = {}  # of each kernel process, by its name
         self.lost: str | None = None  # why the host is gone
         self._begun: dict[str, PipeCodec] = {}  # by kernel, a large message of which pieces have come
-        self._on_lost = on_lost
+        self._far_end = far_end
         self._closing = False
         self._serial = itertools.count(1)
         self._answers: dict[int, Callable[[Json], None]] = {}
         self._context: Any = None
         self._context_lock = threading.Lock()
-        self._pipe = Pipe(self.loop, stream, self._on_parts, self._on_closed)
-        self._errors = errors
-        if errors:
-            errors.watch(self.loop)
+        self._pipe = Pipe(self.loop, far_end.stream, self._on_parts, self._on_closed)
+        if far_end.errors:
+            far_end.errors.watch(self.loop)
         self.loop.start("jupyter_exec I/O")
 
     def context(self) -> Any:
@@ -4192,10 +4266,10 @@ class HostLink:
             mailbox.put((channel, parts[1:]))
 
     def _on_closed(self, reason: str) -> None:
-        end = "" if self._closing else self._on_lost()
+        end = "" if self._closing else self._far_end.describe_end()
         self.lost = f"{reason}; {end}" if end else reason
-        if self._errors:
-            self._errors.close()
+        if self._far_end.errors:
+            self._far_end.errors.close()
         self._fail_answers()
         for mailbox in list(self.mailboxes.values()):
             gone = KernelDied(cause=f"its host is gone: {self.lost}", retryable=True)
@@ -4294,12 +4368,6 @@ def own_program(magic: str) -> bytes:
     )
 
 
-class TimedStream(Stream, Protocol):
-    """A Stream that can be told not to block, for the time before the loop has it."""
-
-    def settimeout(self, seconds: float, /) -> None: ...
-
-
 _Result = TypeVar("_Result")
 
 
@@ -4321,14 +4389,14 @@ def _as_soon_as(
                     selector.unregister(errors)
 
 
-def greet_host(stream: TimedStream, nonce: str, errors: Tail | None = None) -> tuple[int, int]:
+def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, int]:
     """Wait for the host's greeting, among whatever else is printed there, and send the source.
 
     Returns (pid, user id) of the host, as they are over there.
 
     Raises: ConnectionClosed, ExecutionTimeout, JupyterExecError if its Python is too old.
     """
-    deadline, seen = Deadline(START_TIMEOUT), b""
+    stream, errors, seen = far_end.stream, far_end.errors, b""
     pattern = rb"%s (\d{1,4}) (\d{1,4}) ([0-9a-f]{1,64}) (\d{1,10}) (\d{1,10})\n" % nonce.encode("ascii")
     stream.settimeout(0)
     try:
@@ -4362,6 +4430,7 @@ class HostedKernelControl:
 
     def __init__(self, server: HostServer, kernel_name: str) -> None:
         self._server = server
+        self.start_timeout = server.launch.start_timeout
         self._kernel_name = kernel_name
         self._slot = f"k{next(server.serial)}"
         self._key = os.urandom(32).hex()
@@ -4386,8 +4455,7 @@ class HostedKernelControl:
                 identity=os.urandom(16).hex(),
                 relay=self._server.relays,
                 own_python3=self._server.own_python3,
-                lean=self._server.lean,
-                preload=self._server.preload,
+                launch=asdict(self._server.launch),
             )
             return self._reach(link, mailbox, result)
         except JupyterExecError as error:
@@ -4427,47 +4495,34 @@ class HostedKernelControl:
         pass  # the server has the link
 
 
-class AttachedKernelControl:
-    """KernelControl of a kernel that somebody else started; it is never killed or restarted from here."""
-
-    owned, supervised = False, False
-
-    def __init__(self, connection: KernelConnection, connection_file: str | None) -> None:
-        self._connection = connection
-        self._loop: Loop | None = None
-        self._context: Any = None
-        self.argv: list[str] = []
-        self.connection_file = connection_file
-
-    def start(self, mailbox: Mailbox) -> Channels:
-        self.close()
-        self._loop, self._context = Loop(), new_context()
-        self._loop.start("jupyter_exec I/O")
-        return ZmqChannels(self._loop, self._context, self._connection, mailbox, watch=True)
-
-    def interrupt(self, sent: Callable[[], None]) -> bool:
-        return False
-
-    def kill(self) -> None:
-        pass
-
-    def abandon(self) -> None:
-        pass
-
-    def close(self) -> None:
-        if self._loop:
-            self._loop.post(functools.partial(self._context.destroy, 0))
-            self._loop.stop()
-            self._loop = None
-
-
-class HostServer(Stoppable):
-    """What servers whose kernels are run by a kernel host have in common. Starts on first use.
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How kernels are launched: keywords of LocalJupyterServer, CommandJupyterServer and DockerJupyterServer alike.
 
     On Linux an ipykernel is forked, in a fifth of the time, from a process that has imported ipykernel and the modules
     that `preload` names; preload=None launches each kernel as a process of its own. `ipython_defaults` gives kernels
     back what they are started without: the history database, the debugger and a pause after each cell.
+    `start_timeout` is how many seconds the start of a kernel host may take, and then that of each kernel.
     """
+
+    preload: Sequence[str] | None = ()
+    ipython_defaults: bool = False
+    start_timeout: float = START_TIMEOUT
+
+    def __post_init__(self) -> None:
+        listed = isinstance(self.preload, Sequence) and not isinstance(self.preload, str)
+        if self.preload is not None and not (listed and all(isinstance(name, str) for name in self.preload)):
+            raise ValueError(f"preload must be a list of module names, or None, not {self.preload!r}.")
+        if not self.start_timeout > 0:
+            raise ValueError(f"start_timeout must be a number of seconds, not {self.start_timeout!r}.")
+
+    @classmethod
+    def names(cls) -> set[str]:
+        return {option.name for option in fields(cls)}
+
+
+class HostServer(Stoppable):
+    """What servers whose kernels are run by a kernel host have in common. Starts on first use."""
 
     relays = True  # messages through the pipe, not straight over ZeroMQ
     own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
@@ -4475,15 +4530,13 @@ class HostServer(Stoppable):
     _link: HostLink | None = None
     _gateway: RemoteJupyterServer | None = None
 
-    def __init__(self, transport: str, preload: Sequence[str] | None, ipython_defaults: bool) -> None:
+    def __init__(self, transport: str, launch: Json) -> None:
         if transport not in ("direct", "gateway"):
             raise ValueError(f'transport must be "direct" or "gateway", not {transport!r}.')
-        listed = isinstance(preload, Sequence) and not isinstance(preload, str)
-        if preload is not None and not (listed and all(isinstance(name, str) for name in preload)):
-            raise ValueError(f"preload must be a list of module names, or None, not {preload!r}.")
+        for name in launch.keys() - LaunchOptions.names():
+            raise TypeError(f"{type(self).__name__} has no keyword {name!r}.")
         super().__init__()
-        self.preload = None if preload is None else list(preload)
-        self.lean = not ipython_defaults
+        self.launch = LaunchOptions(**launch)
         self.serial = itertools.count(1)
         self.transport = transport
 
@@ -4497,9 +4550,31 @@ class HostServer(Stoppable):
                     loop.post(self._link.hang_up)
                 loop.post(self.stop)
 
-    def _connect(self) -> HostLink:
-        """Start a kernel host and greet it within START_TIMEOUT."""
+    def _open(self, program: str) -> FarEnd:
+        """Start a Python somewhere that runs `program`. Raises: KernelStartFailed, SandboxError."""
         raise NotImplementedError
+
+    def _start_error(self, reason: str) -> JupyterExecError:
+        """Return the error that says why there is no kernel host."""
+        raise NotImplementedError
+
+    def _connect(self) -> HostLink:
+        """Start a kernel host and greet it within `start_timeout`. Raises: KernelStartFailed, SandboxError."""
+        nonce = os.urandom(16).hex()
+        far_end = self._open(BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main"))
+        try:
+            who = greet_host(far_end, nonce, Deadline(self.launch.start_timeout))
+        except BaseException as error:
+            far_end.stream.close()
+            end = far_end.describe_end() if isinstance(error, ConnectionClosed) else ""
+            failed = self._start_error(f"{error}: {end}" if end else str(error))
+            if far_end.errors:
+                far_end.errors.close()
+            self._disconnect()
+            if not isinstance(error, JupyterExecError):  # such as Ctrl-C
+                raise
+            raise failed from None
+        return HostLink(far_end, *who)
 
     def link(self) -> HostLink:
         """Return the link to the host, which is started if there is none or the last one is gone."""
@@ -4619,7 +4694,7 @@ class CommandJupyterServer(HostServer):
     `argv` is that command up to the interpreter: ["ssh", "box", "python3"], ["kubectl", "exec", "-i", "pod", "--",
     "python3"], ["podman", "exec", "-i", "name", "python3"]. Its Python needs ipykernel. `remote_shell` says whether
     what follows passes through a shell over there; None means that it does if the command is ssh. `env` and
-    `cwd` are those of the command itself; `preload` and `ipython_defaults` those of HostServer.
+    `cwd` are those of the command itself, `launch` the keywords of LaunchOptions.
     """
 
     def __init__(
@@ -4630,10 +4705,9 @@ class CommandJupyterServer(HostServer):
         env: Mapping[str, str | None] | None = None,
         cwd: str | None = None,
         transport: str = "direct",
-        preload: Sequence[str] | None = (),
-        ipython_defaults: bool = False,
+        **launch: Any,
     ) -> None:
-        super().__init__(transport, preload, ipython_defaults)
+        super().__init__(transport, launch)
         if isinstance(argv, str) or not argv:
             raise ValueError("argv must be a list of strings: the command and its arguments.")
         if cwd is not None and not os.path.isdir(cwd):
@@ -4642,33 +4716,26 @@ class CommandJupyterServer(HostServer):
         self._quoted = Path(argv[0]).stem == "ssh" if remote_shell is None else remote_shell
         self._cwd = cwd
         self._env = _merged_env(env or {})
+        self._env.setdefault("SLURM_UNBUFFEREDIO", "1")  # srun would hold back what has no newline: all that is said
         self._process: subprocess.Popen[Any] | None = None  # the command
 
-    def _connect(self) -> HostLink:
-        nonce, errors = os.urandom(16).hex(), Tail()
+    def _open(self, program: str) -> FarEnd:
+        errors = Tail()
         try:
-            command = self._command(BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main"))
-            stream, process = _spawn(command, stderr=errors.writer, env=self._env, cwd=self._cwd)
+            stream, process = _spawn(self._command(program), stderr=errors.writer, env=self._env, cwd=self._cwd)
         except OSError as error:
             errors.close()
-            raise KernelStartFailed(self._argv, describe_os_error(error)) from None
+            raise self._start_error(describe_os_error(error)) from None
         finally:
             os.close(errors.writer)
         self._process = process
         if not self.relays:
             with contextlib.suppress(ImportError):  # needed soon; meanwhile the other Python starts
                 import zmq  # noqa: F401
-        try:
-            greet_host(stream, nonce, errors)
-        except BaseException as error:
-            stream.close()
-            end = _describe_end(process, errors) if isinstance(error, ConnectionClosed) else ""
-            errors.close()
-            self._disconnect()
-            if not isinstance(error, JupyterExecError):  # such as Ctrl-C
-                raise
-            raise KernelStartFailed(self._argv, f"{error}: {end}" if end else str(error)) from None
-        return HostLink(stream, lambda: _describe_end(process, errors), errors)
+        return FarEnd(stream, lambda: _describe_end(process, errors), errors)
+
+    def _start_error(self, reason: str) -> JupyterExecError:
+        return KernelStartFailed(self._argv, reason)
 
     def _command(self, program: str) -> list[str]:
         import shlex
@@ -4678,12 +4745,14 @@ class CommandJupyterServer(HostServer):
     def _disconnect(self) -> None:
         import subprocess
 
-        if self._process:
-            try:
-                self._process.wait(SHUTDOWN_GRACE)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        if process := self._process:
+            # Asked to end, and not killed, srun takes back a job that waits in the queue.
+            for end in (process.terminate, process.kill):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(SHUTDOWN_GRACE)
+                    break
+                end()
+            process.wait()
             self._process = None
 
 
@@ -4693,7 +4762,7 @@ class LocalJupyterServer(CommandJupyterServer):
     `env` is merged over the environment of this process; None as a value removes a name. With `python`, the
     kernel name "python3" means that interpreter. `transport="gateway"`, which giving `ip`, `port` or `token` implies,
     starts a Jupyter Kernel Gateway that other clients can use too (see `connection_info`), with a log in `log_file`.
-    `preload` and `ipython_defaults` are those of HostServer.
+    `launch` are the keywords of LaunchOptions.
     """
 
     relays = False
@@ -4713,8 +4782,7 @@ class LocalJupyterServer(CommandJupyterServer):
         cwd: str | os.PathLike[str] | None = None,
         env: Mapping[str, str | None] | None = None,
         transport: str | None = None,
-        preload: Sequence[str] | None = (),
-        ipython_defaults: bool = False,
+        **launch: Any,
     ) -> None:
         implied = "direct" if ip is None and port is None and token is None else "gateway"
         cwd = None if cwd is None else os.fspath(cwd)
@@ -4725,10 +4793,8 @@ class LocalJupyterServer(CommandJupyterServer):
             raise ValueError(
                 "This program is frozen, it is no Python: give python=, the path of one that has ipykernel."
             )
-        options: Json = {"preload": preload, "ipython_defaults": ipython_defaults}
-        super().__init__(
-            [os.fspath(python or sys.executable)], env=env, cwd=cwd, transport=transport or implied, **options
-        )
+        argv = [os.fspath(python or sys.executable)]
+        super().__init__(argv, env=env, cwd=cwd, transport=transport or implied, **launch)
         self.own_python3 = python is not None
         self._address = ip or "127.0.0.1", port
         self._token = chosen_token(token)
@@ -4767,11 +4833,11 @@ class LocalJupyterServer(CommandJupyterServer):
                 raise KernelStartFailed(argv[:1], f"the gateway does not listen within {START_TIMEOUT:g} s")
         return await_server(JupyterConnectionInfo(ip, False, int(said.read_text()), self._token), check)
 
-    def _connect(self) -> HostLink:
+    def _open(self, program: str) -> FarEnd:
         self._remove_directory()
         self.directory = make_directory()
         try:
-            return super()._connect()
+            return super()._open(program)
         except BaseException:
             self._remove_directory()
             raise
@@ -4833,6 +4899,11 @@ def _describe_end(process: subprocess.Popen[Any], errors: Tail) -> str:
     return describe_exit(code) + (f"; its stderr: {errors}" if str(errors) else "")
 
 
+# ======================================================================================================
+# 11. Docker
+# ======================================================================================================
+
+
 class DockerStream(NetStream):
     """The attached streams of a container: its stdout is the pipe, its stderr the log, of which a tail is kept.
 
@@ -4891,7 +4962,8 @@ class DockerJupyterServer(HostServer):
     `custom_image_name` is any image with a python3 that has ipykernel. `bind_dir`, a directory on the engine's
     host, is mounted at `work_dir`; code runs as its owner, but not as root, unless `user` says so. `docker_kwargs` are
     those of docker-py's containers.create: mappings and lists are merged with ours, anything else replaces ours; the
-    logger warns of those that open the sandbox. `preload` and `ipython_defaults` are those of HostServer.
+    logger warns of those that open the sandbox. `hardened` stands for network="none", read_only=True, 1 GB of memory
+    and one processor, as far as nothing else is said. The keywords of LaunchOptions may be given too.
 
     Raises: ValueError for keywords that do not go together, TypeError for unknown ones. A kernel's start raises
     SandboxError.
@@ -4958,23 +5030,28 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         bind_dir: str | os.PathLike[str] | None = None,
         work_dir: str = "/workspace",
         transport: str | None = None,
-        preload: Sequence[str] | None = (),
-        ipython_defaults: bool = False,
+        hardened: bool = False,
         **docker_kwargs: Any,
     ) -> None:
         implied = "direct" if token is None and stop_container else "gateway"
-        super().__init__(transport or implied, preload, ipython_defaults)
+        launch = {name: docker_kwargs.pop(name) for name in LaunchOptions.names() & docker_kwargs.keys()}
+        super().__init__(transport or implied, launch)
         for name in sorted(self._RESERVED.keys() & docker_kwargs.keys()):
             raise ValueError(f"{name!r} is not for docker_kwargs; use {self._RESERVED[name]}.")
-        _check_keywords(docker_kwargs, DockerJupyterServer.__init__.__kwdefaults__ or {})
-        self._docker_kwargs = {name: _listed(value) for name, value in docker_kwargs.items() if value is not None}
+        ours = {*(DockerJupyterServer.__init__.__kwdefaults__ or {}), *LaunchOptions.names()}
+        _check_keywords(docker_kwargs, ours)
+        limits = {"read_only": True, "mem_limit": "1g", "nano_cpus": 10**9} if hardened else {}
+        if docker_kwargs.keys() & {"cpu_period", "cpu_quota"}:  # say the same in another way, and not both are allowed
+            limits.pop("nano_cpus", None)
+        given = limits | docker_kwargs
+        self._docker_kwargs = {name: _listed(value) for name, value in given.items() if value is not None}
         if network is not None and "network_mode" in self._docker_kwargs:
             raise ValueError("Give network or network_mode, not both.")
         if custom_image_name and (packages or base_image):
             raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
         if isinstance(token, str) and not token.strip():
             raise ValueError("An empty token would open the gateway to anybody: give one, or leave it out.")
-        self._network = network or self._docker_kwargs.get("network_mode") or "bridge"
+        self._network = network or self._docker_kwargs.get("network_mode") or ("none" if hardened else "bridge")
         if self.transport == "gateway" and self._network == "none":
             raise ValueError('A gateway cannot be reached without a network: use transport="direct".')
         self._stop_container = stop_container
@@ -4996,48 +5073,44 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         for opening in _openings(self._docker_kwargs | {"network_mode": self._network}, self._bind_dir):
             logger.warning("The sandbox of Docker is opened: %s", opening)
 
-    def _connect(self) -> HostLink:
-        client = self._client = self._new_client()
-        nonce = os.urandom(16).hex()
-        command = ["python3", "-c", BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main")]
-        stream = None
+    @property
+    def container_id(self) -> str | None:
+        """The id of the container, for `docker` commands; None while there is none."""
+        return self._container.id if self._container else None
+
+    def _open(self, program: str) -> FarEnd:
+        client, stream = self._new_client(), None
         try:
             with _engine_errors(self._image_name):
-                self._container = self._create(client, self._image(client), command)
-                stream = self._attach(client)
+                self._container = self._create(client, self._image(client), ["python3", "-c", program])
+                stream = self._stream = self._attach(client)
                 self._container.start()
         except BaseException:
             if stream:
                 stream.close()
             self._disconnect(failed=True)
             raise
-        try:
-            pid, uid = greet_host(stream, nonce)
-        except JupyterExecError as error:
-            stream.close()
-            end = self._describe_end() if isinstance(error, ConnectionClosed) else ""
-            reason = f"No kernel host answered: {error}{f'; {end}' if end else ''}"
-            name, logs = self._container.name, stream.stderr.decode("utf-8", "replace")
-            self._disconnect()
-            raise SandboxError(reason, self._image_name, name, logs) from None
+        server = weakref.ref(self)  # which ends when nobody else refers to it
+        return FarEnd(stream, lambda: f"{this._describe_end() if (this := server()) else ''}{_log_of(stream)}")
+
+    def _start_error(self, reason: str) -> JupyterExecError:
+        logs = self._stream.stderr.decode("utf-8", "replace")
+        return SandboxError(f"No kernel host answered: {reason}", self._image_name, self._container.name, logs)
+
+    def _connect(self) -> HostLink:
+        link = super()._connect()
         user = self._container.attrs["Config"]["User"]
-        if uid == 0 and "user" not in self._docker_kwargs and not _is_root(user):
-            stream.close()
+        if link.uid == 0 and "user" not in self._docker_kwargs and not _is_root(user):
+            link.close()
             self._disconnect()
             raise SandboxError(f"User {user} of the image is root: give user=, such as {NORMAL_USER}", self._image_name)
-        if pid != 1:
+        if link.pid != 1:
             logger.warning(NOT_FIRST, self._container.name)
-        server = weakref.ref(self)  # which ends when nobody else refers to it
-
-        def on_lost() -> str:
-            this = server()
-            return f"{this._describe_end() if this else ''}{_log_of(stream)}"
-
-        return HostLink(stream, on_lost)
+        return link
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         """Run the image's own command, with the port published on the loopback address of the engine only."""
-        client = self._client = self._new_client()
+        client = self._new_client()
         token = chosen_token(self._token)
         try:
             with _engine_errors(self._image_name):
@@ -5077,6 +5150,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if here and self._bind_dir and not os.path.isdir(self._bind_dir):
             client.close()
             raise SandboxError(f"bind_dir {self._bind_dir} does not exist")  # the engine would make it, for root
+        self._client = client
         return client
 
     @property
@@ -5373,7 +5447,7 @@ def _requirements(packages: Sequence[str]) -> list[str]:
     return sorted(" ".join(package.split()) for package in packages)
 
 
-def _check_keywords(given: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def _check_keywords(given: Mapping[str, Any], ours: Iterable[str]) -> None:
     """Raise TypeError for what docker-py would refuse, if it is installed."""
     if not given:
         return
@@ -5412,20 +5486,8 @@ def _openings(options: Mapping[str, Any], bind_dir: str | None) -> Iterator[str]
             yield f"with {source} mounted, code may become master of the machine"
 
 
-def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelClient:
-    """Connect to a running kernel by its connection file, or by the contents of one.
-
-    Raises: ProtocolError for a broken file.
-    """
-    path = None if isinstance(target, KernelConnection) else os.path.abspath(target)
-    connection = target if isinstance(target, KernelConnection) else read_connection_file(path or "")
-    client = KernelClient(AttachedKernelControl(connection, path))
-    client.start()
-    return client
-
-
 # ======================================================================================================
-# 10. Code executor
+# 12. Code executor
 # ======================================================================================================
 
 
@@ -6181,7 +6243,7 @@ class JupyterCodeExecutor:
         if not self._kernel.alive:
             self._kernel.start()
         if not self._kernel.ready:
-            self._kernel.wait_ready(Deadline(START_TIMEOUT))
+            self._kernel.wait_ready()
             if self._functions:
                 self._kernel.ready = False  # until they are there, whatever ends this
                 result = self._kernel.execute(self._prelude(), START_TIMEOUT, silent=True, store_history=False)
@@ -6397,7 +6459,7 @@ class AsyncJupyterCodeExecutor:
 
 
 # ======================================================================================================
-# 11. Command line
+# 13. Command line
 # ======================================================================================================
 
 
@@ -6645,7 +6707,7 @@ if __name__ == "__main__":
     sys.exit(main())
 
 # ======================================================================================================
-# 12. License
+# 14. License
 # ======================================================================================================
 #
 # MIT License

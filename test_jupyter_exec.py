@@ -292,7 +292,7 @@ def section_of(line: int) -> int:
 def test_sections_are_numbered_in_order() -> None:
     numbers = list(sections())
     assert numbers == sorted(numbers)
-    assert {1, 2, 3, 5, 6, 7, 8, 9, 10, 11, 12} <= set(numbers)
+    assert {*range(1, 15)} <= set(numbers)
 
 
 def test_a_section_uses_only_names_of_sections_above_it() -> None:
@@ -2274,13 +2274,46 @@ def test_noise_before_the_greeting_does_not_confuse() -> None:
 
 
 def test_a_host_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jupyter_exec, "START_TIMEOUT", 0.3)
     monkeypatch.setattr(jupyter_exec, "SHUTDOWN_GRACE", 0.1)
     with (
-        CommandJupyterServer(["sh", "-c", "exec sleep 30"]) as server,
+        CommandJupyterServer(["sh", "-c", "exec sleep 30"], start_timeout=0.3) as server,
         pytest.raises(KernelStartFailed, match=r"no answer within 0\.3 s"),
     ):
         server.kernelspecs()
+
+
+def test_a_command_is_asked_to_end_before_it_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """srun takes its job out of the queue when it is terminated, and leaves it there when it is killed."""
+    monkeypatch.setattr(jupyter_exec, "SHUTDOWN_GRACE", 0.5)
+    (tmp_path / "srun").write_text(
+        f"#!/bin/sh\ntrap 'echo taken back >{tmp_path}/queue; exit 1' TERM\nwhile :; do sleep 0.05; done"
+    )
+    (tmp_path / "srun").chmod(0o755)
+    with CommandJupyterServer([str(tmp_path / "srun"), "python3"], start_timeout=0.3) as server:
+        with pytest.raises(KernelStartFailed, match="no answer within"):
+            server.kernelspecs()
+    assert (tmp_path / "queue").read_text() == "taken back\n"
+
+
+def test_what_has_no_newline_comes_through_srun_at_once(tmp_path: Path) -> None:
+    with CommandJupyterServer(["env", sys.executable]) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "import os; os.environ['SLURM_UNBUFFEREDIO']").output == "'1'"
+    with CommandJupyterServer(["env", sys.executable], env={"SLURM_UNBUFFEREDIO": "0"}) as server:
+        with JupyterCodeExecutor(server) as executor:
+            assert run(executor, "import os; os.environ['SLURM_UNBUFFEREDIO']").output == "'0'"
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "says"),
+    [
+        ({"start_timeout": 0}, ValueError, "start_timeout must be a number of seconds, not 0"),
+        ({"start_time": 1}, TypeError, "JupyterServer has no keyword 'start_time'"),
+    ],
+)
+def test_a_wrong_option_of_the_launch_is_named(option: dict[str, Any], error: type[Exception], says: str) -> None:
+    for make in (LocalJupyterServer, functools.partial(CommandJupyterServer, ["python3"])):
+        with pytest.raises(error, match=says):
+            make(**option)
 
 
 @pytest.mark.slow
@@ -2475,7 +2508,7 @@ def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
         assert not is_forked(launched)
     for wrong in ("numpy", b"numpy", 5, [None], (name for name in ["numpy"])):
         with pytest.raises(ValueError, match="preload must be a list"):
-            LocalJupyterServer(preload=wrong)  # type: ignore[arg-type]
+            LocalJupyterServer(preload=wrong)
 
 
 OWN = """
@@ -3032,8 +3065,9 @@ def test_a_host_that_lies_is_survived(tmp_path: Path) -> None:
         with pytest.raises(KernelStartFailed, match="lies"):
             server.kernelspecs()
         client = server.start_kernel()
+        client._control.start_timeout = 0.3
         with pytest.raises(KernelStartFailed, match="no answer within"):
-            client.wait_ready(jupyter_exec.Deadline(0.3))
+            client.wait_ready()
         assert client.connection_file is None
 
 
@@ -3116,6 +3150,30 @@ def test_docker_kernels_share_one_hardened_container(boxed: JupyterCodeExecutor,
     assert (config["PidsLimit"], config["LogConfig"]["Type"], config["PortBindings"] or None) == (512, "none", None)
     assert container.attrs["Mounts"] == []
     assert boxed.connection_file is None
+
+
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ({}, (True, 2**30, 10**9, "none")),
+        (
+            {"read_only": False, "mem_limit": "256m", "cpu_quota": 50_000, "network": "bridge"},
+            (False, 2**28, 0, "bridge"),
+        ),
+    ],
+)
+def test_hardened_is_one_word_for_limits_that_may_be_said_otherwise(
+    containers: Any, options: dict[str, Any], limits: tuple[Any, ...]
+) -> None:
+    with docker_server(**{"network": None, "hardened": True, **options}) as server:
+        assert server.container_id is None
+        with JupyterCodeExecutor(server) as executor:
+            assert run(executor, "open('file', 'w').write('x')").output == "1"
+        (container,) = containers()
+        assert container.id == server.container_id
+        config = container.attrs["HostConfig"]
+        assert (config["ReadonlyRootfs"], config["Memory"], config["NanoCpus"], config["NetworkMode"]) == limits
+        assert config["MemorySwap"] == limits[1]
 
 
 def test_docker_pictures_come_out_of_the_box(boxed: JupyterCodeExecutor) -> None:
@@ -3858,7 +3916,7 @@ def test_remote_restart_and_death(far: JupyterCodeExecutor) -> None:
 def test_remote_kernels_are_deleted_and_attached_ones_are_not(remote: Peer) -> None:
     with remote.client() as owner:
         client = owner.start_kernel()
-        client.wait_ready(jupyter_exec.Deadline(PATIENCE))
+        client.wait_ready()
         client.execute("x = 5", PATIENCE)
         (model,) = owner.list_kernels()
         with remote.client(kernel_id=model["id"]) as guest, JupyterCodeExecutor(guest) as executor:
@@ -3878,7 +3936,7 @@ def test_a_remote_server_that_nobody_refers_to_deletes_its_kernels_and_ends(gate
         assert run(executor, "1").output == "1"
         executor.stop()
         client: Any = server.start_kernel()
-        client.wait_ready(jupyter_exec.Deadline(PATIENCE))
+        client.wait_ready()
         del server, executor, client
         gc.collect()
         eventually(lambda: len(witness.list_kernels()) == before, "the kernel is deleted")
@@ -5584,13 +5642,12 @@ def test_a_program_may_end_while_a_cell_runs_in_a_daemon_thread(server: str) -> 
 def test_a_limit_of_open_files_is_told_wherever_it_is_reached_and_overcome(when: str, tmp_path: Path) -> None:
     program = """
         import resource, sys, jupyter_exec
-        jupyter_exec.START_TIMEOUT = 5
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         def limit(more):
             with open("/dev/null") as file:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + more, hard))
         for more in (0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 24):
-            server = jupyter_exec.LocalJupyterServer()
+            server = jupyter_exec.LocalJupyterServer(start_timeout=5)
             if sys.argv[2] == "before a cell":
                 executor = jupyter_exec.JupyterCodeExecutor(server, output_dir=sys.argv[1])
                 executor.execute("1")
