@@ -1179,7 +1179,7 @@ class ExecutionResult:
     @property
     def text(self) -> str:
         """Everything as plain text; rich outputs by their text/plain."""
-        return render(self.outputs, self.note, lambda data: None)
+        return render(self.outputs, self.note, no_file)
 
     def raise_for_error(self) -> None:
         """Raise ExecutionError, ExecutionTimeout, KernelDied or JupyterExecError unless the cell ended well."""
@@ -1422,6 +1422,10 @@ def render(outputs: Iterable[Json], note: str, save: Callable[[Json], str | None
     if note:
         pieces += ["\n"] * bool(pieces and not pieces[-1].endswith("\n")) + [clean_text(note)]
     return "".join(pieces)
+
+
+def no_file(data: Json) -> None:
+    """A `save` of `render` for which everything is text."""
 
 
 def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
@@ -4041,7 +4045,23 @@ class RemoteKernelControl:
             self._channels.close()
 
 
-_S = TypeVar("_S", bound="Stoppable")
+_S = TypeVar("_S")
+
+
+class JupyterServer(Protocol):
+    """What an executor wants of a server."""
+
+    def start_kernel(self, kernel_name: str) -> KernelClient:
+        """Ask for a kernel and return its client without waiting. Raises: KernelSpecNotFound, JupyterExecError."""
+
+    def kernelspecs(self) -> dict[str, Json]:
+        """Return {kernel name: kernel.json as a dict}. Raises: JupyterExecError."""
+
+    def stop(self) -> None:
+        """End all its kernels. May be called more than once."""
+
+    def __enter__(self: _S) -> _S: ...
+    def __exit__(self, *exc_info: object) -> None: ...
 
 
 class Stoppable:
@@ -5536,7 +5556,7 @@ class MarkdownCodeExtractor:
 
         Spec: https://spec.commonmark.org/0.31.2/#fenced-code-blocks
         """
-        return [block for text in _message_texts(message) for block in _fenced_blocks(text)]
+        return [block for text in _message_texts(message) for _, _, block in fenced_blocks(text)]
 
 
 def _message_texts(message: str | Sequence[Mapping[str, Any]] | None) -> Iterator[str]:
@@ -5551,10 +5571,11 @@ def _message_texts(message: str | Sequence[Mapping[str, Any]] | None) -> Iterato
             raise ValueError(f"Wrong content format: unknown type {kind} within the content")
 
 
-def _fenced_blocks(text: str) -> Iterator[CodeBlock]:
-    lines = iter(re.split(r"\r\n|\n|\r", text))
+def fenced_blocks(text: str) -> Iterator[tuple[int, str, CodeBlock]]:
+    """Yield (number of the line at which the code begins, info string, block) of each fenced block of a text."""
+    lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
     offset = 0  # column at which the content of the list item around begins
-    for line in lines:
+    for number, line in lines:
         line = line.expandtabs(4)
         while item := _LIST_ITEM.match(line):
             offset = item.end()
@@ -5567,7 +5588,7 @@ def _fenced_blocks(text: str) -> Iterator[CodeBlock]:
         if opening and indent - offset <= 3:
             code = "\n".join(_fenced_lines(lines, opening["fence"], indent, offset))
             language = _LANGUAGE.match(opening["info"])
-            yield CodeBlock(code, (language and language[1]) or _guessed_language(code))
+            yield number + 1, opening["info"], CodeBlock(code, (language and language[1]) or _guessed_language(code))
 
 
 def _guessed_language(code: str) -> str:
@@ -5580,12 +5601,12 @@ def _guessed_language(code: str) -> str:
     return "python"
 
 
-def _fenced_lines(lines: Iterator[str], fence: str, indent: int, offset: int) -> Iterator[str]:
+def _fenced_lines(lines: Iterator[tuple[int, str]], fence: str, indent: int, offset: int) -> Iterator[str]:
     # "... until a closing code fence of the same type as the code block began with ..., and with at least as
     # many backticks or tildes"; "If the end of the containing block (or document) is reached ..., the code
     # block contains all of the lines after the opening code fence until the end"
     closing = re.compile(rf" {{0,{offset + 3}}}{fence[0]}{{{len(fence)},}}[ \t]*")
-    for line in lines:
+    for _, line in lines:
         if closing.fullmatch(line):
             return
         # "If the leading code fence is preceded by N spaces of indentation, then up to N spaces of indentation
@@ -5655,6 +5676,9 @@ class CallFiles:
         self._text_path = ""
         self._trouble = ""
 
+    def new_name(self, suffix: str) -> str:
+        return f"{os.urandom(16).hex()}{suffix}"
+
     def save(self, data: Json) -> str | None:
         """Write the best representation of a MIME bundle that belongs into a file, under a name of our own.
 
@@ -5664,7 +5688,7 @@ class CallFiles:
         if best is None:
             return None
         word, suffix, content = best
-        path = self._folder.path / f"{os.urandom(16).hex()}{suffix}"
+        path = self._folder.path / self.new_name(suffix)
         try:
             if len(self.paths) >= MAX_FILES:
                 raise ValueError(f"a call may write {MAX_FILES} files")
@@ -5684,7 +5708,7 @@ class CallFiles:
         if self._limit is not None and output["output_type"] not in ("clear_output", "update_display_data"):
             is_stream = output["output_type"] == "stream"
             text = output["text"].replace("\r\n", "\n").replace("\r", "\n") if is_stream else ""
-            self._add(clean_text(text) if is_stream else render([output], "", lambda data: None) + "\n")
+            self._add(clean_text(text) if is_stream else render([output], "", no_file) + "\n")
 
     def _add(self, text: str) -> None:
         before, self._size = self._size, self._size + len(text)
@@ -6039,7 +6063,8 @@ class JupyterCodeExecutor:
     as it comes, in the shape of nbformat; what a thread prints after its cell has ended is marked "late".
     `on_input(prompt, password)` answers input() and getpass(); without it they raise in the cell. Of longer text
     than `max_output` characters a call returns head and tail, and names the file with the whole; None is no limit.
-    `functions` (plain ones, with their source at hand) are defined in the kernel whenever it is fresh.
+    `functions` (plain ones, with their source at hand) are defined in the kernel whenever it is fresh, and `startup`
+    is code that runs there then, unseen.
 
     It may be called from any thread: cells run one after another. `stop`, or leaving a `with`, ends the kernel.
     What a hook raises ends nothing: the logger `jupyter_exec` tells of it as a warning, so listen to that.
@@ -6063,6 +6088,7 @@ class JupyterCodeExecutor:
         output_dir: str | os.PathLike[str] = ".",
         *,
         functions: Sequence[Callable[..., Any]] = (),
+        startup: str = "",
         max_output: int | None = MAX_OUTPUT,
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
@@ -6075,6 +6101,7 @@ class JupyterCodeExecutor:
         self._kernel_name = kernel_name
         self._max_output = max_output
         self._functions = tuple(functions)
+        self._startup = startup
         self._prelude()  # raises for a function that cannot be sent
         self._journal = Journal()
         self._hooks = on_output, on_input
@@ -6126,8 +6153,10 @@ class JupyterCodeExecutor:
         return _UserCapability(self.system_message)
 
     def _prelude(self) -> str:
+        if not self._functions:
+            return self._startup
         source = functions_source(self._functions)
-        return f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())"
+        return f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())\n{self._startup}"
 
     @property
     def connection_file(self) -> str | None:
@@ -6165,10 +6194,17 @@ class JupyterCodeExecutor:
         text = shorten("\n".join(texts), self._max_output, gaps, files.close())
         return CodeResult(exit_code, text, files.paths, state)
 
-    def execute_block(self, block: Any, *, record: OutputHook | None = None) -> ExecutionResult:
+    def execute_block(
+        self,
+        block: Any,
+        *,
+        record: OutputHook | None = None,
+        on_result: Callable[[ExecutionResult], None] | None = None,
+    ) -> ExecutionResult:
         """Run one code block in its language. Like `execute`, but never raises for what the kernel did.
 
-        `record` gets each output before the executor's hook does, and must be quick.
+        `record` gets each output before the executor's hook does, and must be quick. `on_result` gets the result of a
+        block that was run even if Ctrl-C ends this call.
 
         Raises: JupyterExecError after `stop`.
         """
@@ -6177,7 +6213,7 @@ class JupyterCodeExecutor:
             try:
                 self._make_ready()
                 cell, shown = cell_of(block, self._kernel_name, self._kernel.language)
-                result = self._run_cell(cell, shown, self._timeout, *self._hooks, record)
+                result = self._run_cell(cell, shown, self._timeout, *self._hooks, record, on_result)
             except (JupyterExecError, ValueError) as error:
                 if self._kernel.alive and self._kernel.ready:  # too large for the server, not its language: not run
                     return ExecutionResult("error", 1, "intact", str(error), [])
@@ -6215,6 +6251,7 @@ class JupyterCodeExecutor:
         on_output: OutputHook | None,
         on_input: InputHook | None,
         record: OutputHook | None = None,
+        on_result: Callable[[ExecutionResult], None] | None = None,
     ) -> ExecutionResult:
         """Run a cell, which stands in the notebook as `shown`."""
         evictions = self._turns.evictions
@@ -6227,6 +6264,8 @@ class JupyterCodeExecutor:
                 self._turns.overtaken = False
                 result.note = "\n".join(filter(None, (_FRESH, result.note)))
             self._journal.add(shown, result)
+            if on_result:
+                on_result(result)
 
         return self._kernel.execute(
             code,
@@ -6244,11 +6283,11 @@ class JupyterCodeExecutor:
             self._kernel.start()
         if not self._kernel.ready:
             self._kernel.wait_ready()
-            if self._functions:
-                self._kernel.ready = False  # until they are there, whatever ends this
-                result = self._kernel.execute(self._prelude(), START_TIMEOUT, silent=True, store_history=False)
+            if prelude := self._prelude():
+                self._kernel.ready = False  # until it has run, whatever ends this
+                result = self._kernel.execute(prelude, START_TIMEOUT, silent=True, store_history=False)
                 if result.status != "ok":
-                    raise JupyterExecError(f"The functions could not be defined in the kernel: {result.text}")
+                    raise JupyterExecError(f"The startup code or the functions failed in the kernel: {result.text}")
                 self._kernel.ready = True
 
     def save_notebook(self, path: str | os.PathLike[str]) -> None:
@@ -6463,34 +6502,165 @@ class AsyncJupyterCodeExecutor:
 # ======================================================================================================
 
 
-def read_blocks(source: str) -> list[CodeBlock]:
-    """Return the code blocks of a .py, .md or .ipynb file, or of stdin for "-".
+@dataclass
+class Step:
+    """A cell of a document. `cell` is nbformat's, and gets the outputs."""
 
-    Raises: OSError, ProtocolError for a notebook that is none.
+    cell: Json
+    language: str = ""
+    line: int = 0  # of the file, at which the source begins; 0: it is a notebook's
+    count: int | None = None  # IPython's number of it, once it has run here
+
+    @property
+    def is_code(self) -> bool:
+        return self.cell.get("cell_type") == "code"
+
+    def has_tag(self, tag: str) -> bool:
+        """Whether the cell's metadata have one of Jupyter's tags, such as "raises-exception"."""
+        tags = self.cell["metadata"].get("tags")
+        return isinstance(tags, list) and tag in tags
+
+    def record(self, result: ExecutionResult, began: float) -> None:
+        """Write what the cell did into it; `began` is in seconds since the epoch."""
+        outputs = list(map(_notebook_output, result.outputs))
+        outputs += [{"output_type": "stream", "name": "stderr", "text": result.note}] * bool(result.note)
+        times = {"iopub.status.busy": began, "shell.execute_reply": began + result.duration}
+        self.cell["metadata"]["execution"] = {
+            name: f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at))}.{int(at % 1 * 10**6):06}Z"
+            for name, at in times.items()
+        }
+        self.count = result.execution_count
+        self.cell |= {"outputs": outputs, "execution_count": self.count}
+
+
+class Document:
+    """What `run` was given, as a notebook, whatever it was. A cell's outputs are written into it when it has run."""
+
+    def __init__(self, name: str, body: Json) -> None:
+        """`name` is for people, `body` a notebook without cells."""
+        self.name, self._body = name, {"nbformat": 4, "nbformat_minor": 5, "metadata": {}} | body
+        self.steps: list[Step] = []
+
+    @property
+    def kernel_name(self) -> str | None:
+        """The kernel that a notebook names."""
+        metadata = self._body["metadata"]
+        spec = metadata.get("kernelspec") if isinstance(metadata, dict) else None
+        name = spec.get("name") if isinstance(spec, dict) else None
+        return name if isinstance(name, str) else None
+
+    def new_step(
+        self, source: str, tags: Sequence[str] = (), kind: str = "code", language: str = "", line: int = 0
+    ) -> Step:
+        cell: Json = {
+            "cell_type": kind,
+            "id": os.urandom(4).hex(),
+            "metadata": {"tags": list(tags)} if tags else {},
+            "source": source,
+        }
+        return Step(cell | ({"outputs": [], "execution_count": None} if kind == "code" else {}), language, line)
+
+    def add_parameters(self, pairs: Iterable[Sequence[str]]) -> None:
+        """Set variables as papermill does: by a cell behind the one that is tagged "parameters", or at the top.
+
+        Raises: ValueError for a name that is none.
+        """
+        lines = ["# Parameters"]
+        for name, value in pairs:
+            if not name.isidentifier():
+                raise ValueError(f"-p {name}: this cannot be the name of a variable")
+            lines.append(f"{name} = {_literal(value)}")
+        self.steps = [step for step in self.steps if not step.has_tag("injected-parameters")]
+        at = next((i for i, step in enumerate(self.steps, 1) if step.has_tag("parameters")), 0)
+        self.steps.insert(at, self.new_step("\n".join(lines), ["injected-parameters"]))
+
+    def save(self, path: Path) -> None:
+        """Write the notebook. Raises: OSError; ValueError if its directory does not exist."""
+        text = json.dumps(self._body | {"cells": [step.cell for step in self.steps]}, indent=1, ensure_ascii=False)
+        with Folder(path.parent).replace(path.name) as file:
+            file.write(text.encode("utf-8", "replace") + b"\n")
+
+    def place(self, step: Step, result: ExecutionResult) -> str:
+        """Say where the traceback of a step's cell ends, as an editor finds it, or where the cell begins."""
+        code, line = [other for other in self.steps if other.is_code], 1
+        text = clean_text("\n".join(map(text_of, result.error["traceback"]))) if result.error else ""
+        for count, number in re.findall(r"(?m)^ *(?:Cell|Input) In ?\[(\d{1,9})\],.*?line:? ?(\d{1,9})", text):
+            for other in code:
+                if other.count == int(count):
+                    step, line = other, int(number)
+        source = step.cell["source"]
+        line += source[: len(source) - len(source.lstrip())].count("\n")  # IPython takes empty first lines away
+        if step.line:
+            return f"{self.name}:{step.line + line - 1}"
+        return f"{self.name}, cell {code.index(step) + 1}, line {line}"
+
+
+def _literal(text: str) -> str:
+    """Return, as Python, what papermill takes the text of a parameter for."""
+    if text in ("True", "False", "None"):
+        return text
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            return repr(value) if value - value == 0 else f"float('{value}')"
+    return repr(text)
+
+
+def read_document(source: str, unlabelled: bool = False) -> Document:
+    """Return the document in a .py, .md or .ipynb file, or on stdin for "-".
+
+    In Python `# %%` begins a cell. Of a .md file the fenced blocks that name a language are code; `unlabelled`: all.
+
+    Raises: OSError; ProtocolError for a notebook that is none.
     """
     if source == "-":
-        return [CodeBlock(sys.stdin.read(), "")]
-    text = Path(source).read_bytes()
+        return _script("<stdin>", sys.stdin.read())
+    data = Path(source).read_bytes()
     if source.endswith(".ipynb"):
-        cells = json_object(text, f"notebook {source}").get("cells")
-        if not isinstance(cells, list):
-            raise ProtocolError(f"The notebook {source} has no cells.")
-        code = [cell for cell in cells if isinstance(cell, dict) and cell.get("cell_type") == "code"]
-        return [CodeBlock("".join(cell.get("source") or ""), "") for cell in code]
-    if source.endswith((".md", ".markdown")):
-        return MarkdownCodeExtractor().extract_code_blocks(text.decode("utf-8-sig"))
-    return [CodeBlock(text.decode("utf-8-sig"), "")]
-
-
-def runnable(blocks: Iterable[CodeBlock], kernel_name: str, kernel_language: str) -> Iterator[CodeBlock]:
-    """Yield the blocks that such a kernel can run; of a text, the others are there to be read."""
-    for block in blocks:
-        try:
-            cell_of(block, kernel_name, kernel_language)
-        except ValueError:
-            put(sys.stderr, f"jupyter-exec: skipped a block of {block.language}")
+        return _notebook(source, json_object(data, f"notebook {source}"))
+    text = data.decode("utf-8-sig", "replace")
+    if not source.endswith((".md", ".markdown")):
+        return _script(source, text)
+    document = Document(source, {})
+    for line, info, block in fenced_blocks(text):
+        if info.strip() or unlabelled:
+            document.steps.append(document.new_step(block.code, language=block.language, line=line))
         else:
-            yield block
+            put(
+                sys.stderr,
+                f"jupyter-exec: {source}:{line}: skipped a block that names no language (--unlabelled runs it)",
+            )
+    return document
+
+
+def _script(name: str, text: str) -> Document:
+    document = Document(name, {})
+    lines = text.replace("\r\n", "\n").split("\n")
+    markers = [i for i, line in enumerate(lines) if re.match(r"# ?%%(?!%)", line)]
+    for start, end in itertools.pairwise([0, *markers, len(lines)]):
+        title = lines[start] if start in markers else ""
+        code = "\n".join(lines[start + bool(title) : end])
+        tags = re.findall(r"[\"']([^\"']+)[\"']", "".join(re.findall(r"tags *= *\[([^\]]*)\]", title)))
+        if re.search(r"\[(markdown|md|raw)\]", title):
+            document.steps.append(document.new_step(re.sub(r"(?m)^# ?", "", code), tags, "markdown"))
+        elif code.strip():
+            document.steps.append(document.new_step(code, tags, line=start + bool(title) + 1))
+    return document
+
+
+def _notebook(name: str, body: Json) -> Document:
+    cells = body.get("cells")
+    if not (isinstance(cells, list) and all(isinstance(cell, dict) for cell in cells)):
+        advice = "; its format is old: jupyter nbconvert --to notebook makes it a new one" * ("worksheets" in body)
+        raise ProtocolError(f"{name} is no notebook with cells{advice}.")
+    document = Document(name, body)
+    for cell in cells:
+        source, metadata = cell.get("source"), cell.get("metadata")
+        source = "".join(map(str, source)) if isinstance(source, list) else text_of(source)
+        document.steps.append(
+            Step(cell | {"source": source, "metadata": metadata if isinstance(metadata, dict) else {}})
+        )
+    return document
 
 
 def put(stream: TextIO, text: str, end: str = "\n") -> None:
@@ -6504,15 +6674,34 @@ def put(stream: TextIO, text: str, end: str = "\n") -> None:
     stream.flush()
 
 
+class CellFiles(CallFiles):
+    """Saves what one cell shows, under names that say where it comes from: report-3-1.png."""
+
+    def __init__(self, folder: Folder, stem: str, html: bool) -> None:
+        super().__init__(folder, None)
+        self._stem, self._html = stem, html
+
+    def new_name(self, suffix: str) -> str:
+        return f"{self._stem}-{len(self.paths) + 1}{suffix}"
+
+    def save(self, data: Json) -> str | None:
+        """Like CallFiles.save, but the HTML of what can be read as text, as a table can, is saved only if asked for."""
+        plain = text_of(data.get("text/plain"))
+        is_readable = bool(plain) and not _DEFAULT_REPR.match(plain)
+        return super().save({mime: data[mime] for mime in data if mime != "text/html" or self._html or not is_readable})
+
+
 class LivePrinter:
     """Prints outputs as they come: streams as they are, everything else on lines of its own.
 
     Where stderr is a terminal, a line there tells how far the run is, and goes away before anything is printed.
     """
 
-    def __init__(self, directory: Path, blocks: int) -> None:
-        self._files, self._blocks = CallFiles(Folder(directory), None), blocks
-        self._block = 0
+    def __init__(self, count: int) -> None:
+        """`count`: cells that will run."""
+        self._count = count
+        self._number = 0  # of the cell that runs
+        self._files: CellFiles | None = None
         self._line_open = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -6523,29 +6712,41 @@ class LivePrinter:
     def _tick(self) -> None:
         while not self._ended.wait(1):
             with self._lock:
-                if self._block and not self._line_open:
+                if self._number and not self._line_open:
                     seconds = time.monotonic() - self._started
-                    sys.stderr.write(f"\r\x1b[Kblock {self._block} of {self._blocks}, {seconds:.0f} s\r")
+                    sys.stderr.write(f"\r\x1b[Kcell {self._number} of {self._count}, {seconds:.0f} s\r")
                     sys.stderr.flush()
 
-    def begin(self) -> None:
-        self._started = time.monotonic()
-        self._block += 1
+    def begin(self, files: CellFiles) -> None:
+        self._started, self._files = time.monotonic(), files
+        self._number += 1
+
+    def end(self, step: Step, result: ExecutionResult, place: str) -> None:
+        if result.status != "ok":
+            error = result.error
+            what = result.note or (
+                f"{error['ename']}: {error['evalue']}" if error else f"exit status {result.exit_code}"
+            )
+            self._line(f"jupyter-exec: {place}: {what}", sys.stderr)
+        elif result.note:
+            self._line(f"jupyter-exec: {result.note}", sys.stderr)
 
     def close(self) -> None:
         self._ended.set()
         self._write(sys.stderr, "")
 
     def __call__(self, output: Json) -> None:
-        if output["output_type"] == "stream":
+        kind = output["output_type"]
+        if kind == "stream":
             self._write(sys.stdout if output["name"] == "stdout" else sys.stderr, output["text"])
-        elif output["output_type"] == "error":
-            self.line(render([output], "", lambda data: None), sys.stderr)
-        elif output["output_type"] != "clear_output":
-            is_update = output["output_type"] == "update_display_data"
-            self.line(render([output], "", (lambda data: None) if is_update else self._files.save), sys.stdout)
+        elif kind == "error":
+            in_colours = sys.stderr.isatty() and output["traceback"]
+            self._line("\n".join(output["traceback"]) if in_colours else render([output], "", no_file), sys.stderr)
+        elif kind != "clear_output":
+            save = self._files.save if self._files and kind != "update_display_data" else no_file
+            self._line(render([output], "", save), sys.stdout)
 
-    def line(self, text: str, stream: TextIO) -> None:
+    def _line(self, text: str, stream: TextIO) -> None:
         if text:
             self._write(stream, ("\n" if self._line_open else "") + text + "\n")
 
@@ -6562,20 +6763,86 @@ class LivePrinter:
             self._line_open = not text.endswith("\n") if text else self._line_open
 
 
+class JsonPrinter:
+    """Prints one JSON object at the end: the outcome of all, and what each cell did."""
+
+    trouble: OSError | None = None
+
+    def __init__(self) -> None:
+        self._blocks: list[Json] = []
+        self._end = {"exit_code": 0, "kernel_state": "intact"}
+
+    def __call__(self, output: Json) -> None:
+        pass
+
+    def begin(self, files: CellFiles) -> None:
+        self._files = files
+
+    def end(self, step: Step, result: ExecutionResult, place: str) -> None:
+        text = render(result.outputs, result.note, self._files.save)
+        block = {
+            "source": step.cell["source"],
+            "language": step.language,
+            "status": result.status,
+            "exit_code": result.exit_code,
+        }
+        self._blocks.append(
+            block | {"duration": round(result.duration, 3), "output": text, "output_files": self._files.paths}
+        )
+        self._end = {"exit_code": self._end["exit_code"] or result.exit_code, "kernel_state": result.kernel_state}
+
+    def close(self) -> None:
+        put(sys.stdout, json.dumps(self._end | {"blocks": self._blocks}))
+
+
+_EXAMPLES = """\
+examples:
+  jupyter-exec run -c "print(6 * 7)"
+  jupyter-exec run analysis.py -- --rows 100        arguments of the script stand behind --
+  jupyter-exec run report.ipynb -p year 2026 --notebook report-2026.ipynb
+  jupyter-exec run notes.md --docker --hardened --base-image my/python
+  jupyter-exec run job.py --server https://hub.example.com/user/ann/
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
     parser = argparse.ArgumentParser(prog="jupyter-exec", description="Run code in a stateful Jupyter kernel.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="run a file, its blocks in order, in one kernel")
+    as_written = argparse.RawDescriptionHelpFormatter
+    run = commands.add_parser(
+        "run", help="run a file, its cells in order, in one kernel", epilog=_EXAMPLES, formatter_class=as_written
+    )
     what = run.add_mutually_exclusive_group(required=True)
-    what.add_argument("file", nargs="?", metavar="FILE", help=".py, .md (its fenced blocks), .ipynb, or - for stdin")
+    what.add_argument(
+        "file",
+        nargs="?",
+        metavar="FILE",
+        help=".py (# %%%% begins a cell), .md (its fenced blocks), .ipynb, or - for stdin",
+    )
     what.add_argument("-c", dest="code", metavar="CODE", help="run this code")
-    run.add_argument("--kernel", default="python3", metavar="NAME", help="kernel name (default: python3)")
-    run.add_argument("--timeout", type=float, default=60, metavar="S", help="seconds for one block (default: 60)")
-    run.add_argument("--output-dir", default=".", metavar="DIR", help="where pictures and HTML go (default: .)")
-    run.add_argument("--notebook", metavar="FILE", help="write what was run, with its outputs, as .ipynb")
+    run.add_argument("--kernel", metavar="NAME", help="kernel name (default: the notebook's own, else python3)")
+    run.add_argument(
+        "--timeout", type=float, default=float("inf"), metavar="S", help="seconds for one cell (default: none)"
+    )
+    run.add_argument("--keep-going", action="store_true", help="run the next cell after one that failed")
+    run.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a variable, as papermill does",
+    )
+    run.add_argument("--output-dir", default=".", metavar="DIR", help="where pictures and other files go (default: .)")
+    run.add_argument("--html", action="store_true", help="save the HTML of tables too")
+    run.add_argument(
+        "--notebook", metavar="FILE", help="write the notebook that was run, after each cell; it may be FILE itself"
+    )
+    run.add_argument("--unlabelled", action="store_true", help="run blocks of a .md file that name no language, too")
     run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
     for command in (run, kernels):
@@ -6583,32 +6850,43 @@ def _parser() -> argparse.ArgumentParser:
         where.add_argument("--python", metavar="PATH", help="the local interpreter that python3 means")
         where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (give FILE first)")
         where.add_argument("--server", metavar="URL", help="on a Jupyter server; the token comes from JUPYTER_TOKEN")
-        command.add_argument("--network", metavar="NAME", help="of the container: none, bridge (default), ...")
-        command.add_argument("--package", action="append", default=[], metavar="NAME", help="to be in our image")
-        command.add_argument("--base-image", metavar="IMAGE", help="what our image is built on")
-        command.add_argument("--token-file", metavar="FILE", help="the server's token, instead of JUPYTER_TOKEN")
-        command.add_argument("--ca-file", metavar="FILE", help="certificates to trust (https)")
+        for name, (_, metavar, says) in _OPTIONS.items():
+            action: Json = {"metavar": metavar} if metavar else {"action": "store_true"}
+            command.add_argument(name, help=says, **(action | ({"action": "append"} if name == "--package" else {})))
     return parser
 
 
-def _server_of(options: argparse.Namespace) -> HostServer | RemoteJupyterServer:
-    modes = {
-        "network": "docker",
-        "package": "docker",
-        "base_image": "docker",
-        "token_file": "server",
-        "ca_file": "server",
-    }
-    for name, mode in modes.items():  # silently ignored, --network none would be a trap
-        if getattr(options, name) and getattr(options, mode) is None:
-            raise ValueError(f"--{name.replace('_', '-')} is of use with --{mode} only.")
-    if options.docker is not None:
-        network, image = options.network or "bridge", options.docker or None
+# Options that belong to one kind of server -> (that option, name of the value, help).
+_OPTIONS: dict[str, tuple[str, str, str]] = {
+    "--cwd": ("local", "DIR", "working directory of the kernel"),
+    "--network": ("docker", "NAME", "of the container: none, bridge (default), ..."),
+    "--hardened": ("docker", "", "no network, nothing written but to memory, 1 GB, one processor"),
+    "--memory": ("docker", "SIZE", "of the container, such as 512m or 2g"),
+    "--mount": ("docker", "DIR", "a directory that code may read and write, as /workspace"),
+    "--package": ("docker", "NAME", "to be in our image"),
+    "--base-image": ("docker", "IMAGE", "what our image is built on"),
+    "--token-file": ("server", "FILE", "the server's token, instead of JUPYTER_TOKEN"),
+    "--ca-file": ("server", "FILE", "certificates to trust (https)"),
+}
+
+
+def _server_of(options: argparse.Namespace) -> JupyterServer:
+    kind = "docker" if options.docker is not None else "server" if options.server is not None else "local"
+    for name, (needed, _, _) in _OPTIONS.items():  # silently ignored, --network none would be a trap
+        if getattr(options, name[2:].replace("-", "_")) and needed != kind:
+            raise ValueError(f"{name} works only {'for local kernels' if needed == 'local' else f'with --{needed}'}.")
+    if kind == "docker":
         return DockerJupyterServer(
-            custom_image_name=image, base_image=options.base_image, packages=options.package, network=network
+            custom_image_name=options.docker or None,
+            base_image=options.base_image,
+            packages=options.package or (),
+            network=options.network,
+            hardened=options.hardened,
+            bind_dir=options.mount,
+            mem_limit=options.memory,
         )
-    if options.server is None:
-        return LocalJupyterServer(python=options.python)
+    if kind == "local":
+        return LocalJupyterServer(python=options.python, cwd=options.cwd)
     from urllib.parse import parse_qs, urlsplit
 
     url = urlsplit(options.server)
@@ -6626,8 +6904,13 @@ def _server_of(options: argparse.Namespace) -> HostServer | RemoteJupyterServer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: that of the code, 1 for trouble, 128 + N for signal N."""
-    options = _parser().parse_args(argv)
+    """Run the command line; returns the exit status.
+
+    It is that of the code (1 if it raised), 2 for any other trouble, 128 + N after signal N.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    at = words.index("--") if "--" in words else len(words)
+    options = _parser().parse_args(words[:at])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is not to vanish
             stream.reconfigure(errors="backslashreplace")
@@ -6635,7 +6918,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
     try:
-        return _run(options) if options.command == "run" else _list_kernels(options)
+        return _run(options, words[at + 1 :]) if options.command == "run" else _list_kernels(options)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our stdout has left
@@ -6644,7 +6927,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         says = str(error) if isinstance(error, JupyterExecError | ValueError) else describe_os_error(error)
         with contextlib.suppress(OSError):
             put(sys.stderr, f"jupyter-exec: {says}")
-        return 1
+        return 2
     finally:
         _drop_unwritten()
 
@@ -6658,41 +6941,110 @@ def _drop_unwritten() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _run(options: argparse.Namespace) -> int:
-    blocks = [CodeBlock(options.code, "")] if options.code is not None else read_blocks(options.file)
-    if not blocks:
-        raise ValueError(f"There is no code in {options.file}.")
-    if options.notebook and not Path(options.notebook).parent.is_dir():
-        raise ValueError(f"There is no directory for {options.notebook}.")
-    printer = None if options.json else LivePrinter(Path(options.output_dir), len(blocks))
+def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+    is_code = options.code is not None
+    document = _script("code", options.code) if is_code else read_document(options.file, options.unlabelled)
+    kernel_name = options.kernel or document.kernel_name or "python3"
+    if options.parameters:
+        document.add_parameters(options.parameters)
+    notebook = Path(options.notebook) if options.notebook else None
+    if notebook and not notebook.parent.is_dir():
+        raise ValueError(f"There is no directory for {notebook}.")
     with _server_of(options) as server, contextlib.ExitStack() as stack:
-        executor = JupyterCodeExecutor(server, options.kernel, options.timeout, options.output_dir, on_output=printer)
-        stack.enter_context(executor)
         specs = server.kernelspecs()
-        language = str(specs.get(kernel_among(options.kernel, specs) or "", {}).get("language", ""))
-        blocks_to_run = runnable(blocks, options.kernel, language)
-        if options.notebook:
-            stack.callback(executor.save_notebook, options.notebook)
-        if printer is None:
-            result = executor.execute_code_blocks(blocks_to_run)
-            put(sys.stdout, json.dumps(asdict(result)))
-            return result.exit_code
+        language = str(specs.get(kernel_among(kernel_name, specs) or "", {}).get("language") or "python")
+        steps = list(_runnable(document.steps, kernel_name, language))
+        if not steps:
+            raise ValueError(f"There is no code to run in {document.name}.")
+        speaks_python = language.lower() == "python"
+        if not speaks_python and (arguments or options.parameters):
+            raise ValueError(f"Arguments and parameters are for Python, and the kernel speaks {language}.")
+        printer = JsonPrinter() if options.json else LivePrinter(len(steps))
+        executor = JupyterCodeExecutor(
+            server,
+            kernel_name,
+            options.timeout,
+            options.output_dir,
+            on_output=printer,
+            on_input=_ask if sys.stdin and sys.stdin.isatty() and options.file != "-" else None,
+            startup=_startup(options, arguments) if speaks_python else "",
+        )
+        stack.enter_context(executor)
         stack.callback(printer.close)
-        return _run_live(executor, blocks_to_run, printer)
+
+        def save() -> None:
+            if notebook:
+                document.save(notebook)
+
+        return _run_steps(executor, document, steps, printer, options, save)
 
 
-def _run_live(executor: JupyterCodeExecutor, blocks: Iterable[CodeBlock], printer: LivePrinter) -> int:
-    try:
-        for block in blocks:
-            printer.begin()
-            result = executor.execute_block(block)
-            if result.note:
-                printer.line(f"jupyter-exec: {result.note}", sys.stderr)
-            if result.status != "ok":
-                return result.exit_code
-    except KeyboardInterrupt:
-        raise printer.trouble or KeyboardInterrupt from None
-    return 0
+def _runnable(steps: Iterable[Step], kernel_name: str, language: str) -> Iterator[Step]:
+    """Yield the cells that such a kernel can run; of a text, the others are there to be read."""
+    for step in steps:
+        if step.is_code and step.cell["source"].strip() and not step.has_tag("skip-execution"):
+            try:
+                cell_of(CodeBlock(step.cell["source"], step.language), kernel_name, language)
+            except ValueError:
+                put(sys.stderr, f"jupyter-exec: skipped a block of {step.language}")
+            else:
+                yield step
+
+
+def _startup(options: argparse.Namespace, arguments: list[str]) -> str:
+    """Return code by which a script finds what `python FILE` would give it: arguments, __file__, modules beside it."""
+    is_script = options.code is not None or not options.file.endswith((".ipynb", ".md", ".markdown"))
+    lines = []
+    if is_script or arguments:
+        argv = ["-c" if options.code is not None else options.file, *arguments]
+        lines = [f"__import__('sys').argv[:] = {argv!r}"]
+    if is_script and options.file not in (None, "-"):
+        path = os.path.abspath(options.file)
+        lines += [f"__file__ = {path!r}"]
+        if options.docker is None and options.server is None:
+            lines += [f"__import__('sys').path.insert(0, {os.path.dirname(path)!r})"]
+    return "\n".join(lines)
+
+
+def _ask(prompt: str, password: bool) -> str:
+    if password:
+        import getpass
+
+        return getpass.getpass(prompt)
+    return input(prompt)
+
+
+def _run_steps(
+    executor: JupyterCodeExecutor,
+    document: Document,
+    steps: Iterable[Step],
+    printer: LivePrinter | JsonPrinter,
+    options: argparse.Namespace,
+    save: Callable[[], None],
+) -> int:
+    """Run cells until one fails; returns the exit status."""
+    status, folder, stem = 0, Folder(options.output_dir), Path(options.file or "code").stem.lstrip("-") or "stdin"
+    for number, step in enumerate(steps, 1):
+        began = time.time()
+
+        def keep(result: ExecutionResult, step: Step = step, began: float = began) -> None:
+            step.record(result, began)
+            save()
+
+        printer.begin(CellFiles(folder, f"{stem}-{number}", options.html))
+        try:
+            result = executor.execute_block(CodeBlock(step.cell["source"], step.language), on_result=keep)
+        except KeyboardInterrupt:
+            raise printer.trouble or KeyboardInterrupt from None
+        printer.end(step, result, document.place(step, result))
+        if result.status == "exited":
+            return result.exit_code
+        if result.status != "ok" and not step.has_tag("raises-exception"):
+            had_no_kernel = result.status == "died" and result.death is None
+            status = status or (2 if had_no_kernel else result.exit_code)
+            if had_no_kernel or not options.keep_going:
+                break
+    return status
 
 
 def _list_kernels(options: argparse.Namespace) -> int:

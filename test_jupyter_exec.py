@@ -30,6 +30,7 @@ import json
 import logging
 import os
 import pickle
+import pty
 import py_compile
 import random
 import re
@@ -260,6 +261,9 @@ def short_path() -> Iterator[Path]:
     """A directory for socket files: the path of pytest's own is too long for them."""
     with tempfile.TemporaryDirectory(prefix="t") as path:
         yield Path(path)
+
+
+v4: Any = nbformat.v4  # whose functions have no types
 
 
 def read_notebook(path: Path, as_version: int) -> Any:
@@ -6443,18 +6447,189 @@ def test_run_markdown_with_a_plot(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text(text)
     result = cli("run", str(tmp_path / "a.md"), "--output-dir", str(tmp_path))
     (picture,) = tmp_path.glob("*.png")
+    assert picture.name == "a-4-1.png"
     assert (result.stdout, result.returncode) == (f"21\n3\nImage data saved to {picture}\n", 0)
     assert result.stderr == "jupyter-exec: skipped a block of text\n"
 
 
-def test_run_notebook(tmp_path: Path) -> None:
+def notebook_file(path: Path, *cells: Any, **metadata: Any) -> Path:
+    """Write a notebook of nbformat cells; of a plain string as code."""
+    made = [v4.new_code_cell(cell) if isinstance(cell, str) else cell for cell in cells]
+    path.write_text(json.dumps(v4.new_notebook(cells=made, metadata=metadata)))
+    return path
+
+
+def test_a_notebook_stays_a_notebook(tmp_path: Path) -> None:
+    picture = {"a.png": {"image/png": "AAAA"}}
     cells = [
-        {"cell_type": "markdown", "source": "# title"},
-        {"cell_type": "code", "source": ["x = 1\n", "y = 2"]},
-        {"cell_type": "code", "source": "x + y"},
+        v4.new_markdown_cell("![](attachment:a.png)", attachments=picture),
+        v4.new_raw_cell("raw"),
+        v4.new_code_cell("x = 1\nx + 1", metadata={"tags": ["mine"]}),
+        v4.new_code_cell("1/0", metadata={"tags": ["raises-exception"]}),
+        v4.new_code_cell("print('skipped')", metadata={"tags": ["skip-execution"]}),
+        v4.new_code_cell("print(x)"),
     ]
-    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
-    assert cli("run", str(tmp_path / "a.ipynb")).stdout == "3\n"
+    source = notebook_file(tmp_path / "a.ipynb", *cells, mine={"kept": 1})
+    shutil.copy(source, tmp_path / "theirs.ipynb")
+    result = cli("run", "a.ipynb", "--notebook", "b.ipynb", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "2\n1\n")
+    subprocess.run([sys.executable, "-m", "jupyter", "execute", "--inplace", "theirs.ipynb"], cwd=tmp_path, check=True)
+    ours, theirs = (read_notebook(tmp_path / name, as_version=4) for name in ("b.ipynb", "theirs.ipynb"))
+    nbformat.validate(ours)
+    assert ours.metadata["mine"] == {"kept": 1}
+    for cell, other in zip(ours.cells, theirs.cells, strict=True):
+        assert cell.metadata.pop("execution", None) is not None or "execution" not in other.metadata
+        other.metadata.pop("execution", None)
+        for output in [*cell.get("outputs", []), *other.get("outputs", [])]:
+            output.pop("traceback", None)
+        assert cell == other
+
+
+def test_a_notebook_is_saved_after_each_cell(tmp_path: Path) -> None:
+    gate, out = tmp_path / "gate", tmp_path / "out.ipynb"
+    wait = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
+    notebook_file(tmp_path / "a.ipynb", "6 * 7", wait)
+    with subprocess.Popen([sys.executable, str(MODULE), "run", tmp_path / "a.ipynb", "--notebook", out]) as process:
+        eventually(out.exists, "the first cell is saved")
+        first, second = read_notebook(out, as_version=4).cells
+        gate.touch()
+        assert process.wait(PATIENCE) == 0
+    assert (first.outputs[0].data["text/plain"], first.execution_count, second.execution_count) == ("42", 1, None)
+
+
+def test_parameters_are_set_as_papermill_does(tmp_path: Path) -> None:
+    values = {
+        "a": "1",
+        "b": "-2.5",
+        "c": "True",
+        "d": "None",
+        "e": "it's",
+        "f": "1e3",
+        "g": "nan",
+        "h": "[1]",
+        "i": "\u0661",  # a digit of Arabic
+    }
+    defaults = v4.new_code_cell("a = b = 0", metadata={"tags": ["parameters"]})
+    spec = {"name": "python3", "display_name": "Python", "language": "python"}
+    notebook_file(tmp_path / "a.ipynb", "before = 1", defaults, "[a, b, c, d, e, f, g, h, i]", kernelspec=spec)
+    options = [word for name, value in values.items() for word in ("-p", name, value)]
+    ran = cli("run", "a.ipynb", "--notebook", "ours.ipynb", *options, cwd=tmp_path)
+    papermill = [sys.executable, "-m", "papermill", "a.ipynb", "theirs.ipynb", "--kernel", "python3", *options]
+    subprocess.run(papermill, cwd=tmp_path, check=True, capture_output=True)
+    ours, theirs = (read_notebook(tmp_path / name, as_version=4) for name in ("ours.ipynb", "theirs.ipynb"))
+    assert [cell.metadata.get("tags", []) for cell in ours.cells] == [[], ["parameters"], ["injected-parameters"], []]
+    assert ran.stdout.strip() == theirs.cells[-1].outputs[0].data["text/plain"]
+    assert (
+        cli("run", "ours.ipynb", "--notebook", "ours.ipynb", "-p", "a", "5", "-p", "b", "6", cwd=tmp_path).returncode
+        == 1
+    )
+    again = read_notebook(tmp_path / "ours.ipynb", as_version=4)
+    assert [cell.source for cell in again.cells[2:]] == ["# Parameters\na = 5\nb = 6", "[a, b, c, d, e, f, g, h, i]"]
+    assert "cannot be the name of a variable" in cli("run", "a.ipynb", "-p", "a b", "1", cwd=tmp_path).stderr
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import beside
+print(sys.argv, Path(__file__).name, Path(sys.path[0]).name, __name__, beside.x)
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["--rows", "1", "it's"], ["--", "-"]])
+def test_a_script_finds_what_python_gives_it(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("x = 1")
+    (tmp_path / "a.py").write_text(SCRIPT)
+    expected = subprocess.run(
+        [sys.executable, tmp_path / "a.py", *arguments], capture_output=True, text=True, check=True
+    ).stdout
+    assert cli("run", str(tmp_path / "a.py"), "--", *arguments).stdout == expected
+
+
+PERCENT = """\
+print("first")
+# %% [markdown]
+# prose
+# %% tags=["parameters"]
+x = 1
+def f():
+    return 1 / 0
+# %%
+f()
+# %% last
+print(x)
+"""
+
+
+def test_percent_signs_begin_cells_and_an_error_names_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(PERCENT)
+    result = cli("run", "a.py", "--keep-going", "-p", "x", "7", "--notebook", "a.ipynb", cwd=tmp_path)
+    assert (result.stdout, result.returncode) == ("first\n7\n", 1)
+    assert "jupyter-exec: a.py:7: ZeroDivisionError: division by zero\n" in result.stderr
+    notebook = read_notebook(tmp_path / "a.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert [cell.source[:9] for cell in notebook.cells] == [
+        'print("fi',
+        "prose",
+        "x = 1\ndef",
+        "# Paramet",
+        "f()",
+        "print(x)\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("a.md", "# t\n\n```python\nx = 1\n1/0\n```\n", "a.md:5"),
+        ("a.py", "\nprint(\n", "a.py:2"),
+        ("a.ipynb", "", "a.ipynb, cell 2, line 1"),
+    ],
+)
+def test_an_error_names_its_place(name: str, text: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    if name == "a.ipynb":
+        notebook_file(tmp_path / name, "x = 1", "1/0")
+    assert f"jupyter-exec: {place}: " in cli("run", name, cwd=tmp_path).stderr
+
+
+def test_blocks_without_a_language_are_shown_output_unless_told_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("```\n42\n```\n```python\n6 * 7\n```\n")
+    result = cli("run", "a.md", cwd=tmp_path)
+    assert (result.stdout, result.returncode) == ("42\n", 0)
+    assert "a.md:2: skipped a block that names no language" in result.stderr
+    assert cli("run", "a.md", "--unlabelled", cwd=tmp_path).stdout == "42\n42\n"
+
+
+def test_a_table_is_text_unless_html_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("import pandas\ndisplay(pandas.DataFrame({'a': [1]}))")
+    assert cli("run", "a.py", cwd=tmp_path).stdout == "   a\n0  1\n"
+    assert cli("run", "a.py", "--html", cwd=tmp_path).stdout.endswith(
+        "HTML data saved to " + str(tmp_path / "a-1-1.html\n")
+    )
+
+
+def test_the_working_directory_is_an_option(tmp_path: Path) -> None:
+    assert cli("run", "-c", "import os; print(os.getcwd())", "--cwd", str(tmp_path)).stdout == f"{tmp_path}\n"
+
+
+def on_a_terminal(*arguments: str, types: str = "") -> tuple[str, int]:
+    """Run the command line on a terminal of its own, and type; returns what is seen, and the exit status."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, str(MODULE), *arguments])
+    os.write(terminal, types.encode())
+    seen = b""
+    with contextlib.suppress(OSError), open(terminal, "rb", buffering=0) as stream:  # EIO: its end
+        while data := stream.read(4096):
+            seen += data
+    return seen.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_terminal_answers_input_and_shows_tracebacks_in_colours() -> None:
+    seen, status = on_a_terminal("run", "-c", "print(input('name? ') * 2)\n1/0", types="ab\n")
+    assert (status, "abab" in seen, "name? " in seen) == (1, True, True)
+    assert "\x1b[31mZeroDivisionError\x1b[39m" in seen.replace("\x1b[0;31m", "\x1b[31m").replace("\x1b[0m", "\x1b[39m")
 
 
 def test_run_json_tells_of_a_kernel_that_cannot_start(kernels_dir: Path) -> None:
@@ -6464,15 +6639,19 @@ def test_run_json_tells_of_a_kernel_that_cannot_start(kernels_dir: Path) -> None
         "run", "-c", "1", "--json", "--kernel", "bad", env=os.environ | {"JUPYTER_PATH": str(kernels_dir.parent)}
     )
     said = json.loads(result.stdout)
-    assert (said["exit_code"], said["kernel_state"], result.returncode) == (1, "lost", 1)
-    assert "no licence found" in said["output"]
+    assert (said["exit_code"], said["kernel_state"], result.returncode) == (1, "lost", 2)
+    assert "no licence found" in said["blocks"][0]["output"]
 
 
 def test_run_json(tmp_path: Path) -> None:
-    result = cli("run", "-c", "print('a')\n1/0", "--json")
+    picture = "from IPython.display import Image; Image(b'\\x89PNG', format='png')"
+    result = cli("run", "-c", f"{picture}\n# %%\nprint('a')\n1/0\n# %%\n2", "--json", cwd=tmp_path)
     parsed = json.loads(result.stdout)
     assert (result.returncode, parsed["exit_code"], parsed["kernel_state"]) == (1, 1, "intact")
-    assert parsed["output"].startswith("a\nZeroDivisionError")
+    first, second = parsed["blocks"]
+    assert (first["status"], first["output_files"]) == ("ok", [str(tmp_path / "code-1-1.png")])
+    assert (second["status"], second["source"]) == ("error", "print('a')\n1/0")
+    assert second["output"].startswith("a\nZeroDivisionError") and second["duration"] > 0
 
 
 @pytest.mark.parametrize(
@@ -6495,7 +6674,7 @@ def test_exit_status_is_that_of_the_result(code: str, status: int) -> None:
 )
 def test_trouble_is_a_clear_line_without_traceback(arguments: list[str], says: str) -> None:
     result = cli(*arguments)
-    assert (result.stdout, result.returncode) == ("", 1)
+    assert (result.stdout, result.returncode) == ("", 2)
     assert says in result.stderr
     assert result.stderr.startswith("jupyter-exec: ")
     assert "Traceback" not in result.stderr
@@ -6503,7 +6682,7 @@ def test_trouble_is_a_clear_line_without_traceback(arguments: list[str], says: s
 
 def test_python_without_ipykernel_is_a_clear_line(bare_python: str) -> None:
     result = cli("run", "-c", "1", "--python", bare_python)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert f"{bare_python} -m pip install ipykernel" in result.stderr
 
 
@@ -6553,9 +6732,10 @@ def test_run_on_a_server(gateway: Peer, tmp_path: Path) -> None:
     assert "SECRET" not in cli("run", "-c", "1", "--server", "localhost:8888/?token=SECRET").stderr
 
 
-@pytest.mark.parametrize("option", [["--network", "none"], ["--package", "six"], ["--token-file", "x"]])
+@pytest.mark.parametrize("option", [["--network", "none"], ["--package", "six"], ["--token-file", "x"], ["--hardened"]])
 def test_options_of_another_mode_are_refused(option: list[str]) -> None:
-    assert "is of use with" in cli("run", "-c", "1", *option).stderr
+    assert f"{option[0]} works only with --" in cli("run", "-c", "1", *option).stderr
+    assert "works only for local kernels" in cli("run", "-c", "1", "--cwd", "x", "--docker").stderr
 
 
 @pytest.mark.slow
@@ -6580,7 +6760,7 @@ def test_a_full_disk_behind_stdout_is_an_error(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, str(MODULE), *arguments]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert (result.stderr, result.returncode) == ("jupyter-exec: No space left on device\n", 1)
+    assert (result.stderr, result.returncode) == ("jupyter-exec: No space left on device\n", 2)
 
 
 NASTY = "\x1b]52;c;QQ==\x07\x1b[2J\x1bc\x1b(0\x9b31m\x1b\x1b[m]52;c;QQ==\x07\x0e"
@@ -6612,14 +6792,15 @@ def test_escapes_of_code_and_documents_are_not_printed(tmp_path: Path) -> None:
 
 def test_updates_save_no_files_and_others_only_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_FILES", 3)
-    printer = jupyter_exec.LivePrinter(tmp_path, 1)
+    printer = jupyter_exec.LivePrinter(1)
+    printer.begin(jupyter_exec.CellFiles(jupyter_exec.Folder(tmp_path), "a-1", html=False))
     data = {"data": {"text/html": "<b>"}, "metadata": {}}
     for _ in range(5):
         printer({"output_type": "update_display_data", **data})
     assert list(tmp_path.iterdir()) == []
     for _ in range(5):
         printer({"output_type": "display_data", **data})
-    assert len(list(tmp_path.iterdir())) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-1-1.html", "a-1-2.html", "a-1-3.html"]
 
 
 @pytest.mark.slow
