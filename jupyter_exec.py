@@ -148,6 +148,7 @@ PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between cho
 Json = dict[str, Any]
 logger = logging.getLogger("jupyter_exec")
 logger.addHandler(logging.NullHandler())
+build_logger = logger.getChild("build")  # of images: minutes of work, whose progress the command line shows
 
 if __name__ not in sys.modules:  # loaded by hand; dataclasses and pickle look their module up by its name
     _by_hand: Any = type("module", (), {})()
@@ -945,21 +946,49 @@ _CONTROLS = re.compile(
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*m|\r")
 _DEFAULT_REPR = re.compile(r"<[^\n]*>\Z")  # <Figure size 640x480 with 1 Axes>, <IPython.core.display.HTML object>
 
-# What goes to a file, best first: MIME type -> (word of AutoGen's sentence, suffix).
-FILE_TYPES = {
-    "image/png": ("Image", ".png"),
-    "image/jpeg": ("Image", ".jpg"),
-    "image/gif": ("Image", ".gif"),
-    "image/webp": ("Image", ".webp"),
-    "image/svg+xml": ("Image", ".svg"),
-    "application/pdf": ("PDF", ".pdf"),
-    "application/vnd.plotly.v1+json": ("JSON", ".json"),
-    "application/geo+json": ("JSON", ".json"),
-    "text/html": ("HTML", ".html"),
-    "application/json": ("JSON", ".json"),
+
+def _as_text(content: Any) -> bytes:
+    if isinstance(content, list):  # a notebook's way to write a string
+        content = "".join(map(str, content))
+    if not isinstance(content, str):
+        raise ValueError("it is no string")
+    return content.encode("utf-8", "replace")
+
+
+def _as_binary(content: Any) -> bytes:
+    return base64.b64decode(_as_text(content))
+
+
+def _as_json(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")  # indented, it may be 100 times as long
+
+
+def _as_plotly_page(figure: Any) -> bytes:
+    """Return a small page that shows a figure; the browser fetches the library."""
+    if not isinstance(figure, dict):
+        raise ValueError("it is no object")
+    known = {name: figure[name] for name in ("data", "layout", "config", "frames") if name in figure}
+    text = json.dumps(known).replace("<", "\\u003c")  # or it could end the script
+    page = '<!DOCTYPE html><meta charset="utf-8"><title>Plotly</title><div id="figure"></div>'
+    page += '<script src="https://cdn.plot.ly/plotly-3.0.1.min.js"></script>'
+    return f'{page}<script>Plotly.newPlot("figure", {text})</script>\n'.encode()
+
+
+# What goes to a file, best first: MIME type -> (word of AutoGen's sentence, suffix, its bytes from what a kernel sent).
+FILE_TYPES: dict[str, tuple[str, str, Callable[[Any], bytes]]] = {
+    "image/png": ("Image", ".png", _as_binary),
+    "image/jpeg": ("Image", ".jpg", _as_binary),
+    "image/gif": ("Image", ".gif", _as_binary),
+    "image/webp": ("Image", ".webp", _as_binary),
+    "image/svg+xml": ("Image", ".svg", _as_text),
+    "application/pdf": ("PDF", ".pdf", _as_binary),
+    "application/vnd.plotly.v1+json": ("HTML", ".html", _as_plotly_page),
+    "application/geo+json": ("JSON", ".json", _as_json),
+    "application/vnd.vega+json": ("JSON", ".json", _as_json),  # and vegalite, of all versions
+    "text/html": ("HTML", ".html", _as_text),
+    "application/json": ("JSON", ".json", _as_json),
 }
 _VEGA = re.compile(r"application/vnd\.vega(lite)?\.v\d+(\.\d+)*\+json")
-_BASE64 = (".png", ".jpg", ".gif", ".webp", ".pdf")
 
 
 def clean_text(text: str, colours: bool = False) -> str:
@@ -1445,28 +1474,16 @@ def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
     yield from filter(None, (plain, saved))
 
 
-def best_file(data: Json) -> tuple[str, str, Any] | None:
-    """Return (word, suffix, content) of the representation that belongs into a file, None if there is none."""
-    for mime, (word, suffix) in FILE_TYPES.items():
-        if mime == "text/html":
-            for vega in filter(_VEGA.fullmatch, data):
-                return "JSON", ".json", data[vega]
+def best_file(data: Json) -> tuple[str, str, Callable[[], bytes]] | None:
+    """Return (word, suffix, encode) of the representation that belongs into a file, None if there is none.
+
+    `encode()` returns the bytes of the file. Raises: ValueError for content that cannot be such a file.
+    """
+    data = {_VEGA.sub("application/vnd.vega+json", mime): content for mime, content in data.items()}
+    for mime, (word, suffix, encode) in FILE_TYPES.items():
         if data.get(mime) is not None:
-            return word, suffix, data[mime]
+            return word, suffix, functools.partial(encode, data[mime])
     return None
-
-
-def file_bytes(suffix: str, content: Any) -> bytes:
-    """Return the bytes of a file of `best_file`. Raises: ValueError for content that cannot be such a file."""
-    if suffix == ".json":
-        return json.dumps(content, ensure_ascii=False).encode(
-            "utf-8", "replace"
-        )  # indented, it may be 100 times as long
-    if isinstance(content, list):  # a notebook's way to write a string
-        content = "".join(map(str, content))
-    if not isinstance(content, str):
-        raise ValueError("it is no string")
-    return base64.b64decode(content) if suffix in _BASE64 else content.encode("utf-8", "replace")
 
 
 # ======================================================================================================
@@ -5203,7 +5220,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         arguments = {"PACKAGES": "\n".join(self._packages)}
         if self._base_image:
             arguments["BASE_IMAGE"] = self._base_image
-        print(f"jupyter_exec: building the image {self._image_name}, once; this takes a minute", file=sys.stderr)
+        build_logger.info("Building the image %s, once; this takes a minute", self._image_name)
         steps = client.api.build(
             fileobj=io.BytesIO(self.DEFAULT_DOCKERFILE.encode("utf-8")),
             tag=self._image_name,
@@ -5215,18 +5232,22 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             timeout=BUILD_TIMEOUT,
         )
         tail: deque[str] = deque(maxlen=20)
-        failed = False
+        cause, failed = "", False
         for step in steps:  # to the end: the engine's answer has to be read up
             text = clean_text(str(step.get("stream") or step.get("status") or step.get("error") or "")).strip()
             tail.extend([text] * bool(text))
             if text[:5].upper() == "STEP ":  # Podman shouts
-                print(f"jupyter_exec: {text[:100]}", file=sys.stderr)
-            failed = failed or "error" in step
+                build_logger.info("%s", text[:100])
+            if said := re.search(r"(?mi)^(?:error|e|fatal): *(.*)", text):  # pip's, apt's: what it is is said first
+                cause = cause or said[1]
+            if "error" in step:
+                cause, failed = cause or text, True
         if failed:
             advice = (
                 "" if self._base_image else " (where no registry is reached, base_image names an image that is there)"
             )
-            raise SandboxError(f"The image could not be built{advice}", self._image_name, "", "\n".join(tail))
+            reason = f"The image could not be built: {cause[:500]}{advice}"
+            raise SandboxError(reason, self._image_name, "", "\n".join(tail))
 
     def _create(self, client: Any, image: Any, command: list[str]) -> Any:
         options = self._options(client, image.attrs.get("Config") or {}, command)
@@ -5687,12 +5708,12 @@ class CallFiles:
         best = best_file(data)
         if best is None:
             return None
-        word, suffix, content = best
+        word, suffix, encode = best
         path = self._folder.path / self.new_name(suffix)
         try:
             if len(self.paths) >= MAX_FILES:
                 raise ValueError(f"a call may write {MAX_FILES} files")
-            written = file_bytes(suffix, content)
+            written = encode()
             if len(written) > self._room:
                 raise ValueError(f"a call may write {MAX_FILE_BYTES // 2**20} MB")
             with self._folder.replace(path.name) as file:
@@ -6914,6 +6935,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is not to vanish
             stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("jupyter-exec: %(message)s"))
+    logger.addHandler(handler)
+    build_logger.setLevel(logging.INFO)
     for name in ("SIGTERM", "SIGHUP") if argv is None else ():  # the same clean-up as after Ctrl-C
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
