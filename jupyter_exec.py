@@ -3600,6 +3600,18 @@ def _windows_event() -> int:
     return int(_windows_kernel32().CreateEventA(ctypes.byref(attributes), False, False, b""))
 
 
+def show_as(title: str) -> None:
+    """Have `ps` and `docker top` show these words for this process, and not the program it was given (Linux)."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # proc(5): fields 48 and 49, arg_start and arg_end, are the "address above which program command-line arguments
+        # (argv) are placed", and below; the first field after the name is the third.
+        start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
+        if _libc() and 0 < start < end:
+            import ctypes
+
+            ctypes.memmove(start, title.encode().ljust(end - start, b"\0")[: end - start], end - start)
+
+
 def fork_server_main(program: bytes) -> None:
     """Import ipykernel and what is preloaded, then fork a kernel for each order: a datagram with its stderr.
 
@@ -3609,6 +3621,7 @@ def fork_server_main(program: bytes) -> None:
     import gc
 
     host, (descriptor, lean, preload) = os.getppid(), json.loads(sys.argv[2])
+    show_as("jupyter_exec: fork server")
     if host != int(os.environ["JPY_PARENT_PID"]):  # this Python was started through another process
         sys.exit(CANNOT_FORK)
     with open(os.devnull, "rb") as null:
@@ -3707,6 +3720,7 @@ def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
     _libc().getenv.restype = ctypes.c_void_p
     ctypes.memmove(_libc().getenv(_MARKER.encode()), order["mark"].encode(), len(order["mark"]))
     os.environ[_MARKER] = order["mark"]
+    show_as(f"jupyter_exec: kernel {order['kernel']}")
     modules: dict[str, Any] = sys.modules
     for name in {"numpy.random", "torch.random"} & modules.keys():
         modules[name].seed()
@@ -3745,6 +3759,7 @@ def host_main(program: bytes) -> None:
         host.adopts = _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         _prctl(_PR_SET_DUMPABLE, 0)  # code in a kernel can neither trace this process nor open its descriptors
     _watch_parent(loop, host)
+    show_as("jupyter_exec: kernel host")
     loop.run()
     shutil.rmtree(directory, ignore_errors=True)
 
@@ -4597,7 +4612,7 @@ class HostServer(Stoppable):
 
     def _connect(self) -> HostLink:
         """Start a kernel host and greet it within `start_timeout`. Raises: KernelStartFailed, SandboxError."""
-        nonce = os.urandom(16).hex()
+        nonce, began = os.urandom(16).hex(), time.monotonic()
         far_end = self._open(BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main"))
         try:
             who = greet_host(far_end, nonce, Deadline(self.launch.start_timeout))
@@ -4611,6 +4626,7 @@ class HostServer(Stoppable):
             if not isinstance(error, JupyterExecError):  # such as Ctrl-C
                 raise
             raise failed from None
+        logger.info("Kernel host started: process %d, user %d, in %.2f s", *who, time.monotonic() - began)
         return HostLink(far_end, *who)
 
     def link(self) -> HostLink:
@@ -4694,6 +4710,7 @@ class HostServer(Stoppable):
             link.close()
         if link or gateway:
             self._disconnect()
+            logger.info("Server stopped")
 
     def _disconnect(self) -> None:
         """Wait for the end of what `_connect` started."""
@@ -5122,6 +5139,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
                 self._container = self._create(client, self._image(client), ["python3", "-c", program])
                 stream = self._stream = self._attach(client)
                 self._container.start()
+            logger.info("Container %s started: %s", self._container.name, self._container.id)
         except BaseException:
             if stream:
                 stream.close()

@@ -2498,7 +2498,7 @@ def test_a_forked_kernel_is_like_a_launched_one() -> None:
 
 
 def is_forked(executor: JupyterCodeExecutor) -> bool:
-    return "ipykernel-fork-server" in run(executor, "open('/proc/self/cmdline').read()").output
+    return "jupyter_exec: kernel" in run(executor, "open('/proc/self/cmdline').read()").output
 
 
 def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
@@ -3178,6 +3178,20 @@ def test_hardened_is_one_word_for_limits_that_may_be_said_otherwise(
         config = container.attrs["HostConfig"]
         assert (config["ReadonlyRootfs"], config["Memory"], config["NanoCpus"], config["NetworkMode"]) == limits
         assert config["MemorySwap"] == limits[1]
+
+
+def test_processes_have_readable_names_and_the_log_tells_of_their_life(
+    containers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "jupyter_exec")
+    with docker_server() as server, JupyterCodeExecutor(server) as executor:
+        run(executor, "secret = 1; print('output')")
+        (container,) = containers()
+        names = {process[-1] for process in container.top()["Processes"]}
+        assert names == {f"jupyter_exec: {name}" for name in ("kernel host", "fork server", "kernel k1.1")}
+    for event in (f"Container {container.name} started: {container.id}", "Kernel host started: ", "Server stopped"):
+        assert event in caplog.text
+    assert "secret" not in caplog.text and "output" not in caplog.text
 
 
 def test_docker_pictures_come_out_of_the_box(boxed: JupyterCodeExecutor) -> None:
