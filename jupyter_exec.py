@@ -61,7 +61,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
@@ -1603,7 +1603,7 @@ class Stream(Protocol):
 
 
 class FdStream:
-    """A Stream over two descriptors, such as a process's stdin and stdout (POSIX)."""
+    """A Stream over two descriptors that are no sockets, such as stdin and stdout of a process."""
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd, self._write_fd = read_fd, write_fd
@@ -1632,7 +1632,7 @@ class NetStream:
 
     def __init__(self, sock: socket.socket) -> None:
         self.raw = sock
-        self._is_tcp = getattr(sock, "family", None) in (socket.AF_INET, socket.AF_INET6)  # Docker has pipes of Windows
+        self._is_tcp = getattr(sock, "family", None) in (socket.AF_INET, socket.AF_INET6)  # Docker over ssh has none
         if self._is_tcp:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -1672,28 +1672,6 @@ def _tls_as_plain() -> Iterator[None]:
         raise
 
 
-def as_stream(read_fd: int, write_fd: int) -> Stream:
-    """Return a Stream over two descriptors that are no sockets."""
-    if os.name != "nt":
-        return FdStream(read_fd, write_fd)
-    # Windows cannot poll a pipe: two threads copy between it and a socket.
-    near, far = socket.socketpair()
-    near.setblocking(False)
-    threading.Thread(target=_copy, args=(functools.partial(os.read, read_fd, 2**16), far.sendall), daemon=True).start()
-    threading.Thread(target=_copy, args=(functools.partial(far.recv, 2**16), _writer(write_fd)), daemon=True).start()
-    return near
-
-
-def _copy(read: Callable[[], bytes], write: Callable[[bytes], object]) -> None:
-    with contextlib.suppress(OSError):
-        while data := read():
-            write(data)
-
-
-def _writer(descriptor: int) -> Callable[[bytes], object]:
-    return open(descriptor, "wb", buffering=0).write
-
-
 _inherited: weakref.WeakSet[Pipe | Tail] = weakref.WeakSet()
 
 
@@ -1706,7 +1684,7 @@ def _close_inherited() -> None:
     os.close(null)
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_close_inherited)
 
 
@@ -2834,7 +2812,7 @@ FORKED_MODULES = ["IPython.core.completerlib", "IPython.core.debugger", "IPython
 FORKED_MODULES += ["IPython.extensions.storemagic", "faulthandler", "ipykernel.debugger", "ipykernel.kernelapp"]
 FORKED_MODULES += ["tornado.platform.asyncio", "tornado.queues"]
 CANNOT_FORK = 75  # exit status of a fork server that cannot be one
-_PYTHON = re.compile(r"python[0-9.]*(\.exe)?\Z")
+_PYTHON = re.compile(r"python[0-9.]*\Z")
 # What a kernel that serves a program does without: the history database and a pause after each cell. In, Out and
 # %history are there all the same.
 LEAN_OPTIONS = ["--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0"]
@@ -2853,11 +2831,7 @@ def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
     if site_user := sysconfig.get_path("data", f"{os.name}_user"):
         user.append(os.path.join(site_user, "share", "jupyter"))
     env = [os.path.join(sys.prefix, "share", "jupyter")]
-    if os.name == "nt":
-        program_data = environ.get("PROGRAMDATA") if environ.get("JUPYTER_USE_PROGRAMDATA") else None
-        system = [os.path.join(program_data, "jupyter")] if program_data else []
-    else:
-        system = ["/usr/local/share/jupyter", "/usr/share/jupyter"]
+    system = ["/usr/local/share/jupyter", "/usr/share/jupyter"]
     extra = [path for path in environ.get("JUPYTER_PATH", "").split(os.pathsep) if path]
     order = env + user if _prefers_env(environ) else user + env
     dirs = [os.path.join(base, "kernels") for base in [*extra, *order, *system]]
@@ -2867,8 +2841,6 @@ def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
 def _user_data_dir(environ: Mapping[str, str]) -> str:
     if sys.platform == "darwin":
         return os.path.expanduser("~/Library/Jupyter")
-    if os.name == "nt":
-        return os.path.join(environ.get("APPDATA") or os.path.expanduser("~/.jupyter/data"), "jupyter")
     return os.path.join(environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "jupyter")
 
 
@@ -2878,9 +2850,7 @@ def _prefers_env(environ: Mapping[str, str]) -> bool:
         return environ["JUPYTER_PREFER_ENV_PATH"].lower() not in ("", "0", "n", "no", "false", "off")
     conda = environ.get("CONDA_PREFIX")
     in_conda = bool(conda) and sys.prefix.startswith(conda or "") and environ.get("CONDA_DEFAULT_ENV", "base") != "base"
-    if sys.prefix == sys.base_prefix and not in_conda:
-        return False
-    return os.name == "nt" or os.stat(sys.prefix).st_uid == os.getuid()
+    return (sys.prefix != sys.base_prefix or in_conda) and os.stat(sys.prefix).st_uid == os.getuid()
 
 
 def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str, Json]:
@@ -2957,7 +2927,7 @@ def make_directory() -> str:
     try:
         # The path of a socket file may have 107 bytes (103 on macOS): a long TMPDIR is not used.
         base = tempfile.gettempdir()
-        base = base if len(os.fsencode(base)) < 60 or os.name == "nt" else "/tmp"
+        base = base if len(os.fsencode(base)) < 60 else "/tmp"
         _remove_forgotten(base)
         return tempfile.mkdtemp(prefix=f"jx-{process_name(os.getpid())}-", dir=base)
     except OSError as error:
@@ -3014,7 +2984,6 @@ class ChildProcess:
         self.lean = False
         self.preload_failed = False  # and so it never was
         self.exit_code: int | None = None
-        self.event = 0  # that interrupts it on Windows
         self.files: list[str] = []  # to be removed at its end
         self.loss_told = False  # to the client, of the output that is being dropped
         self.hurries = False  # its output is dropped unless the link is free
@@ -3133,7 +3102,7 @@ class KernelHost:
     def _connection(self, request: Json, argv: list[str], held: contextlib.ExitStack) -> KernelConnection:
         """Choose where the kernel listens: socket files if it is surely able to, or ports that `held` keeps."""
         ports, ip, transport = [1, 2, 3, 4, 5], os.path.join(self._directory, request["slot"]), "ipc"
-        if os.name == "nt" or not _is_ipykernel(argv):
+        if not _is_ipykernel(argv):
             # Open together until the launch, so that no two kernels are given the same.
             listeners = [held.enter_context(contextlib.closing(socket.socket())) for _ in range(5)]
             for listener in listeners:
@@ -3173,17 +3142,12 @@ class KernelHost:
         # stdout goes nowhere: a pipe that nobody reads stops the kernel after 64 KB of a subprocess's output.
         stderr = kernel.stderr = Tail()
         options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr.writer}
-        if os.name == "nt":
-            kernel.event = _windows_event()
-            kernel.env |= {"JPY_INTERRUPT_EVENT": str(kernel.event), "IPY_INTERRUPT_EVENT": str(kernel.event)}
-            options |= {"close_fds": False}
-        elif sys.platform == "linux":
+        if sys.platform == "linux":
             # If this host is killed, its kernels go too. Safe: the host has one thread of Python.
             options["preexec_fn"] = functools.partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)
-        options |= {"pass_fds": pass_fds} if pass_fds else {}
         argv, env = kernel.argv, kernel.env
         try:
-            process: subprocess.Popen[Any] = subprocess.Popen(argv, env=env, start_new_session=True, **options)
+            process = subprocess.Popen(argv, env=env, start_new_session=True, pass_fds=pass_fds, **options)
         except OSError as error:
             stderr.close()
             raise KernelStartFailed(argv, describe_os_error(error)) from None
@@ -3319,37 +3283,35 @@ class KernelHost:
 
     def _on_interrupt(self, request: Json) -> None:
         self._hurry(request["kernel"])
-        if kernel := self._kernels.get(request["kernel"]):
-            if os.name == "nt":
-                _windows_kernel32().SetEvent(kernel.event)
-            else:
-                # The whole group: a cell's foreground subprocess is to stop too.
-                with contextlib.suppress(ProcessLookupError):
-                    if kernel.pid:
-                        os.killpg(kernel.pid, signal.SIGINT)
+        kernel = self._kernels.get(request["kernel"])
+        if kernel and kernel.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(kernel.pid, signal.SIGINT)  # the whole group: a cell's foreground subprocess is to stop too
 
     def _on_kill(self, request: Json) -> None:
         self._hurry(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
-            if not kernel.pid:
+            if kernel.pid:
+                _kill_all([kernel.pid])  # Popen.kill would collect the exit, which then nobody reports
+            else:
                 self._report_exit(kernel)
-            elif os.name == "nt":
-                assert kernel.process
-                kernel.process.kill()
-            else:  # Popen.kill would collect the exit, which then nobody reports
-                _kill_all([kernel.pid])
 
     def reap(self) -> None:
         """Collect every process that has ended: kernels, and orphans that this process has adopted."""
         for server in self._fork_servers.values():  # a fork server tells of a pid before its process is ours
             self._read_pids(server)
-        for pid, exit_code in _ended_children([kernel.process for kernel in self._kernels.values()]):
-            for kernel in [kernel for kernel in self._kernels.values() if kernel.pid == pid]:
-                kernel.exit_code = exit_code
-                if kernel.process:
-                    kernel.process.returncode = exit_code
-                # What the kernel wrote last may still be on its way through ZeroMQ.
-                self._loop.later(DEATH_DRAIN if kernel.sockets else 0, functools.partial(self._report_exit, kernel))
+        with contextlib.suppress(ChildProcessError):  # there are no more children
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                for kernel in self._kernels.values():
+                    if kernel.pid == ended[0]:
+                        self._on_end(kernel, os.waitstatus_to_exitcode(ended[1]))
+
+    def _on_end(self, kernel: ChildProcess, exit_code: int) -> None:
+        kernel.exit_code = exit_code
+        if kernel.process:
+            kernel.process.returncode = exit_code
+        # What the kernel wrote last may still be on its way through ZeroMQ.
+        self._loop.later(DEATH_DRAIN if kernel.sockets else 0, functools.partial(self._report_exit, kernel))
 
     def _report_exit(self, kernel: ChildProcess) -> None:
         if kernel.name in self._kernels:
@@ -3389,8 +3351,10 @@ class KernelHost:
 
     def _end(self, kernel: ChildProcess) -> None:
         """Free what belongs to a kernel, dead or not."""
-        if kernel.pid:
-            _kill_family(kernel, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())
+        if kernel.pid:  # its session, and what has left the session but still has the kernel's mark
+            _kill_all({kernel.pid, *_family(kernel.pid, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())})
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(kernel.pid, signal.SIGKILL)
         if kernel.stderr:
             kernel.stderr.close()
         for sock in kernel.sockets.values():
@@ -3449,27 +3413,6 @@ def _ipc_files(connection: KernelConnection) -> list[str]:
     return [f"{connection.ip}-{port}" for port in range(1, 6)] if connection.transport == "ipc" else []
 
 
-def _ended_children(processes: list[subprocess.Popen[Any] | None]) -> Iterator[tuple[int, int]]:
-    """Yield (pid, exit code) of children that have ended; on POSIX also of adopted ones."""
-    if os.name == "nt":
-        yield from ((process.pid, code) for process in processes if process and (code := process.poll()) is not None)
-        return
-    with contextlib.suppress(ChildProcessError):
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            yield ended[0], os.waitstatus_to_exitcode(ended[1])
-
-
-def _kill_family(kernel: ChildProcess, marker: bytes) -> None:
-    """Kill a kernel, its session, and whatever left the session but still has the kernel's mark."""
-    if os.name == "nt":
-        assert kernel.process
-        kernel.process.kill()
-        return
-    _kill_all({kernel.pid, *_family(kernel.pid, marker)})
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(kernel.pid, signal.SIGKILL)
-
-
 def _children() -> list[int]:
     """Return the pids of this process's children, adopted ones too (Linux)."""
     with contextlib.suppress(OSError):
@@ -3509,23 +3452,6 @@ def _libc() -> Any:
 def _prctl(option: int, value: int) -> bool:
     """Set an attribute of this process; returns whether that was possible."""
     return bool(_libc()) and _libc().prctl(option, value, 0, 0, 0) == 0
-
-
-def _windows_kernel32() -> Any:
-    import ctypes
-
-    return ctypes.windll.kernel32  # type: ignore[attr-defined]
-
-
-def _windows_event() -> int:
-    """Make an inheritable auto-reset event, by which ipykernel lets itself be interrupted on Windows."""
-    import ctypes
-
-    class SecurityAttributes(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_int), ("descriptor", ctypes.c_void_p), ("inherit", ctypes.c_int))
-
-    attributes = SecurityAttributes(ctypes.sizeof(SecurityAttributes), None, 1)
-    return int(_windows_kernel32().CreateEventA(ctypes.byref(attributes), False, False, b""))
 
 
 def fork_server_main(program: bytes) -> None:
@@ -3660,12 +3586,9 @@ def host_main(program: bytes) -> None:
     signal.signal(signal.SIGINT, lambda *_: None)  # SIG_IGN would be inherited by the kernels
     if os.getpid() != 1:  # as a container's first process it would hear any cell; without a handler it hears none
         signal.signal(signal.SIGTERM, lambda *_: loop.post(host.close))
-    if os.name == "nt":
-        _repeat(loop, 0.05, host.reap)
-    else:
-        signal.signal(signal.SIGHUP, lambda *_: None)
-        signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
     if hasattr(signal, "pthread_sigmask"):  # what the program has blocked is inherited, by kernels too
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
@@ -3683,7 +3606,7 @@ def _own_stdio() -> Stream:
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
-    return as_stream(read_fd, write_fd)
+    return FdStream(read_fd, write_fd)
 
 
 def _watch_parent(loop: Loop, host: KernelHost) -> None:
@@ -3692,13 +3615,14 @@ def _watch_parent(loop: Loop, host: KernelHost) -> None:
     try:
         loop.on_readable(os.pidfd_open(parent), host.close)
     except (OSError, AttributeError):  # the Pythons of conda and uv lack it, gVisor and old Linux too, macOS anyway
-        if parent and os.name != "nt":  # a container's first process has none
-            _repeat(loop, 0.5, lambda: None if os.getppid() == parent else host.close())
+        if parent:  # a container's first process has none
+            _check_parent(loop, host, parent)
 
 
-def _repeat(loop: Loop, seconds: float, job: Callable[[], None]) -> None:
-    job()
-    loop.later(seconds, functools.partial(_repeat, loop, seconds, job))
+def _check_parent(loop: Loop, host: KernelHost, parent: int) -> None:
+    if os.getppid() != parent:
+        host.close()
+    loop.later(0.5, functools.partial(_check_parent, loop, host, parent))
 
 
 # ======================================================================================================
@@ -4613,6 +4537,12 @@ def await_server(info: JupyterConnectionInfo, check: Callable[[], None]) -> Jupy
             rest.close()
 
 
+NOT_ON_WINDOWS = (
+    "use WSL, DockerJupyterServer with an engine that is reached over TCP (DOCKER_HOST=tcp://...), or a remote Jupyter "
+    "server by JupyterConnectionInfo"
+)
+
+
 class CommandJupyterServer(HostServer):
     """Kernels at the other end of any command that gives a Python on stdin and stdout.
 
@@ -4633,6 +4563,8 @@ class CommandJupyterServer(HostServer):
         preload: Sequence[str] | None = (),
         ipython_defaults: bool = False,
     ) -> None:
+        if os.name == "nt":  # pipes of Windows cannot be waited for together with sockets
+            raise JupyterExecError(f"{type(self).__name__} does not work on Windows: {NOT_ON_WINDOWS}.")
         super().__init__(transport, preload, ipython_defaults)
         if isinstance(argv, str) or not argv:
             raise ValueError("argv must be a list of strings: the command and its arguments.")
@@ -4798,14 +4730,6 @@ def _spawn(argv: list[str], **options: Any) -> tuple[socket.socket, subprocess.P
     """Start a process in a session of its own (a Ctrl-C is not for it); return the socket to its stdin and stdout."""
     import subprocess
 
-    if os.name == "nt":
-        flags = subprocess.CREATE_NEW_PROCESS_GROUP  # type: ignore[attr-defined]
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, creationflags=flags, **options)
-        assert process.stdin and process.stdout
-        stream = as_stream(os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno()))
-        process.stdin.close()
-        process.stdout.close()
-        return cast(socket.socket, stream), process
     ours, theirs = socket.socketpair()
     with theirs:
         try:
@@ -5279,6 +5203,8 @@ def docker_client() -> Any:
         import docker
     except ImportError:
         raise SandboxError("The package docker is not installed: pip install docker") from None
+    if (os.environ.get("DOCKER_HOST") or "npipe:" * (os.name == "nt")).startswith("npipe:"):
+        raise SandboxError(f"Docker's named pipe of Windows is no socket, so it cannot be used here: {NOT_ON_WINDOWS}")
     with _engine_errors():
         try:
             client = docker.from_env(timeout=ENGINE_TIMEOUT)
