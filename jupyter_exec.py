@@ -465,13 +465,12 @@ def new_signer(key: str, signature_scheme: str) -> hmac.HMAC | None:
 
 def json_object(data: str | bytes | memoryview, what: str) -> Json:
     """Parse a JSON object that a peer sent; `what` names it in the ProtocolError."""
+    if len(data) > MAX_JSON or (len(data) > LARGE_PART and json_weight(data) > 4 * MAX_JSON):
+        raise ProtocolError(f"The {what} is too large: {len(data)} bytes or characters.")
     try:
-        if not isinstance(data, str):
-            # ipykernel sends lone surrogates as raw bytes: "replace" keeps the rest of such a message.
-            data = str(data, "utf-8", "replace")
-        if len(data) > MAX_JSON or (len(data) > LARGE_PART and json_weight(data) > 4 * MAX_JSON):
-            raise ProtocolError(f"The {what} is too large: {len(data)} characters.")
-        value = json.loads(data, parse_int=_parse_int)
+        # ipykernel sends lone surrogates as raw bytes: "replace" keeps the rest of such a message.
+        text = data if isinstance(data, str) else str(data, "utf-8", "replace")
+        value = json.loads(text, parse_int=_parse_int)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"The {what} is not JSON: {error.__class__.__name__}.") from None
     if not isinstance(value, dict):
@@ -484,10 +483,11 @@ def _parse_int(text: str) -> Any:
     return int(text) if len(text) < 400 else text
 
 
-def json_weight(text: str | bytes) -> int:
-    """Return how many bytes JSON takes as Python objects, about: 60 MB of empty lists are 1.5 GB."""
+def json_weight(text: str | bytes | memoryview) -> int:
+    """Return about how many bytes JSON takes as Python objects: 60 MB of empty lists become 1.5 GB."""
+    data = text if isinstance(text, str) else bytes(text)
     marks: Any = '[{,"' if isinstance(text, str) else (b"[", b"{", b",", b'"')
-    return len(text) + 64 * sum(map(text.count, marks))
+    return len(data) + 64 * sum(map(data.count, marks))
 
 
 def _object_or_null(data: bytes | memoryview, what: str) -> Json:
@@ -578,16 +578,12 @@ def messages_of(channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
         for piece in stream_pieces(content):
             yield Message(channel, header, parent_header, metadata, *_content(piece, buffers, len(piece)))
         return
-    size, lost = sum(map(len, parts)) + 1000, is_read and len(content) > MAX_JSON
-    if is_read and not lost:
-        size += json_weight(bytes(content))
-        lost = size > 4 * MAX_JSON
-    rest = ({}, buffers, size, True) if lost else _content(content, buffers, size)
-    yield Message(channel, header, parent_header, metadata, *rest)
+    size = sum(map(len, parts)) + 1000 + (json_weight(content) if is_read and len(content) <= MAX_JSON else 0)
+    yield Message(channel, header, parent_header, metadata, *_content(content, buffers, size))
 
 
 def _content(data: bytes | memoryview, buffers: list[bytes], size: int) -> tuple[Json, list[bytes], int, bool]:
-    """Return the last fields of a Message; a content that cannot be read, nested too deeply for one, counts as lost."""
+    """Return the last fields of a Message; a content that is too large, or nested too deeply, counts as lost."""
     try:
         return _object_or_null(data, "content"), buffers, size, False
     except ProtocolError:
@@ -618,38 +614,29 @@ def _text_start(content: bytes | memoryview) -> int:
     return start.end() if start and len(content) > STREAM_PIECE and content[-2:] == b'"}' else 0
 
 
+# At the end of JSON text: a half of a surrogate pair, an escape that is not complete, or both; or a torn character.
+_TORN = re.compile(
+    rb"(?<!\\)(?:\\\\)*((?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?"
+    rb"|[\xc0-\xff]|[\xe0-\xff][\x80-\xbf]|[\xf0-\xff][\x80-\xbf]{2})\Z"
+)
+
+
 def _whole_characters(text: bytes) -> bytes:
     """Return the start of JSON text up to where its end tears neither a character nor an escape."""
-    for back in range(1, 4):  # a character of UTF-8 has up to four bytes
-        if text[-back] & 0xC0 == 0xC0:
-            length = 2 + (text[-back] >= 0xE0) + (text[-back] >= 0xF0)
-            text = text[:-back] if back < length else text
-            break
-    escape = text.rfind(b"\\", max(0, len(text) - 6))
-    if escape >= 0 and _is_escape(text, escape):
-        length = 6 if text[escape + 1 : escape + 2] == b"u" else 2
-        text = text[:escape] if escape + length > len(text) else text
-    # One half of a surrogate pair waits for the other.
-    half = re.search(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z", text[-6:])
-    return text[:-6] if half and _is_escape(text, len(text) - 6) else text
-
-
-def _is_escape(text: bytes, position: int) -> bool:
-    """Whether the backslash there begins an escape, and is not itself an escaped one."""
-    before = text[: position + 1]
-    return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
+    start = len(text[:-12].rstrip(b"\\"))  # a torn pair of escapes has up to 11 bytes
+    found = _TORN.search(text, start)
+    return text[: found.start(1)] if found else text
 
 
 class PipeCodec:
     """Lists of byte strings <-> the byte stream between a server object and its kernel host.
 
-    A frame is: b"JX", number of parts (u16), total length of the parts (u32), length of each part (u32),
-    the parts; integers are big-endian. The first part is an address: b"" for control (one JSON part follows),
-    b"KERNEL/CHANNEL" for a relayed message (the parts of the ZeroMQ message follow, signed end to end),
-    b"+KERNEL" for a piece of the frame of a large one.
+    A frame is b"JX", its length (u32), a table like that of V1Codec, and the parts; integers are big-endian. The first
+    part is an address: b"" for control (one JSON part follows), b"KERNEL/CHANNEL" for a relayed message (the parts of
+    the ZeroMQ message follow, signed end to end), b"+KERNEL" for a piece of the frame of a large one.
     """
 
-    _HEAD = struct.Struct(">2sHI")
+    _HEAD = struct.Struct(">2sI")
 
     def __init__(self, limit: int = MAX_MESSAGE) -> None:
         self._limit = limit
@@ -658,35 +645,29 @@ class PipeCodec:
 
     @classmethod
     def encode(cls, parts: Sequence[bytes]) -> bytes:
-        lengths = [len(part) for part in parts]
-        head = cls._HEAD.pack(b"JX", len(parts), sum(lengths))
-        return b"".join((head, struct.pack(f">{len(parts)}I", *lengths), *parts))
+        """Return the frame of `parts`. Raises: ProtocolError for more than MAX_PARTS."""
+        if len(parts) > MAX_PARTS:
+            raise ProtocolError(f"A message has {len(parts)} parts.")
+        body = _join_parts(">I", parts)
+        return cls._HEAD.pack(b"JX", len(body)) + body
 
     def feed(self, data: bytes) -> Iterator[list[bytes]]:
         """Take bytes as they came; yield the parts of each complete frame. Raises ProtocolError: give up then."""
         self._buffer += data
         while len(self._buffer) >= self._needed:
-            magic, count, total = self._HEAD.unpack_from(self._buffer)
-            if magic != b"JX" or not count:
+            magic, length = self._HEAD.unpack_from(self._buffer)
+            if magic != b"JX":
                 raise ProtocolError("The pipe carries something that is not a frame.")
-            if total > self._limit:
-                raise ProtocolError(f"A frame of {total} bytes is over the limit of {self._limit}.")
-            position = self._HEAD.size + 4 * count
-            self._needed = position + total
+            if length > self._limit:
+                raise ProtocolError(f"A frame of {length} bytes is over the limit of {self._limit}.")
+            self._needed = self._HEAD.size + length
             if len(self._buffer) < self._needed:
                 return
-            yield list(self._split(count, position))
+            with memoryview(self._buffer) as view, view[self._HEAD.size : self._needed] as body:
+                parts = _cut_parts(">I", body)
             del self._buffer[: self._needed]
             self._needed = self._HEAD.size
-
-    def _split(self, count: int, position: int) -> Iterator[bytes]:
-        lengths = struct.unpack_from(f">{count}I", self._buffer, self._HEAD.size)
-        if position + sum(lengths) != self._needed:
-            raise ProtocolError("A frame's parts do not add up to its length.")
-        with memoryview(self._buffer) as view:
-            for length in lengths:
-                yield bytes(view[position : position + length])
-                position += length
+            yield parts
 
 
 CHANNELS = ("shell", "iopub", "stdin", "control")
@@ -747,7 +728,7 @@ def _join_parts(word: str, parts: Sequence[bytes]) -> bytes:
     return b"".join((struct.pack(f"{word[0]}{len(parts) + 1}{word[1]}", len(parts), *offsets), *parts))
 
 
-def _cut_parts(word: str, data: bytes) -> list[bytes]:
+def _cut_parts(word: str, data: bytes | memoryview) -> list[bytes]:
     size = struct.calcsize(word)
     count = struct.unpack_from(word, data)[0] if len(data) >= size else 0
     if not 1 <= count <= MAX_PARTS or len(data) < size * (count + 1):
@@ -756,7 +737,7 @@ def _cut_parts(word: str, data: bytes) -> list[bytes]:
     bounds = [size * (count + 1), *struct.unpack_from(f"{word[0]}{count}{word[1]}", data, size), len(data)]
     if bounds != sorted(bounds):
         raise ProtocolError("A message's offsets do not fit its length.")
-    return [data[start:end] for start, end in itertools.pairwise(bounds[1:])]
+    return [bytes(data[start:end]) for start, end in itertools.pairwise(bounds[1:])]
 
 
 def _channel(name: object) -> str:
@@ -1501,7 +1482,6 @@ class Loop:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._callbacks: dict[int, dict[int, Callable[[], None]]] = {}  # descriptor -> event -> callback
         self._jobs: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = itertools.count()
@@ -1527,28 +1507,25 @@ class Loop:
     def later(self, seconds: float, job: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._serial), job))
 
-    def on_readable(self, descriptor: int, callback: Callable[[], None] | None) -> None:
+    def on_readable(self, descriptor: int, callback: Callable[[], object] | None) -> None:
+        """Have `callback()` called whenever there is something to read, or with None no longer."""
         self._watch(descriptor, selectors.EVENT_READ, callback)
 
-    def on_writable(self, descriptor: int, callback: Callable[[], None] | None) -> None:
+    def on_writable(self, descriptor: int, callback: Callable[[], object] | None) -> None:
         self._watch(descriptor, selectors.EVENT_WRITE, callback)
 
-    def _watch(self, descriptor: int, event: int, callback: Callable[[], None] | None) -> None:
-        callbacks = self._callbacks.setdefault(descriptor, {})
-        before = sum(callbacks)
+    def _watch(self, descriptor: int, event: int, callback: Callable[[], object] | None) -> None:
+        key = self._selector.get_map().get(descriptor)
+        callbacks = key.data if key else {}
+        callbacks.pop(event, None)
         if callback:
             callbacks[event] = callback
-        else:
-            callbacks.pop(event, None)
-        after = sum(callbacks)
-        if not after:
-            del self._callbacks[descriptor]
-            if before:
-                self._selector.unregister(descriptor)
-        elif not before:
-            self._selector.register(descriptor, after, callbacks)
-        elif before != after:
-            self._selector.modify(descriptor, after, callbacks)
+        if key and callbacks:
+            self._selector.modify(descriptor, sum(callbacks), callbacks)
+        elif key:
+            self._selector.unregister(descriptor)
+        elif callbacks:
+            self._selector.register(descriptor, event, callbacks)
 
     def start(self, name: str) -> None:
         self._thread = threading.Thread(target=self.run, name=name, daemon=True)
@@ -1586,7 +1563,7 @@ class Loop:
         for _ in range(len(self._jobs)):
             self._call(self._jobs.popleft())
 
-    def _call(self, callback: Callable[[], None]) -> None:
+    def _call(self, callback: Callable[[], object]) -> None:
         try:
             callback()
         except Exception:
@@ -1791,10 +1768,7 @@ class Tail:
 
     def watch(self, loop: Loop) -> None:
         self._loop = loop
-        loop.on_readable(self._descriptor, self._on_readable)
-
-    def _on_readable(self) -> None:
-        self.read()
+        loop.on_readable(self._descriptor, self.read)
 
     def read(self) -> bool:
         """Read what is there; returns False at the end."""
@@ -1917,16 +1891,11 @@ class Mailbox:
 
     def get(self, timeout: float | None) -> MailItem | None:
         """Return the next item, or None after `timeout` seconds."""
+        may_wait = timeout is None or timeout > 0  # Deviation: told to wait for 0 s, Python 3.10 may wait for ever
         try:
-            item, size = self._queue.get_nowait()
+            item, size = self._queue.get(may_wait, timeout)
         except queue.Empty:
-            # Deviation: with a timeout of 0, Python 3.10 may wait for ever.
-            if timeout is not None and timeout <= 0:
-                return None
-            try:
-                item, size = self._queue.get(timeout=timeout)
-            except queue.Empty:
-                return None
+            return None
         self._got_bytes += size
         self._got_replies += _is_reply(item)
         return item
@@ -2022,38 +1991,6 @@ def new_context() -> Any:
     return zmq.Context()
 
 
-def open_sockets(context: Any, connection: KernelConnection, identity: bytes) -> dict[str, Any]:
-    """Connect shell, iopub, stdin and control; returns {channel: zmq.Socket}. The caller closes them.
-
-    Raises: zmq.ZMQError.
-    """
-    import zmq
-
-    kinds = {"shell": zmq.DEALER, "iopub": zmq.SUB, "stdin": zmq.DEALER, "control": zmq.DEALER}
-    sockets: dict[str, Any] = {}
-    try:
-        for channel, kind in kinds.items():
-            sockets[channel] = sock = context.socket(kind)
-            sock.linger = 0
-            sock.reconnect_ivl = RECONNECT_INTERVAL
-            sock.maxmsgsize = MAX_MESSAGE
-            if channel == "iopub":
-                # The default high-water mark of 1000 messages loses output, and the final idle with it.
-                sock.rcvhwm = 0
-                # Subscribe before connecting, or the welcome is missed; the unique topic gets one for certain.
-                sock.subscribe(b"")
-                sock.subscribe(identity)
-            else:
-                # "stdin: ... the client's identity must be the same as that of its shell socket."
-                sock.identity = identity
-            sock.connect(connection.address(channel))
-    except zmq.ZMQError:  # too many open files
-        for sock in sockets.values():
-            sock.close()
-        raise
-    return sockets
-
-
 def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
     """Read a ZeroMQ socket empty."""
     import zmq
@@ -2063,34 +2000,87 @@ def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
             deliver(sock.recv_multipart(zmq.NOBLOCK))
 
 
-class SocketReader:
-    """Reads a ZeroMQ socket when its descriptor tells of a change, in batches, so that a flood starves nobody."""
+class KernelSockets:
+    """The ZeroMQ sockets of one kernel; `deliver(channel, parts)` gets what arrives. For the loop's thread.
 
-    def __init__(self, loop: Loop, sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
-        self._loop, self._socket, self._deliver = loop, sock, deliver
-        self._again = False  # a further batch is on the loop's list
-        loop.on_readable(sock.fd, self.read)
+    They are read when a descriptor tells of a change, in batches, so that a flood starves nobody.
+    """
 
-    def read(self) -> None:
-        if not self._again:
-            self._read_batch()
+    def __init__(
+        self,
+        loop: Loop,
+        context: Any,
+        connection: KernelConnection,
+        identity: bytes,
+        deliver: Callable[[str, list[bytes]], None],
+    ) -> None:
+        """Connect shell, iopub, stdin and control. Raises: zmq.ZMQError."""
+        import zmq
+
+        self._loop, self._deliver = loop, deliver
+        self.by_channel: dict[str, Any] = {}
+        self._queued: set[str] = set()  # channels of which a further batch is on the loop's list
+        kinds = {"shell": zmq.DEALER, "iopub": zmq.SUB, "stdin": zmq.DEALER, "control": zmq.DEALER}
+        try:
+            for channel, kind in kinds.items():
+                self.by_channel[channel] = sock = context.socket(kind)
+                sock.linger = 0
+                sock.reconnect_ivl = RECONNECT_INTERVAL
+                sock.maxmsgsize = MAX_MESSAGE
+                if channel == "iopub":
+                    # The default high-water mark of 1000 messages loses output, and the final idle with it.
+                    sock.rcvhwm = 0
+                    # Subscribe before connecting, or the welcome is missed; the unique topic gets one for certain.
+                    sock.subscribe(b"")
+                    sock.subscribe(identity)
+                else:
+                    # "stdin: ... the client's identity must be the same as that of its shell socket."
+                    sock.identity = identity
+                sock.connect(connection.address(channel))
+                loop.on_readable(sock.fd, functools.partial(self._read, channel))
+        except zmq.ZMQError:  # too many open files
+            self.close()
+            raise
+
+    def send(self, channel: str, parts: Sequence[bytes]) -> None:
+        """Send a message, unless the sockets are closed or there is no such channel."""
+        import zmq
+
+        if sock := self.by_channel.get(channel):
+            with contextlib.suppress(zmq.Again):  # a kernel that takes nothing: its death or the deadline tells
+                sock.send_multipart(parts, zmq.NOBLOCK)
+            self._read(channel)  # sending may have eaten the descriptor's signal
+
+    def _read(self, channel: str) -> None:
+        if channel not in self._queued:
+            self._read_batch(channel)
+
+    def _read_batch(self, channel: str) -> None:
+        import zmq
+
+        self._queued.discard(channel)
+        sock = self.by_channel.get(channel)
+        with contextlib.suppress(zmq.Again):
+            for _ in range(READ_BATCH):
+                if not sock or sock.closed:
+                    return
+                frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+                parts = [frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames]
+                self._deliver(channel, parts)
+            self._queued.add(channel)
+            self._loop.post(functools.partial(self._read_batch, channel))
 
     def drain(self) -> None:
         """Read all that is there, since nothing will follow."""
-        read_all(self._socket, self._deliver)
+        for channel, sock in self.by_channel.items():
+            read_all(sock, functools.partial(self._deliver, channel))
 
-    def _read_batch(self) -> None:
-        import zmq
-
-        self._again = False
-        with contextlib.suppress(zmq.Again):
-            for _ in range(READ_BATCH):
-                if self._socket.closed:
-                    return
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-                self._deliver([frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames])
-            self._again = True
-            self._loop.post(self._read_batch)
+    def close(self) -> None:
+        """Close the sockets."""
+        for sock in self.by_channel.values():
+            self._loop.on_readable(sock.fd, None)
+            sock.close()
+        self.by_channel = {}
 
 
 class ZmqChannels:
@@ -2100,31 +2090,24 @@ class ZmqChannels:
         self, loop: Loop, context: Any, connection: KernelConnection, mailbox: Mailbox, *, watch: bool = False
     ) -> None:
         """With `watch`, a lost connection is reported as the kernel's death: nobody else would."""
-        self._loop = loop
+        self._loop, self._mailbox = loop, mailbox
         self._codec = ZmqCodec(connection.key, connection.signature_scheme)
-        self._sockets: dict[str, Any] = {}
-        self._readers: dict[str, SocketReader] = {}
-        self._mailbox = mailbox
+        self._sockets: KernelSockets | None = None
+        self._monitor: Any = None  # a socket that tells of a lost connection
         loop.post(functools.partial(self._open, context, connection, watch))
 
     def _open(self, context: Any, connection: KernelConnection, watch: bool) -> None:
         import zmq
 
+        identity = os.urandom(16).hex().encode()
         try:
-            self._open_all(context, connection, watch)
+            self._sockets = KernelSockets(self._loop, context, connection, identity, self._deliver)
+            if watch:
+                self._monitor = self._sockets.by_channel["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                self._loop.on_readable(self._monitor.fd, self._on_disconnected)
+                read_all(self._monitor, lambda parts: None)
         except zmq.ZMQError as error:
             self._mailbox.put(KernelDied(cause=f"its sockets cannot be opened here: {error.strerror}"))
-
-    def _open_all(self, context: Any, connection: KernelConnection, watch: bool) -> None:
-        self._sockets = open_sockets(context, connection, os.urandom(16).hex().encode())
-        for channel, sock in self._sockets.items():
-            self._readers[channel] = SocketReader(self._loop, sock, functools.partial(self._deliver, channel))
-        if watch:
-            import zmq
-
-            self._monitor = self._sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            self._loop.on_readable(self._monitor.fd, self._on_disconnected)
-            read_all(self._monitor, lambda parts: None)
 
     def _deliver(self, channel: str, parts: list[bytes]) -> None:
         self._mailbox.put((channel, parts))
@@ -2136,16 +2119,11 @@ class ZmqChannels:
             self._mailbox.put(KernelDied(cause="its connection was closed"))
 
     def send(self, message: Message) -> None:
-        parts = self._codec.encode(message)
-        self._loop.post(functools.partial(self._send, message.channel, parts))
+        self._loop.post(functools.partial(self._send, message.channel, self._codec.encode(message)))
 
     def _send(self, channel: str, parts: list[bytes]) -> None:
-        if channel in self._sockets:
-            import zmq
-
-            with contextlib.suppress(zmq.Again):  # a kernel that takes nothing: its death or the deadline tells
-                self._sockets[channel].send_multipart(parts, zmq.NOBLOCK)
-            self._readers[channel].read()  # sending may have eaten the descriptor's signal
+        if self._sockets:
+            self._sockets.send(channel, parts)
 
     def decode(self, raw: RawMessage) -> Iterator[Message]:
         return self._codec.decode(*raw)
@@ -2154,13 +2132,12 @@ class ZmqChannels:
         self._loop.post(self._close)
 
     def _close(self) -> None:
-        for channel, sock in self._sockets.items():
-            self._loop.on_readable(sock.fd, None)
-            if channel == "shell" and hasattr(self, "_monitor"):
-                self._loop.on_readable(self._monitor.fd, None)
-                sock.disable_monitor()
-            sock.close()
-        self._sockets = {}
+        if self._sockets and self._monitor:
+            self._loop.on_readable(self._monitor.fd, None)
+            self._sockets.by_channel["shell"].disable_monitor()
+        if self._sockets:
+            self._sockets.close()
+        self._sockets = None
 
 
 class PipeChannels:
@@ -2831,11 +2808,10 @@ def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
     if site_user := sysconfig.get_path("data", f"{os.name}_user"):
         user.append(os.path.join(site_user, "share", "jupyter"))
     env = [os.path.join(sys.prefix, "share", "jupyter")]
-    system = ["/usr/local/share/jupyter", "/usr/share/jupyter"]
     extra = [path for path in environ.get("JUPYTER_PATH", "").split(os.pathsep) if path]
     order = env + user if _prefers_env(environ) else user + env
-    dirs = [os.path.join(base, "kernels") for base in [*extra, *order, *system]]
-    return list(dict.fromkeys([*dirs, os.path.expanduser("~/.ipython/kernels")]))
+    bases = [*extra, *order, "/usr/local/share/jupyter", "/usr/share/jupyter", os.path.expanduser("~/.ipython")]
+    return list(dict.fromkeys(os.path.join(base, "kernels") for base in bases))
 
 
 def _user_data_dir(environ: Mapping[str, str]) -> str:
@@ -2867,10 +2843,9 @@ def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str,
     for directory in kernel_dirs(environ):
         with contextlib.suppress(OSError):
             for entry in sorted(os.listdir(directory)):
-                path = os.path.join(directory, entry)
                 if entry.lower() not in specs and re.fullmatch(r"[A-Za-z0-9._-]+", entry):
                     with contextlib.suppress(OSError, ProtocolError):
-                        specs[entry.lower()] = _read_kernelspec(path)
+                        specs[entry.lower()] = _read_kernelspec(os.path.join(directory, entry))
     if own_python3 or "python3" not in specs:
         specs.pop("python3", None)
         if importlib.util.find_spec("ipykernel"):
@@ -2974,30 +2949,22 @@ class ChildProcess:
     """A process that the host has started, mostly a kernel, and what it knows of it."""
 
     def __init__(self, name: str, slot: str, argv: list[str], env: dict[str, str]) -> None:
-        self.name = name  # of this process
-        self.slot = slot  # of the kernel, restarts included
+        self.name = name  # of this process; of a fork server, its interpreter
+        self.slot = slot  # of the kernel, which keeps it when it is restarted
         self.argv, self.env = argv, env
         self.pid = 0  # not yet forked
         self.stderr: Tail | None = None
         self.process: subprocess.Popen[Any] | None = None  # None: forked
-        self.preload: list[str] | None = None  # for the fork server that makes it; None: launched
+        self.preload: list[str] | None = None  # modules of the fork server, or of the one that makes it; None: launched
         self.lean = False
         self.preload_failed = False  # and so it never was
         self.exit_code: int | None = None
         self.files: list[str] = []  # to be removed at its end
         self.loss_told = False  # to the client, of the output that is being dropped
         self.hurries = False  # its output is dropped unless the link is free
-        self.sockets: dict[str, Any] = {}  # of a relayed kernel
-        self.readers: dict[str, SocketReader] = {}
-
-
-class ForkServer:
-    """What the host knows of a fork server besides its process."""
-
-    def __init__(self, channel: socket.socket, preload: list[str]) -> None:
-        self.channel = channel
-        self.preload = preload
-        self.ordered = self.forked = 0  # kernels
+        self.sockets: KernelSockets | None = None  # of a relayed kernel
+        self.channel: socket.socket | None = None  # of a fork server, for its orders
+        self.ordered = self.forked = 0  # kernels of a fork server
 
 
 class KernelHost:
@@ -3008,7 +2975,6 @@ class KernelHost:
         self._directory = directory
         self._program = program  # this module, as it came
         self._kernels: dict[str, ChildProcess] = {}
-        self._fork_servers: dict[str, ForkServer] = {}  # by interpreter
         self._serial = itertools.count()
         self._unforkable: set[str] = set()  # interpreters that cannot be one
         self.adopts = False  # what a dying process leaves: a forked kernel needs it
@@ -3035,12 +3001,8 @@ class KernelHost:
             return
         name, _, channel = parts[0].decode("ascii", "replace").partition("/")
         kernel = self._kernels.get(name)
-        if kernel and channel in kernel.sockets:
-            import zmq
-
-            with contextlib.suppress(zmq.Again):
-                kernel.sockets[channel].send_multipart(parts[1:], zmq.NOBLOCK)
-            kernel.readers[channel].read()
+        if kernel and kernel.sockets:
+            kernel.sockets.send(channel, parts[1:])
 
     def _on_request(self, request: Json) -> None:
         try:
@@ -3061,9 +3023,8 @@ class KernelHost:
         try:
             os.getcwd()
         except OSError:
-            raise KernelStartFailed(
-                spec["argv"], "the working directory was removed: make a server in another"
-            ) from None
+            advice = "the working directory was removed: make a server in another"
+            raise KernelStartFailed(spec["argv"], advice) from None
         if request["relay"]:
             self._open_context()
         for old in [kernel for kernel in self._kernels.values() if kernel.slot == request["slot"]]:
@@ -3079,14 +3040,13 @@ class KernelHost:
             if self.adopts and _is_forkable(argv, spec):
                 kernel.preload, kernel.lean = request["preload"], request["lean"]
             self._begin(kernel)
-        kernel.files = [path, *_ipc_files(connection)]
+        is_ipc = connection.transport == "ipc"
+        kernel.files = [path, *(f"{connection.ip}-{port}" for port in range(1, 6) if is_ipc)]
         if request["relay"]:
-            self._open_relay(kernel, connection, request["identity"])
-        return {
-            "argv": argv,
-            "connection": connection.to_json(),
-            "interrupt_mode": str(spec.get("interrupt_mode", "signal")),
-        }
+            identity, deliver = request["identity"].encode("ascii"), functools.partial(self._relay, kernel)
+            kernel.sockets = KernelSockets(self._loop, self._context, connection, identity, deliver)
+        mode = str(spec.get("interrupt_mode", "signal"))
+        return {"argv": argv, "connection": connection.to_json(), "interrupt_mode": mode}
 
     def _spec(self, request: Json) -> Json:
         specs = find_kernelspecs(os.environ, request["own_python3"])
@@ -3094,9 +3054,8 @@ class KernelHost:
             raise KernelSpecNotFound(request["kernel_name"], sorted(specs), kernel_dirs(os.environ), sys.executable)
         provisioner = (specs[wanted].get("metadata") or {}).get("kernel_provisioner") or {}
         if provisioner.get("provisioner_name", "local-provisioner") != "local-provisioner":
-            raise KernelStartFailed(
-                specs[wanted]["argv"], "its kernelspec asks for a kernel provisioner, which this is not"
-            )
+            reason = "its kernelspec asks for a kernel provisioner, and there is none here"
+            raise KernelStartFailed(specs[wanted]["argv"], reason)
         return specs[wanted]
 
     def _connection(self, request: Json, argv: list[str], held: contextlib.ExitStack) -> KernelConnection:
@@ -3128,11 +3087,12 @@ class KernelHost:
 
     def _begin(self, kernel: ChildProcess) -> None:
         """Have the kernel forked if that can be, else launch it, and watch it."""
-        if kernel.preload is None or kernel.argv[0] in self._unforkable:
+        if kernel.argv[0] in self._unforkable:
             kernel.preload = None
+        if kernel.preload is None:
             self._launch(kernel)
         else:
-            self._fork(kernel, kernel.preload)
+            self._fork(kernel)
         self._watch(kernel)
 
     def _launch(self, kernel: ChildProcess, stdin: Any = None, pass_fds: Sequence[int] = ()) -> None:
@@ -3157,62 +3117,62 @@ class KernelHost:
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
         kernel.process, kernel.pid = process, process.pid
 
-    def _fork(self, kernel: ChildProcess, preload: list[str]) -> None:
+    def _fork(self, kernel: ChildProcess) -> None:
         """Order a kernel from the fork server of its interpreter; its pid comes with the answer."""
-        python = kernel.argv[0]
-        if not (server := self._fork_servers.get(python)):
-            server = self._start_fork_server(kernel, preload)
+        server = self._kernels.get(kernel.argv[0]) or self._start_fork_server(kernel)
         kernel.stderr = Tail()
         order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": kernel.argv[3:]}
+        assert server.channel
         with contextlib.suppress(OSError):  # it has ended: what it leaves undone is begun anew
             socket.send_fds(server.channel, [dump_json(order)], [kernel.stderr.writer])
         os.close(kernel.stderr.writer)
         server.ordered += 1
-        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, server.ordered))
+        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, server.ordered))
 
-    def _start_fork_server(self, kernel: ChildProcess, preload: list[str]) -> ForkServer:
+    def _start_fork_server(self, kernel: ChildProcess) -> ChildProcess:
         import tempfile
 
         python, bootstrap = kernel.argv[0], BOOTSTRAP.replace("NONCE", "-").replace("MAIN", "fork_server_main")
         # Another Python could not read this module's code, and fork none of its kernels.
-        check = (
-            f"import sys; sys.implementation.cache_tag == {sys.implementation.cache_tag!r} or sys.exit({CANNOT_FORK})"
-        )
+        tag = sys.implementation.cache_tag
+        check = f"import sys; sys.implementation.cache_tag == {tag!r} or sys.exit({CANNOT_FORK})"
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The program has no name by which a kernel could exchange it; `ps` shows the word behind it.
         with theirs, tempfile.TemporaryFile(dir=self._directory, buffering=0) as program:
             program.write(self._program)
             program.seek(0)
-            options = json.dumps([theirs.fileno(), kernel.lean, preload])
+            options = json.dumps([theirs.fileno(), kernel.lean, kernel.preload])
             argv = [python, "-c", f"{check}\n{bootstrap}", "ipykernel-fork-server", options]
-            process = ChildProcess(
-                python, python, argv, kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
-            )
+            env = kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
+            server = ChildProcess(python, python, argv, env)
             try:
-                self._launch(process, program, [theirs.fileno()])
+                self._launch(server, program, [theirs.fileno()])
             except KernelStartFailed:
                 ours.close()
                 raise
-        self._watch(process)
         ours.setblocking(False)
-        server = self._fork_servers[python] = ForkServer(ours, preload)
+        server.channel, server.preload = ours, kernel.preload
+        self._watch(server)
         self._loop.on_readable(ours.fileno(), functools.partial(self._read_pids, server))
         return server
 
-    def _check_order(self, python: str, server: ForkServer, number: int) -> None:
+    def _check_order(self, server: ChildProcess, number: int) -> None:
         """Kill a fork server that has forked kernels, but not this one in time, and launch what it was to fork."""
-        if self._fork_servers.get(python) is not server or server.forked >= number:
+        if self._kernels.get(server.name) is not server or server.forked >= number:
             return
         if not server.forked:  # it is still at its preload, which may take long
-            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, number))
+            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, number))
             return
-        for kernel in self._kernels.values():
-            if not kernel.pid and kernel.argv[0] == python:
-                kernel.preload = None
-        _kill_all([self._kernels[python].pid])
+        for kernel in self._unborn(server):
+            kernel.preload = None
+        _kill_all([server.pid])
 
-    def _read_pids(self, server: ForkServer) -> None:
-        while True:
+    def _unborn(self, server: ChildProcess) -> list[ChildProcess]:
+        """Return the kernels that a fork server has not forked yet."""
+        return [kernel for kernel in self._kernels.values() if not kernel.pid and kernel.argv[0] == server.name]
+
+    def _read_pids(self, server: ChildProcess) -> None:
+        while server.channel:
             try:
                 answer = server.channel.recv(4096)
             except ConnectionResetError:  # it ended with orders unread; the answers come after this
@@ -3240,12 +3200,6 @@ class KernelHost:
         except JupyterExecError:
             advice = f"pyzmq is not installed there; run {sys.executable} -m pip install pyzmq ipykernel"
             raise KernelStartFailed([sys.executable], advice) from None
-
-    def _open_relay(self, kernel: ChildProcess, connection: KernelConnection, identity: str) -> None:
-        kernel.sockets = open_sockets(self._context, connection, identity.encode("ascii"))
-        for channel, sock in kernel.sockets.items():
-            deliver = functools.partial(self._relay, kernel, channel)
-            kernel.readers[channel] = SocketReader(self._loop, sock, deliver)
 
     def _relay(self, kernel: ChildProcess, channel: str, parts: list[bytes]) -> None:
         parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
@@ -3298,7 +3252,7 @@ class KernelHost:
 
     def reap(self) -> None:
         """Collect every process that has ended: kernels, and orphans that this process has adopted."""
-        for server in self._fork_servers.values():  # a fork server tells of a pid before its process is ours
+        for server in self._kernels.values():  # a fork server tells of a pid before its process is ours
             self._read_pids(server)
         with contextlib.suppress(ChildProcessError):  # there are no more children
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -3315,11 +3269,11 @@ class KernelHost:
 
     def _report_exit(self, kernel: ChildProcess) -> None:
         if kernel.name in self._kernels:
-            for reader in kernel.readers.values():
-                reader.drain()
+            if kernel.sockets:
+                kernel.sockets.drain()
             self._end(self._kernels.pop(kernel.name))
-            if server := self._fork_servers.pop(kernel.name, None):
-                self._end_fork_server(kernel, server)
+            if kernel.channel:
+                self._end_fork_server(kernel, kernel.channel)
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
             event["preload_failed"] = kernel.preload_failed
@@ -3329,25 +3283,24 @@ class KernelHost:
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
             self._pipe.send([b"", dump_json(event)], kernel.name)
 
-    def _end_fork_server(self, process: ChildProcess, server: ForkServer) -> None:
+    def _end_fork_server(self, server: ChildProcess, channel: socket.socket) -> None:
         """Begin anew what it has not yet forked, unless its preload is at fault. Its other kernels live on."""
         self._read_pids(server)
-        self._loop.on_readable(server.channel.fileno(), None)
-        server.channel.close()
-        if not server.forked and (process.exit_code == CANNOT_FORK or not server.preload):
-            self._unforkable.add(process.name)
-        for kernel in list(self._kernels.values()):
-            if not kernel.pid and kernel.argv[0] == process.name:
-                kernel.preload_failed = not server.forked and process.name not in self._unforkable
-                if kernel.stderr:
-                    kernel.stderr.close()
-                if kernel.preload_failed:
-                    kernel.exit_code, kernel.stderr = process.exit_code, process.stderr
-                else:
-                    with contextlib.suppress(KernelStartFailed):
-                        self._begin(kernel)
-                        continue
-                self._report_exit(kernel)
+        self._loop.on_readable(channel.fileno(), None)
+        channel.close()
+        if not server.forked and (server.exit_code == CANNOT_FORK or not server.preload):
+            self._unforkable.add(server.name)
+        for kernel in self._unborn(server):
+            kernel.preload_failed = not server.forked and server.name not in self._unforkable
+            if kernel.stderr:
+                kernel.stderr.close()
+            if kernel.preload_failed:
+                kernel.exit_code, kernel.stderr = server.exit_code, server.stderr
+            else:
+                with contextlib.suppress(KernelStartFailed):
+                    self._begin(kernel)
+                    continue
+            self._report_exit(kernel)
 
     def _end(self, kernel: ChildProcess) -> None:
         """Free what belongs to a kernel, dead or not."""
@@ -3357,10 +3310,8 @@ class KernelHost:
                 os.killpg(kernel.pid, signal.SIGKILL)
         if kernel.stderr:
             kernel.stderr.close()
-        for sock in kernel.sockets.values():
-            self._loop.on_readable(sock.fd, None)
-            sock.close()
-        kernel.sockets = {}
+        if kernel.sockets:
+            kernel.sockets.close()
         for path in kernel.files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -3407,10 +3358,6 @@ def _cgroup_value(v2_name: str, v1_name: str, key: str = "") -> int:
                 if line.startswith(key):
                     return int(line.split()[-1])
     return 0
-
-
-def _ipc_files(connection: KernelConnection) -> list[str]:
-    return [f"{connection.ip}-{port}" for port in range(1, 6)] if connection.transport == "ipc" else []
 
 
 def _children() -> list[int]:
@@ -3474,7 +3421,7 @@ def fork_server_main(program: bytes) -> None:
     known, forked = _changes(places), False
     if threading.active_count() > 1:
         sys.exit(
-            f"There are threads at the start, which no fork would have (use preload=None): {threading.enumerate()}"
+            f"A fork would not have the threads that the preload starts, use preload=None: {threading.enumerate()}"
         )
     gc.collect()
     getattr(gc, "freeze", int)()
