@@ -63,7 +63,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
@@ -468,13 +468,12 @@ def new_signer(key: str, signature_scheme: str) -> hmac.HMAC | None:
 
 def json_object(data: str | bytes | memoryview, what: str) -> Json:
     """Parse a JSON object that a peer sent; `what` names it in the ProtocolError."""
+    if len(data) > MAX_JSON or (len(data) > LARGE_PART and json_weight(data) > 4 * MAX_JSON):
+        raise ProtocolError(f"The {what} is too large: {len(data)} bytes or characters.")
     try:
-        if not isinstance(data, str):
-            # ipykernel sends lone surrogates as raw bytes: "replace" keeps the rest of such a message.
-            data = str(data, "utf-8", "replace")
-        if len(data) > MAX_JSON or (len(data) > LARGE_PART and json_weight(data) > 4 * MAX_JSON):
-            raise ProtocolError(f"The {what} is too large: {len(data)} characters.")
-        value = json.loads(data, parse_int=_parse_int)
+        # ipykernel sends lone surrogates as raw bytes: "replace" keeps the rest of such a message.
+        text = data if isinstance(data, str) else str(data, "utf-8", "replace")
+        value = json.loads(text, parse_int=_parse_int)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"The {what} is not JSON: {error.__class__.__name__}.") from None
     if not isinstance(value, dict):
@@ -487,10 +486,11 @@ def _parse_int(text: str) -> Any:
     return int(text) if len(text) < 400 else text
 
 
-def json_weight(text: str | bytes) -> int:
-    """Return how many bytes JSON takes as Python objects, about: 60 MB of empty lists are 1.5 GB."""
+def json_weight(text: str | bytes | memoryview) -> int:
+    """Return about how many bytes JSON takes as Python objects: 60 MB of empty lists become 1.5 GB."""
+    data = text if isinstance(text, str) else bytes(text)
     marks: Any = '[{,"' if isinstance(text, str) else (b"[", b"{", b",", b'"')
-    return len(text) + 64 * sum(map(text.count, marks))
+    return len(data) + 64 * sum(map(data.count, marks))
 
 
 def _object_or_null(data: bytes | memoryview, what: str) -> Json:
@@ -581,16 +581,12 @@ def messages_of(channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
         for piece in stream_pieces(content):
             yield Message(channel, header, parent_header, metadata, *_content(piece, buffers, len(piece)))
         return
-    size, lost = sum(map(len, parts)) + 1000, is_read and len(content) > MAX_JSON
-    if is_read and not lost:
-        size += json_weight(bytes(content))
-        lost = size > 4 * MAX_JSON
-    rest = ({}, buffers, size, True) if lost else _content(content, buffers, size)
-    yield Message(channel, header, parent_header, metadata, *rest)
+    size = sum(map(len, parts)) + 1000 + (json_weight(content) if is_read and len(content) <= MAX_JSON else 0)
+    yield Message(channel, header, parent_header, metadata, *_content(content, buffers, size))
 
 
 def _content(data: bytes | memoryview, buffers: list[bytes], size: int) -> tuple[Json, list[bytes], int, bool]:
-    """Return the last fields of a Message; a content that cannot be read, nested too deeply for one, counts as lost."""
+    """Return the last fields of a Message; a content that is too large, or nested too deeply, counts as lost."""
     try:
         return _object_or_null(data, "content"), buffers, size, False
     except ProtocolError:
@@ -621,38 +617,29 @@ def _text_start(content: bytes | memoryview) -> int:
     return start.end() if start and len(content) > STREAM_PIECE and content[-2:] == b'"}' else 0
 
 
+# At the end of JSON text: a half of a surrogate pair, an escape that is not complete, or both; or a torn character.
+_TORN = re.compile(
+    rb"(?<!\\)(?:\\\\)*((?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?"
+    rb"|[\xc0-\xff]|[\xe0-\xff][\x80-\xbf]|[\xf0-\xff][\x80-\xbf]{2})\Z"
+)
+
+
 def _whole_characters(text: bytes) -> bytes:
     """Return the start of JSON text up to where its end tears neither a character nor an escape."""
-    for back in range(1, 4):  # a character of UTF-8 has up to four bytes
-        if text[-back] & 0xC0 == 0xC0:
-            length = 2 + (text[-back] >= 0xE0) + (text[-back] >= 0xF0)
-            text = text[:-back] if back < length else text
-            break
-    escape = text.rfind(b"\\", max(0, len(text) - 6))
-    if escape >= 0 and _is_escape(text, escape):
-        length = 6 if text[escape + 1 : escape + 2] == b"u" else 2
-        text = text[:escape] if escape + length > len(text) else text
-    # One half of a surrogate pair waits for the other.
-    half = re.search(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z", text[-6:])
-    return text[:-6] if half and _is_escape(text, len(text) - 6) else text
-
-
-def _is_escape(text: bytes, position: int) -> bool:
-    """Whether the backslash there begins an escape, and is not itself an escaped one."""
-    before = text[: position + 1]
-    return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
+    start = len(text[:-12].rstrip(b"\\"))  # a torn pair of escapes has up to 11 bytes
+    found = _TORN.search(text, start)
+    return text[: found.start(1)] if found else text
 
 
 class PipeCodec:
     """Lists of byte strings <-> the byte stream between a server object and its kernel host.
 
-    A frame is: b"JX", number of parts (u16), total length of the parts (u32), length of each part (u32),
-    the parts; integers are big-endian. The first part is an address: b"" for control (one JSON part follows),
-    b"KERNEL/CHANNEL" for a relayed message (the parts of the ZeroMQ message follow, signed end to end),
-    b"+KERNEL" for a piece of the frame of a large one.
+    A frame is b"JX", its length (u32), a table like that of V1Codec, and the parts; integers are big-endian. The first
+    part is an address: b"" for control (one JSON part follows), b"KERNEL/CHANNEL" for a relayed message (the parts of
+    the ZeroMQ message follow, signed end to end), b"+KERNEL" for a piece of the frame of a large one.
     """
 
-    _HEAD = struct.Struct(">2sHI")
+    _HEAD = struct.Struct(">2sI")
 
     def __init__(self, limit: int = MAX_MESSAGE) -> None:
         self._limit = limit
@@ -661,35 +648,29 @@ class PipeCodec:
 
     @classmethod
     def encode(cls, parts: Sequence[bytes]) -> bytes:
-        lengths = [len(part) for part in parts]
-        head = cls._HEAD.pack(b"JX", len(parts), sum(lengths))
-        return b"".join((head, struct.pack(f">{len(parts)}I", *lengths), *parts))
+        """Return the frame of `parts`. Raises: ProtocolError for more than MAX_PARTS."""
+        if len(parts) > MAX_PARTS:
+            raise ProtocolError(f"A message has {len(parts)} parts.")
+        body = _join_parts(">I", parts)
+        return cls._HEAD.pack(b"JX", len(body)) + body
 
     def feed(self, data: bytes) -> Iterator[list[bytes]]:
         """Take bytes as they came; yield the parts of each complete frame. Raises ProtocolError: give up then."""
         self._buffer += data
         while len(self._buffer) >= self._needed:
-            magic, count, total = self._HEAD.unpack_from(self._buffer)
-            if magic != b"JX" or not count:
+            magic, length = self._HEAD.unpack_from(self._buffer)
+            if magic != b"JX":
                 raise ProtocolError("The pipe carries something that is not a frame.")
-            if total > self._limit:
-                raise ProtocolError(f"A frame of {total} bytes is over the limit of {self._limit}.")
-            position = self._HEAD.size + 4 * count
-            self._needed = position + total
+            if length > self._limit:
+                raise ProtocolError(f"A frame of {length} bytes is over the limit of {self._limit}.")
+            self._needed = self._HEAD.size + length
             if len(self._buffer) < self._needed:
                 return
-            yield list(self._split(count, position))
+            with memoryview(self._buffer) as view, view[self._HEAD.size : self._needed] as body:
+                parts = _cut_parts(">I", body)
             del self._buffer[: self._needed]
             self._needed = self._HEAD.size
-
-    def _split(self, count: int, position: int) -> Iterator[bytes]:
-        lengths = struct.unpack_from(f">{count}I", self._buffer, self._HEAD.size)
-        if position + sum(lengths) != self._needed:
-            raise ProtocolError("A frame's parts do not add up to its length.")
-        with memoryview(self._buffer) as view:
-            for length in lengths:
-                yield bytes(view[position : position + length])
-                position += length
+            yield parts
 
 
 CHANNELS = ("shell", "iopub", "stdin", "control")
@@ -750,7 +731,7 @@ def _join_parts(word: str, parts: Sequence[bytes]) -> bytes:
     return b"".join((struct.pack(f"{word[0]}{len(parts) + 1}{word[1]}", len(parts), *offsets), *parts))
 
 
-def _cut_parts(word: str, data: bytes) -> list[bytes]:
+def _cut_parts(word: str, data: bytes | memoryview) -> list[bytes]:
     size = struct.calcsize(word)
     count = struct.unpack_from(word, data)[0] if len(data) >= size else 0
     if not 1 <= count <= MAX_PARTS or len(data) < size * (count + 1):
@@ -759,7 +740,7 @@ def _cut_parts(word: str, data: bytes) -> list[bytes]:
     bounds = [size * (count + 1), *struct.unpack_from(f"{word[0]}{count}{word[1]}", data, size), len(data)]
     if bounds != sorted(bounds):
         raise ProtocolError("A message's offsets do not fit its length.")
-    return [data[start:end] for start, end in itertools.pairwise(bounds[1:])]
+    return [bytes(data[start:end]) for start, end in itertools.pairwise(bounds[1:])]
 
 
 def _channel(name: object) -> str:
@@ -1524,7 +1505,6 @@ class Loop:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._callbacks: dict[int, dict[int, Callable[[], None]]] = {}  # descriptor -> event -> callback
         self._jobs: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = itertools.count()
@@ -1550,28 +1530,25 @@ class Loop:
     def later(self, seconds: float, job: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._serial), job))
 
-    def on_readable(self, descriptor: int, callback: Callable[[], None] | None) -> None:
+    def on_readable(self, descriptor: int, callback: Callable[[], object] | None) -> None:
+        """Have `callback()` called whenever there is something to read, or with None no longer."""
         self._watch(descriptor, selectors.EVENT_READ, callback)
 
-    def on_writable(self, descriptor: int, callback: Callable[[], None] | None) -> None:
+    def on_writable(self, descriptor: int, callback: Callable[[], object] | None) -> None:
         self._watch(descriptor, selectors.EVENT_WRITE, callback)
 
-    def _watch(self, descriptor: int, event: int, callback: Callable[[], None] | None) -> None:
-        callbacks = self._callbacks.setdefault(descriptor, {})
-        before = sum(callbacks)
+    def _watch(self, descriptor: int, event: int, callback: Callable[[], object] | None) -> None:
+        key = self._selector.get_map().get(descriptor)
+        callbacks = key.data if key else {}
+        callbacks.pop(event, None)
         if callback:
             callbacks[event] = callback
-        else:
-            callbacks.pop(event, None)
-        after = sum(callbacks)
-        if not after:
-            del self._callbacks[descriptor]
-            if before:
-                self._selector.unregister(descriptor)
-        elif not before:
-            self._selector.register(descriptor, after, callbacks)
-        elif before != after:
-            self._selector.modify(descriptor, after, callbacks)
+        if key and callbacks:
+            self._selector.modify(descriptor, sum(callbacks), callbacks)
+        elif key:
+            self._selector.unregister(descriptor)
+        elif callbacks:
+            self._selector.register(descriptor, event, callbacks)
 
     def start(self, name: str) -> None:
         self._thread = threading.Thread(target=self.run, name=name, daemon=True)
@@ -1609,7 +1586,7 @@ class Loop:
         for _ in range(len(self._jobs)):
             self._call(self._jobs.popleft())
 
-    def _call(self, callback: Callable[[], None]) -> None:
+    def _call(self, callback: Callable[[], object]) -> None:
         try:
             callback()
         except Exception:
@@ -1626,7 +1603,7 @@ class Stream(Protocol):
 
 
 class FdStream:
-    """A Stream over two descriptors, such as a process's stdin and stdout (POSIX)."""
+    """A Stream over two descriptors that are no sockets, such as stdin and stdout of a process."""
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd, self._write_fd = read_fd, write_fd
@@ -1655,7 +1632,7 @@ class NetStream:
 
     def __init__(self, sock: socket.socket) -> None:
         self.raw = sock
-        self._is_tcp = getattr(sock, "family", None) in (socket.AF_INET, socket.AF_INET6)  # Docker has pipes of Windows
+        self._is_tcp = getattr(sock, "family", None) in (socket.AF_INET, socket.AF_INET6)  # Docker over ssh has none
         if self._is_tcp:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -1695,28 +1672,6 @@ def _tls_as_plain() -> Iterator[None]:
         raise
 
 
-def as_stream(read_fd: int, write_fd: int) -> Stream:
-    """Return a Stream over two descriptors that are no sockets."""
-    if os.name != "nt":
-        return FdStream(read_fd, write_fd)
-    # Windows cannot poll a pipe: two threads copy between it and a socket.
-    near, far = socket.socketpair()
-    near.setblocking(False)
-    threading.Thread(target=_copy, args=(functools.partial(os.read, read_fd, 2**16), far.sendall), daemon=True).start()
-    threading.Thread(target=_copy, args=(functools.partial(far.recv, 2**16), _writer(write_fd)), daemon=True).start()
-    return near
-
-
-def _copy(read: Callable[[], bytes], write: Callable[[bytes], object]) -> None:
-    with contextlib.suppress(OSError):
-        while data := read():
-            write(data)
-
-
-def _writer(descriptor: int) -> Callable[[bytes], object]:
-    return open(descriptor, "wb", buffering=0).write
-
-
 _inherited: weakref.WeakSet[Pipe | Tail] = weakref.WeakSet()
 
 
@@ -1729,7 +1684,7 @@ def _close_inherited() -> None:
     os.close(null)
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_close_inherited)
 
 
@@ -1836,10 +1791,7 @@ class Tail:
 
     def watch(self, loop: Loop) -> None:
         self._loop = loop
-        loop.on_readable(self._descriptor, self._on_readable)
-
-    def _on_readable(self) -> None:
-        self.read()
+        loop.on_readable(self._descriptor, self.read)
 
     def read(self) -> bool:
         """Read what is there; returns False at the end."""
@@ -1962,16 +1914,11 @@ class Mailbox:
 
     def get(self, timeout: float | None) -> MailItem | None:
         """Return the next item, or None after `timeout` seconds."""
+        may_wait = timeout is None or timeout > 0  # Deviation: told to wait for 0 s, Python 3.10 may wait for ever
         try:
-            item, size = self._queue.get_nowait()
+            item, size = self._queue.get(may_wait, timeout)
         except queue.Empty:
-            # Deviation: with a timeout of 0, Python 3.10 may wait for ever.
-            if timeout is not None and timeout <= 0:
-                return None
-            try:
-                item, size = self._queue.get(timeout=timeout)
-            except queue.Empty:
-                return None
+            return None
         self._got_bytes += size
         self._got_replies += _is_reply(item)
         return item
@@ -2068,38 +2015,6 @@ def new_context() -> Any:
     return zmq.Context()
 
 
-def open_sockets(context: Any, connection: KernelConnection, identity: bytes) -> dict[str, Any]:
-    """Connect shell, iopub, stdin and control; returns {channel: zmq.Socket}. The caller closes them.
-
-    Raises: zmq.ZMQError.
-    """
-    import zmq
-
-    kinds = {"shell": zmq.DEALER, "iopub": zmq.SUB, "stdin": zmq.DEALER, "control": zmq.DEALER}
-    sockets: dict[str, Any] = {}
-    try:
-        for channel, kind in kinds.items():
-            sockets[channel] = sock = context.socket(kind)
-            sock.linger = 0
-            sock.reconnect_ivl = RECONNECT_INTERVAL
-            sock.maxmsgsize = MAX_MESSAGE
-            if channel == "iopub":
-                # The default high-water mark of 1000 messages loses output, and the final idle with it.
-                sock.rcvhwm = 0
-                # Subscribe before connecting, or the welcome is missed; the unique topic gets one for certain.
-                sock.subscribe(b"")
-                sock.subscribe(identity)
-            else:
-                # "stdin: ... the client's identity must be the same as that of its shell socket."
-                sock.identity = identity
-            sock.connect(connection.address(channel))
-    except zmq.ZMQError:  # too many open files
-        for sock in sockets.values():
-            sock.close()
-        raise
-    return sockets
-
-
 def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
     """Read a ZeroMQ socket empty."""
     import zmq
@@ -2109,34 +2024,87 @@ def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
             deliver(sock.recv_multipart(zmq.NOBLOCK))
 
 
-class SocketReader:
-    """Reads a ZeroMQ socket when its descriptor tells of a change, in batches, so that a flood starves nobody."""
+class KernelSockets:
+    """The ZeroMQ sockets of one kernel; `deliver(channel, parts)` gets what arrives. For the loop's thread.
 
-    def __init__(self, loop: Loop, sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
-        self._loop, self._socket, self._deliver = loop, sock, deliver
-        self._again = False  # a further batch is on the loop's list
-        loop.on_readable(sock.fd, self.read)
+    They are read when a descriptor tells of a change, in batches, so that a flood starves nobody.
+    """
 
-    def read(self) -> None:
-        if not self._again:
-            self._read_batch()
+    def __init__(
+        self,
+        loop: Loop,
+        context: Any,
+        connection: KernelConnection,
+        identity: bytes,
+        deliver: Callable[[str, list[bytes]], None],
+    ) -> None:
+        """Connect shell, iopub, stdin and control. Raises: zmq.ZMQError."""
+        import zmq
+
+        self._loop, self._deliver = loop, deliver
+        self.by_channel: dict[str, Any] = {}
+        self._queued: set[str] = set()  # channels of which a further batch is on the loop's list
+        kinds = {"shell": zmq.DEALER, "iopub": zmq.SUB, "stdin": zmq.DEALER, "control": zmq.DEALER}
+        try:
+            for channel, kind in kinds.items():
+                self.by_channel[channel] = sock = context.socket(kind)
+                sock.linger = 0
+                sock.reconnect_ivl = RECONNECT_INTERVAL
+                sock.maxmsgsize = MAX_MESSAGE
+                if channel == "iopub":
+                    # The default high-water mark of 1000 messages loses output, and the final idle with it.
+                    sock.rcvhwm = 0
+                    # Subscribe before connecting, or the welcome is missed; the unique topic gets one for certain.
+                    sock.subscribe(b"")
+                    sock.subscribe(identity)
+                else:
+                    # "stdin: ... the client's identity must be the same as that of its shell socket."
+                    sock.identity = identity
+                sock.connect(connection.address(channel))
+                loop.on_readable(sock.fd, functools.partial(self._read, channel))
+        except zmq.ZMQError:  # too many open files
+            self.close()
+            raise
+
+    def send(self, channel: str, parts: Sequence[bytes]) -> None:
+        """Send a message, unless the sockets are closed or there is no such channel."""
+        import zmq
+
+        if sock := self.by_channel.get(channel):
+            with contextlib.suppress(zmq.Again):  # a kernel that takes nothing: its death or the deadline tells
+                sock.send_multipart(parts, zmq.NOBLOCK)
+            self._read(channel)  # sending may have eaten the descriptor's signal
+
+    def _read(self, channel: str) -> None:
+        if channel not in self._queued:
+            self._read_batch(channel)
+
+    def _read_batch(self, channel: str) -> None:
+        import zmq
+
+        self._queued.discard(channel)
+        sock = self.by_channel.get(channel)
+        with contextlib.suppress(zmq.Again):
+            for _ in range(READ_BATCH):
+                if not sock or sock.closed:
+                    return
+                frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+                parts = [frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames]
+                self._deliver(channel, parts)
+            self._queued.add(channel)
+            self._loop.post(functools.partial(self._read_batch, channel))
 
     def drain(self) -> None:
         """Read all that is there, since nothing will follow."""
-        read_all(self._socket, self._deliver)
+        for channel, sock in self.by_channel.items():
+            read_all(sock, functools.partial(self._deliver, channel))
 
-    def _read_batch(self) -> None:
-        import zmq
-
-        self._again = False
-        with contextlib.suppress(zmq.Again):
-            for _ in range(READ_BATCH):
-                if self._socket.closed:
-                    return
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-                self._deliver([frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames])
-            self._again = True
-            self._loop.post(self._read_batch)
+    def close(self) -> None:
+        """Close the sockets."""
+        for sock in self.by_channel.values():
+            self._loop.on_readable(sock.fd, None)
+            sock.close()
+        self.by_channel = {}
 
 
 class ZmqChannels:
@@ -2146,31 +2114,24 @@ class ZmqChannels:
         self, loop: Loop, context: Any, connection: KernelConnection, mailbox: Mailbox, *, watch: bool = False
     ) -> None:
         """With `watch`, a lost connection is reported as the kernel's death: nobody else would."""
-        self._loop = loop
+        self._loop, self._mailbox = loop, mailbox
         self._codec = ZmqCodec(connection.key, connection.signature_scheme)
-        self._sockets: dict[str, Any] = {}
-        self._readers: dict[str, SocketReader] = {}
-        self._mailbox = mailbox
+        self._sockets: KernelSockets | None = None
+        self._monitor: Any = None  # a socket that tells of a lost connection
         loop.post(functools.partial(self._open, context, connection, watch))
 
     def _open(self, context: Any, connection: KernelConnection, watch: bool) -> None:
         import zmq
 
+        identity = os.urandom(16).hex().encode()
         try:
-            self._open_all(context, connection, watch)
+            self._sockets = KernelSockets(self._loop, context, connection, identity, self._deliver)
+            if watch:
+                self._monitor = self._sockets.by_channel["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                self._loop.on_readable(self._monitor.fd, self._on_disconnected)
+                read_all(self._monitor, lambda parts: None)
         except zmq.ZMQError as error:
             self._mailbox.put(KernelDied(cause=f"its sockets cannot be opened here: {error.strerror}"))
-
-    def _open_all(self, context: Any, connection: KernelConnection, watch: bool) -> None:
-        self._sockets = open_sockets(context, connection, os.urandom(16).hex().encode())
-        for channel, sock in self._sockets.items():
-            self._readers[channel] = SocketReader(self._loop, sock, functools.partial(self._deliver, channel))
-        if watch:
-            import zmq
-
-            self._monitor = self._sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            self._loop.on_readable(self._monitor.fd, self._on_disconnected)
-            read_all(self._monitor, lambda parts: None)
 
     def _deliver(self, channel: str, parts: list[bytes]) -> None:
         self._mailbox.put((channel, parts))
@@ -2182,16 +2143,11 @@ class ZmqChannels:
             self._mailbox.put(KernelDied(cause="its connection was closed"))
 
     def send(self, message: Message) -> None:
-        parts = self._codec.encode(message)
-        self._loop.post(functools.partial(self._send, message.channel, parts))
+        self._loop.post(functools.partial(self._send, message.channel, self._codec.encode(message)))
 
     def _send(self, channel: str, parts: list[bytes]) -> None:
-        if channel in self._sockets:
-            import zmq
-
-            with contextlib.suppress(zmq.Again):  # a kernel that takes nothing: its death or the deadline tells
-                self._sockets[channel].send_multipart(parts, zmq.NOBLOCK)
-            self._readers[channel].read()  # sending may have eaten the descriptor's signal
+        if self._sockets:
+            self._sockets.send(channel, parts)
 
     def decode(self, raw: RawMessage) -> Iterator[Message]:
         return self._codec.decode(*raw)
@@ -2200,13 +2156,12 @@ class ZmqChannels:
         self._loop.post(self._close)
 
     def _close(self) -> None:
-        for channel, sock in self._sockets.items():
-            self._loop.on_readable(sock.fd, None)
-            if channel == "shell" and hasattr(self, "_monitor"):
-                self._loop.on_readable(self._monitor.fd, None)
-                sock.disable_monitor()
-            sock.close()
-        self._sockets = {}
+        if self._sockets and self._monitor:
+            self._loop.on_readable(self._monitor.fd, None)
+            self._sockets.by_channel["shell"].disable_monitor()
+        if self._sockets:
+            self._sockets.close()
+        self._sockets = None
 
 
 class PipeChannels:
@@ -2905,7 +2860,7 @@ FORKED_MODULES = ["IPython.core.completerlib", "IPython.core.debugger", "IPython
 FORKED_MODULES += ["IPython.extensions.storemagic", "faulthandler", "ipykernel.debugger", "ipykernel.kernelapp"]
 FORKED_MODULES += ["tornado.platform.asyncio", "tornado.queues"]
 CANNOT_FORK = 75  # exit status of a fork server that cannot be one
-_PYTHON = re.compile(r"python[0-9.]*(\.exe)?\Z")
+_PYTHON = re.compile(r"python[0-9.]*\Z")
 # What a kernel that serves a program does without: the history database and a pause after each cell. In, Out and
 # %history are there all the same.
 LEAN_OPTIONS = ["--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0"]
@@ -2924,22 +2879,15 @@ def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
     if site_user := sysconfig.get_path("data", f"{os.name}_user"):
         user.append(os.path.join(site_user, "share", "jupyter"))
     env = [os.path.join(sys.prefix, "share", "jupyter")]
-    if os.name == "nt":
-        program_data = environ.get("PROGRAMDATA") if environ.get("JUPYTER_USE_PROGRAMDATA") else None
-        system = [os.path.join(program_data, "jupyter")] if program_data else []
-    else:
-        system = ["/usr/local/share/jupyter", "/usr/share/jupyter"]
     extra = [path for path in environ.get("JUPYTER_PATH", "").split(os.pathsep) if path]
     order = env + user if _prefers_env(environ) else user + env
-    dirs = [os.path.join(base, "kernels") for base in [*extra, *order, *system]]
-    return list(dict.fromkeys([*dirs, os.path.expanduser("~/.ipython/kernels")]))
+    bases = [*extra, *order, "/usr/local/share/jupyter", "/usr/share/jupyter", os.path.expanduser("~/.ipython")]
+    return list(dict.fromkeys(os.path.join(base, "kernels") for base in bases))
 
 
 def _user_data_dir(environ: Mapping[str, str]) -> str:
     if sys.platform == "darwin":
         return os.path.expanduser("~/Library/Jupyter")
-    if os.name == "nt":
-        return os.path.join(environ.get("APPDATA") or os.path.expanduser("~/.jupyter/data"), "jupyter")
     return os.path.join(environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "jupyter")
 
 
@@ -2949,9 +2897,7 @@ def _prefers_env(environ: Mapping[str, str]) -> bool:
         return environ["JUPYTER_PREFER_ENV_PATH"].lower() not in ("", "0", "n", "no", "false", "off")
     conda = environ.get("CONDA_PREFIX")
     in_conda = bool(conda) and sys.prefix.startswith(conda or "") and environ.get("CONDA_DEFAULT_ENV", "base") != "base"
-    if sys.prefix == sys.base_prefix and not in_conda:
-        return False
-    return os.name == "nt" or os.stat(sys.prefix).st_uid == os.getuid()
+    return (sys.prefix != sys.base_prefix or in_conda) and os.stat(sys.prefix).st_uid == os.getuid()
 
 
 def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str, Json]:
@@ -2968,10 +2914,9 @@ def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str,
     for directory in kernel_dirs(environ):
         with contextlib.suppress(OSError):
             for entry in sorted(os.listdir(directory)):
-                path = os.path.join(directory, entry)
                 if entry.lower() not in specs and re.fullmatch(r"[A-Za-z0-9._-]+", entry):
                     with contextlib.suppress(OSError, ProtocolError):
-                        specs[entry.lower()] = _read_kernelspec(path)
+                        specs[entry.lower()] = _read_kernelspec(os.path.join(directory, entry))
     if own_python3 or "python3" not in specs:
         specs.pop("python3", None)
         if importlib.util.find_spec("ipykernel"):
@@ -3028,7 +2973,7 @@ def make_directory() -> str:
     try:
         # The path of a socket file may have 107 bytes (103 on macOS): a long TMPDIR is not used.
         base = tempfile.gettempdir()
-        base = base if len(os.fsencode(base)) < 60 or os.name == "nt" else "/tmp"
+        base = base if len(os.fsencode(base)) < 60 else "/tmp"
         _remove_forgotten(base)
         return tempfile.mkdtemp(prefix=f"jx-{process_name(os.getpid())}-", dir=base)
     except OSError as error:
@@ -3075,31 +3020,22 @@ class ChildProcess:
     """A process that the host has started, mostly a kernel, and what it knows of it."""
 
     def __init__(self, name: str, slot: str, argv: list[str], env: dict[str, str]) -> None:
-        self.name = name  # of this process
-        self.slot = slot  # of the kernel, restarts included
+        self.name = name  # of this process; of a fork server, its interpreter
+        self.slot = slot  # of the kernel, which keeps it when it is restarted
         self.argv, self.env = argv, env
         self.pid = 0  # not yet forked
         self.stderr: Tail | None = None
         self.process: subprocess.Popen[Any] | None = None  # None: forked
-        self.preload: list[str] | None = None  # for the fork server that makes it; None: launched
+        self.preload: list[str] | None = None  # modules of the fork server, or of the one that makes it; None: launched
         self.lean = False
         self.preload_failed = False  # and so it never was
         self.exit_code: int | None = None
-        self.event = 0  # that interrupts it on Windows
         self.files: list[str] = []  # to be removed at its end
         self.loss_told = False  # to the client, of the output that is being dropped
         self.hurries = False  # its output is dropped unless the link is free
-        self.sockets: dict[str, Any] = {}  # of a relayed kernel
-        self.readers: dict[str, SocketReader] = {}
-
-
-class ForkServer:
-    """What the host knows of a fork server besides its process."""
-
-    def __init__(self, channel: socket.socket, preload: list[str]) -> None:
-        self.channel = channel
-        self.preload = preload
-        self.ordered = self.forked = 0  # kernels
+        self.sockets: KernelSockets | None = None  # of a relayed kernel
+        self.channel: socket.socket | None = None  # of a fork server, for its orders
+        self.ordered = self.forked = 0  # kernels of a fork server
 
 
 class KernelHost:
@@ -3110,7 +3046,6 @@ class KernelHost:
         self._directory = directory
         self._program = program  # this module, as it came
         self._kernels: dict[str, ChildProcess] = {}
-        self._fork_servers: dict[str, ForkServer] = {}  # by interpreter
         self._serial = itertools.count()
         self._unforkable: set[str] = set()  # interpreters that cannot be one
         self.adopts = False  # what a dying process leaves: a forked kernel needs it
@@ -3137,12 +3072,8 @@ class KernelHost:
             return
         name, _, channel = parts[0].decode("ascii", "replace").partition("/")
         kernel = self._kernels.get(name)
-        if kernel and channel in kernel.sockets:
-            import zmq
-
-            with contextlib.suppress(zmq.Again):
-                kernel.sockets[channel].send_multipart(parts[1:], zmq.NOBLOCK)
-            kernel.readers[channel].read()
+        if kernel and kernel.sockets:
+            kernel.sockets.send(channel, parts[1:])
 
     def _on_request(self, request: Json) -> None:
         try:
@@ -3163,9 +3094,8 @@ class KernelHost:
         try:
             os.getcwd()
         except OSError:
-            raise KernelStartFailed(
-                spec["argv"], "the working directory was removed: make a server in another"
-            ) from None
+            advice = "the working directory was removed: make a server in another"
+            raise KernelStartFailed(spec["argv"], advice) from None
         if request["relay"]:
             self._open_context()
         for old in [kernel for kernel in self._kernels.values() if kernel.slot == request["slot"]]:
@@ -3182,14 +3112,13 @@ class KernelHost:
             if self.adopts and _is_forkable(argv, spec):
                 kernel.preload, kernel.lean = request["launch"]["preload"], lean
             self._begin(kernel)
-        kernel.files = [path, *_ipc_files(connection)]
+        is_ipc = connection.transport == "ipc"
+        kernel.files = [path, *(f"{connection.ip}-{port}" for port in range(1, 6) if is_ipc)]
         if request["relay"]:
-            self._open_relay(kernel, connection, request["identity"])
-        return {
-            "argv": argv,
-            "connection": connection.to_json(),
-            "interrupt_mode": str(spec.get("interrupt_mode", "signal")),
-        }
+            identity, deliver = request["identity"].encode("ascii"), functools.partial(self._relay, kernel)
+            kernel.sockets = KernelSockets(self._loop, self._context, connection, identity, deliver)
+        mode = str(spec.get("interrupt_mode", "signal"))
+        return {"argv": argv, "connection": connection.to_json(), "interrupt_mode": mode}
 
     def _spec(self, request: Json) -> Json:
         specs = find_kernelspecs(os.environ, request["own_python3"])
@@ -3197,15 +3126,14 @@ class KernelHost:
             raise KernelSpecNotFound(request["kernel_name"], sorted(specs), kernel_dirs(os.environ), sys.executable)
         provisioner = (specs[wanted].get("metadata") or {}).get("kernel_provisioner") or {}
         if provisioner.get("provisioner_name", "local-provisioner") != "local-provisioner":
-            raise KernelStartFailed(
-                specs[wanted]["argv"], "its kernelspec asks for a kernel provisioner, which this is not"
-            )
+            reason = "its kernelspec asks for a kernel provisioner, and there is none here"
+            raise KernelStartFailed(specs[wanted]["argv"], reason)
         return specs[wanted]
 
     def _connection(self, request: Json, argv: list[str], held: contextlib.ExitStack) -> KernelConnection:
         """Choose where the kernel listens: socket files if it is surely able to, or ports that `held` keeps."""
         ports, ip, transport = [1, 2, 3, 4, 5], os.path.join(self._directory, request["slot"]), "ipc"
-        if os.name == "nt" or not _is_ipykernel(argv):
+        if not _is_ipykernel(argv):
             # Open together until the launch, so that no two kernels are given the same.
             listeners = [held.enter_context(contextlib.closing(socket.socket())) for _ in range(5)]
             for listener in listeners:
@@ -3231,11 +3159,12 @@ class KernelHost:
 
     def _begin(self, kernel: ChildProcess) -> None:
         """Have the kernel forked if that can be, else launch it, and watch it."""
-        if kernel.preload is None or kernel.argv[0] in self._unforkable:
+        if kernel.argv[0] in self._unforkable:
             kernel.preload = None
+        if kernel.preload is None:
             self._launch(kernel)
         else:
-            self._fork(kernel, kernel.preload)
+            self._fork(kernel)
         self._watch(kernel)
 
     def _launch(self, kernel: ChildProcess, stdin: Any = None, pass_fds: Sequence[int] = ()) -> None:
@@ -3245,17 +3174,12 @@ class KernelHost:
         # stdout goes nowhere: a pipe that nobody reads stops the kernel after 64 KB of a subprocess's output.
         stderr = kernel.stderr = Tail()
         options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr.writer}
-        if os.name == "nt":
-            kernel.event = _windows_event()
-            kernel.env |= {"JPY_INTERRUPT_EVENT": str(kernel.event), "IPY_INTERRUPT_EVENT": str(kernel.event)}
-            options |= {"close_fds": False}
-        elif sys.platform == "linux":
+        if sys.platform == "linux":
             # If this host is killed, its kernels go too. Safe: the host has one thread of Python.
             options["preexec_fn"] = functools.partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)
-        options |= {"pass_fds": pass_fds} if pass_fds else {}
         argv, env = kernel.argv, kernel.env
         try:
-            process: subprocess.Popen[Any] = subprocess.Popen(argv, env=env, start_new_session=True, **options)
+            process = subprocess.Popen(argv, env=env, start_new_session=True, pass_fds=pass_fds, **options)
         except OSError as error:
             stderr.close()
             raise KernelStartFailed(argv, describe_os_error(error)) from None
@@ -3265,62 +3189,62 @@ class KernelHost:
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
         kernel.process, kernel.pid = process, process.pid
 
-    def _fork(self, kernel: ChildProcess, preload: list[str]) -> None:
+    def _fork(self, kernel: ChildProcess) -> None:
         """Order a kernel from the fork server of its interpreter; its pid comes with the answer."""
-        python = kernel.argv[0]
-        if not (server := self._fork_servers.get(python)):
-            server = self._start_fork_server(kernel, preload)
+        server = self._kernels.get(kernel.argv[0]) or self._start_fork_server(kernel)
         kernel.stderr = Tail()
         order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": kernel.argv[3:]}
+        assert server.channel
         with contextlib.suppress(OSError):  # it has ended: what it leaves undone is begun anew
             socket.send_fds(server.channel, [dump_json(order)], [kernel.stderr.writer])
         os.close(kernel.stderr.writer)
         server.ordered += 1
-        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, server.ordered))
+        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, server.ordered))
 
-    def _start_fork_server(self, kernel: ChildProcess, preload: list[str]) -> ForkServer:
+    def _start_fork_server(self, kernel: ChildProcess) -> ChildProcess:
         import tempfile
 
         python, bootstrap = kernel.argv[0], BOOTSTRAP.replace("NONCE", "-").replace("MAIN", "fork_server_main")
         # Another Python could not read this module's code, and fork none of its kernels.
-        check = (
-            f"import sys; sys.implementation.cache_tag == {sys.implementation.cache_tag!r} or sys.exit({CANNOT_FORK})"
-        )
+        tag = sys.implementation.cache_tag
+        check = f"import sys; sys.implementation.cache_tag == {tag!r} or sys.exit({CANNOT_FORK})"
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The program has no name by which a kernel could exchange it; `ps` shows the word behind it.
         with theirs, tempfile.TemporaryFile(dir=self._directory, buffering=0) as program:
             program.write(self._program)
             program.seek(0)
-            options = json.dumps([theirs.fileno(), kernel.lean, preload])
+            options = json.dumps([theirs.fileno(), kernel.lean, kernel.preload])
             argv = [python, "-c", f"{check}\n{bootstrap}", "ipykernel-fork-server", options]
-            process = ChildProcess(
-                python, python, argv, kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
-            )
+            env = kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
+            server = ChildProcess(python, python, argv, env)
             try:
-                self._launch(process, program, [theirs.fileno()])
+                self._launch(server, program, [theirs.fileno()])
             except KernelStartFailed:
                 ours.close()
                 raise
-        self._watch(process)
         ours.setblocking(False)
-        server = self._fork_servers[python] = ForkServer(ours, preload)
+        server.channel, server.preload = ours, kernel.preload
+        self._watch(server)
         self._loop.on_readable(ours.fileno(), functools.partial(self._read_pids, server))
         return server
 
-    def _check_order(self, python: str, server: ForkServer, number: int) -> None:
+    def _check_order(self, server: ChildProcess, number: int) -> None:
         """Kill a fork server that has forked kernels, but not this one in time, and launch what it was to fork."""
-        if self._fork_servers.get(python) is not server or server.forked >= number:
+        if self._kernels.get(server.name) is not server or server.forked >= number:
             return
         if not server.forked:  # it is still at its preload, which may take long
-            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, number))
+            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, number))
             return
-        for kernel in self._kernels.values():
-            if not kernel.pid and kernel.argv[0] == python:
-                kernel.preload = None
-        _kill_all([self._kernels[python].pid])
+        for kernel in self._unborn(server):
+            kernel.preload = None
+        _kill_all([server.pid])
 
-    def _read_pids(self, server: ForkServer) -> None:
-        while True:
+    def _unborn(self, server: ChildProcess) -> list[ChildProcess]:
+        """Return the kernels that a fork server has not forked yet."""
+        return [kernel for kernel in self._kernels.values() if not kernel.pid and kernel.argv[0] == server.name]
+
+    def _read_pids(self, server: ChildProcess) -> None:
+        while server.channel:
             try:
                 answer = server.channel.recv(4096)
             except ConnectionResetError:  # it ended with orders unread; the answers come after this
@@ -3348,12 +3272,6 @@ class KernelHost:
         except JupyterExecError:
             advice = f"pyzmq is not installed there; run {sys.executable} -m pip install pyzmq ipykernel"
             raise KernelStartFailed([sys.executable], advice) from None
-
-    def _open_relay(self, kernel: ChildProcess, connection: KernelConnection, identity: str) -> None:
-        kernel.sockets = open_sockets(self._context, connection, identity.encode("ascii"))
-        for channel, sock in kernel.sockets.items():
-            deliver = functools.partial(self._relay, kernel, channel)
-            kernel.readers[channel] = SocketReader(self._loop, sock, deliver)
 
     def _relay(self, kernel: ChildProcess, channel: str, parts: list[bytes]) -> None:
         parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
@@ -3391,45 +3309,43 @@ class KernelHost:
 
     def _on_interrupt(self, request: Json) -> None:
         self._hurry(request["kernel"])
-        if kernel := self._kernels.get(request["kernel"]):
-            if os.name == "nt":
-                _windows_kernel32().SetEvent(kernel.event)
-            else:
-                # The whole group: a cell's foreground subprocess is to stop too.
-                with contextlib.suppress(ProcessLookupError):
-                    if kernel.pid:
-                        os.killpg(kernel.pid, signal.SIGINT)
+        kernel = self._kernels.get(request["kernel"])
+        if kernel and kernel.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(kernel.pid, signal.SIGINT)  # the whole group: a cell's foreground subprocess is to stop too
 
     def _on_kill(self, request: Json) -> None:
         self._hurry(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
-            if not kernel.pid:
+            if kernel.pid:
+                _kill_all([kernel.pid])  # Popen.kill would collect the exit, which then nobody reports
+            else:
                 self._report_exit(kernel)
-            elif os.name == "nt":
-                assert kernel.process
-                kernel.process.kill()
-            else:  # Popen.kill would collect the exit, which then nobody reports
-                _kill_all([kernel.pid])
 
     def reap(self) -> None:
         """Collect every process that has ended: kernels, and orphans that this process has adopted."""
-        for server in self._fork_servers.values():  # a fork server tells of a pid before its process is ours
+        for server in self._kernels.values():  # a fork server tells of a pid before its process is ours
             self._read_pids(server)
-        for pid, exit_code in _ended_children([kernel.process for kernel in self._kernels.values()]):
-            for kernel in [kernel for kernel in self._kernels.values() if kernel.pid == pid]:
-                kernel.exit_code = exit_code
-                if kernel.process:
-                    kernel.process.returncode = exit_code
-                # What the kernel wrote last may still be on its way through ZeroMQ.
-                self._loop.later(DEATH_DRAIN if kernel.sockets else 0, functools.partial(self._report_exit, kernel))
+        with contextlib.suppress(ChildProcessError):  # there are no more children
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                for kernel in self._kernels.values():
+                    if kernel.pid == ended[0]:
+                        self._on_end(kernel, os.waitstatus_to_exitcode(ended[1]))
+
+    def _on_end(self, kernel: ChildProcess, exit_code: int) -> None:
+        kernel.exit_code = exit_code
+        if kernel.process:
+            kernel.process.returncode = exit_code
+        # What the kernel wrote last may still be on its way through ZeroMQ.
+        self._loop.later(DEATH_DRAIN if kernel.sockets else 0, functools.partial(self._report_exit, kernel))
 
     def _report_exit(self, kernel: ChildProcess) -> None:
         if kernel.name in self._kernels:
-            for reader in kernel.readers.values():
-                reader.drain()
+            if kernel.sockets:
+                kernel.sockets.drain()
             self._end(self._kernels.pop(kernel.name))
-            if server := self._fork_servers.pop(kernel.name, None):
-                self._end_fork_server(kernel, server)
+            if kernel.channel:
+                self._end_fork_server(kernel, kernel.channel)
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
             event["preload_failed"] = kernel.preload_failed
@@ -3439,36 +3355,35 @@ class KernelHost:
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
             self._pipe.send([b"", dump_json(event)], kernel.name)
 
-    def _end_fork_server(self, process: ChildProcess, server: ForkServer) -> None:
+    def _end_fork_server(self, server: ChildProcess, channel: socket.socket) -> None:
         """Begin anew what it has not yet forked, unless its preload is at fault. Its other kernels live on."""
         self._read_pids(server)
-        self._loop.on_readable(server.channel.fileno(), None)
-        server.channel.close()
-        if not server.forked and (process.exit_code == CANNOT_FORK or not server.preload):
-            self._unforkable.add(process.name)
-        for kernel in list(self._kernels.values()):
-            if not kernel.pid and kernel.argv[0] == process.name:
-                kernel.preload_failed = not server.forked and process.name not in self._unforkable
-                if kernel.stderr:
-                    kernel.stderr.close()
-                if kernel.preload_failed:
-                    kernel.exit_code, kernel.stderr = process.exit_code, process.stderr
-                else:
-                    with contextlib.suppress(KernelStartFailed):
-                        self._begin(kernel)
-                        continue
-                self._report_exit(kernel)
+        self._loop.on_readable(channel.fileno(), None)
+        channel.close()
+        if not server.forked and (server.exit_code == CANNOT_FORK or not server.preload):
+            self._unforkable.add(server.name)
+        for kernel in self._unborn(server):
+            kernel.preload_failed = not server.forked and server.name not in self._unforkable
+            if kernel.stderr:
+                kernel.stderr.close()
+            if kernel.preload_failed:
+                kernel.exit_code, kernel.stderr = server.exit_code, server.stderr
+            else:
+                with contextlib.suppress(KernelStartFailed):
+                    self._begin(kernel)
+                    continue
+            self._report_exit(kernel)
 
     def _end(self, kernel: ChildProcess) -> None:
         """Free what belongs to a kernel, dead or not."""
-        if kernel.pid:
-            _kill_family(kernel, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())
+        if kernel.pid:  # its session, and what has left the session but still has the kernel's mark
+            _kill_all({kernel.pid, *_family(kernel.pid, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())})
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(kernel.pid, signal.SIGKILL)
         if kernel.stderr:
             kernel.stderr.close()
-        for sock in kernel.sockets.values():
-            self._loop.on_readable(sock.fd, None)
-            sock.close()
-        kernel.sockets = {}
+        if kernel.sockets:
+            kernel.sockets.close()
         for path in kernel.files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -3517,31 +3432,6 @@ def _cgroup_value(v2_name: str, v1_name: str, key: str = "") -> int:
     return 0
 
 
-def _ipc_files(connection: KernelConnection) -> list[str]:
-    return [f"{connection.ip}-{port}" for port in range(1, 6)] if connection.transport == "ipc" else []
-
-
-def _ended_children(processes: list[subprocess.Popen[Any] | None]) -> Iterator[tuple[int, int]]:
-    """Yield (pid, exit code) of children that have ended; on POSIX also of adopted ones."""
-    if os.name == "nt":
-        yield from ((process.pid, code) for process in processes if process and (code := process.poll()) is not None)
-        return
-    with contextlib.suppress(ChildProcessError):
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            yield ended[0], os.waitstatus_to_exitcode(ended[1])
-
-
-def _kill_family(kernel: ChildProcess, marker: bytes) -> None:
-    """Kill a kernel, its session, and whatever left the session but still has the kernel's mark."""
-    if os.name == "nt":
-        assert kernel.process
-        kernel.process.kill()
-        return
-    _kill_all({kernel.pid, *_family(kernel.pid, marker)})
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(kernel.pid, signal.SIGKILL)
-
-
 def _children() -> list[int]:
     """Return the pids of this process's children, adopted ones too (Linux)."""
     with contextlib.suppress(OSError):
@@ -3583,23 +3473,6 @@ def _prctl(option: int, value: int) -> bool:
     return bool(_libc()) and _libc().prctl(option, value, 0, 0, 0) == 0
 
 
-def _windows_kernel32() -> Any:
-    import ctypes
-
-    return ctypes.windll.kernel32  # type: ignore[attr-defined]
-
-
-def _windows_event() -> int:
-    """Make an inheritable auto-reset event, by which ipykernel lets itself be interrupted on Windows."""
-    import ctypes
-
-    class SecurityAttributes(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_int), ("descriptor", ctypes.c_void_p), ("inherit", ctypes.c_int))
-
-    attributes = SecurityAttributes(ctypes.sizeof(SecurityAttributes), None, 1)
-    return int(_windows_kernel32().CreateEventA(ctypes.byref(attributes), False, False, b""))
-
-
 def show_as(title: str) -> None:
     """Have `ps` and `docker top` show these words for this process, and not the program it was given (Linux)."""
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -3633,7 +3506,7 @@ def fork_server_main(program: bytes) -> None:
     known, forked = _changes(places), False
     if threading.active_count() > 1:
         sys.exit(
-            f"There are threads at the start, which no fork would have (use preload=None): {threading.enumerate()}"
+            f"A fork would not have the threads that the preload starts, use preload=None: {threading.enumerate()}"
         )
     gc.collect()
     getattr(gc, "freeze", int)()
@@ -3746,12 +3619,9 @@ def host_main(program: bytes) -> None:
     signal.signal(signal.SIGINT, lambda *_: None)  # SIG_IGN would be inherited by the kernels
     if os.getpid() != 1:  # as a container's first process it would hear any cell; without a handler it hears none
         signal.signal(signal.SIGTERM, lambda *_: loop.post(host.close))
-    if os.name == "nt":
-        _repeat(loop, 0.05, host.reap)
-    else:
-        signal.signal(signal.SIGHUP, lambda *_: None)
-        signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
     if hasattr(signal, "pthread_sigmask"):  # what the program has blocked is inherited, by kernels too
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
@@ -3770,7 +3640,7 @@ def _own_stdio() -> Stream:
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
-    return as_stream(read_fd, write_fd)
+    return FdStream(read_fd, write_fd)
 
 
 def _watch_parent(loop: Loop, host: KernelHost) -> None:
@@ -3779,13 +3649,14 @@ def _watch_parent(loop: Loop, host: KernelHost) -> None:
     try:
         loop.on_readable(os.pidfd_open(parent), host.close)
     except (OSError, AttributeError):  # the Pythons of conda and uv lack it, gVisor and old Linux too, macOS anyway
-        if parent and os.name != "nt":  # a container's first process has none
-            _repeat(loop, 0.5, lambda: None if os.getppid() == parent else host.close())
+        if parent:  # a container's first process has none
+            _check_parent(loop, host, parent)
 
 
-def _repeat(loop: Loop, seconds: float, job: Callable[[], None]) -> None:
-    job()
-    loop.later(seconds, functools.partial(_repeat, loop, seconds, job))
+def _check_parent(loop: Loop, host: KernelHost, parent: int) -> None:
+    if os.getppid() != parent:
+        host.close()
+    loop.later(0.5, functools.partial(_check_parent, loop, host, parent))
 
 
 # ======================================================================================================
@@ -4742,6 +4613,12 @@ def await_server(info: JupyterConnectionInfo, check: Callable[[], None]) -> Jupy
             rest.close()
 
 
+NOT_ON_WINDOWS = (
+    "use WSL, DockerJupyterServer with an engine that is reached over TCP (DOCKER_HOST=tcp://...), or a remote Jupyter "
+    "server by JupyterConnectionInfo"
+)
+
+
 class CommandJupyterServer(HostServer):
     """Kernels at the other end of any command that gives a Python on stdin and stdout.
 
@@ -4761,6 +4638,8 @@ class CommandJupyterServer(HostServer):
         transport: str = "direct",
         **launch: Any,
     ) -> None:
+        if os.name == "nt":  # pipes of Windows cannot be waited for together with sockets
+            raise JupyterExecError(f"{type(self).__name__} does not work on Windows: {NOT_ON_WINDOWS}.")
         super().__init__(transport, launch)
         if isinstance(argv, str) or not argv:
             raise ValueError("argv must be a list of strings: the command and its arguments.")
@@ -4918,14 +4797,6 @@ def _spawn(argv: list[str], **options: Any) -> tuple[socket.socket, subprocess.P
     """Start a process in a session of its own (a Ctrl-C is not for it); return the socket to its stdin and stdout."""
     import subprocess
 
-    if os.name == "nt":
-        flags = subprocess.CREATE_NEW_PROCESS_GROUP  # type: ignore[attr-defined]
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, creationflags=flags, **options)
-        assert process.stdin and process.stdout
-        stream = as_stream(os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno()))
-        process.stdin.close()
-        process.stdout.close()
-        return cast(socket.socket, stream), process
     ours, theirs = socket.socketpair()
     with theirs:
         try:
@@ -5412,6 +5283,8 @@ def docker_client() -> Any:
         import docker
     except ImportError:
         raise SandboxError("The package docker is not installed: pip install docker") from None
+    if (os.environ.get("DOCKER_HOST") or "npipe:" * (os.name == "nt")).startswith("npipe:"):
+        raise SandboxError(f"Docker's named pipe of Windows is no socket, so it cannot be used here: {NOT_ON_WINDOWS}")
     with _engine_errors():
         try:
             client = docker.from_env(timeout=ENGINE_TIMEOUT)
@@ -6326,7 +6199,9 @@ class JupyterCodeExecutor:
                 self._kernel.ready = False  # until it has run, whatever ends this
                 result = self._kernel.execute(prelude, START_TIMEOUT, silent=True, store_history=False)
                 if result.status != "ok":
-                    raise JupyterExecError(f"The startup code or the functions failed in the kernel: {result.text}")
+                    raise JupyterExecError(
+                        f"The functions could not be defined, or the startup code failed, in the kernel: {result.text}"
+                    )
                 self._kernel.ready = True
 
     def save_notebook(self, path: str | os.PathLike[str]) -> None:
