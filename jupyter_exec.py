@@ -74,10 +74,10 @@ __version__ = "0.1.0"
 
 __all__ = ["CODE_WRITER_SYSTEM_MESSAGE", "AsyncJupyterCodeExecutor", "CodeBlock", "CodeResult"]
 __all__ += ["CommandJupyterServer", "ConnectionClosed", "DockerJupyterServer", "ExecutionError", "ExecutionResult"]
-__all__ += ["ExecutionTimeout", "IPythonCodeResult", "JupyterCodeExecutor", "JupyterConnectionInfo"]
-__all__ += ["JupyterExecError", "KernelClient", "KernelConnection", "KernelDied", "KernelError", "KernelSpecNotFound"]
-__all__ += ["KernelStartFailed", "LocalJupyterServer", "MarkdownCodeExtractor", "ProtocolError"]
-__all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError"]
+__all__ += ["ExecutionTimeout", "IPythonCodeResult", "InputHook", "JupyterCodeExecutor", "JupyterConnectionInfo"]
+__all__ += ["JupyterExecError", "JupyterServer", "KernelClient", "KernelConnection", "KernelDied", "KernelError"]
+__all__ += ["KernelSpecNotFound", "KernelStartFailed", "LocalJupyterServer", "MarkdownCodeExtractor", "OutputFile"]
+__all__ += ["OutputHook", "ProtocolError", "RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError"]
 
 PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
@@ -139,6 +139,7 @@ MAX_KEPT = 128 * 2**20  # bytes of a cell's outputs other than streams that are 
 MAX_LINE = 2**20  # characters of a line that a carriage return or backspaces can still erase
 LINE_PIECE = 256  # characters of such a line that are copied at a time
 TEXT_PIECE = 4096  # characters of a stream up to which what follows is joined at once
+MAX_MODEL_IMAGE = 4 * 2**20  # bytes of a picture for a language model; in base64 a third more
 MAX_FILES = 500  # files of one call
 MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
 TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
@@ -937,7 +938,10 @@ def _as_text(content: Any) -> bytes:
 
 
 def _as_binary(content: Any) -> bytes:
-    return base64.b64decode(_as_text(content))
+    data = base64.b64decode(_as_text(content))
+    if not data:
+        raise ValueError("it is empty")
+    return data
 
 
 def _as_json(content: Any) -> bytes:
@@ -1156,7 +1160,58 @@ def _append_text(outputs: list[Json] | deque[Json], name: str, text: str) -> Non
         outputs.append({"output_type": "stream", "name": name, "text": text})
 
 
-@dataclass
+@dataclass(frozen=True)
+class OutputFile:
+    """A representation of an output that belongs into a file, such as a picture."""
+
+    mime_type: str
+    suffix: str
+    data: bytes = field(repr=False)
+
+
+_MODEL_IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # that language models take
+
+
+def _why_not_shown(image: OutputFile, max_bytes: int, has_room: bool) -> str:
+    """Return why a language model does not get a picture, "" if it does."""
+    if image.mime_type not in _MODEL_IMAGES:
+        return f"its type is {image.mime_type}"
+    if len(image.data) > max_bytes:
+        return f"{len(image.data)} bytes are too many"
+    return "" if has_room else "there are too many"
+
+
+def _anthropic_block(part: Json) -> Json:
+    """Source: https://docs.claude.com/en/api/messages, content of a message or of a tool_result."""
+    if part["type"] == "text":
+        return part
+    return {"type": "image", "source": {"type": "base64", "media_type": part["mime_type"], "data": part["data"]}}
+
+
+def _openai_block(part: Json) -> Json:
+    """Source: https://platform.openai.com/docs/api-reference/responses, input or output of a function call."""
+    if part["type"] == "text":
+        return {"type": "input_text", "text": part["text"]}
+    url = f"data:{part['mime_type']};base64,{part['data']}"
+    return {"type": "input_image", "image_url": url, "detail": "auto"}
+
+
+def _openai_chat_block(part: Json) -> Json:
+    """Source: https://platform.openai.com/docs/api-reference/chat, content of a message of the user."""
+    if part["type"] == "text":
+        return part
+    return {"type": "image_url", "image_url": {"url": f"data:{part['mime_type']};base64,{part['data']}"}}
+
+
+def _mcp_block(part: Json) -> Json:
+    """Source: https://modelcontextprotocol.io/specification, content of a tool's result."""
+    return part if part["type"] == "text" else {"type": "image", "data": part["data"], "mimeType": part["mime_type"]}
+
+
+_BLOCKS = {"anthropic": _anthropic_block, "openai": _openai_block, "openai-chat": _openai_chat_block, "mcp": _mcp_block}
+
+
+@dataclass(repr=False)
 class ExecutionResult:
     """What one cell did.
 
@@ -1190,6 +1245,71 @@ class ExecutionResult:
     def text(self) -> str:
         """Everything as plain text; rich outputs by their text/plain."""
         return render(self.outputs, self.note, no_file)
+
+    def __repr__(self) -> str:
+        text, count = self.text, len(self.images)
+        shown = f"{text[:200]!r}{'...' if len(text) > 200 else ''}"
+        return f"ExecutionResult(status={self.status!r}, exit_code={self.exit_code}, text={shown}, images={count})"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Json:
+        """Be shown in a notebook as the cell would be: text and pictures; nothing of the code's own HTML."""
+        import html
+
+        shown = [
+            f"<pre>{html.escape(part['text'])}</pre>"
+            if part["type"] == "text"
+            else f'<img src="data:{part["mime_type"]};base64,{part["data"]}">'
+            for part in self.parts()
+        ]
+        return {"text/plain": repr(self), "text/html": "\n".join(shown)}
+
+    @property
+    def files(self) -> list[OutputFile]:
+        """The best representation of each output that belongs into a file; see also `save`."""
+        return [file for output in self.outputs if (file := _output_file(output.get("data") or {}))]
+
+    @property
+    def images(self) -> list[OutputFile]:
+        """Those of `files` that are pictures."""
+        return [file for file in self.files if file.mime_type.startswith("image/")]
+
+    def parts(self, max_chars: int = 20_000, max_images: int = 4, max_image_bytes: int = MAX_MODEL_IMAGE) -> list[Json]:
+        """Return what a language model should see, in order, within a budget: text, and pictures in base64.
+
+        Each is {"type": "text", "text": ...} or {"type": "image", "mime_type": ..., "data": ...}. Of longer text head
+        and tail are left; a picture that does not fit in is named in the text.
+        """
+        texts: list[str] = []  # before, between and behind the images
+        images: list[OutputFile] = []
+        group: list[Json] = []  # outputs since the last image
+        labels: dict[int, str] = {}
+        for output in self.outputs:
+            group.append(output)
+            if (image := _output_file(output.get("data") or {})) and image.mime_type.startswith("image/"):
+                why_not = _why_not_shown(image, max_image_bytes, len(images) < max_images)
+                labels[id(output["data"])] = f"[a picture that is not shown: {why_not}]" if why_not else "[a picture]"
+                if not why_not:
+                    images.append(image)
+                    texts.append(render(group, "", lambda data: labels.get(id(data))))
+                    group = []
+        texts.append(render(group, self.note, lambda data: labels.get(id(data))))
+        parts: list[Json] = []
+        for text, image in itertools.zip_longest(_shorten_all(texts, max_chars), images):
+            if text:
+                parts.append({"type": "text", "text": text})
+            if image:
+                data = base64.b64encode(image.data).decode("ascii")
+                parts.append({"type": "image", "mime_type": image.mime_type, "data": data})
+        return parts
+
+    def to_messages(self, form: str, **budget: int) -> list[Json]:
+        """Return `parts(**budget)` as content blocks, plain dicts: "anthropic", "openai", "openai-chat" or "mcp".
+
+        Raises: ValueError for another form.
+        """
+        if form not in _BLOCKS:
+            raise ValueError(f"form must be one of {', '.join(_BLOCKS)}, not {form!r}.")
+        return list(map(_BLOCKS[form], self.parts(**budget)))
 
     def raise_for_error(self) -> None:
         """Raise ExecutionError, ExecutionTimeout, KernelDied or JupyterExecError unless the cell ended well."""
@@ -1447,6 +1567,7 @@ def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
     saved = save(data)
     # One representation: text/plain, unless it is only an object's default repr and something better is there.
     texts = [data.get(mime) for mime in ("text/plain", "text/markdown", "text/latex")]
+    texts[0] = data.get("text/llm+plain") or texts[0]
     plain, *others = [text if isinstance(text, str) else "" for text in texts]
     if not plain or _DEFAULT_REPR.match(plain):
         plain = "" if saved else next(filter(None, others), plain)
@@ -1455,16 +1576,37 @@ def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
     yield from filter(None, (plain, saved))
 
 
-def best_file(data: Json) -> tuple[str, str, Callable[[], bytes]] | None:
-    """Return (word, suffix, encode) of the representation that belongs into a file, None if there is none.
+def best_file(data: Json) -> tuple[str, str, str, Callable[[], bytes]] | None:
+    """Return (MIME type, word, suffix, encode) of the representation that belongs into a file, None if there is none.
 
     `encode()` returns the bytes of the file. Raises: ValueError for content that cannot be such a file.
     """
     data = {_VEGA.sub("application/vnd.vega+json", mime): content for mime, content in data.items()}
     for mime, (word, suffix, encode) in FILE_TYPES.items():
         if data.get(mime) is not None:
-            return word, suffix, functools.partial(encode, data[mime])
+            return mime, word, suffix, functools.partial(encode, data[mime])
     return None
+
+
+def _output_file(data: Json) -> OutputFile | None:
+    best = best_file(data)
+    with contextlib.suppress(ValueError, RecursionError):  # it cannot be such a file
+        return OutputFile(best[0], best[2], best[3]()) if best else None
+    return None
+
+
+def _shorten_all(texts: list[str], limit: int) -> list[str]:
+    """Return texts that follow each other, with head and tail of all, `limit` characters, left of them."""
+    total = sum(map(len, texts))
+    if total <= limit:
+        return texts
+    head, tail, at = limit // 2, total - (limit - limit // 2), 0
+    shortened = []
+    for text in texts:
+        gap = gap_mark(total - limit) if at <= head < at + len(text) else ""
+        shortened.append(text[: max(0, head - at)] + gap + text[max(0, tail - at) :])
+        at += len(text)
+    return shortened
 
 
 # ======================================================================================================
@@ -5599,7 +5741,7 @@ class CallFiles:
         best = best_file(data)
         if best is None:
             return None
-        word, suffix, encode = best
+        _, word, suffix, encode = best
         path = self._folder.path / self.new_name(suffix)
         try:
             if len(self.paths) >= MAX_FILES:

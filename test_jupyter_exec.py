@@ -23,6 +23,7 @@ import contextlib
 import copy
 import functools
 import gc
+import importlib
 import importlib.util
 import io
 import itertools
@@ -82,6 +83,7 @@ from jupyter_exec import (
     ConnectionClosed,
     DockerJupyterServer,
     ExecutionError,
+    ExecutionResult,
     ExecutionTimeout,
     JsonCodec,
     JupyterCodeExecutor,
@@ -1618,6 +1620,95 @@ def test_results_raise_what_happened() -> None:
     with pytest.raises(KernelDied, match="SIGKILL"):
         died.result(0).raise_for_error()
     execution(REPLY, IDLE).result(0).raise_for_error()
+
+
+def shown(*outputs: Any, note: str = "", status: str = "ok") -> ExecutionResult:
+    """A result of such outputs: a string is a stream, bytes are a picture, a dict is a MIME bundle."""
+    made: list[Any] = []
+    for output in outputs:
+        if isinstance(output, str):
+            made.append({"output_type": "stream", "name": "stdout", "text": output})
+            continue
+        picture = {"image/png": base64.b64encode(output).decode()} if isinstance(output, bytes) else output
+        made.append({"output_type": "display_data", "data": {"text/plain": "<Figure>"} | picture, "metadata": {}})
+    return ExecutionResult(status, 0, "intact", note, made)
+
+
+def told(parts: Iterable[Any]) -> list[Any]:
+    return [part["text"] if part["type"] == "text" else base64.b64decode(part["data"]) for part in parts]
+
+
+def test_parts_are_text_and_pictures_in_order() -> None:
+    result = shown("a\n", b"one", "b\n", {"text/plain": "1"}, b"two", note="n")
+    assert told(result.parts()) == ["a\n[a picture]", b"one", "b\n1\n[a picture]", b"two", "n"]
+    assert [image.data for image in result.images] == [b"one", b"two"]
+    assert shown().parts() == []
+
+
+@pytest.mark.parametrize(
+    ("budget", "told_parts"),
+    [
+        ({"max_images": 1}, ["a[a picture]", b"12", "[a picture that is not shown: there are too many]z"]),
+        ({"max_image_bytes": 2}, ["a[a picture]", b"12", "[a picture that is not shown: 3 bytes are too many]z"]),
+        ({"max_images": 0}, ["a" + "[a picture that is not shown: there are too many]" * 2 + "z"]),
+    ],
+)
+def test_a_picture_beyond_the_budget_is_named(budget: dict[str, int], told_parts: list[Any]) -> None:
+    parts = told(shown("a", b"12", b"123", "z").parts(**budget))
+    assert [part.replace("\n", "") if isinstance(part, str) else part for part in parts] == told_parts
+
+
+@given(st.lists(st.one_of(st.text(max_size=30), st.binary(min_size=1, max_size=3)), max_size=8), st.integers(0, 60))
+def test_parts_keep_to_their_characters(outputs: list[Any], limit: int) -> None:
+    result = shown(*outputs)
+    whole = "".join(part for part in told(result.parts(10**6)) if isinstance(part, str))
+    cut = "".join(part for part in told(result.parts(limit)) if isinstance(part, str))
+    missing = len(whole) - limit
+    if missing <= 0:
+        assert cut == whole
+    else:
+        assert cut == whole[: limit // 2] + jupyter_exec.gap_mark(missing) + whole[len(whole) - (limit - limit // 2) :]
+
+
+@pytest.mark.parametrize(
+    ("form", "place"),
+    [
+        ("anthropic", "anthropic.types.tool_result_block_param:Content"),
+        ("openai", "openai.types.responses:ResponseFunctionCallOutputItemParam"),
+        ("openai-chat", "openai.types.chat:ChatCompletionContentPartParam"),
+        ("mcp", "mcp.types:ContentBlock"),
+    ],
+)
+def test_messages_are_what_the_sdks_take(form: str, place: str) -> None:
+    from pydantic import TypeAdapter
+
+    module, name = place.split(":")
+    adapter: Any = TypeAdapter(getattr(importlib.import_module(module), name))
+    blocks = shown("a", b"picture", "z").to_messages(form, max_images=1)
+    assert len(blocks) == 3
+    for block in blocks:
+        kept = adapter.dump_python(adapter.validate_python(block), exclude_unset=True, by_alias=True, warnings="error")
+        assert json.loads(json.dumps(kept)) == block
+    with pytest.raises(ValueError, match="form must be one of anthropic, openai, openai-chat, mcp"):
+        shown("a").to_messages("claude")
+
+
+def test_a_result_is_short_as_repr_and_safe_as_html() -> None:
+    result = shown("<script>" * 100_000, b"picture", {"text/html": "<script>"})
+    assert len(repr(result)) < 400
+    bundle = result._repr_mimebundle_()
+    assert bundle["text/plain"] == repr(result)
+    assert "<script" not in bundle["text/html"]
+    assert f'<img src="data:image/png;base64,{base64.b64encode(b"picture").decode()}">' in bundle["text/html"]
+
+
+def test_text_for_language_models_is_preferred_and_files_need_no_directory() -> None:
+    result = shown(
+        {"text/llm+plain": "for models", "text/plain": "for people"}, {"image/png": "!"}, {"text/html": "<b>"}
+    )
+    assert result.text.startswith("for models")
+    assert [(file.mime_type, file.suffix, file.data) for file in result.files] == [("text/html", ".html", b"<b>")]
+    assert result.images == []
 
 
 # ======================================================================================================
