@@ -637,8 +637,8 @@ class PipeCodec:
         """Return the frame of `parts`. Raises: ProtocolError for more than MAX_PARTS."""
         if len(parts) > MAX_PARTS:
             raise ProtocolError(f"A message has {len(parts)} parts.")
-        body = _join_parts(">I", parts)
-        return cls._HEAD.pack(b"JX", len(body)) + body
+        length = 4 * (len(parts) + 1) + sum(map(len, parts))
+        return _join_parts(">I", parts, cls._HEAD.pack(b"JX", length))
 
     def feed(self, data: bytes) -> Iterator[list[bytes]]:
         """Take received bytes; yield the parts of each complete frame. Raises: ProtocolError; close then."""
@@ -711,10 +711,10 @@ class V1Codec:
         yield from messages_of(_channel(parts[0].decode("utf-8", "replace")), parts[1:])
 
 
-def _join_parts(word: str, parts: Sequence[bytes]) -> bytes:
+def _join_parts(word: str, parts: Sequence[bytes], head: bytes = b"") -> bytes:
     # The table is the number of parts, then the offset of each from the table's start, all in one format.
     offsets = itertools.accumulate(map(len, parts[:-1]), initial=struct.calcsize(word) * (len(parts) + 1))
-    return b"".join((struct.pack(f"{word[0]}{len(parts) + 1}{word[1]}", len(parts), *offsets), *parts))
+    return b"".join((head, struct.pack(f"{word[0]}{len(parts) + 1}{word[1]}", len(parts), *offsets), *parts))
 
 
 def _cut_parts(word: str, data: bytes | memoryview) -> list[bytes]:
