@@ -3356,6 +3356,7 @@ class KernelHost:
 
     def _check_order(self, server: ChildProcess, number: int) -> None:
         """Kill a fork server that has forked before but is late with this order; launch the kernels that it owes."""
+        self._read_pids(server)
         if self._kernels.get(server.name) is not server or server.forked >= number:
             return
         if not server.forked:  # it is still at its preload, which may take long
@@ -3499,9 +3500,12 @@ class KernelHost:
     def _end(self, kernel: ChildProcess) -> None:
         """Kill what is left of a kernel, and free what belongs to it."""
         if kernel.pid:  # and its session, and what left the session but has its mark
-            _kill_all({kernel.pid, *_family(kernel.pid, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())})
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(kernel.pid, signal.SIGKILL)
+            family = {kernel.pid, *_family(kernel.pid, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())}
+            # A kernel that was forked a moment ago still has its fork server's session and mark, but lives on.
+            _kill_all(family - {other.pid for other in self._kernels.values()})
+            if not kernel.channel:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(kernel.pid, signal.SIGKILL)
         if kernel.stderr:
             kernel.stderr.close()
         if kernel.sockets:
