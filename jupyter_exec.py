@@ -2475,7 +2475,7 @@ def place_of(result: ExecutionResult, code: str) -> str:
     else:
         lines = _traced_lines(result)[::-1]
     # IPython does not count the empty lines at the start.
-    start = len(code[: len(code) - len(code.lstrip())].splitlines()) if code[:1].isspace() else 0
+    start = code[: len(code) - len(code.lstrip())].count("\n")
     texts = code.splitlines()[start:]
     if not lines or not 0 < lines[0] <= len(texts):
         return ""
@@ -2936,8 +2936,9 @@ FORKED_MODULES = ["IPython.core.completerlib", "IPython.core.debugger", "IPython
 FORKED_MODULES += ["IPython.extensions.storemagic", "faulthandler", "ipykernel.debugger", "ipykernel.kernelapp"]
 FORKED_MODULES += ["tornado.platform.asyncio", "tornado.queues"]
 # `-m ipykernel_launcher` with the stack of a crash on stderr itself: ipykernel will read what is written to 2.
-LAUNCHER = "import sys; path = sys.path[:]; sys.path.remove(''); import faulthandler, os, runpy; sys.path[:] = path"
-LAUNCHER += "; faulthandler.enable(os.dup(2)); runpy.run_module('ipykernel_launcher', None, '__main__', True)"
+LAUNCHER = "import sys; path = sys.path; sys.path = [p for p in path if p]; import faulthandler, os, runpy"
+LAUNCHER += "; sys.path = path; faulthandler.enable(os.dup(2))"
+LAUNCHER += "; runpy.run_module('ipykernel_launcher', None, '__main__', True)"
 CANNOT_FORK = 75  # exit status of a fork server that cannot be one
 _PYTHON = re.compile(r"python[0-9.]*(\.exe)?\Z")
 # What a kernel that serves a program does without: the history database and a pause after each cell. In, Out and
@@ -3610,13 +3611,13 @@ _CELL_FILE = re.compile(r".*([/\\]ipykernel_\d+[/\\]\d+\.py|<ipython-input-)")
 def without_machinery(stderr: str) -> str:
     """Shorten the stack that Python wrote when it died to the frames of the cell and of what that had called."""
     before, mark, dump = stderr.rpartition("Fatal Python error: ")
-    reason, _, threads = dump.partition("\n")
-    frames = threads.partition("Current thread 0x")[2].partition("\n\n")[0].splitlines()[1:]
-    own = [frame for frame in frames if _CELL_FILE.match(frame)]
-    if not mark or not own:
-        return stderr[-STDERR_TAIL:]
-    called = frames[: frames.index(own[0])]
-    return "\n".join([before[-STDERR_TAIL // 2 :] + mark + reason, *called[:5], *own[:5], *own[5:][-1:]])
+    for thread in reversed(dump.split("\n\n") if mark else []):  # the main thread is the last
+        frames = [line for line in thread.splitlines() if line.startswith("  File ")]
+        if own := [frame for frame in frames if _CELL_FILE.match(frame)]:
+            called = frames[: frames.index(own[0])]
+            reason = dump.partition("\n")[0]
+            return "\n".join([before[-STDERR_TAIL // 2 :] + mark + reason, *called[:5], *own[:5], *own[5:][-1:]])
+    return stderr[-STDERR_TAIL:]
 
 
 def _family(session: int, marker: bytes) -> Iterator[int]:
@@ -6284,7 +6285,7 @@ class Job:
         self._answer: Any = None
         self._result: Any = None
         self._error: BaseException | None = None
-        self._answered, self._ended = threading.Event(), threading.Event()
+        self.answered, self.ended = threading.Event(), threading.Event()  # `answered` also if it was detached
         self._on_event: list[Callable[[], object]] = []
         self.ticket, self.since = self._turns.ticket()
         thread = threading.Thread(target=self._run, args=(executor._worker(),), name="jupyter_exec job", daemon=True)
@@ -6297,7 +6298,7 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether it has ended, well or not."""
-        return self._ended.is_set()
+        return self.ended.is_set()
 
     @property
     def detached(self) -> bool:
@@ -6328,7 +6329,7 @@ class Job:
 
         May be called from many threads, and again and again. Raises: as `execute` of the executor.
         """
-        if not self._ended.wait(None if seconds is None else max(0, min(seconds, threading.TIMEOUT_MAX))):
+        if not self.ended.wait(None if seconds is None else max(0, min(seconds, threading.TIMEOUT_MAX))):
             return None
         if self._error:
             raise self._error
@@ -6349,14 +6350,13 @@ class Job:
     def detach(self, so_far: ExecutionResult) -> None:
         """Answer whoever waits for it by what there is by now: its time is over."""
         answer = self._call.so_far(so_far)
-        if self._turns.detach(self) and not self._answered.is_set():
+        if self._turns.detach(self) and not self.answered.is_set():
             self._answer = answer
-            self._tell(self._answered)
+            self._tell(self.answered)
 
-    def answer(self, seconds: float | None = None) -> Any:
-        """Return the result, or that by the time when it was detached. Raises: as `wait`."""
-        self._answered.wait(seconds)
-        return self._answer if self._answer is not None else self.wait(0)
+    def answer(self) -> Any:
+        """Return the result, or what there was when it was detached; None before. Raises: as `wait`."""
+        return self._answer if self.detached else self.wait(0)
 
     def _run(self, executor: JupyterCodeExecutor) -> None:
         try:
@@ -6370,8 +6370,8 @@ class Job:
             else:
                 self._error = error
         del executor
-        self._tell(self._ended)
-        self._tell(self._answered)
+        self._tell(self.ended)
+        self._tell(self.answered)
 
     def _tell(self, event: threading.Event) -> None:
         event.set()
@@ -6574,17 +6574,14 @@ class JupyterCodeExecutor(Stoppable):
                 return call.run(self, None)
         job = Job(self, call)
         try:
-            answer = job.answer()
-        except KeyboardInterrupt:
+            while not job.answered.wait(1.0):  # a signal does not end it, if another thread was given that
+                pass
+        except BaseException:  # Ctrl-C, or a signal handler that raises
             job.interrupt()
-            job.wait(INTERRUPT_GRACE)
+            job.answered.wait(INTERRUPT_GRACE)
             raise
-        self._keep(job)
-        return answer
-
-    def _keep(self, job: Job) -> None:
-        if job.detached:
-            self._job = job
+        self._job = job if job.detached else self._job
+        return job.answer()
 
     def _worker(self) -> JupyterCodeExecutor:
         """Return the same executor for a job's thread, which must not keep this object from being collected."""
@@ -6737,7 +6734,7 @@ class AsyncJob:
 
     async def wait(self, seconds: float | None = None) -> Any:
         """Like Job.wait; leaving it does not end the job."""
-        await self._job.until(lambda: self._job.done, seconds)
+        await self._job.until(self._job.ended.is_set, seconds)
         return self._job.wait(0)
 
 
@@ -6826,16 +6823,16 @@ class AsyncJupyterCodeExecutor(Single):
         executor = await self._started()
         job = Job(executor, call)
         try:
-            await job.until(lambda: job.detached or job.done)
+            await job.until(job.answered.is_set)
         except asyncio.CancelledError:
             job.interrupt()
             while not job.done:
                 if self._pending:
                     self._pending.cancel()
                 with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
-                    await job.until(lambda: job.done, INTERRUPT_RETRY)
+                    await job.until(job.ended.is_set, INTERRUPT_RETRY)
             raise
-        executor._keep(job)
+        executor._job = job if job.detached else executor._job
         return job.answer()
 
     def _hook(self, hook: AsyncHook | None) -> AsyncHook | None:
@@ -6908,15 +6905,15 @@ class AsyncJupyterCodeExecutor(Single):
         outputs: asyncio.Queue[Any] = asyncio.Queue(STREAM_AHEAD)
         left = False
 
-        async def put(output: Any) -> None:
+        async def show(output: Any) -> None:
             if not left:
                 await outputs.put(output)
 
         async def run() -> None:
             try:
-                await put(await self.execute(code, timeout=timeout, on_output=put, on_input=on_input))
+                await show(await self.execute(code, timeout=timeout, on_output=show, on_input=on_input))
             except Exception as error:
-                await put(error)
+                await show(error)
 
         running = asyncio.ensure_future(run())
         try:
