@@ -59,7 +59,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, cast
@@ -6895,7 +6895,7 @@ class AsyncJupyterCodeExecutor(Single):
 
     async def stream(
         self, code: str, *, timeout: float | None = None, on_input: AsyncHook | None = None
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Run one cell; yield its outputs as they come (see `on_output`), and last its ExecutionResult.
 
         Leaving the iteration interrupts the cell; `contextlib.aclosing` makes certain that this is at once.

@@ -24,6 +24,7 @@ import copy
 import functools
 import gc
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -51,6 +52,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import httpx
 import nbformat
 import pytest
 import tornado.httpserver
@@ -6419,6 +6421,222 @@ def test_many_cells_do_not_block_the_event_loop(server: LocalJupyterServer) -> N
     lags = asyncio.run(main())
     assert len(lags) > 20  # the loop went on turning for half a second
     assert sorted(lags)[len(lags) // 2] < 0.02
+
+
+async def longest_lag(work: Any) -> float:
+    """Return for how many seconds at most the loop did not turn while `work` was awaited."""
+    task, lags = asyncio.ensure_future(work), []
+    while not task.done():
+        before = time.monotonic()
+        await asyncio.sleep(0.001)
+        lags.append(time.monotonic() - before)
+    await task
+    return max(lags)
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("where", ["local", "docker"])
+def test_bench_lag_of_the_loop(benchmark: Any, where: str, request: pytest.FixtureRequest) -> None:
+    if where == "docker":
+        request.getfixturevalue("containers")
+
+    async def work() -> None:
+        async with LocalJupyterServer() if where == "local" else docker_server() as server:
+            async with AsyncJupyterCodeExecutor(server, on_timeout="detach") as executor:
+                await asyncio.gather(*(executor.execute("print(5)") for _ in range(20)))
+                await executor.execute("import time; time.sleep(1)", timeout=0.5)
+                assert (await executor.wait()).status == "ok"
+                async for _ in executor.stream("for i in range(1000): print(i)"):
+                    pass
+                await executor.restart()
+
+    benchmark.extra_info["longest lag in ms"] = asyncio.run(longest_lag(work())) * 1000
+    benchmark.pedantic(lambda: None)
+
+
+def test_a_stream_gives_outputs_as_they_come_and_last_the_result(server: LocalJupyterServer) -> None:
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(server, on_input=lambda prompt, password: "yes") as executor:
+            seen = []
+            async for output in executor.stream("print(input(), flush=True)\n" + FOR_EVER):
+                seen.append(output if isinstance(output, dict) else output.status)
+                if output in (
+                    {"output_type": "stream", "name": "stdout", "text": text} for text in ("go\n", "yes\ngo\n")
+                ):
+                    executor.interrupt()
+            assert "".join(output.get("text", "") for output in seen[:-2]) == "yes\ngo\n"
+            assert (seen[-2]["ename"], seen[-1]) == ("KeyboardInterrupt", "interrupted")
+            flood = [output async for output in executor.stream("for i in range(2000): display(i)")]
+            assert (len(flood), flood[-1].status) == (2001, "ok")
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+@pytest.mark.parametrize("code", [FOR_EVER, "while True: display(1)"])
+def test_leaving_a_stream_interrupts_the_cell(server: LocalJupyterServer, code: str) -> None:
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(server) as executor:
+            await executor.execute("x = 5")
+            async with contextlib.aclosing(executor.stream(code)) as outputs:
+                async for _ in outputs:
+                    break
+            async for _ in executor.stream(code):  # collected at once, and closed soon
+                break
+            assert (await executor.execute("x")).text == "5"
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_a_stream_raises_what_keeps_the_cell_from_running(server: LocalJupyterServer) -> None:
+    async def main() -> None:
+        executor = AsyncJupyterCodeExecutor(server)
+        async with executor:
+            pass
+        with pytest.raises(JupyterExecError, match="was stopped"):
+            async for _ in executor.stream("1"):
+                pass
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_coroutine_hooks_run_on_the_loop_of_the_call(
+    server: LocalJupyterServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        loops, never = [], asyncio.Event()
+        executor: AsyncJupyterCodeExecutor
+
+        async def on_output(output: dict[str, Any]) -> None:
+            loops.append(asyncio.get_running_loop())
+            if output.get("text") == "stuck\n":
+                await never.wait()
+            with pytest.raises(JupyterExecError, match="hooks cannot run another one"):
+                await executor.execute("1")
+
+        async def on_input(prompt: str, password: bool) -> str:
+            return f"to {prompt}"
+
+        async with AsyncJupyterCodeExecutor(server, on_output=on_output, on_input=on_input) as executor:
+            result = await executor.execute("input('me')")
+            assert result.text.endswith("'to me'")
+            assert loops and set(loops) == {asyncio.get_running_loop()}
+            task = asyncio.ensure_future(executor.execute("print('stuck', flush=True)\nimport time; time.sleep(60)"))
+            while len(loops) < 2:
+                await asyncio.sleep(0.01)
+            task.cancel()  # though the hook waits for ever
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await executor.execute("5")).text == "5"
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_a_hook_whose_loop_is_gone_ends_nothing(server: LocalJupyterServer, caplog: pytest.LogCaptureFixture) -> None:
+    async def hook(output: dict[str, Any]) -> None:
+        await asyncio.sleep(60 if output.get("text") == "a\n" else 0)
+
+    async def main() -> AsyncJupyterCodeExecutor:
+        executor = AsyncJupyterCodeExecutor(server, on_output=hook, on_timeout="detach")
+        assert (await executor.execute(GO_ON, timeout=0.3)).status == "running"
+        return executor
+
+    async def end(executor: AsyncJupyterCodeExecutor) -> None:
+        assert (await executor.wait()).text == "a\nb\n42"
+        await executor.stop()
+
+    executor = asyncio.run(main())
+    asyncio.run(asyncio.wait_for(end(executor), PATIENCE))
+    assert "on_output raised" in caplog.text
+
+
+def test_the_async_executor_has_jobs_and_all_that_the_other_has(server: LocalJupyterServer, tmp_path: Path) -> None:
+    async def main() -> None:
+        executor = AsyncJupyterCodeExecutor(server, "python3", 1, tmp_path, functions=[add_two], on_timeout="detach")
+        assert "add_two" in executor.system_message and executor.connection_file is None
+        first, second = await asyncio.gather(executor.execute("x = 1; x"), executor.execute("x += 1; x"))
+        assert (first.text, second.text) == ("1", "2")  # in the order of the calls, before the start too
+        assert os.path.exists(executor.connection_file or "")
+        assert (await executor.run(FOR_EVER)).kernel_state == "busy"
+        assert (await executor.execute("1")).kernel_state == "busy"
+        assert await executor.wait(0.01) is None
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(executor.wait(), 0.01)
+        executor.interrupt()
+        assert (await executor.wait()).exit_code == 130
+        job = await executor.submit([CodeBlock("add_two(1)")])
+        assert (await job.wait()).output == job.output == "3"
+        assert (job.done, job.status) == (True, "done")
+        await executor.stop()
+        await executor.stop()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_the_async_executor_has_the_methods_and_arguments_of_the_other() -> None:
+    ours = {name for name in dir(JupyterCodeExecutor) if name[0] != "_"} - {
+        "CODE_WRITER_SYSTEM_MESSAGE",
+        "UserCapability",
+    }
+    assert ours - set(dir(AsyncJupyterCodeExecutor)) == {"code_extractor", "user_capability", "execute_block"}
+    for name in ("__init__", "execute", "submit", "wait", "save_notebook", "restart", "stop", "interrupt"):
+        theirs, here = (
+            inspect.signature(getattr(kind, name)) for kind in (JupyterCodeExecutor, AsyncJupyterCodeExecutor)
+        )
+        assert [*theirs.parameters] == [*here.parameters][: len(theirs.parameters)], name
+
+
+def test_servers_are_left_without_blocking_the_loop() -> None:
+    async def main() -> None:
+        async with LocalJupyterServer() as server, AsyncJupyterCodeExecutor(server) as executor:
+            assert (await executor.execute("1")).text == "1"
+        with pytest.raises(ConnectionClosed):
+            server.kernelspecs()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def readme_code(after: str) -> str:
+    """Return the first Python block of the README after some words."""
+    text = (HERE / "README.md").read_text(encoding="utf-8").partition(after)[2]
+    return text.partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_readmes_cells_that_take_long(tmp_path: Path) -> None:
+    code = readme_code("## Cells that take long")
+    result = run_python(code, cwd=tmp_path)
+    said = result.stdout.splitlines()
+    assert result.stderr == ""
+    shown = [comment.strip() for comment in re.findall(r"# (exit_code.*)", code)]
+    assert [said[0], said[3]] == shown
+    assert [said[1], said[2], *said[4:]] == ["busy", "None", "0", "1", "2", " done 0", "1", "2", ""]
+
+
+def test_the_readmes_web_service_streams_and_interrupts_on_disconnect(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(readme_code("A web service that streams"))
+    port, environment = free_port(), os.environ | {"PYTHONPATH": str(MODULE.parent)}
+    command = [sys.executable, "-m", "uvicorn", "--port", str(port), "app:app"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    log_text = (tmp_path / "log").read_text
+    try:
+        eventually(lambda: "Application startup complete" in log_text() or process.poll() is not None, "it listens")
+        assert process.poll() is None, log_text()
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
+            assert "<button" in client.get("/").text
+
+            def post(code: str) -> Any:
+                return client.stream("POST", "/run", json={"code": code})
+
+            with post(f"x = 5\n{FOR_EVER}") as response:  # left as soon as the first line is there, long before its end
+                assert json.loads(next(response.iter_lines()))["text"] == "go\n"
+            with post("print(x)\nx + 1") as response:
+                lines = [json.loads(line) for line in response.iter_lines()]
+            assert [line.get("text") for line in lines] == ["5\n", None, None]
+            assert lines[1]["data"] == {"text/plain": "6"} and lines[2] == {"status": "ok"}
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(PATIENCE)
+    assert "Traceback" not in log_text(), log_text()
 
 
 def test_copies_of_an_executor_are_itself(executor: JupyterCodeExecutor) -> None:
