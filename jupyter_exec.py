@@ -23,7 +23,7 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
     7  Kernel client         one cell at a time: replies, outputs, deadline, interrupt, death
     8  Kernel host           kernelspecs, launch, watch, relay; runs at the other end of a pipe
     9  Servers               LocalJupyterServer, DockerJupyterServer, CommandJupyterServer, RemoteJupyterServer
-    10 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor and its async face
+    10 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor and its async face, Job
     11 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
     12 License
 
@@ -2415,8 +2415,8 @@ class Hooks:
 class Cell:
     """A cell that runs: what has come of it, who is to hear of that, and by when what is due."""
 
-    def __init__(self, execution: Execution, code: str, seconds: float | None, hooks: Hooks) -> None:
-        self.execution, self.code, self.hooks = execution, code, hooks
+    def __init__(self, execution: Execution, seconds: float | None, hooks: Hooks) -> None:
+        self.execution, self.hooks = execution, hooks
         self.started = time.monotonic()
         self.result: ExecutionResult | None = None  # once it has ended
         self.reading: Deadline | None = None  # of slow hooks, after its end
@@ -2451,8 +2451,6 @@ class Cell:
     def finish(self) -> ExecutionResult:
         with self.lock:
             self.result = result = self.execution.result(time.monotonic() - self.started)
-            if result.status == "timeout":
-                result.note += place_of(result, self.code)
         if self.hooks.on_result:
             self.hooks.on_result(result)
         return result
@@ -2611,7 +2609,7 @@ class KernelClient:
         hooks = hooks or Hooks()
         content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=bool(hooks.on_input))
         request = self._message("shell", "execute_request", content)
-        cell = Cell(Execution(request.msg_id, max_output), code, timeout, hooks)
+        cell = Cell(Execution(request.msg_id, max_output), timeout, hooks)
         self._settle(cell)
         self._running = cell
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
@@ -2935,10 +2933,20 @@ module["MAIN"](kind + size + program)
 FORKED_MODULES = ["IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect", "encodings.idna"]
 FORKED_MODULES += ["IPython.extensions.storemagic", "faulthandler", "ipykernel.debugger", "ipykernel.kernelapp"]
 FORKED_MODULES += ["tornado.platform.asyncio", "tornado.queues"]
-# `-m ipykernel_launcher` with the stack of a crash on stderr itself: ipykernel will read what is written to 2.
-LAUNCHER = "import sys; path = sys.path; sys.path = [p for p in path if p]; import faulthandler, os, runpy"
-LAUNCHER += "; sys.path = path; faulthandler.enable(os.dup(2))"
-LAUNCHER += "; runpy.run_module('ipykernel_launcher', None, '__main__', True)"
+# `-m ipykernel_launcher` with the stack of a crash on stderr itself: what is written to 2 ipykernel will read.
+LAUNCHER = """\
+import sys
+path = sys.path
+sys.path = [place for place in path if place]
+import os, runpy
+try:
+    import faulthandler
+    faulthandler.enable(os.dup(2))
+except ImportError:
+    pass
+sys.path = path
+runpy.run_module("ipykernel_launcher", None, "__main__", True)
+"""
 CANNOT_FORK = 75  # exit status of a fork server that cannot be one
 _PYTHON = re.compile(r"python[0-9.]*(\.exe)?\Z")
 # What a kernel that serves a program does without: the history database and a pause after each cell. In, Out and
@@ -3763,7 +3771,7 @@ def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
     os.setsid()
     os.dup2(errors, 2)
     os.close(errors)
-    faulthandler.enable(os.dup(2))  # ipykernel will read what is written to 2
+    faulthandler.enable(os.dup(2))  # what is written to 2 ipykernel will read
     _prctl(_PR_SET_DUMPABLE, 1)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != host:
@@ -6192,6 +6200,10 @@ class Turns:
                 self._changed.wait()
 
 
+def _not_begun() -> ExecutionResult:
+    return ExecutionResult("interrupted", 130, "intact", _NOT_BEGUN, [])
+
+
 class CellCall:
     """A call that runs one cell; `timeout` and hooks that are None are the executor's."""
 
@@ -6203,10 +6215,13 @@ class CellCall:
         on_input: InputHook | None = None,
     ) -> None:
         self._code, self._timeout, self._on_output, self._on_input = code, timeout, on_output, on_input
+        self.last: ExecutionResult | None = None
 
     def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
         executor._make_ready()
-        return executor._run_cell(self._code, self._code, self._timeout, self._on_output, self._on_input, job=job)
+        code, timeout = self._code, self._timeout
+        self.last = result = executor._run_cell(code, code, timeout, self._on_output, self._on_input, job=job)
+        return result
 
     def so_far(self, result: ExecutionResult) -> ExecutionResult:
         """Return what the call has done by now; `result` is that of its running cell."""
@@ -6216,8 +6231,9 @@ class CellCall:
         """Return the text so far; `result` is that of its latest cell."""
         return render(result.outputs, result.note * (result.status != "running"), lambda data: None) if result else ""
 
-    def not_run(self, exit_code: int, state: str, note: str) -> ExecutionResult:
-        return ExecutionResult("interrupted" if exit_code == 130 else "error", exit_code, state, note, [])
+    def not_run(self, result: ExecutionResult) -> ExecutionResult:
+        self.last = result
+        return result
 
 
 class BlocksCall:
@@ -6265,8 +6281,14 @@ class BlocksCall:
         texts, last = self._ended
         return "\n".join([*texts, *[CellCall("").text(result)] * (result is not last)])
 
-    def not_run(self, exit_code: int, state: str, note: str) -> CodeResult:
-        return CodeResult(exit_code, note, [], state)
+    def not_run(self, result: ExecutionResult) -> CodeResult:
+        self._add(result)
+        return self._total("")
+
+    @property
+    def last(self) -> ExecutionResult | None:
+        """The result of the last block that has ended."""
+        return self._ended[1]
 
 
 class Job:
@@ -6312,15 +6334,16 @@ class Job:
         """
         if not self.done:
             return "running" if self._cell else "waiting"
-        if self._cell is None or self._cell.result is None:
-            return "interrupted" if self.interrupted and not self._error else "failed"
-        return {"ok": "done", "error": "done"}.get(self._cell.result.status, self._cell.result.status)
+        status = "failed" if self._error else self._call.last.status if self._call.last else "ok"
+        return {"ok": "done", "error": "done"}.get(status, status)
 
     @property
     def output(self) -> str:
         """The text so far, as it will stand in the result; head and tail of what is over `max_output` characters."""
         if isinstance(self._result, CodeResult):
             return self._result.output
+        if isinstance(self._result, ExecutionResult):
+            return shorten(self._result.text, self._limit, (), "")
         cell = self._cell
         return shorten(self._call.text(cell.so_far() if cell else None), self._limit, (), "")
 
@@ -6363,10 +6386,10 @@ class Job:
             with self._turns.turn(job=self):
                 self._result = self._call.run(executor, self)
         except KernelBusy as error:
-            self._result = self._call.not_run(1, "busy", str(error))
+            self._result = self._call.not_run(ExecutionResult("error", 1, "busy", str(error), []))
         except BaseException as error:
             if self.interrupted and str(error) == _NOT_BEGUN:
-                self._result = self._call.not_run(130, "intact", _NOT_BEGUN)
+                self._result = self._call.not_run(_not_begun())
             else:
                 self._error = error
         del executor
@@ -6622,7 +6645,7 @@ class JupyterCodeExecutor(Stoppable):
     ) -> ExecutionResult:
         """Run a cell, which stands in the notebook as `shown`."""
         if job and job.interrupted:
-            return ExecutionResult("interrupted", 130, "intact", _NOT_BEGUN, [])
+            return _not_begun()
         evictions = self._turns.evictions
 
         def keep(result: ExecutionResult) -> None:
@@ -6632,6 +6655,8 @@ class JupyterCodeExecutor(Stoppable):
             if self._turns.overtaken:
                 self._turns.overtaken = False
                 result.note = "\n".join(filter(None, (_FRESH, result.note)))
+            if result.status == "timeout" and code == shown:  # no shell script
+                result.note += place_of(result, code)
             self._journal.add(shown, result)
 
         hooks = Hooks(

@@ -6071,11 +6071,16 @@ def test_names_of_python(executor: JupyterCodeExecutor, language: Any) -> None:
     assert run_block(executor, "6 * 7", language).output == "42"
 
 
-def test_a_shell_block_that_exceeds_its_time_says_so_in_its_status(server: LocalJupyterServer, tmp_path: Path) -> None:
+def test_a_shell_block_that_exceeds_its_time_says_so_in_its_status(
+    server: LocalJupyterServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with JupyterCodeExecutor(server, timeout=1, output_dir=tmp_path) as executor:
         result = run_block(executor, "echo a; sleep 30", "bash")
         assert (result.exit_code, result.kernel_state) == (124, "intact")
         assert "Timeout: interrupted after 1 s" in result.output
+        monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
+        result = run_block(executor, "trap '' INT; sleep 30; sleep 30", "bash")
+        assert result.output.endswith("all variables are lost")  # and no line of our own program
 
 
 @pytest.mark.parametrize(("code", "status"), [("exit(3)", 3), ("quit(0)", 0), ("exit(-1)", 255)])
