@@ -25,7 +25,7 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
     9  Jupyter servers       JupyterConnectionInfo, RemoteJupyterServer: REST and WebSockets
     10 Hosted servers        the link to a kernel host, CommandJupyterServer, LocalJupyterServer
     11 Docker                DockerJupyterServer
-    12 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor and its async face
+    12 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor and its async face, Job
     13 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
     14 License
 
@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import functools
 import heapq
 import io
@@ -60,24 +61,26 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
+    import asyncio
     import hmac
     import subprocess
 
 __version__ = "0.1.0"
 
-__all__ = ["CODE_WRITER_SYSTEM_MESSAGE", "AsyncJupyterCodeExecutor", "CodeBlock", "CodeResult"]
+__all__ = ["CODE_WRITER_SYSTEM_MESSAGE", "AsyncJob", "AsyncJupyterCodeExecutor", "CodeBlock", "CodeResult"]
 __all__ += ["CommandJupyterServer", "ConnectionClosed", "DockerJupyterServer", "ExecutionError", "ExecutionResult"]
-__all__ += ["ExecutionTimeout", "IPythonCodeResult", "InputHook", "JupyterCodeExecutor", "JupyterConnectionInfo"]
-__all__ += ["JupyterExecError", "JupyterServer", "KernelClient", "KernelConnection", "KernelDied", "KernelError"]
-__all__ += ["KernelSpecNotFound", "KernelStartFailed", "LocalJupyterServer", "MarkdownCodeExtractor", "OutputFile"]
-__all__ += ["OutputHook", "ProtocolError", "RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError"]
+__all__ += ["ExecutionTimeout", "IPythonCodeResult", "InputHook", "Job", "JupyterCodeExecutor"]
+__all__ += ["JupyterConnectionInfo", "JupyterExecError", "JupyterServer", "KernelClient", "KernelConnection"]
+__all__ += ["KernelDied", "KernelError", "KernelSpecNotFound", "KernelStartFailed", "LocalJupyterServer"]
+__all__ += ["MarkdownCodeExtractor", "OutputFile", "OutputHook", "ProtocolError", "RemoteJupyterServer"]
+__all__ += ["SandboxError", "ServerError", "SignatureError"]
 
 PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
@@ -142,8 +145,13 @@ TEXT_PIECE = 4096  # characters of a stream up to which what follows is joined a
 MAX_MODEL_IMAGE = 4 * 2**20  # bytes of a picture for a language model; in base64 a third more
 MAX_FILES = 500  # files of one call
 MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
+HOOK_RUNS_CELL = "A cell is running: its hooks cannot run another one."
+STREAM_AHEAD = 100  # outputs that wait for who iterates over `stream`, before the cell's outputs do
+STILL_RUNNING = "the code is still running; wait() returns the rest"
 TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
 STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
+RAW_STDERR_TAIL = 2**16  # bytes of a stderr before the stack that Python wrote there at its death is shortened
+DUMP_TIME = 0.2  # seconds that a kernel which is to be killed has to write its stack
 PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between choosing and binding them
 
 Json = dict[str, Any]
@@ -1202,10 +1210,11 @@ _BLOCKS = {"anthropic": _anthropic_block, "openai": _openai_block, "openai-chat"
 class ExecutionResult:
     """What one cell did.
 
-    `status` is "ok", "error", "timeout", "interrupted", "died" or "exited"; `kernel_state` is "intact", "lost"
-    (all variables are gone) or "busy"; `note` is the sentence about it, empty when all is well. `outputs` are
-    dicts in the shape of nbformat 4 (stream, execute_result, display_data, error); `missing` is how many characters
-    of streams are not in them, since there were more than `max_output`.
+    `status` is "ok", "error", "timeout", "running" (its time is over; the executor's `wait` has the rest),
+    "interrupted", "died" or "exited"; `kernel_state` is "intact", "lost" (all variables are gone) or "busy"; `note` is
+    the sentence about it, empty when all is well. `outputs` are dicts in the shape of nbformat 4 (stream,
+    execute_result, display_data, error); `missing` is how many characters of streams are not in them, since there
+    were more than `max_output`.
     """
 
     status: str
@@ -1300,7 +1309,7 @@ class ExecutionResult:
 
     def raise_for_error(self) -> None:
         """Raise ExecutionError, ExecutionTimeout, KernelDied or JupyterExecError unless the cell ended well."""
-        if self.status == "timeout":
+        if self.status in ("timeout", "running"):
             raise ExecutionTimeout(self.note)
         if self.death and self.status == "died":
             raise self.death
@@ -1488,6 +1497,8 @@ class Execution:
             return "ok", 0, "intact", self._loss_note
         if self._reply:
             return "error", 1, "intact", self._loss_note
+        if not self.done:
+            return "running", 124, "busy", STILL_RUNNING
         if self.reconnected and not self.started:
             return "error", 1, "intact", "The connection was lost; nobody knows whether the code ran"
         return "error", 1, "intact", "The kernel gave up the code, or its reply was lost"
@@ -1905,7 +1916,9 @@ class Outbox:
 class Tail:
     """Reads a pipe, such as the stderr of a process, and keeps the end of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = STDERR_TAIL) -> None:
+        """`limit`: bytes that are kept."""
+        self._limit = limit
         self._descriptor, self.writer = os.pipe()  # whoever gives `writer` to a process closes it
         os.set_blocking(self._descriptor, False)
         self._data = bytearray()
@@ -1930,7 +1943,7 @@ class Tail:
         except BlockingIOError:
             return True
         self._data += data
-        del self._data[:-STDERR_TAIL]
+        del self._data[: -self._limit]
         if not data and self._loop:
             self._loop.on_readable(self._descriptor, None)
         return bool(data)
@@ -2104,8 +2117,11 @@ class KernelControl(Protocol):
         Return False, and do nothing, if the kernel wants an interrupt_request instead.
         """
 
-    def kill(self) -> None:
-        """Kill the kernel, if it is ours; the mailbox gets its KernelDied."""
+    def kill(self, dump: bool = False) -> None:
+        """Kill the kernel, if it is ours; the mailbox gets its KernelDied.
+
+        With `dump` it writes its Python stack to its stderr before, where that can be.
+        """
 
     def abandon(self) -> None:
         """Give up the host that did not answer to `kill`; the next start makes a new one."""
@@ -2452,17 +2468,30 @@ class WebSocketChannels:
 
 OutputHook = Callable[[Json], None]
 InputHook = Callable[[str, bool], str]
+ResultHook = Callable[[ExecutionResult], None]
 
 
 class Hooks:
-    """What a caller wants to hear of a cell while it runs. What raises in them costs a warning in the log."""
+    """What a caller wants to hear of a cell while it runs. What raises in them costs a warning in the log.
+
+    `record` gets every output before `on_output` does, and is quick. `on_timeout(so_far)`, with the result so far,
+    is called instead of an interrupt when the time is over: the cell goes on. `on_result` gets the result even if
+    Ctrl-C ends the call.
+    """
 
     def __init__(
-        self, on_output: OutputHook | None = None, on_input: InputHook | None = None, record: OutputHook | None = None
+        self,
+        on_output: OutputHook | None = None,
+        on_input: InputHook | None = None,
+        *,
+        record: OutputHook | None = None,
+        on_timeout: ResultHook | None = None,
+        on_result: ResultHook | None = None,
     ) -> None:
-        self._on_output, self._on_input, self._record = on_output, on_input, record
+        self._on_output, self.on_input, self._record = on_output, on_input, record
+        self.on_timeout, self.on_result = on_timeout, on_result
         self.slow = bool(on_output or on_input)  # code of others, which may take its time
-        self.muted = False  # it took too much
+        self.muted = False  # it took too much, or the call is at its end
 
     def show(self, output: Json) -> None:
         if self._record:
@@ -2475,9 +2504,9 @@ class Hooks:
 
     def answer(self, content: Json) -> str:
         """Return the answer to an input_request; "\x04" is the end of input: the cell gets EOFError."""
-        if self._on_input:
+        if self.on_input and not self.muted:
             try:
-                answer = self._on_input(text_of(content.get("prompt")), bool(content.get("password")))
+                answer = self.on_input(text_of(content.get("prompt")), bool(content.get("password")))
                 if isinstance(answer, str):
                     return answer
                 if answer is not None:
@@ -2487,23 +2516,87 @@ class Hooks:
                 pass
             except Exception:
                 logger.warning("on_input raised; the cell gets EOFError", exc_info=True)
-        return "\x04" if self._on_input else ""
+        return "\x04" if self.on_input else ""
 
 
-class Watch:
-    """What a running cell has time for, and by when what is due."""
+class Cell:
+    """A cell that runs: what has come of it, who is to hear of that, and by when what is due."""
 
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
-        self.deadline = Deadline(seconds)
-        self.reading: Deadline | None = None  # of slow hooks, after a cell's end
-        self.grace: Deadline | None = None  # of an interrupted cell to end by itself
+    def __init__(self, execution: Execution, seconds: float | None, hooks: Hooks) -> None:
+        self.execution, self.hooks = execution, hooks
+        self.started = time.monotonic()
+        self.result: ExecutionResult | None = None  # once it has ended
+        self.reading: Deadline | None = None  # of slow hooks, after its end
+        self.grace: Deadline | None = None  # to end by itself, once interrupted
         self.overdue: Deadline | None = None  # of the missing one of reply and idle
+        self.detached = False  # its time is over, and it goes on
+        self.lock = threading.Lock()  # of all that
+        self.allow(seconds)
 
-    def wait(self, half_done: bool) -> float | None:
-        """Return how long to wait for a message."""
+    def allow(self, seconds: float | None) -> None:
+        """Give it so many seconds from now; None is no limit."""
+        self.seconds, self.deadline = seconds, Deadline(seconds)
+
+    @property
+    def wait(self) -> float | None:
+        """How long to wait for a message, in seconds."""
         limit = self.grace or self.deadline
-        return limit.within(FENCE_DELAY) if half_done else limit.remaining
+        return limit.within(FENCE_DELAY) if self.execution.half_done else limit.remaining
+
+    def feed(self, message: Message) -> Json | None:
+        with self.lock:
+            return self.execution.feed(message)
+
+    def so_far(self) -> ExecutionResult:
+        """Return the result, or what there is of it by now; from any thread."""
+        with self.lock:
+            if self.result:
+                return self.result
+            copied = copy.deepcopy(self.execution)  # a result sums up once
+        return copied.result(time.monotonic() - self.started)
+
+    def finish(self) -> ExecutionResult:
+        with self.lock:
+            self.result = result = self.execution.result(time.monotonic() - self.started)
+        if self.hooks.on_result:
+            self.hooks.on_result(result)
+        return result
+
+
+_OWN_FRAME = re.compile(r"(?:Cell |Input )?In ?\[(\d+)\]|<ipython-input-(\d+)-|[/\\]ipykernel_\d+[/\\]\d+\.py")
+_LINE = re.compile(r"\], line (\d+)|^-+> ?(\d+)", re.MULTILINE)
+_DUMPED_FRAME = re.compile(r'^  File "([^"\n]*)", line (\d{1,9}) in (.{1,200})$', re.MULTILINE)
+
+
+def place_of(result: ExecutionResult, code: str) -> str:
+    """Return "; it was at line N: ..." for a cell that was ended, if its traceback or its kernel's stderr tells."""
+    where = ""
+    if result.death:
+        frames = _DUMPED_FRAME.findall(result.death.stderr)
+        own = [frame for frame in frames if _OWN_FRAME.search(frame[0])]
+        lines = [int(line) for path, line, _ in own if path == own[-1][0]]  # the outermost frame is the cell's own
+        called = frames[: frames.index(own[0])][:3] if own else []
+        where = "".join(f", in {name} ({os.path.basename(path)}:{line})" for path, line, name in called)
+    else:
+        lines = _traced_lines(result)[::-1]
+    # IPython does not count the empty lines at the start.
+    start = code[: len(code) - len(code.lstrip())].count("\n")
+    texts = code.splitlines()[start:]
+    if not lines or not 0 < lines[0] <= len(texts):
+        return ""
+    return clean_text(f"; it was at line {start + lines[0]}: {texts[lines[0] - 1].strip()[:200]}{where}")
+
+
+def _traced_lines(result: ExecutionResult) -> list[int]:
+    """Return the numbers of the cell's own lines in the traceback of its error, outermost first."""
+    found = []
+    error = result.error or {"ename": "", "traceback": []}
+    for frame in error["traceback"][:1000] if error["ename"] in ("KeyboardInterrupt", "CancelledError") else ():
+        head, _, body = clean_text(frame[:20_000]).partition("\n")
+        own, line = _OWN_FRAME.search(head), _LINE.search(head) or _LINE.search(body)
+        if own and line and (own[1] or own[2] or str(result.execution_count)) == str(result.execution_count):
+            found.append(int((line[1] or line[2])[:9]))
+    return found
 
 
 class KernelClient:
@@ -2519,7 +2612,7 @@ class KernelClient:
         self._session = ""
         self._serial = itertools.count(1)
         self.ready = False
-        self._running: Execution | None = None
+        self._running: Cell | None = None
         self._nudges: set[str] = set()  # interrupts whose effect is not yet known to be over
         self._death: KernelDied | None = None
         self._closing = False
@@ -2605,110 +2698,114 @@ class KernelClient:
         self,
         code: str,
         timeout: float | None,
+        hooks: Hooks | None = None,
         *,
         silent: bool = False,
         store_history: bool = True,
         max_output: int | None = None,
-        on_output: OutputHook | None = None,
-        on_input: InputHook | None = None,
-        record: OutputHook | None = None,
-        on_result: Callable[[ExecutionResult], None] | None = None,
+        on_start: Callable[[Cell], None] | None = None,
     ) -> ExecutionResult:
         """Run one cell and return what it did; `timeout` is the wall clock in seconds, None for no limit.
 
-        `max_output` is how many characters of its streams are kept, None for all. `record` gets every output before
-        `on_output` does, and is quick. `on_result` gets the result even if Ctrl-C ends this call.
+        `max_output` is how many characters of its streams are kept, None for all. `on_start` gets what tells of the
+        cell while it runs, before it does.
 
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
         if self._running:
-            raise JupyterExecError("A cell is running: its hooks cannot run another one.")
-        content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=on_input is not None)
+            raise JupyterExecError(HOOK_RUNS_CELL)
+        hooks = hooks or Hooks()
+        content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=bool(hooks.on_input))
         request = self._message("shell", "execute_request", content)
-        execution = Execution(request.msg_id, max_output)
-        hooks = Hooks(on_output, on_input, record)
-        started, watch = time.monotonic(), Watch(timeout)
-
-        def finish() -> ExecutionResult:
-            self._ended = execution.ended_session
-            result = execution.result(time.monotonic() - started)
-            if on_result:
-                on_result(result)
-            return result
-
-        self._settle(execution, hooks)
-        self._running = execution
+        cell = Cell(Execution(request.msg_id, max_output), timeout, hooks)
+        self._settle(cell)
+        self._running = cell
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
         has_timer = hooks.slow and timeout is not None and timeout < threading.TIMEOUT_MAX
-        timer = threading.Timer(timeout or 0, self._time_out, (execution, watch)) if has_timer else None
+        timer = threading.Timer(timeout or 0, self._time_out, (cell,)) if has_timer else None
         try:
+            if on_start:
+                on_start(cell)
             if timer:
                 timer.daemon = True
                 timer.start()
-            if not execution.death:
+            if not cell.execution.death:
                 self._post(request)
-            self._run(execution, watch, hooks)
+            self._run(cell)
         except JupyterExecError:
             raise
         except BaseException:  # Ctrl-C, or a signal handler that raises
-            self._stop_cell(execution)
-            self._run(execution, Watch(INTERRUPT_GRACE), Hooks(record=record))
-            finish()
+            self._stop_cell(cell.execution)
+            cell.allow(INTERRUPT_GRACE)
+            hooks.muted, hooks.on_timeout = True, None
+            self._run(cell)
+            self._finish(cell)
             raise
         finally:
             if timer:
                 timer.cancel()
             self._running = None
-        return finish()
+        return self._finish(cell)
 
-    def _run(self, execution: Execution, watch: Watch, hooks: Hooks) -> None:
+    def _finish(self, cell: Cell) -> ExecutionResult:
+        self._ended = cell.execution.ended_session
+        return cell.finish()
+
+    def _run(self, cell: Cell) -> None:
         """Read messages until the cell is done; climb the ladder interrupt, kill as deadlines pass."""
-        while not execution.done:
-            item = self._mailbox.get(watch.wait(execution.half_done))
-            for _ in self._take(item, execution, hooks):
-                if not self._climb(execution, watch, hooks):
+        while not cell.execution.done:
+            for _ in self._take(self._mailbox.get(cell.wait), cell):
+                if not self._climb(cell):
                     return
 
-    def _climb(self, execution: Execution, watch: Watch, hooks: Hooks) -> bool:
+    def _climb(self, cell: Cell) -> bool:
         """Do what is due by now; returns whether to go on."""
+        execution = cell.execution
         if not execution.half_done:
-            watch.overdue = None
+            cell.overdue = None
         if execution.done:
             return True
         if self._death:  # taken by whoever stopped the kernel in the meantime
             execution.death = self._death
-        elif watch.overdue is None and execution.half_done:
-            watch.overdue = Deadline(FENCE_DELAY)
-        elif watch.overdue and watch.overdue.expired:
+        elif cell.overdue is None and execution.half_done:
+            cell.overdue = Deadline(FENCE_DELAY)
+        elif cell.overdue and cell.overdue.expired:
             self._fence(execution)
-            watch.overdue = Deadline(FENCE_DELAY)
-        elif not (watch.grace or watch.deadline).expired:
+            cell.overdue = Deadline(FENCE_DELAY)
+        elif not (cell.grace or cell.deadline).expired:
             pass
         elif self._mailbox.answered:  # the cell has ended; a slow hook kept this thread from seeing it
-            watch.reading = watch.reading or Deadline(INTERRUPT_GRACE)
-            hooks.muted = watch.reading.expired
-        elif watch.grace is None:
-            self._time_out(execution, watch)
+            cell.reading = cell.reading or Deadline(INTERRUPT_GRACE)
+            cell.hooks.muted = cell.reading.expired
+        elif cell.grace is None:
+            self._time_out(cell)
         elif not self._control.owned:
             return False
         else:
-            self._kill(execution)
+            self._kill(cell)
         return True
 
-    def _time_out(self, execution: Execution, watch: Watch) -> None:
-        """Interrupt a cell whose time is over; in the caller's thread or that of a timer."""
-        if execution.done:
+    def _time_out(self, cell: Cell) -> None:
+        """Interrupt a cell whose time is over, or let go of it; in the caller's thread or that of a timer."""
+        if cell.execution.done or self._mailbox.answered:  # it has ended in time
             return
-        if self._mailbox.answered:  # it has ended in time
+        if cell.hooks.on_timeout:
+            with cell.lock:
+                if cell.detached:
+                    return
+                cell.detached = True
+                cell.allow(None)
+            cell.hooks.on_timeout(cell.so_far())
             return
-        execution.timed_out = watch.seconds
-        self._stop_cell(execution)
-        watch.grace = watch.grace or Deadline(INTERRUPT_GRACE)
+        cell.execution.timed_out = cell.seconds
+        self._stop_cell(cell.execution)
+        cell.grace = cell.grace or Deadline(INTERRUPT_GRACE)
 
-    def _take(self, item: MailItem | None, execution: Execution, hooks: Hooks) -> Iterator[None]:
+    def _take(self, item: MailItem | None, cell: Cell) -> Iterator[None]:
         """Take an item from the mailbox, in pieces: yields after each, and once if there is nothing."""
+        execution = cell.execution
         if isinstance(item, KernelDied):
-            self._drain(execution, hooks)
+            self._drain(cell)
             self._death = execution.death = item
         elif isinstance(item, Reconnected):
             if self._running:
@@ -2717,18 +2814,19 @@ class KernelClient:
         elif item:
             execution.withheld, self._mailbox.dropped = execution.withheld or self._mailbox.dropped, False
             for message in self._decode(item):
-                self._feed(message, execution, hooks)
+                self._feed(message, cell)
                 yield
             return
         yield
 
-    def _feed(self, message: Message, execution: Execution, hooks: Hooks) -> None:
+    def _feed(self, message: Message, cell: Cell) -> None:
+        execution = cell.execution
         if death := _reported_death(message):
             self._mailbox.put(death)
         if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
-            self._send("stdin", "input_reply", {"value": hooks.answer(message.content)})
-        elif output := execution.feed(message) or self._late_output(message, execution):
-            hooks.show(output)
+            self._send("stdin", "input_reply", {"value": cell.hooks.answer(message.content)})
+        elif output := cell.feed(message) or self._late_output(message, execution):
+            cell.hooks.show(output)
         if execution.started and execution.interrupted and not execution.signalled:
             self._signal(execution)
 
@@ -2739,22 +2837,23 @@ class KernelClient:
         output = Execution(message.parent_id).feed(message) if message.channel == "iopub" else None
         return output and output | {"late": True}
 
-    def _drain(self, execution: Execution, hooks: Hooks) -> None:
+    def _drain(self, cell: Cell) -> None:
         """Take what a dead kernel had sent: it may arrive after the news of its death."""
         deadline = Deadline(FENCE_DELAY)
         while (item := self._mailbox.get(DEATH_DRAIN)) is not None:
             if not isinstance(item, KernelDied):
-                for _ in self._take(item, execution, hooks):
+                for _ in self._take(item, cell):
                     if deadline.expired:
                         return
 
-    def _kill(self, execution: Execution) -> None:
+    def _kill(self, cell: Cell) -> None:
         """Kill a kernel that ignores the interrupt and start it anew; its variables are lost."""
-        execution.killed = True
-        self._control.kill()
+        execution = cell.execution
+        execution.killed = cell.hooks.muted = True
+        self._control.kill(dump=True)
         deadline = Deadline(SHUTDOWN_GRACE)
         while not execution.death:
-            for _ in self._take(self._mailbox.get(deadline.remaining), execution, Hooks()):
+            for _ in self._take(self._mailbox.get(deadline.remaining), cell):
                 if deadline.expired and not execution.death:
                     self._control.abandon()
                     self._death = execution.death = self._death or KernelDied(cause="it was killed")
@@ -2767,10 +2866,11 @@ class KernelClient:
         except JupyterExecError:
             self._death = death  # the next call tries again and reports
 
-    def interrupt(self) -> None:
-        """Interrupt the running cell, from any thread; without effect while none runs."""
-        if running := self._running:
-            self._stop_cell(running)
+    def interrupt(self, cell: Cell | None = None) -> None:
+        """Interrupt the running cell, from any thread; without effect while none, or not this one, runs."""
+        running = self._running
+        if running and cell in (None, running):
+            self._stop_cell(running.execution)
 
     def _stop_cell(self, execution: Execution) -> None:
         execution.interrupted = True
@@ -2796,14 +2896,14 @@ class KernelClient:
         execution.fences.add(fence.msg_id)
         self._post(fence)
 
-    def _settle(self, execution: Execution, hooks: Hooks) -> None:
+    def _settle(self, cell: Cell) -> None:
         """Wait until no earlier interrupt can hit this cell, and see whether the kernel has died since the last."""
         deadline = Deadline(INTERRUPT_GRACE)
         if self._mailbox.dropped:
             logger.warning("Output that came between two cells was dropped: there was too much of it")
             self._mailbox.dropped = False
-        while (self._nudges or self._mailbox.ended) and not execution.death:
-            for _ in self._take(self._mailbox.get(deadline.remaining), execution, hooks):
+        while (self._nudges or self._mailbox.ended) and not cell.execution.death:
+            for _ in self._take(self._mailbox.get(deadline.remaining), cell):
                 if deadline.expired:
                     self._nudges.clear()
                     return
@@ -2841,6 +2941,7 @@ class KernelClient:
         """Kill the kernel, if it is ours, and disconnect."""
         self.abort()
         self.close()
+        self._mailbox.put(KernelDied(cause="nobody refers to its executor any more"))
 
     def _wait_exit(self, seconds: float) -> None:
         deadline = Deadline(seconds)
@@ -2919,7 +3020,7 @@ class AttachedKernelControl:
     def interrupt(self, sent: Callable[[], None]) -> bool:
         return False
 
-    def kill(self) -> None:
+    def kill(self, dump: bool = False) -> None:
         pass
 
     def abandon(self) -> None:
@@ -2986,6 +3087,20 @@ module["MAIN"](kind + size + program)
 FORKED_MODULES = ["IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect", "encodings.idna"]
 FORKED_MODULES += ["IPython.extensions.storemagic", "faulthandler", "ipykernel.debugger", "ipykernel.kernelapp"]
 FORKED_MODULES += ["tornado.platform.asyncio", "tornado.queues"]
+# `-m ipykernel_launcher` with the stack of a crash on stderr itself: what is written to 2 ipykernel will read.
+LAUNCHER = """\
+import sys
+path = sys.path
+sys.path = [place for place in path if place]
+import os, runpy
+try:
+    import faulthandler
+    faulthandler.enable(os.dup(2))
+except ImportError:
+    pass
+sys.path = path
+runpy.run_module("ipykernel_launcher", None, "__main__", True)
+"""
 CANNOT_FORK = 75  # exit status of a fork server whose Python cannot fork kernels for this host
 _PYTHON = re.compile(r"python[0-9.]*\Z")
 # A kernel for a program needs no history database and no pause after each cell. In, Out and %history work without.
@@ -3298,12 +3413,13 @@ class KernelHost:
         import subprocess
 
         # No pipe for stdout: nobody would read it, and 64 KB from a subprocess would stop the kernel.
-        stderr = kernel.stderr = Tail()
+        stderr = kernel.stderr = Tail(RAW_STDERR_TAIL)
         options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr.writer}
         if sys.platform == "linux":
             # If this host is killed, its kernels are too. preexec_fn is safe here: the host has one thread.
             options["preexec_fn"] = functools.partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)
         argv, env = kernel.argv, kernel.env
+        argv = [argv[0], "-c", LAUNCHER, *argv[3:]] if argv[1:3] == ["-m", "ipykernel_launcher"] else argv
         try:
             process = subprocess.Popen(argv, env=env, start_new_session=True, pass_fds=pass_fds, **options)
         except OSError as error:
@@ -3318,7 +3434,7 @@ class KernelHost:
     def _fork(self, kernel: ChildProcess) -> None:
         """Order a kernel from the fork server of its interpreter; its pid comes with the answer."""
         server = self._kernels.get(kernel.argv[0]) or self._start_fork_server(kernel)
-        kernel.stderr = Tail()
+        kernel.stderr = Tail(RAW_STDERR_TAIL)
         order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": kernel.argv[3:]}
         assert server.channel
         with contextlib.suppress(OSError):  # it has ended: _end_fork_server starts the kernel in another way
@@ -3441,10 +3557,13 @@ class KernelHost:
     def _on_kill(self, request: Json) -> None:
         self._hurry(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
-            if kernel.pid:
-                _kill_all([kernel.pid])  # Popen.kill would collect the exit, which then nobody reports
-            else:
+            if not kernel.pid:
                 self._report_exit(kernel)
+            elif request.get("dump") and _is_ipykernel(kernel.argv):
+                _abort(kernel.pid)
+                self._loop.later(DUMP_TIME, functools.partial(self._on_kill, request | {"dump": False}))
+            else:  # Popen.kill would collect the exit, which then nobody reports
+                _kill_all([kernel.pid])
 
     def reap(self) -> None:
         """Collect the processes that have ended: kernels, and adopted children of them."""
@@ -3472,7 +3591,7 @@ class KernelHost:
                 self._end_fork_server(kernel, kernel.channel)
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
-            event |= {"preload_failed": kernel.preload_failed, "stderr": str(kernel.stderr or "")}
+            event |= {"preload_failed": kernel.preload_failed, "stderr": without_machinery(str(kernel.stderr or ""))}
             oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
             event["out_of_memory"] = self._oom_kills > oom_kills
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
@@ -3569,6 +3688,33 @@ def _kill_all(pids: Iterable[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _abort(pid: int) -> None:
+    """End a Python with its stack on stderr, written by its faulthandler, whatever it is at; without a core file."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not on macOS
+        hard = resource.prlimit(pid, resource.RLIMIT_CORE)[1]
+        # Linux takes 1 for "not even through a pipe", and writes no file of one byte.
+        resource.prlimit(pid, resource.RLIMIT_CORE, (0 if hard == 0 else 1, hard))
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGABRT)
+
+
+_CELL_FILE = re.compile(r".*([/\\]ipykernel_\d+[/\\]\d+\.py|<ipython-input-)")
+
+
+def without_machinery(stderr: str) -> str:
+    """Shorten the stack that Python wrote when it died to the frames of the cell and of what that had called."""
+    before, mark, dump = stderr.rpartition("Fatal Python error: ")
+    for thread in reversed(dump.split("\n\n") if mark else []):  # the main thread is the last
+        frames = [line for line in thread.splitlines() if line.startswith("  File ")]
+        if own := [frame for frame in frames if _CELL_FILE.match(frame)]:
+            called = frames[: frames.index(own[0])]
+            reason = dump.partition("\n")[0]
+            return "\n".join([before[-STDERR_TAIL // 2 :] + mark + reason, *called[:5], *own[:5], *own[5:][-1:]])
+    return stderr[-STDERR_TAIL:]
 
 
 def _family(session: int, marker: bytes) -> Iterator[int]:
@@ -3700,6 +3846,7 @@ def _fork_twice(channel: socket.socket, name: str) -> int:
 def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
     """Turn this process, which was just forked, into what a launched kernel is, and run it."""
     import ctypes
+    import faulthandler
     import importlib.util
 
     while os.getppid() == middle:  # wait until the host is the parent
@@ -3707,6 +3854,7 @@ def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
     os.setsid()
     os.dup2(errors, 2)
     os.close(errors)
+    faulthandler.enable(os.dup(2))  # what is written to 2 ipykernel will read
     _prctl(_PR_SET_DUMPABLE, 1)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != host:
@@ -4053,7 +4201,7 @@ class RemoteKernelControl:
         sent()
         return True
 
-    def kill(self) -> None:
+    def kill(self, dump: bool = False) -> None:
         if self._id:
             with contextlib.suppress(JupyterExecError):
                 self._server.rest.request("DELETE", self._path, timeout=INTERRUPT_GRACE)
@@ -4073,6 +4221,7 @@ class RemoteKernelControl:
 
 
 _S = TypeVar("_S")
+_T = TypeVar("_T")
 
 
 class JupyterServer(Protocol):
@@ -4091,7 +4240,17 @@ class JupyterServer(Protocol):
     def __exit__(self, *exc_info: object) -> None: ...
 
 
-class Stoppable:
+class Single:
+    """Copies of it are itself: frameworks copy their tools, and with them what must stay one."""
+
+    def __copy__(self: _T) -> _T:
+        return self
+
+    def __deepcopy__(self: _T, memo: dict[int, Any]) -> _T:
+        return self
+
+
+class Stoppable(Single):
     """What all servers have in common: used until `stop`, or until a `with` is left."""
 
     def __init__(self) -> None:
@@ -4110,6 +4269,24 @@ class Stoppable:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+    async def __aenter__(self: _S) -> _S:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await aside(self.stop)
+
+
+async def aside(function: Callable[[], _T]) -> _T:
+    """Call a function in a thread of its own, so that it does not block the loop; it goes on if that is cancelled."""
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(1, "jupyter_exec")
+    try:
+        return await asyncio.shield(asyncio.wrap_future(pool.submit(function)))
+    finally:
+        pool.shutdown(wait=False)
 
 
 class RemoteJupyterServer(Stoppable):
@@ -4530,9 +4707,9 @@ class HostedKernelControl:
             self._link.ask("interrupt", lambda answer: sent(), kernel=self._name)
         return not self._by_message
 
-    def kill(self) -> None:
+    def kill(self, dump: bool = False) -> None:
         if self._link:
-            self._link.ask("kill", lambda answer: None, kernel=self._name)
+            self._link.ask("kill", lambda answer: None, kernel=self._name, dump=dump)
 
     def abandon(self) -> None:
         if self._link:
@@ -5784,9 +5961,14 @@ class Journal:
         self._file: IO[bytes] | None = None
         self._size = 0
         self._trouble = ""  # why cells are missing
+        self._lock = threading.Lock()
 
     def add(self, code: str, result: ExecutionResult) -> None:
         """Keep a cell. A full disk, or an output that cannot be written, costs its place here, not its result."""
+        with self._lock:
+            self._add(code, result)
+
+    def _add(self, code: str, result: ExecutionResult) -> None:
         try:
             line = self._line(code, result.execution_count, list(map(_notebook_output, result.outputs)), result.note)
             if self._size + len(line) > MAX_FILE_BYTES:
@@ -5811,6 +5993,10 @@ class Journal:
 
     def write(self, file: IO[bytes], metadata: Json) -> None:
         """Write a notebook. Spec: https://nbformat.readthedocs.io/en/latest/format_description.html"""
+        with self._lock:
+            self._write(file, metadata)
+
+    def _write(self, file: IO[bytes], metadata: Json) -> None:
         head = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata}
         file.write(dump_json(head)[:-1] + b',"cells":[\n')
         left, comma = self._size, b""
@@ -5853,6 +6039,8 @@ _PIP_LINE = re.compile(
     """
 )
 _STOPPED = "The executor was stopped: make a new one."
+_BUSY = "The kernel is busy: an earlier cell is still running, so this code was not run; wait() waits for that cell"
+_NOT_BEGUN = "Interrupted before it began: the code was not run"
 _FRESH = "The kernel was restarted while this call waited: it is fresh, all earlier variables are lost"
 _TEXT_CELL = re.compile(r"\s*%%(?!time|capture)")  # %%writefile, %%html, ...: what follows is no Python
 
@@ -6007,6 +6195,17 @@ If the reply says that all variables are lost, the kernel is fresh: run again wh
 """
 
 
+def system_message_for(functions: Sequence[Callable[..., Any]]) -> str:
+    """Return CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of functions."""
+    import inspect
+
+    lines = [
+        f"    {function.__name__}{inspect.signature(function)}: {inspect.getdoc(function) or ''}".rstrip(" :")
+        for function in functions
+    ]
+    return "\n".join([CODE_WRITER_SYSTEM_MESSAGE + "These functions are defined already:" * bool(lines), *lines])
+
+
 class _UserCapability:
     """AutoGen 0.2.13 to 0.2.18: tells an agent how to write code for the executor."""
 
@@ -6017,54 +6216,96 @@ class _UserCapability:
         agent.update_system_message(agent.system_message + self._message)
 
 
+class KernelBusy(JupyterExecError):
+    """A cell whose time was over is still running, and this call does not wait for it."""
+
+
 class Turns:
     """A re-entrant lock that lets threads in by the order in which they came; but one that evicts comes next."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
-        self._queue: list[int] = []  # thread ids; the first one is in
+        self._queue: list[int] = []  # thread ids, or tickets; the first one is in
+        self._tickets = itertools.count(-1, -1)
         self._depth = 0
         self.evictions = 0  # how many have come that evict
         self.overtaken = False  # whether one of them came before the thread that is in, while that one waited
-        self.closed = False  # nobody waits any more, except to evict
+        self.detached = False  # the thread that is in does not count as one to wait for
+        self.closed = False  # nobody comes in any more, except to evict
 
     @contextlib.contextmanager
-    def turn(self, evict: Callable[[], None] | None = None, since: int | None = None) -> Iterator[None]:
-        """Wait until it is the caller's turn.
+    def turn(self, evict: Callable[[], None] | None = None, job: Job | None = None) -> Iterator[None]:
+        """Wait until it is the caller's turn. With `evict` it is the next one: called until the one that is in leaves.
 
-        With `evict` it is the next one: called again and again until the thread that is in leaves. `since` is the
-        number of evictions when the waiting began, if that was before.
-
-        Raises: JupyterExecError if it was closed while the caller waited.
+        Raises: JupyterExecError if it is closed; KernelBusy if the one that is in was detached.
         """
-        self._enter(evict, since)
+        self._enter(evict, job)
         try:
             yield
         finally:
             with self._changed:
                 self._depth -= 1
                 if not self._depth:
-                    self._queue.pop(0)
-                    self._changed.notify_all()
+                    self._leave(self._queue[0])
 
-    def _enter(self, evict: Callable[[], None] | None, since: int | None) -> None:
+    @property
+    def mine(self) -> bool:
+        """Whether the calling thread is in."""
+        return self._queue[:1] == [threading.get_ident()]
+
+    def ticket(self) -> tuple[int, int]:
+        """Queue for a thread that will come; returns its place, and how many evictions there were."""
+        with self._changed:
+            self._queue.append(next(self._tickets))
+            return self._queue[-1], self.evictions
+
+    def give_back(self, ticket: int) -> None:
+        with self._changed:
+            self._leave(ticket)
+
+    def detach(self, job: Job) -> bool:
+        """Have nobody wait for a job any more that is in, if it is."""
+        with self._changed:
+            is_in = self._queue[:1] == [job.thread]
+            self.detached = self.detached or is_in
+            self._changed.notify_all()
+        return is_in
+
+    def wake(self) -> None:
+        """Have those that wait look whether they still want to."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        self.closed = True
+        self.wake()
+
+    def _enter(self, evict: Callable[[], None] | None, job: Job | None) -> None:
         me = threading.get_ident()
         with self._changed:
             if self._queue[:1] != [me]:
-                self._queue.insert(1 if evict else len(self._queue), me)
                 self.evictions += evict is not None
-                since = self.evictions if since is None or evict else since
+                since = job.since if job else self.evictions
+                if job:
+                    self._queue[self._queue.index(job.ticket)] = job.thread = me
+                else:
+                    self._queue.insert(1 if evict else len(self._queue), me)
                 try:
-                    self._wait(me, evict)
+                    self._wait(me, evict, job)
                 except BaseException:
-                    self._queue.remove(me)
-                    self._changed.notify_all()
+                    self._leave(me)
                     raise
                 self.overtaken = since != self.evictions
             self._depth += 1
 
-    def _wait(self, me: int, evict: Callable[[], None] | None) -> None:
-        while self._queue[0] != me:
+    def _leave(self, place: int) -> None:
+        if self._queue[0] == place:
+            self.detached = False
+        self._queue.remove(place)
+        self._changed.notify_all()
+
+    def _wait(self, me: int, evict: Callable[[], None] | None, job: Job | None) -> None:
+        while self._queue[0] != me or (self.closed and not evict):
             if evict:
                 self._changed.release()
                 try:
@@ -6074,13 +6315,231 @@ class Turns:
                 self._changed.wait_for(lambda: self._queue[0] == me, EVICTION_RETRY)
             elif self.closed:
                 raise JupyterExecError(_STOPPED)
+            elif job and job.interrupted:
+                raise JupyterExecError(_NOT_BEGUN)
+            elif self.detached and not (job and job.patient):
+                raise KernelBusy(_BUSY)
             else:
                 self._changed.wait()
 
-    def close(self) -> None:
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
+
+def _not_begun() -> ExecutionResult:
+    return ExecutionResult("interrupted", 130, "intact", _NOT_BEGUN, [])
+
+
+class CellCall:
+    """A call that runs one cell; `timeout` and hooks that are None are the executor's."""
+
+    def __init__(
+        self,
+        code: str,
+        timeout: float | None = None,
+        on_output: OutputHook | None = None,
+        on_input: InputHook | None = None,
+    ) -> None:
+        self._code, self._timeout, self._on_output, self._on_input = code, timeout, on_output, on_input
+        self.last: ExecutionResult | None = None
+
+    def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
+        executor._make_ready()
+        code, timeout = self._code, self._timeout
+        self.last = result = executor._run_cell(code, code, timeout, self._on_output, self._on_input, job=job)
+        return result
+
+    def so_far(self, result: ExecutionResult) -> ExecutionResult:
+        """Return what the call has done by now; `result` is that of its running cell."""
+        return result
+
+    def text(self, result: ExecutionResult | None) -> str:
+        """Return the text so far; `result` is that of its latest cell."""
+        return render(result.outputs, result.note * (result.status != "running"), lambda data: None) if result else ""
+
+    def not_run(self, result: ExecutionResult) -> ExecutionResult:
+        self.last = result
+        return result
+
+
+class BlocksCall:
+    """A call that runs code blocks, up to the first that fails, and makes their results one."""
+
+    def __init__(self, code_blocks: Any, folder: Folder, limit: int | None, timeout: float | None = None) -> None:
+        if isinstance(code_blocks, str) or hasattr(code_blocks, "code"):
+            code_blocks = [CodeBlock(code_blocks) if isinstance(code_blocks, str) else code_blocks]
+        self._blocks = list(code_blocks)
+        if not all(hasattr(block, "code") and hasattr(block, "language") for block in self._blocks):
+            raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
+        self._folder, self._limit, self._timeout = folder, limit, timeout
+        self._files = CallFiles(folder, limit)
+        self._ended: tuple[list[str], ExecutionResult | None] = [], None  # texts of the blocks, and the last's result
+        self._gaps: list[int] = []
+
+    def run(self, executor: JupyterCodeExecutor, job: Job | None) -> CodeResult:
+        for block in self._blocks:
+            result = executor._run_block(block, self._timeout, self._files.record, job)
+            self._add(result)
+            if result.status != "ok":
+                break
+        return self._total(self._files.close())
+
+    def _add(self, result: ExecutionResult) -> None:
+        note = "" if result.note == TRUNCATED else result.note  # the mark says more
+        text = render(result.outputs, note, self._files.save)
+        self._gaps += [result.missing] * result.truncated
+        self._ended = [*self._ended[0], text], result  # at once: another thread may be reading it
+
+    def _total(self, where: str) -> CodeResult:
+        texts, last = self._ended
+        text = shorten("\n".join(texts), self._limit, self._gaps, where)
+        exit_code, state = (last.exit_code, last.kernel_state) if last else (0, "intact")
+        return CodeResult(exit_code, text, self._files.paths, state)
+
+    def so_far(self, result: ExecutionResult) -> CodeResult:
+        """Return what the call has done by now; `result` is that of its running cell."""
+        copied = BlocksCall([], self._folder, self._limit)
+        copied._ended, copied._gaps, copied._files.paths = self._ended, self._gaps[:], self._files.paths[:]
+        copied._add(result)
+        return copied._total("")
+
+    def text(self, result: ExecutionResult | None) -> str:
+        texts, last = self._ended
+        return "\n".join([*texts, *[CellCall("").text(result)] * (result is not last)])
+
+    def not_run(self, result: ExecutionResult) -> CodeResult:
+        self._add(result)
+        return self._total("")
+
+    @property
+    def last(self) -> ExecutionResult | None:
+        """The result of the last block that has ended."""
+        return self._ended[1]
+
+
+class Job:
+    """Code that runs in a thread of its own: what `submit` of an executor returns. It ends with its executor.
+
+    `wait(seconds)` returns the result of the call once it has ended, else None.
+    """
+
+    def __init__(self, executor: JupyterCodeExecutor, call: CellCall | BlocksCall, *, patient: bool = False) -> None:
+        """`patient`: it waits for its turn even while the cell of a detached job runs."""
+        self.patient, self.interrupted = patient, False
+        self.thread = 0
+        self._call, self._limit = call, executor._max_output
+        self._kernel, self._turns = executor._kernel, executor._turns
+        self._cell: Cell | None = None  # the latest
+        self._answer: Any = None
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self.answered, self.ended = threading.Event(), threading.Event()  # `answered` also if it was detached
+        self._on_event: list[Callable[[], object]] = []
+        self.ticket, self.since = self._turns.ticket()
+        thread = threading.Thread(target=self._run, args=(executor._worker(),), name="jupyter_exec job", daemon=True)
+        try:
+            thread.start()
+        except BaseException:
+            self._turns.give_back(self.ticket)
+            raise
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.ended.is_set()
+
+    @property
+    def detached(self) -> bool:
+        """Whether its time was over before it had ended."""
+        return self._answer is not None
+
+    @property
+    def status(self) -> str:
+        """One of "waiting" (for its turn or the kernel), "running", "done", "failed" (there was no kernel for it),
+        and as in a result "interrupted", "timeout", "died", "exited".
+        """
+        if not self.done:
+            return "running" if self._cell else "waiting"
+        status = "failed" if self._error else self._call.last.status if self._call.last else "ok"
+        return {"ok": "done", "error": "done"}.get(status, status)
+
+    @property
+    def output(self) -> str:
+        """The text so far, as it will stand in the result; head and tail of what is over `max_output` characters."""
+        if isinstance(self._result, CodeResult):
+            return self._result.output
+        if isinstance(self._result, ExecutionResult):
+            return shorten(self._result.text, self._limit, (), "")
+        cell = self._cell
+        return shorten(self._call.text(cell.so_far() if cell else None), self._limit, (), "")
+
+    def wait(self, seconds: float | None = None) -> Any:
+        """Return the result (of a string an ExecutionResult, of blocks a CodeResult), None if it takes longer.
+
+        May be called from many threads, and again and again. Raises: as `execute` of the executor.
+        """
+        if not self.ended.wait(None if seconds is None else max(0, min(seconds, threading.TIMEOUT_MAX))):
+            return None
+        if self._error:
+            raise self._error
+        return self._result
+
+    def interrupt(self) -> None:
+        """Interrupt it, from any thread; if it is not its turn yet, it will not run."""
+        self.interrupted = True
+        self._turns.wake()
+        if cell := self._cell:
+            self._kernel.interrupt(cell)
+
+    def begin(self, cell: Cell) -> None:
+        self._cell = cell
+        if self.interrupted:
+            self._kernel.interrupt(cell)
+
+    def detach(self, so_far: ExecutionResult) -> None:
+        """Answer whoever waits for it by what there is by now: its time is over."""
+        answer = self._call.so_far(so_far)
+        if self._turns.detach(self) and not self.answered.is_set():
+            self._answer = answer
+            self._tell(self.answered)
+
+    def answer(self) -> Any:
+        """Return the result, or what there was when it was detached; None before. Raises: as `wait`."""
+        return self._answer if self.detached else self.wait(0)
+
+    def _run(self, executor: JupyterCodeExecutor) -> None:
+        try:
+            with self._turns.turn(job=self):
+                self._result = self._call.run(executor, self)
+        except KernelBusy as error:
+            self._result = self._call.not_run(ExecutionResult("error", 1, "busy", str(error), []))
+        except BaseException as error:
+            if self.interrupted and str(error) == _NOT_BEGUN:
+                self._result = self._call.not_run(_not_begun())
+            else:
+                self._error = error
+        del executor
+        self._tell(self.ended)
+        self._tell(self.answered)
+
+    def _tell(self, event: threading.Event) -> None:
+        event.set()
+        for listener in list(self._on_event):
+            with contextlib.suppress(RuntimeError):  # its loop is closed
+                listener()
+
+    async def until(self, is_so: Callable[[], bool], seconds: float | None = None) -> None:
+        """Wait on a loop, no longer than some seconds."""
+        import asyncio
+
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        listener = functools.partial(loop.call_soon_threadsafe, changed.set)
+        self._on_event.append(listener)
+        try:
+            with contextlib.suppress(asyncio.TimeoutError):
+                deadline = Deadline(seconds)
+                while not is_so():
+                    await asyncio.wait_for(changed.wait(), deadline.remaining)
+                    changed.clear()
+        finally:
+            self._on_event.remove(listener)
 
 
 def _end_forgotten(kernel: KernelClient) -> None:
@@ -6090,7 +6549,7 @@ def _end_forgotten(kernel: KernelClient) -> None:
         threading.Thread(target=kernel.give_up, daemon=True).start()
 
 
-class JupyterCodeExecutor:
+class JupyterCodeExecutor(Stoppable):
     """Runs code blocks in a Jupyter kernel of its own, whose variables live from block to block and call to call.
 
     `jupyter_server` is a server object of this module, a JupyterConnectionInfo or an object that has one, or the
@@ -6101,6 +6560,8 @@ class JupyterCodeExecutor:
     than `max_output` characters a call returns head and tail, and names the file with the whole; None is no limit.
     `functions` (plain ones, with their source at hand) are defined in the kernel whenever it is fresh, and `startup`
     is code that runs there then, unseen.
+    With `on_timeout` "detach" a call whose time is over returns what there is so far, with exit code 124 and kernel
+    state "busy", and the code goes on: `wait` returns the complete result, other calls say that the kernel is busy.
 
     It may be called from any thread: cells run one after another. `stop`, or leaving a `with`, ends the kernel.
     What a hook raises ends nothing: the logger `jupyter_exec` tells of it as a warning, so listen to that.
@@ -6113,8 +6574,8 @@ class JupyterCodeExecutor:
     UserCapability = _UserCapability
     CODE_WRITER_SYSTEM_MESSAGE = CODE_WRITER_SYSTEM_MESSAGE
 
-    _SLOTS = "_folder", "_functions", "_hooks", "_journal", "_kernel", "_output_dir", "_own_server", "_server", "_turns"
-    __slots__ = ("__dict__", "__weakref__", *_SLOTS)
+    __slots__: tuple[str, ...] = "_folder", "_functions", "_hooks", "_job", "_journal", "_kernel", "_output_dir"
+    __slots__ += "_own_server", "_server", "_turns"
 
     def __init__(
         self,
@@ -6128,14 +6589,18 @@ class JupyterCodeExecutor:
         max_output: int | None = MAX_OUTPUT,
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
+        on_timeout: str = "interrupt",
     ) -> None:
         if not timeout >= 1:
             raise ValueError("Timeout must be greater than or equal to 1.")
+        if on_timeout not in ("interrupt", "detach"):
+            raise ValueError(f'on_timeout must be "interrupt" or "detach", not {on_timeout!r}.')
         self._output_dir = Path(output_dir)
         self._folder = Folder(self._output_dir)
         self._timeout = timeout
         self._kernel_name = kernel_name
         self._max_output = max_output
+        self._on_timeout = on_timeout
         self._functions = tuple(functions)
         self._startup = startup
         self._prelude()  # raises for a function that cannot be sent
@@ -6144,7 +6609,7 @@ class JupyterCodeExecutor:
         self._turns = Turns()
         self._server = jupyter_server
         self._own_server: RemoteJupyterServer | None = None  # made here, for a JupyterConnectionInfo
-        self._stopped = False
+        self._job: Job | None = None  # the last that was submitted or detached
         self._kernel = self._new_kernel()
         weakref.finalize(self, _end_forgotten, self._kernel).atexit = False
 
@@ -6176,13 +6641,7 @@ class JupyterCodeExecutor:
     @property
     def system_message(self) -> str:
         """CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of the installed functions."""
-        import inspect
-
-        lines = [
-            f"    {function.__name__}{inspect.signature(function)}: {inspect.getdoc(function) or ''}".rstrip(" :")
-            for function in self._functions
-        ]
-        return "\n".join([CODE_WRITER_SYSTEM_MESSAGE + "These functions are defined already:" * bool(lines), *lines])
+        return system_message_for(self._functions)
 
     @property
     def user_capability(self) -> _UserCapability:
@@ -6208,58 +6667,20 @@ class JupyterCodeExecutor:
         Raises: JupyterExecError after `stop`, also if that came while the call waited for its turn; TypeError for
         something that is no code block.
         """
-        if isinstance(code_blocks, str) or hasattr(code_blocks, "code"):
-            code_blocks = [CodeBlock(code_blocks) if isinstance(code_blocks, str) else code_blocks]
-        code_blocks = list(code_blocks)
-        if not all(hasattr(block, "code") and hasattr(block, "language") for block in code_blocks):
-            raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
-        texts: list[str] = []
-        exit_code, state = 0, "intact"
-        files = CallFiles(self._folder, self._max_output)
-        gaps: list[int] = []
-        with self._turns.turn():
-            self._check_usable()
-            for block in code_blocks:
-                result = self.execute_block(block, record=files.record)
-                note = "" if result.note == TRUNCATED else result.note  # the mark says more
-                texts.append(render(result.outputs, note, files.save))
-                gaps += [result.missing] * result.truncated
-                exit_code, state = result.exit_code, result.kernel_state
-                if result.status != "ok":
-                    break
-        text = shorten("\n".join(texts), self._max_output, gaps, files.close())
-        return CodeResult(exit_code, text, files.paths, state)
+        result: CodeResult = self._answer(BlocksCall(code_blocks, self._folder, self._max_output))
+        return result
 
     def execute_block(
-        self,
-        block: Any,
-        *,
-        record: OutputHook | None = None,
-        on_result: Callable[[ExecutionResult], None] | None = None,
+        self, block: Any, *, on_result: Callable[[ExecutionResult], None] | None = None
     ) -> ExecutionResult:
         """Run one code block in its language. Like `execute`, but never raises for what the kernel did.
 
-        `record` gets each output before the executor's hook does, and must be quick. `on_result` gets the result of a
-        block that was run even if Ctrl-C ends this call.
+        `on_result` gets the result of a block that was run even if Ctrl-C ends this call.
 
         Raises: JupyterExecError after `stop`.
         """
         with self._turns.turn():
-            self._check_usable()
-            try:
-                self._make_ready()
-                cell, shown = cell_of(block, self._kernel_name, self._kernel.language)
-                result = self._run_cell(cell, shown, self._timeout, *self._hooks, record, on_result)
-            except (JupyterExecError, ValueError) as error:
-                if self._kernel.alive and self._kernel.ready:  # too large for the server, not its language: not run
-                    return ExecutionResult("error", 1, "intact", str(error), [])
-                return ExecutionResult("died", 1, "lost", _STOPPED if self._stopped else str(error), [])
-        raised = result.error if cell != shown else None
-        if raised and (status := re.search(r" exit status (\d{1,3})\.\Z", raised["evalue"])):
-            result.outputs.remove(raised)
-            if result.status == "error":
-                result.exit_code = int(status[1])
-        return result
+            return self._run_block(block, on_result=on_result)
 
     def execute(
         self,
@@ -6273,45 +6694,121 @@ class JupyterCodeExecutor:
 
         Raises: KernelError if no kernel could be had, ConnectionClosed if the server is gone.
         """
-        with self._turns.turn():
-            self._check_usable()
+        result: ExecutionResult = self._answer(CellCall(code, timeout, on_output, on_input))
+        return result
+
+    def submit(self, code: Any, *, timeout: float | None = None) -> Job:
+        """Begin with a cell (a string) or with code blocks, and return at once.
+
+        Jobs and other calls run one after another, in the order in which they came. `timeout` as in `execute`
+        (math.inf is no limit). Keep the executor: a job ends with it.
+
+        Raises: TypeError for something that is no code.
+        """
+        is_cell = isinstance(code, str)
+        call = CellCall(code, timeout) if is_cell else BlocksCall(code, self._folder, self._max_output, timeout)
+        self._job = job = Job(self, call, patient=True)
+        return job
+
+    def wait(self, seconds: float | None = None) -> Any:
+        """Return the complete result of the last call that was detached or submitted, None if it takes longer.
+
+        Raises: JupyterExecError if there is none; else as that call.
+        """
+        return self._waited_for().wait(seconds)
+
+    def _waited_for(self) -> Job:
+        if self._job is None:
+            raise JupyterExecError("There is nothing to wait for: no call was detached or submitted.")
+        return self._job
+
+    def _answer(self, call: CellCall | BlocksCall) -> Any:
+        """Return what a call gives; one that may be detached has a thread of its own."""
+        if self._on_timeout == "interrupt" or self._turns.mine:
+            with self._turns.turn():
+                return call.run(self, None)
+        job = Job(self, call)
+        try:
+            while not job.answered.wait(1.0):  # a signal does not end it, if another thread was given that
+                pass
+        except BaseException:  # Ctrl-C, or a signal handler that raises
+            job.interrupt()
+            job.answered.wait(INTERRUPT_GRACE)
+            raise
+        self._job = job if job.detached else self._job
+        return job.answer()
+
+    def _worker(self) -> JupyterCodeExecutor:
+        """Return the same executor for a job's thread, which must not keep this object from being collected."""
+        worker = object.__new__(type(self))
+        worker.__dict__ = self.__dict__
+        for name in JupyterCodeExecutor.__slots__:
+            setattr(worker, name, getattr(self, name))
+        return worker
+
+    def _run_block(
+        self,
+        block: Any,
+        timeout: float | None = None,
+        record: OutputHook | None = None,
+        job: Job | None = None,
+        on_result: Callable[[ExecutionResult], None] | None = None,
+    ) -> ExecutionResult:
+        try:
             self._make_ready()
-            seconds = self._timeout if timeout is None else timeout
-            return self._run_cell(code, code, seconds, on_output or self._hooks[0], on_input or self._hooks[1])
+            cell, shown = cell_of(block, self._kernel_name, self._kernel.language)
+            result = self._run_cell(cell, shown, timeout, record=record, job=job, on_result=on_result)
+        except (JupyterExecError, ValueError) as error:
+            if self._kernel.alive and self._kernel.ready:  # too large for the server, not its language: not run
+                return ExecutionResult("error", 1, "intact", str(error), [])
+            return ExecutionResult("died", 1, "lost", _STOPPED if self._turns.closed else str(error), [])
+        raised = result.error if cell != shown else None
+        if raised and (status := re.search(r" exit status (\d{1,3})\.\Z", raised["evalue"])):
+            result.outputs.remove(raised)
+            if result.status == "error":
+                result.exit_code = int(status[1])
+        return result
 
     def _run_cell(
         self,
         code: str,
         shown: str,
-        timeout: float,
-        on_output: OutputHook | None,
-        on_input: InputHook | None,
+        timeout: float | None,
+        on_output: OutputHook | None = None,
+        on_input: InputHook | None = None,
+        *,
         record: OutputHook | None = None,
         on_result: Callable[[ExecutionResult], None] | None = None,
+        job: Job | None = None,
     ) -> ExecutionResult:
         """Run a cell, which stands in the notebook as `shown`."""
+        if job and job.interrupted:
+            return _not_begun()
         evictions = self._turns.evictions
 
         def keep(result: ExecutionResult) -> None:
             if result.status == "died" and self._turns.evictions != evictions:
-                what = "executor was stopped" if self._stopped else "kernel was restarted"
+                what = "executor was stopped" if self._turns.closed else "kernel was restarted"
                 result.note = f"The {what} while the code ran; all variables are lost"
             if self._turns.overtaken:
                 self._turns.overtaken = False
                 result.note = "\n".join(filter(None, (_FRESH, result.note)))
+            if result.status == "timeout" and code == shown:  # no shell script
+                result.note += place_of(result, code)
             self._journal.add(shown, result)
             if on_result:
                 on_result(result)
 
-        return self._kernel.execute(
-            code,
-            timeout,
-            max_output=self._max_output,
-            on_output=on_output,
-            on_input=on_input,
+        hooks = Hooks(
+            on_output or self._hooks[0],
+            on_input or self._hooks[1],
             record=record,
+            on_timeout=job.detach if job and self._on_timeout == "detach" else None,
             on_result=keep,
         )
+        seconds = self._timeout if timeout is None else timeout
+        on_start = job.begin if job else None
+        return self._kernel.execute(code, seconds, hooks, max_output=self._max_output, on_start=on_start)
 
     def _make_ready(self) -> None:
         """Have a kernel that answers, with our functions in it."""
@@ -6331,20 +6828,23 @@ class JupyterCodeExecutor:
     def save_notebook(self, path: str | os.PathLike[str]) -> None:
         """Write the session so far as a notebook: each cell with its outputs, failed and timed-out ones too.
 
+        It waits for cells that have begun or wait for their turn, but not for one that was detached.
+
         Raises: OSError; ValueError if the directory does not exist.
         """
-        with self._turns.turn():
-            metadata: Json = {"kernelspec": {"name": self._kernel_name, "display_name": self._kernel_name}}
-            if self._kernel.language:
-                metadata["language_info"] = {"name": self._kernel.language}
-            path = Path(path).absolute()
-            if path.parent == Path("/dev"):  # not to be replaced
-                with open(path, "wb") as file:
-                    self._journal.write(file, metadata)
-                return
-            folder = self._folder if path.parent == self._folder.path else Folder(path.parent)
-            with folder.replace(path.name) as file:
+        with contextlib.suppress(JupyterExecError), self._turns.turn():
+            pass
+        metadata: Json = {"kernelspec": {"name": self._kernel_name, "display_name": self._kernel_name}}
+        if self._kernel.language:
+            metadata["language_info"] = {"name": self._kernel.language}
+        path = Path(path).absolute()
+        if path.parent == Path("/dev"):  # not to be replaced
+            with open(path, "wb") as file:
                 self._journal.write(file, metadata)
+            return
+        folder = self._folder if path.parent == self._folder.path else Folder(path.parent)
+        with folder.replace(path.name) as file:
+            self._journal.write(file, metadata)
 
     def interrupt(self) -> None:
         """Interrupt the running cell, from any thread; its variables are kept."""
@@ -6358,7 +6858,8 @@ class JupyterCodeExecutor:
         Raises: KernelError if it cannot be started, or is not ours (attached by a connection file).
         """
         with self._turns.turn(self._kernel.abort if self._kernel.owned else None):
-            self._check_usable()
+            if self._turns.closed:
+                raise JupyterExecError(_STOPPED)
             self._kernel.restart()
 
     def stop(self) -> None:
@@ -6366,34 +6867,49 @@ class JupyterCodeExecutor:
 
         It ends the running cell; calls that wait for their turn raise JupyterExecError at once.
         """
-        self._stopped = True
         self._turns.close()
         with self._turns.turn(self._kernel.abort if self._kernel.owned else self._kernel.interrupt):
             self._kernel.shutdown()
             if self._own_server:
                 self._own_server.stop()
 
-    def _check_usable(self) -> None:
-        if self._stopped:
-            raise JupyterExecError(_STOPPED)
 
-    def __enter__(self) -> JupyterCodeExecutor:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    def __copy__(self) -> JupyterCodeExecutor:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> JupyterCodeExecutor:
-        return self  # frameworks copy their tools, and with them what must stay one kernel
+AsyncHook = Callable[..., Any]  # an OutputHook or InputHook, or a coroutine function of the same arguments
 
 
-class AsyncJupyterCodeExecutor:
-    """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, cells run in a thread of its own.
+class AsyncJob:
+    """A Job whose `wait` is awaited."""
 
-    Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell; variables are kept. It serves
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.interrupt = job.interrupt
+
+    @property
+    def done(self) -> bool:
+        """As of a Job."""
+        return self._job.done
+
+    @property
+    def status(self) -> str:
+        """As of a Job."""
+        return self._job.status
+
+    @property
+    def output(self) -> str:
+        """As of a Job."""
+        return self._job.output
+
+    async def wait(self, seconds: float | None = None) -> Any:
+        """Like Job.wait; leaving it does not end the job."""
+        await self._job.until(self._job.ended.is_set, seconds)
+        return self._job.wait(0)
+
+
+class AsyncJupyterCodeExecutor(Single):
+    """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, nothing blocks the loop.
+
+    Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell; variables are kept. Hooks may
+    be coroutine functions: they run on the loop of the call, and the cell's outputs wait for them. It serves
     as a code executor of autogen-agentchat 0.4 and newer (`result_type` is then their CodeResult, if there is a
     model_client), and as a CodeEnvironment of AG2 1.x.
     """
@@ -6401,75 +6917,119 @@ class AsyncJupyterCodeExecutor:
     supported_languages = ("python", "bash")
 
     def __init__(
-        self, jupyter_server: Any, *args: Any, result_type: Callable[..., Any] = CodeResult, **options: Any
+        self,
+        jupyter_server: Any,
+        kernel_name: str = "python3",
+        timeout: float = 60,
+        output_dir: str | os.PathLike[str] = ".",
+        *,
+        functions: Sequence[Callable[..., Any]] = (),
+        max_output: int | None = MAX_OUTPUT,
+        on_output: AsyncHook | None = None,
+        on_input: AsyncHook | None = None,
+        on_timeout: str = "interrupt",
+        result_type: Callable[..., Any] = CodeResult,
     ) -> None:
-        self._make = functools.partial(JupyterCodeExecutor, jupyter_server, *args, **options)
+        import contextvars
+
+        self._make = functools.partial(
+            JupyterCodeExecutor,
+            jupyter_server,
+            kernel_name,
+            timeout,
+            output_dir,
+            functions=functions,
+            max_output=max_output,
+            on_output=self._hook(on_output),
+            on_input=self._hook(on_input),
+            on_timeout=on_timeout,
+        )
+        self._functions = functions
         self._result_type = result_type
         self._executor: JupyterCodeExecutor | None = None
-        self._pool: Any = None
-        self._running: object = None  # what the thread of the pool is at
-        self._guard = threading.Lock()  # of _running
+        self._starting: Any = None  # a task
+        self._guard = threading.Lock()  # of _executor
+        self._loop: Any = None  # of the latest call
+        self._pending: Any = None  # what a hook in the cells' thread waits for
+        self._in_hook = contextvars.ContextVar("in_hook", default=False)
+
+    @property
+    def system_message(self) -> str:
+        """Like JupyterCodeExecutor.system_message."""
+        return system_message_for(self._functions)
+
+    @property
+    def connection_file(self) -> str | None:
+        """Like JupyterCodeExecutor.connection_file; None before the start, too."""
+        return self._executor.connection_file if self._executor else None
 
     async def start(self) -> None:
         """Ask for the kernel. Raises what JupyterCodeExecutor raises."""
-        await self._in_thread(lambda executor: None)
+        await self._started()
 
-    async def _in_thread(self, function: Callable[[JupyterCodeExecutor], Any]) -> Any:
-        """Call a function with the executor in the thread for cells, one after another."""
+    async def _started(self) -> JupyterCodeExecutor:
         import asyncio
-        from concurrent.futures import ThreadPoolExecutor
 
-        me = object()
-        since = self._executor._turns.evictions if self._executor else None
+        self._loop = asyncio.get_running_loop()
+        while not self._executor:
+            if not self._starting or self._starting.done() or self._starting.get_loop() is not self._loop:
+                self._starting = asyncio.ensure_future(aside(self._made))
+            await asyncio.shield(self._starting)
+        return self._executor
 
-        def work() -> Any:
-            self._begin(me)
-            try:
-                self._executor = executor = self._executor or self._make()
-                with executor._turns.turn(since=since):
-                    return function(executor)
-            finally:
-                self._begin(None)
-
-        self._pool = self._pool or ThreadPoolExecutor(1, "jupyter_exec cells")
-        future = asyncio.wrap_future(submitted := self._pool.submit(work))
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError:
-            while not submitted.cancel() and not submitted.done():  # it has begun: its cell has, or will soon
-                self._interrupt(me)
-                with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
-                    await asyncio.sleep(INTERRUPT_RETRY)
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks
-            raise
-        return future.result()
-
-    def _begin(self, work: object) -> None:
+    def _made(self) -> None:
         with self._guard:
-            self._running = work
+            self._executor = self._executor or self._make()
 
-    def _interrupt(self, work: object) -> None:
-        with self._guard:  # so that no other cell begins meanwhile
-            if self._running is work:
-                self.interrupt()
-
-    @staticmethod
-    async def _aside(function: Callable[[], Any]) -> None:
-        """Call a function in a thread of its own, since it is to overtake the cells."""
+    async def _answer(self, call: CellCall | BlocksCall) -> Any:
+        """Return what a call gives; cancelled, it is interrupted, and has ended when this returns."""
         import asyncio
-        from concurrent.futures import ThreadPoolExecutor
 
-        pool = ThreadPoolExecutor(1, "jupyter_exec")
+        if self._in_hook.get():
+            raise JupyterExecError(HOOK_RUNS_CELL)
+        executor = await self._started()
+        job = Job(executor, call)
         try:
-            await asyncio.shield(asyncio.wrap_future(pool.submit(function)))
-        finally:
-            pool.shutdown(wait=False)
+            await job.until(job.answered.is_set)
+        except asyncio.CancelledError:
+            job.interrupt()
+            while not job.done:
+                if self._pending:
+                    self._pending.cancel()
+                with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
+                    await job.until(job.ended.is_set, INTERRUPT_RETRY)
+            raise
+        executor._job = job if job.detached else executor._job
+        return job.answer()
 
-    async def execute_code_blocks(self, code_blocks: Iterable[Any], cancellation_token: Any = None) -> Any:
+    def _hook(self, hook: AsyncHook | None) -> AsyncHook | None:
+        """Return a hook for the thread of the cells that has a coroutine run on the loop, and waits for it."""
+        return functools.partial(self._call_hook, hook) if hook else None
+
+    def _call_hook(self, hook: AsyncHook, *arguments: Any) -> Any:
+        import asyncio
+        from concurrent.futures import wait
+
+        self._in_hook.set(True)  # for what follows in this thread, and what it has the loop do
+        answer, loop = hook(*arguments), self._loop
+        if not asyncio.iscoroutine(answer):
+            return answer
+        try:
+            self._pending = future = asyncio.run_coroutine_threadsafe(answer, loop)
+            while not wait([future], 1.0).done:
+                if loop.is_closed():
+                    break
+            return future.result(0)
+        finally:
+            self._pending = None
+            if loop.is_closed():
+                answer.close()
+
+    async def execute_code_blocks(self, code_blocks: Any, cancellation_token: Any = None) -> Any:
         """Like JupyterCodeExecutor.execute_code_blocks. Raises: CancelledError."""
         import asyncio
 
-        task = asyncio.ensure_future(self._in_thread(lambda executor: executor.execute_code_blocks(code_blocks)))
+        task = asyncio.ensure_future(self._blocks(code_blocks))
         if cancellation_token is not None:
             cancellation_token.link_future(task)
         try:
@@ -6481,45 +7041,97 @@ class AsyncJupyterCodeExecutor:
             return result
         return self._result_type(exit_code=result.exit_code, output=result.output)
 
-    async def execute(self, code: str, **options: Any) -> ExecutionResult:
-        """Like JupyterCodeExecutor.execute."""
-        result: ExecutionResult = await self._in_thread(lambda executor: executor.execute(code, **options))
+    async def _blocks(self, code_blocks: Any) -> CodeResult:
+        executor = await self._started()
+        result: CodeResult = await self._answer(BlocksCall(code_blocks, executor._folder, executor._max_output))
         return result
+
+    async def execute(
+        self,
+        code: str,
+        *,
+        timeout: float | None = None,
+        on_output: AsyncHook | None = None,
+        on_input: AsyncHook | None = None,
+    ) -> ExecutionResult:
+        """Like JupyterCodeExecutor.execute."""
+        result: ExecutionResult = await self._answer(
+            CellCall(code, timeout, self._hook(on_output), self._hook(on_input))
+        )
+        return result
+
+    async def stream(
+        self, code: str, *, timeout: float | None = None, on_input: AsyncHook | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """Run one cell; yield its outputs as they come (see `on_output`), and last its ExecutionResult.
+
+        Leaving the iteration interrupts the cell; `contextlib.aclosing` makes certain that this is at once.
+        """
+        import asyncio
+
+        outputs: asyncio.Queue[Any] = asyncio.Queue(STREAM_AHEAD)
+        left = False
+
+        async def show(output: Any) -> None:
+            if not left:
+                await outputs.put(output)
+
+        async def run() -> None:
+            try:
+                await show(await self.execute(code, timeout=timeout, on_output=show, on_input=on_input))
+            except Exception as error:
+                await show(error)
+
+        running = asyncio.ensure_future(run())
+        try:
+            output: Any = None
+            while not isinstance(output, ExecutionResult):
+                output = await outputs.get()
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+        finally:
+            left = True
+            running.cancel()
+            await asyncio.wait([running])
 
     async def run(self, code: str, language: str = "python", *, context: Any = None) -> CodeResult:
         """Run one block: the CodeEnvironment of AG2 1.x."""
-        block = CodeBlock(code, language)
-        result: CodeResult = await self._in_thread(lambda executor: executor.execute_code_blocks([block]))
-        return result
+        return await self._blocks([CodeBlock(code, language)])
+
+    async def submit(self, code: Any, *, timeout: float | None = None) -> AsyncJob:
+        """Like JupyterCodeExecutor.submit."""
+        return AsyncJob((await self._started()).submit(code, timeout=timeout))
+
+    async def wait(self, seconds: float | None = None) -> Any:
+        """Like JupyterCodeExecutor.wait."""
+        return await AsyncJob((await self._started())._waited_for()).wait(seconds)
 
     async def restart(self) -> None:
         """Like JupyterCodeExecutor.restart."""
         if self._executor:
-            await self._aside(self._executor.restart)
+            await aside(self._executor.restart)
         else:
             await self.start()
 
     def interrupt(self) -> None:
+        """Like JupyterCodeExecutor.interrupt."""
         if self._executor:
             self._executor.interrupt()
 
     async def save_notebook(self, path: str | os.PathLike[str]) -> None:
-        await self._in_thread(lambda executor: executor.save_notebook(path))
+        """Like JupyterCodeExecutor.save_notebook."""
+        await aside(functools.partial((await self._started()).save_notebook, path))
 
     async def stop(self) -> None:
-        """End the kernel and the thread. May be called more than once."""
-        pool, self._pool = self._pool, None
-        if pool:
-            made = pool.submit(lambda: None)
+        """End the kernel. May be called more than once."""
 
-            def end() -> None:
-                if not self._executor:
-                    made.result()
+        def end() -> None:
+            with self._guard:
                 if self._executor:
                     self._executor.stop()
 
-            pool.shutdown(wait=False)
-            await self._aside(end)
+        await aside(end)
 
     async def __aenter__(self) -> AsyncJupyterCodeExecutor:
         await self.start()
@@ -6527,12 +7139,6 @@ class AsyncJupyterCodeExecutor:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.stop()
-
-    def __copy__(self) -> AsyncJupyterCodeExecutor:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AsyncJupyterCodeExecutor:
-        return self
 
 
 # ======================================================================================================

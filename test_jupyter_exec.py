@@ -25,6 +25,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -53,6 +54,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import httpx
 import nbformat
 import pytest
 import tornado.httpserver
@@ -1612,7 +1614,8 @@ def test_plain_text_beside_a_file_is_kept_unless_it_is_a_default_repr() -> None:
 
 
 def test_results_raise_what_happened() -> None:
-    failed = execution(("iopub", "error", {"ename": "E", "evalue": "v", "traceback": ["\x1b[31mt"]}), IDLE)
+    error = ("iopub", "error", {"ename": "E", "evalue": "v", "traceback": ["\x1b[31mt"]})
+    failed = execution(error, ("shell", "execute_reply", {"status": "error"}), IDLE)
     with pytest.raises(ExecutionError, match="E: v\nt"):
         failed.result(0).raise_for_error()
     died = execution(stream("a"))
@@ -4914,7 +4917,8 @@ def test_timeout_interrupts_and_keeps_the_variables(executor: JupyterCodeExecuto
     result = executor.execute("print('before', flush=True)\n" + code, timeout=0.5)
     assert (result.status, result.exit_code, result.kernel_state) == ("timeout", 124, "intact")
     assert result.text.startswith("before\n")
-    assert result.text.endswith("Timeout: interrupted after 0.5 s; variables are kept")
+    place = f"; it was at line 2: {code}" if code[0] != "!" else ""  # IPython keeps this interrupt to itself
+    assert result.text.endswith(f"Timeout: interrupted after 0.5 s; variables are kept{place}")
     assert run(executor, "x").output == "5"
 
 
@@ -5460,7 +5464,7 @@ def test_a_notebook_of_the_session(executor: JupyterCodeExecutor, tmp_path: Path
     assert notebook.cells[1].outputs[0].data["text/plain"] == "2"
     assert notebook.cells[2].outputs[0].data["image/png"].startswith("iVBOR")
     assert notebook.cells[3].outputs[0].ename == "ZeroDivisionError"
-    assert notebook.cells[4].outputs[-1].text == "Timeout: interrupted after 0.5 s; variables are kept"
+    assert notebook.cells[4].outputs[-1].text.endswith("variables are kept; it was at line 2: time.sleep(60)")
     assert notebook.metadata.language_info.name == "python"
 
 
@@ -5539,8 +5543,85 @@ def test_c_code_that_never_returns_is_killed(executor: JupyterCodeExecutor, monk
     mask = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
     result = executor.execute(mask + code, timeout=0.5)
     assert (result.status, result.kernel_state) == ("timeout", "lost")
-    assert "the kernel was killed and restarted" in result.note
+    place = "it was at line 6: libc.sleep(60)"  # told by faulthandler, though C code holds the GIL
+    assert result.note.endswith(f"the kernel was killed and restarted; all variables are lost; {place}")
     assert run(executor, "1").output == "1"
+
+
+# A module whose function is in C code that holds the GIL, and cannot be interrupted.
+DEAF = """import ctypes, signal, types
+def f():
+    list(map(sleep, [60]))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+exec(compile("libc = ctypes.PyDLL(None)\\ndef sleep(n):\\n while True: libc.sleep(n)", "/lib/deaf.py", "exec"), globals())
+f()
+"""
+
+
+@pytest.mark.parametrize("preload", [None, pytest.param([], marks=pytest.mark.slow)])
+def test_a_kernel_that_was_killed_or_crashed_tells_where(preload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
+    with LocalJupyterServer(preload=preload) as server, JupyterCodeExecutor(server) as executor:
+        stuck = executor.execute(f"\n\n{DEAF}", timeout=0.3)
+        assert re.search(r"; it was at line 5: list\(map\(sleep, \[60\]\)\), in sleep \(deaf\.py:3\)$", stuck.note)
+        crash = executor.execute("import ctypes\ndef f():\n    ctypes.string_at(0)\nf()")
+        assert re.search(r"Segmentation fault\n.* in string_at\n.*, line 3 in f\n.*, line 4 in <module>$", crash.note)
+
+
+def test_a_killed_kernel_in_docker_tells_where(boxed: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
+    result = boxed.execute(DEAF, timeout=0.5)
+    assert result.note.endswith(
+        "all variables are lost; it was at line 3: list(map(sleep, [60])), in sleep (deaf.py:3)"
+    )
+
+
+OWN_FRAME, OTHER_FRAME = (
+    '  File "/tmp/ipykernel_1/2.py", line 2 in f\n',
+    '  File "/lib/ipykernel/x.py", line 3 in run\n',
+)
+ABORTED = (
+    "Fatal Python error: Aborted\n\nThread 0x1 (most recent call first):\n" + OTHER_FRAME + "\nCurrent thread 0x2 (most"
+)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "place"),
+    [
+        (f"{ABORTED}):\n{OWN_FRAME}{OTHER_FRAME}\nExtension modules: x", "; it was at line 2: b"),
+        (f'{ABORTED}):\n  File "/x/re.py", line 7 in go\x1b[2J\n{OWN_FRAME}', "; it was at line 2: b, in go (re.py:7)"),
+        (f"{ABORTED}):\n{OWN_FRAME * 3000}{OTHER_FRAME * 3000}", "; it was at line 2: b"),
+        (f"{ABORTED}):\n{OWN_FRAME.replace('2 in', '9 in')}", ""),
+        (f"{ABORTED}):\n{OWN_FRAME.replace('2 in', '9' * 5000 + ' in')}", ""),
+        (f"{ABORTED}):\n{OTHER_FRAME}", ""),
+        ("Fatal Python error: " * 3000, ""),
+        ("", ""),
+    ],
+)
+def test_what_a_kernel_writes_when_it_is_killed_is_not_trusted(stderr: str, place: str) -> None:
+    short = jupyter_exec.without_machinery(stderr)
+    assert len(short) <= 2 * jupyter_exec.STDERR_TAIL
+    result = jupyter_exec.ExecutionResult("timeout", 124, "lost", "", [], death=KernelDied(stderr=short))
+    assert jupyter_exec.place_of(result, "a\nb\nc") == place
+
+
+@pytest.mark.parametrize(
+    ("frames", "place"),
+    [
+        (["Cell In[3], line 2, in f()\n      1 x\n----> 2 y"], "line 2: b"),
+        (["Cell In[1], line 1, in f()", "Cell In[3], line 3", "Cell In[2], line 1"], "line 3: c"),
+        (["Input In [3], in <cell line: 2>()\n----> 2 y"], "line 2: b"),
+        (["<ipython-input-3-0123> in <module>\n----> 1 x"], "line 1: a"),
+        (["/tmp/ipykernel_9/12.py in f()\n      1 x\n----> 3 y"], "line 3: c"),
+        (["Cell In[3], line 9"], ""),
+        (["Cell In[3], line " + "9" * 5000], ""),
+        (["File /lib/x.py:3, in f"], ""),
+    ],
+)
+def test_the_line_of_an_interrupted_cell_is_found_in_the_traceback(frames: list[str], place: str) -> None:
+    error = {"output_type": "error", "ename": "KeyboardInterrupt", "evalue": "", "traceback": ["---", *frames, "end"]}
+    result = jupyter_exec.ExecutionResult("timeout", 124, "intact", "", [error], 3)
+    assert jupyter_exec.place_of(result, "a\nb\nc") == (f"; it was at {place}" if place else "")
 
 
 def test_a_kernel_that_dies_between_calls_is_told_and_the_code_not_run(
@@ -5554,6 +5635,218 @@ def test_a_kernel_that_dies_between_calls_is_told_and_the_code_not_run(
     assert "SIGKILL" in result.output and "all variables are lost" in result.output
     assert not (tmp_path / "ran").exists()
     assert run(executor, "1").output == "1"
+
+
+# Jobs, and cells that go on without their call
+
+
+@pytest.fixture(params=["local", "docker", "remote"])
+def detaching(
+    request: pytest.FixtureRequest, server: LocalJupyterServer, jupyter_server: Peer, tmp_path: Path
+) -> Iterator[JupyterCodeExecutor]:
+    with contextlib.ExitStack() as stack:
+        where: Any = server if request.param == "local" else jupyter_server.info
+        if request.param == "docker":
+            request.getfixturevalue("containers")
+            where = stack.enter_context(docker_server())
+        yield stack.enter_context(JupyterCodeExecutor(where, output_dir=tmp_path, on_timeout="detach"))
+
+
+GO_ON = "import time\nprint('a', flush=True)\ntime.sleep(1.5)\nprint('b')\n6 * 7"
+
+
+def wait_for(event: threading.Event) -> None:
+    assert event.wait(PATIENCE)
+
+
+FOR_EVER = "import time\nprint('go', flush=True)\nwhile True: time.sleep(0.01)"
+
+
+def test_a_detached_cell_goes_on_and_wait_has_all_of_it(detaching: JupyterCodeExecutor, tmp_path: Path) -> None:
+    with pytest.raises(JupyterExecError, match="nothing to wait for"):
+        detaching.wait()
+    result = detaching.execute(GO_ON, timeout=0.5)
+    assert (result.status, result.exit_code, result.kernel_state) == ("running", 124, "busy")
+    assert result.text == f"a\n{jupyter_exec.STILL_RUNNING}"
+    with pytest.raises(ExecutionTimeout):
+        result.raise_for_error()
+    for busy in (run(detaching, "1"), run(detaching, "2")):
+        assert (busy.exit_code, busy.output, busy.kernel_state) == (1, jupyter_exec._BUSY, "busy")
+    detaching.save_notebook(tmp_path / "n.ipynb")  # does not wait
+    assert detaching.wait(0) is None
+    whole = detaching.wait(PATIENCE)
+    assert (whole.status, whole.exit_code, whole.kernel_state, whole.text) == ("ok", 0, "intact", "a\nb\n42")
+    assert detaching.wait() is whole
+    assert run(detaching, "1").output == "1"
+    detaching.save_notebook(tmp_path / "n.ipynb")
+    cells = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
+    assert [cell.source for cell in cells] == [GO_ON, "1"]
+    assert cells[0].outputs[0].text == "a\nb\n"
+
+
+def test_a_detached_call_goes_on_with_its_next_blocks(server: LocalJupyterServer, tmp_path: Path) -> None:
+    with JupyterCodeExecutor(server, timeout=1, output_dir=tmp_path, on_timeout="detach") as executor:
+        picture = "from IPython.display import SVG; display(SVG('<svg xmlns=\"http://www.w3.org/2000/svg\"/>'))"
+        result = run(executor, f"{picture}\n1", f"print('x', flush=True)\n{GO_ON}", "print('last')")
+        assert (result.exit_code, result.kernel_state, len(result.output_files)) == (124, "busy", 1)
+        assert result.output.endswith(f"1\nx\na\n{jupyter_exec.STILL_RUNNING}")
+        whole = executor.wait(PATIENCE)
+        assert (whole.exit_code, whole.output_files) == (0, result.output_files)
+        assert whole.output.endswith("1\nx\na\nb\n42\nlast\n")
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "says"),
+    [
+        ("interrupt", "interrupted", "Interrupted; variables are kept"),
+        ("restart", "died", "The kernel was restarted while the code ran; all variables are lost"),
+        ("stop", "died", "The executor was stopped while the code ran; all variables are lost"),
+        ("SIGKILL", "died", "The kernel died (killed by signal 9, SIGKILL); all variables are lost"),
+    ],
+)
+def test_a_detached_cell_can_be_ended(server: LocalJupyterServer, end: str, status: str, says: str) -> None:
+    with JupyterCodeExecutor(server, on_timeout="detach") as executor:
+        pid = int(run(executor, "x = 5\nimport os; os.getpid()").output)
+        assert executor.execute(FOR_EVER, timeout=0.3).status == "running"
+        os.kill(pid, signal.SIGKILL) if end == "SIGKILL" else getattr(executor, end)()
+        result = executor.wait(PATIENCE)
+        assert (result.status, result.note) == (status, says)
+        assert result.text.startswith("go\n")
+        if end != "stop":
+            assert run(executor, "'x' in dir()").output == str(end == "interrupt")
+            return
+        with pytest.raises(JupyterExecError, match="was stopped"):
+            run(executor, "1")
+
+
+def test_a_slow_hook_does_not_keep_a_call_from_being_detached(server: LocalJupyterServer) -> None:
+    free = threading.Event()
+    with JupyterCodeExecutor(server, on_timeout="detach") as executor:
+        result = executor.execute(FOR_EVER, timeout=0.3, on_output=lambda output: wait_for(free))
+        assert (result.status, result.text) == ("running", f"go\n{jupyter_exec.STILL_RUNNING}")
+        free.set()
+        executor.interrupt()
+        assert executor.wait(PATIENCE).status == "interrupted"
+
+
+def test_ctrl_c_in_a_call_that_may_be_detached_interrupts_its_cell(server: LocalJupyterServer) -> None:
+    with JupyterCodeExecutor(server, on_timeout="detach") as executor:
+        run(executor, "x = 5")
+        with pytest.raises(KeyboardInterrupt):
+            executor.execute(FOR_EVER, on_output=lambda output: signal.raise_signal(signal.SIGINT))
+        assert run(executor, "x").output == "5"  # though the signal came in another thread
+
+
+def test_a_hook_of_a_detaching_executor_cannot_run_another_cell(server: LocalJupyterServer) -> None:
+    said: list[CodeResult] = []
+    with JupyterCodeExecutor(server, on_timeout="detach") as executor:
+        hook = lambda output: said.append(run(executor, "2"))  # noqa: E731
+        assert executor.execute("print(1)", on_output=hook).text == "1\n"
+    assert said[0].output == jupyter_exec.HOOK_RUNS_CELL
+
+
+def test_jobs_run_in_order_and_tell_their_state(executor: JupyterCodeExecutor) -> None:
+    first = executor.submit(f"x = [1]\n{FOR_EVER}")
+    second, third = executor.submit([CodeBlock("x.append(2)"), CodeBlock("x"), CodeBlock("1/0")]), executor.submit("3")
+    eventually(lambda: first.output == "go\n", "the first has begun")
+    assert [job.status for job in (first, second, third)] == ["running", "waiting", "waiting"]
+    assert (first.wait(0), first.done, second.output) == (None, False, "")
+    third.interrupt()
+    assert third.wait(PATIENCE).note == jupyter_exec._NOT_BEGUN
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(first.wait, PATIENCE) for _ in range(4)]
+        first.interrupt()
+        assert {call.result().status for call in waiting} == {"interrupted"}
+    result = second.wait(PATIENCE)
+    assert (result.exit_code, result.output.splitlines()[:3]) == (
+        1,
+        ["", "[1, 2]", "ZeroDivisionError: division by zero"],
+    )
+    assert [job.status for job in (first, second, third)] == ["interrupted", "done", "interrupted"]
+    assert second.output == result.output and first.output == first.wait().text
+    assert executor.submit("5").wait().text == executor.wait().text == run(executor, "5").output
+
+
+def test_a_job_may_wait_behind_a_detached_cell_and_has_the_executors_timeout(server: LocalJupyterServer) -> None:
+    with JupyterCodeExecutor(server, timeout=1, on_timeout="detach") as executor:
+        run(executor, "import time\ntime.sleep(1.5)")
+        assert executor.submit("5").wait(PATIENCE).text == "5"
+    with JupyterCodeExecutor(server, timeout=1) as executor:
+        job = executor.submit(FOR_EVER)
+        assert (job.wait(PATIENCE).exit_code, job.status) == (124, "timeout")
+
+
+def test_the_output_of_a_job_is_as_in_results_and_bounded(server: LocalJupyterServer, tmp_path: Path) -> None:
+    with JupyterCodeExecutor(server, max_output=1000, output_dir=tmp_path) as executor:
+        for code in ("'a\\rb\\x1b[2J'", "'x' * 9999"):
+            job = executor.submit([CodeBlock(f"print({code}, flush=True)\n1"), CodeBlock(FOR_EVER)])
+            eventually(lambda job=job: job.output.endswith("go\n"), "it is at its second block")  # type: ignore[misc]
+            so_far = job.output
+            job.interrupt()
+            assert job.wait(PATIENCE).output[:500] == so_far[:500] if "9999" in code else so_far == "b\n1\ngo\n"
+            assert len(so_far) < 1100
+
+
+def test_a_job_of_a_kernel_that_cannot_start_raises_in_wait(kernels_dir: Path) -> None:
+    add_spec(kernels_dir, "broken", argv=[sys.executable, "-c", "raise SystemExit(3)", "{connection_file}"])
+    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+        with JupyterCodeExecutor(server, "broken") as executor:
+            job = executor.submit("1")
+            with pytest.raises(KernelStartFailed):
+                job.wait(PATIENCE)
+            assert (job.done, job.status, job.output) == (True, "failed", "")
+
+
+@pytest.mark.parametrize("kind", ["submitted", "detached", "attached"])
+def test_a_job_ends_with_an_executor_that_is_collected(
+    server: LocalJupyterServer, executor: JupyterCodeExecutor, kind: str
+) -> None:
+    run(executor, "1")
+    before = set(threading.enumerate())
+    target = executor.connection_file if kind == "attached" else server
+    other: Any = JupyterCodeExecutor(target, on_timeout="detach")
+    pid = int(run(other, "import os; os.getpid()").output)
+    job = other.submit(FOR_EVER)
+    eventually(lambda: job.output, "it has begun")
+    if kind == "detached":
+        del job
+    with pytest.warns(ResourceWarning, match="forgotten"):
+        del other
+        gc.collect()
+    if kind != "detached":
+        assert job.wait(PATIENCE).status == "died"
+    eventually(lambda: set(threading.enumerate()) <= before, "its threads have ended")
+    if kind == "attached":
+        executor._kernel._control.interrupt(lambda: None)
+    else:
+        eventually(lambda: pid not in descendants(os.getpid()), "the kernel is gone")
+
+
+def test_a_detached_cell_is_complete_after_a_dropped_connection(
+    jupyter_server: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[socket.socket] = []
+    websocket = jupyter_exec.RestClient.websocket
+
+    def counting(*arguments: Any) -> Any:
+        if opened:
+            eventually(lambda: opened[0].fileno() == -1, "the first connection was dropped")
+            (tmp_path / "gate").touch()
+        result = websocket(*arguments)
+        opened.append(result[0])
+        return result
+
+    monkeypatch.setattr(jupyter_exec.RestClient, "websocket", counting)
+    wait = f"while not os.path.exists({str(tmp_path / 'gate')!r}): time.sleep(0.01)"
+    with JupyterCodeExecutor(jupyter_server.info, on_timeout="detach") as executor:
+        code = f"import os, time\nprint('first', flush=True)\n{wait}\nfor i in range(5): print(i, flush=True)\n7"
+        assert executor.execute(code, timeout=0.5).status == "running"
+        opened[0].shutdown(socket.SHUT_RDWR)
+        result = executor.wait(PATIENCE)
+        assert (result.status, result.kernel_state) == ("ok", "intact")
+        assert result.text.startswith("first\n0\n1\n2\n3\n4\n7")
+        assert run(executor, "7").output == "7"
+    assert len(opened) == 2
 
 
 @pytest.mark.parametrize("what", ["restart", "stop"])
@@ -6048,11 +6341,16 @@ def test_names_of_python(executor: JupyterCodeExecutor, language: Any) -> None:
     assert run_block(executor, "6 * 7", language).output == "42"
 
 
-def test_a_shell_block_that_exceeds_its_time_says_so_in_its_status(server: LocalJupyterServer, tmp_path: Path) -> None:
+def test_a_shell_block_that_exceeds_its_time_says_so_in_its_status(
+    server: LocalJupyterServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with JupyterCodeExecutor(server, timeout=1, output_dir=tmp_path) as executor:
         result = run_block(executor, "echo a; sleep 30", "bash")
         assert (result.exit_code, result.kernel_state) == (124, "intact")
         assert "Timeout: interrupted after 1 s" in result.output
+        monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
+        result = run_block(executor, "trap '' INT; sleep 30; sleep 30", "bash")
+        assert result.output.endswith("all variables are lost")  # and no line of our own program
 
 
 @pytest.mark.parametrize(("code", "status"), [("exit(3)", 3), ("quit(0)", 0), ("exit(-1)", 255)])
@@ -6398,6 +6696,222 @@ def test_many_cells_do_not_block_the_event_loop(server: LocalJupyterServer) -> N
     lags = asyncio.run(main())
     assert len(lags) > 20  # the loop went on turning for half a second
     assert sorted(lags)[len(lags) // 2] < 0.02
+
+
+async def longest_lag(work: Any) -> float:
+    """Return for how many seconds at most the loop did not turn while `work` was awaited."""
+    task, lags = asyncio.ensure_future(work), []
+    while not task.done():
+        before = time.monotonic()
+        await asyncio.sleep(0.001)
+        lags.append(time.monotonic() - before)
+    await task
+    return max(lags)
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("where", ["local", "docker"])
+def test_bench_lag_of_the_loop(benchmark: Any, where: str, request: pytest.FixtureRequest) -> None:
+    if where == "docker":
+        request.getfixturevalue("containers")
+
+    async def work() -> None:
+        async with LocalJupyterServer() if where == "local" else docker_server() as server:
+            async with AsyncJupyterCodeExecutor(server, on_timeout="detach") as executor:
+                await asyncio.gather(*(executor.execute("print(5)") for _ in range(20)))
+                await executor.execute("import time; time.sleep(1)", timeout=0.5)
+                assert (await executor.wait()).status == "ok"
+                async for _ in executor.stream("for i in range(1000): print(i)"):
+                    pass
+                await executor.restart()
+
+    benchmark.extra_info["longest lag in ms"] = asyncio.run(longest_lag(work())) * 1000
+    benchmark.pedantic(lambda: None)
+
+
+def test_a_stream_gives_outputs_as_they_come_and_last_the_result(server: LocalJupyterServer) -> None:
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(server, on_input=lambda prompt, password: "yes") as executor:
+            seen = []
+            async for output in executor.stream("print(input(), flush=True)\n" + FOR_EVER):
+                seen.append(output if isinstance(output, dict) else output.status)
+                if output in (
+                    {"output_type": "stream", "name": "stdout", "text": text} for text in ("go\n", "yes\ngo\n")
+                ):
+                    executor.interrupt()
+            assert "".join(output.get("text", "") for output in seen[:-2]) == "yes\ngo\n"
+            assert (seen[-2]["ename"], seen[-1]) == ("KeyboardInterrupt", "interrupted")
+            flood = [output async for output in executor.stream("for i in range(2000): display(i)")]
+            assert (len(flood), flood[-1].status) == (2001, "ok")
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+@pytest.mark.parametrize("code", [FOR_EVER, "while True: display(1)"])
+def test_leaving_a_stream_interrupts_the_cell(server: LocalJupyterServer, code: str) -> None:
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(server) as executor:
+            await executor.execute("x = 5")
+            async with contextlib.aclosing(executor.stream(code)) as outputs:
+                async for _ in outputs:
+                    break
+            async for _ in executor.stream(code):  # collected at once, and closed soon
+                break
+            assert (await executor.execute("x")).text == "5"
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_a_stream_raises_what_keeps_the_cell_from_running(server: LocalJupyterServer) -> None:
+    async def main() -> None:
+        executor = AsyncJupyterCodeExecutor(server)
+        async with executor:
+            pass
+        with pytest.raises(JupyterExecError, match="was stopped"):
+            async for _ in executor.stream("1"):
+                pass
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_coroutine_hooks_run_on_the_loop_of_the_call(
+    server: LocalJupyterServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        loops, never = [], asyncio.Event()
+        executor: AsyncJupyterCodeExecutor
+
+        async def on_output(output: dict[str, Any]) -> None:
+            loops.append(asyncio.get_running_loop())
+            if output.get("text") == "stuck\n":
+                await never.wait()
+            with pytest.raises(JupyterExecError, match="hooks cannot run another one"):
+                await executor.execute("1")
+
+        async def on_input(prompt: str, password: bool) -> str:
+            return f"to {prompt}"
+
+        async with AsyncJupyterCodeExecutor(server, on_output=on_output, on_input=on_input) as executor:
+            result = await executor.execute("input('me')")
+            assert result.text.endswith("'to me'")
+            assert loops and set(loops) == {asyncio.get_running_loop()}
+            task = asyncio.ensure_future(executor.execute("print('stuck', flush=True)\nimport time; time.sleep(60)"))
+            while len(loops) < 2:
+                await asyncio.sleep(0.01)
+            task.cancel()  # though the hook waits for ever
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await executor.execute("5")).text == "5"
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_a_hook_whose_loop_is_gone_ends_nothing(server: LocalJupyterServer, caplog: pytest.LogCaptureFixture) -> None:
+    async def hook(output: dict[str, Any]) -> None:
+        await asyncio.sleep(60 if output.get("text") == "a\n" else 0)
+
+    async def main() -> AsyncJupyterCodeExecutor:
+        executor = AsyncJupyterCodeExecutor(server, on_output=hook, on_timeout="detach")
+        assert (await executor.execute(GO_ON, timeout=0.3)).status == "running"
+        return executor
+
+    async def end(executor: AsyncJupyterCodeExecutor) -> None:
+        assert (await executor.wait()).text == "a\nb\n42"
+        await executor.stop()
+
+    executor = asyncio.run(main())
+    asyncio.run(asyncio.wait_for(end(executor), PATIENCE))
+    assert "on_output raised" in caplog.text
+
+
+def test_the_async_executor_has_jobs_and_all_that_the_other_has(server: LocalJupyterServer, tmp_path: Path) -> None:
+    async def main() -> None:
+        executor = AsyncJupyterCodeExecutor(server, "python3", 1, tmp_path, functions=[add_two], on_timeout="detach")
+        assert "add_two" in executor.system_message and executor.connection_file is None
+        first, second = await asyncio.gather(executor.execute("x = 1; x"), executor.execute("x += 1; x"))
+        assert (first.text, second.text) == ("1", "2")  # in the order of the calls, before the start too
+        assert os.path.exists(executor.connection_file or "")
+        assert (await executor.run(FOR_EVER)).kernel_state == "busy"
+        assert (await executor.execute("1")).kernel_state == "busy"
+        assert await executor.wait(0.01) is None
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(executor.wait(), 0.01)
+        executor.interrupt()
+        assert (await executor.wait()).exit_code == 130
+        job = await executor.submit([CodeBlock("add_two(1)")])
+        assert (await job.wait()).output == job.output == "3"
+        assert (job.done, job.status) == (True, "done")
+        await executor.stop()
+        await executor.stop()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_the_async_executor_has_the_methods_and_arguments_of_the_other() -> None:
+    ours = {name for name in dir(JupyterCodeExecutor) if name[0] != "_"} - {
+        "CODE_WRITER_SYSTEM_MESSAGE",
+        "UserCapability",
+    }
+    assert ours - set(dir(AsyncJupyterCodeExecutor)) == {"code_extractor", "user_capability", "execute_block"}
+    for name in ("__init__", "execute", "submit", "wait", "save_notebook", "restart", "stop", "interrupt"):
+        theirs, here = (
+            inspect.signature(getattr(kind, name)) for kind in (JupyterCodeExecutor, AsyncJupyterCodeExecutor)
+        )
+        assert [*theirs.parameters] == [*here.parameters][: len(theirs.parameters)], name
+
+
+def test_servers_are_left_without_blocking_the_loop() -> None:
+    async def main() -> None:
+        async with LocalJupyterServer() as server, AsyncJupyterCodeExecutor(server) as executor:
+            assert (await executor.execute("1")).text == "1"
+        with pytest.raises(ConnectionClosed):
+            server.kernelspecs()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def readme_code(after: str) -> str:
+    """Return the first Python block of the README after some words."""
+    text = (HERE / "README.md").read_text(encoding="utf-8").partition(after)[2]
+    return text.partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_readmes_cells_that_take_long(tmp_path: Path) -> None:
+    code = readme_code("## Cells that take long")
+    result = run_python(code, cwd=tmp_path)
+    said = result.stdout.splitlines()
+    assert result.stderr == ""
+    shown = [comment.strip() for comment in re.findall(r"# (exit_code.*)", code)]
+    assert [said[0], said[3]] == shown
+    assert [said[1], said[2], *said[4:]] == ["busy", "None", "0", "1", "2", " done 0", "1", "2", ""]
+
+
+def test_the_readmes_web_service_streams_and_interrupts_on_disconnect(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(readme_code("A web service that streams"))
+    port, environment = free_port(), os.environ | {"PYTHONPATH": str(MODULE.parent)}
+    command = [sys.executable, "-m", "uvicorn", "--port", str(port), "app:app"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    log_text = (tmp_path / "log").read_text
+    try:
+        eventually(lambda: "Application startup complete" in log_text() or process.poll() is not None, "it listens")
+        assert process.poll() is None, log_text()
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
+            assert "<button" in client.get("/").text
+
+            def post(code: str) -> Any:
+                return client.stream("POST", "/run", json={"code": code})
+
+            with post(f"x = 5\n{FOR_EVER}") as response:  # left as soon as the first line is there, long before its end
+                assert json.loads(next(response.iter_lines()))["text"] == "go\n"
+            with post("print(x)\nx + 1") as response:
+                lines = [json.loads(line) for line in response.iter_lines()]
+            assert [line.get("text") for line in lines] == ["5\n", None, None]
+            assert lines[1]["data"] == {"text/plain": "6"} and lines[2] == {"status": "ok"}
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(PATIENCE)
+    assert "Traceback" not in log_text(), log_text()
 
 
 def test_copies_of_an_executor_are_itself(executor: JupyterCodeExecutor) -> None:
