@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import contextvars
 import functools
 import heapq
 import io
@@ -75,7 +76,8 @@ __all__ += ["CommandJupyterServer", "ConnectionClosed", "DockerJupyterServer", "
 __all__ += ["ExecutionTimeout", "IPythonCodeResult", "JupyterCodeExecutor", "JupyterConnectionInfo"]
 __all__ += ["JupyterExecError", "KernelClient", "KernelConnection", "KernelDied", "KernelError", "KernelSpecNotFound"]
 __all__ += ["KernelStartFailed", "LocalJupyterServer", "MarkdownCodeExtractor", "ProtocolError"]
-__all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError"]
+__all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError", "ToolError", "ToolRefused"]
+__all__ += ["tool_call_ended"]
 
 PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
@@ -141,6 +143,10 @@ MAX_FILES = 500  # files of one call
 MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
 TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
 STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
+MAX_TOOL_JSON = 4 * 2**20  # characters of JSON of a tool call's arguments, or of its result
+MAX_TOOLS_AT_ONCE = 64  # tool calls of one cell that run at the same time; the others wait
+MAX_TOOLS_TEXT = 8000  # characters of a system_message with tools in it
+PAUSE_POLL = 0.2  # seconds between looks whether a stopped clock goes on
 PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between choosing and binding them
 
 Json = dict[str, Any]
@@ -298,6 +304,14 @@ class SandboxError(JupyterExecError):
         names = [f"image {self.image}"] * bool(self.image) + [f"container {self.container}"] * bool(self.container)
         where = f" ({', '.join(names)})" if names else ""
         return "\n".join([self.reason + where, *([self.logs.strip()] if self.logs.strip() else [])])
+
+
+class ToolError(JupyterExecError):
+    """A tool failed, or could not be called. Raised in the kernel, as a plain Exception; a tool may raise it, too."""
+
+
+class ToolRefused(ToolError):
+    """The program does not allow this call of a tool; the message is its reason. Raised like ToolError."""
 
 
 def describe_os_error(error: OSError) -> str:
@@ -1151,7 +1165,9 @@ class ExecutionResult:
     `status` is "ok", "error", "timeout", "interrupted", "died" or "exited"; `kernel_state` is "intact", "lost"
     (all variables are gone) or "busy"; `note` is the sentence about it, empty when all is well. `outputs` are
     dicts in the shape of nbformat 4 (stream, execute_result, display_data, error); `missing` is how many characters
-    of streams are not in them, since there were more than `max_output`.
+    of streams are not in them, since there were more than `max_output`. `calls` are the tool calls, in order: dicts of
+    name, arguments (a dict), seconds, and status: "ok", "error", "refused", "timeout", "unanswered" (it was running when
+    the cell ended) or "not run".
     """
 
     status: str
@@ -1163,6 +1179,7 @@ class ExecutionResult:
     duration: float = 0.0  # seconds
     death: KernelDied | None = None
     missing: int = 0
+    calls: list[Json] = field(default_factory=list)
 
     @property
     def truncated(self) -> bool:
@@ -1485,6 +1502,10 @@ class Deadline:
     @property
     def expired(self) -> bool:
         return self._at is not None and time.monotonic() >= self._at
+
+    def extend(self, seconds: float) -> None:
+        if self._at is not None:
+            self._at += seconds
 
     def within(self, seconds: float) -> float:
         """Return what is left, at most `seconds`."""
@@ -2346,15 +2367,21 @@ class WebSocketChannels:
 
 OutputHook = Callable[[Json], None]
 InputHook = Callable[[str, bool], str]
+Pause = Callable[[], contextlib.AbstractContextManager[None]]
+RequestHook = Callable[..., bool]  # (prompt, reply, pause)
 
 
 class Hooks:
     """What a caller wants to hear of a cell while it runs. What raises in them costs a warning in the log."""
 
     def __init__(
-        self, on_output: OutputHook | None = None, on_input: InputHook | None = None, record: OutputHook | None = None
+        self,
+        on_output: OutputHook | None = None,
+        on_input: InputHook | None = None,
+        record: OutputHook | None = None,
+        on_request: RequestHook | None = None,
     ) -> None:
-        self._on_output, self._on_input, self._record = on_output, on_input, record
+        self._on_output, self._on_input, self._record, self.on_request = on_output, on_input, record, on_request
         self.slow = bool(on_output or on_input)  # code of others, which may take its time
         self.muted = False  # it took too much
 
@@ -2381,7 +2408,7 @@ class Hooks:
                 pass
             except Exception:
                 logger.warning("on_input raised; the cell gets EOFError", exc_info=True)
-        return "\x04" if self._on_input else ""
+        return "\x04" if self._on_input or self.on_request else ""
 
 
 class Watch:
@@ -2393,11 +2420,36 @@ class Watch:
         self.reading: Deadline | None = None  # of slow hooks, after a cell's end
         self.grace: Deadline | None = None  # of an interrupted cell to end by itself
         self.overdue: Deadline | None = None  # of the missing one of reply and idle
+        self._lock = threading.Lock()
+        self._pauses = 0  # how many threads keep the clock stopped,
+        self._paused_at = 0.0  # and since when
 
     def wait(self, half_done: bool) -> float | None:
         """Return how long to wait for a message."""
+        if self._pauses and not self.grace:
+            return PAUSE_POLL
         limit = self.grace or self.deadline
         return limit.within(FENCE_DELAY) if half_done else limit.remaining
+
+    @property
+    def due(self) -> bool:
+        """Whether the time of the cell, or that of its grace, is over."""
+        with self._lock:
+            return self.grace.expired if self.grace else not self._pauses and self.deadline.expired
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stop the clock of the cell meanwhile, in any thread."""
+        with self._lock:
+            self._paused_at = self._paused_at if self._pauses else time.monotonic()
+            self._pauses += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pauses -= 1
+                if not self._pauses:
+                    self.deadline.extend(time.monotonic() - self._paused_at)
 
 
 class KernelClient:
@@ -2505,22 +2557,26 @@ class KernelClient:
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
         record: OutputHook | None = None,
+        on_request: RequestHook | None = None,
         on_result: Callable[[ExecutionResult], None] | None = None,
     ) -> ExecutionResult:
         """Run one cell and return what it did; `timeout` is the wall clock in seconds, None for no limit.
 
         `max_output` is how many characters of its streams are kept, None for all. `record` gets every output before
-        `on_output` does, and is quick. `on_result` gets the result even if Ctrl-C ends this call.
+        `on_output` does, and is quick. `on_request(prompt, reply, pause)` may take an input_request, and is quick, too:
+        if it returns true, `reply(value)` is called later, in any thread; `with pause()` stops the cell's clock.
+        `on_result` gets the result even if Ctrl-C ends this call.
 
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
         if self._running:
             raise JupyterExecError("A cell is running: its hooks cannot run another one.")
-        content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=on_input is not None)
+        asks = on_input is not None or on_request is not None
+        content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=asks)
         request = self._message("shell", "execute_request", content)
         execution = Execution(request.msg_id, max_output)
-        hooks = Hooks(on_output, on_input, record)
         started, watch = time.monotonic(), Watch(timeout)
+        hooks = Hooks(on_output, on_input, record, on_request and functools.partial(on_request, pause=watch.pause))
 
         def finish() -> ExecutionResult:
             self._ended = execution.ended_session
@@ -2575,7 +2631,7 @@ class KernelClient:
         elif watch.overdue and watch.overdue.expired:
             self._fence(execution)
             watch.overdue = Deadline(FENCE_DELAY)
-        elif not (watch.grace or watch.deadline).expired:
+        elif not watch.due:
             pass
         elif self._mailbox.answered:  # the cell has ended; a slow hook kept this thread from seeing it
             watch.reading = watch.reading or Deadline(INTERRUPT_GRACE)
@@ -2590,7 +2646,7 @@ class KernelClient:
 
     def _time_out(self, execution: Execution, watch: Watch) -> None:
         """Interrupt a cell whose time is over; in the caller's thread or that of a timer."""
-        if execution.done:
+        if execution.done or not watch.due:
             return
         if self._mailbox.answered:  # it has ended in time
             return
@@ -2619,7 +2675,9 @@ class KernelClient:
         if death := _reported_death(message):
             self._mailbox.put(death)
         if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
-            self._send("stdin", "input_reply", {"value": hooks.answer(message.content)})
+            prompt = text_of(message.content.get("prompt"))
+            if not (hooks.on_request and hooks.on_request(prompt, self._reply)):
+                self._reply(hooks.answer(message.content))
         elif output := execution.feed(message) or self._late_output(message, execution):
             hooks.show(output)
         if execution.started and execution.interrupted and not execution.signalled:
@@ -2761,6 +2819,9 @@ class KernelClient:
         msg_id = f"{self._session}_{next(self._serial)}"
         date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return new_message(channel, msg_type, content, session=self._session, msg_id=msg_id, date=date)
+
+    def _reply(self, value: str) -> None:
+        self._send("stdin", "input_reply", {"value": value})
 
     def _send(self, channel: str, msg_type: str, content: Json) -> None:
         self._post(self._message(channel, msg_type, content))
@@ -5874,6 +5935,569 @@ def function_source(function: Callable[..., Any]) -> str:
     return source
 
 
+# Tools: functions of this program that code in the kernel calls
+
+ApproveHook = Callable[[str, Json], Any]
+# The tool calls that this code is part of, the innermost last: in the thread, or the task, that runs the tool.
+_CALLS: contextvars.ContextVar[tuple[ToolCall, ...]] = contextvars.ContextVar("tool calls", default=())
+
+
+def tool_call_ended() -> bool:
+    """Whether nobody waits any more for the tool call that asks: its cell has ended, or its time is over.
+
+    A tool that takes long asks this now and then, in its own thread, and gives up. A coroutine is cancelled instead.
+    """
+    return any(call.ended.is_set() for call in _CALLS.get())
+
+
+def to_json(value: Any) -> Any:
+    """Return something of JSON for what json.dumps does not know; in this program and in the kernel."""
+    import base64
+    import dataclasses
+    import datetime
+
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):  # pydantic
+        return value.model_dump(mode="json")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(value).decode()
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (set, frozenset)):
+        return list(value)
+    if hasattr(value, "tolist"):  # numpy
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON: send numbers, text, lists and dicts")
+
+
+class ToolCaller:
+    """The kernel's end of the tools: its source is sent there, and it does not run here.
+
+    A call is an input_request, its result the input_reply. ipykernel's own way to wait for one allows one at a time, and is
+    not thread-safe. Here a thread that has the stdin socket to itself gives each request its answer, those of input() too.
+    """
+
+    def __init__(self, kernel: Any, tag: str, max_calls: int, max_size: int) -> None:
+        import atexit
+        from concurrent.futures import Future
+
+        self._kernel, self._tag, self._max_calls, self._max_size = kernel, tag, max_calls, max_size
+        self._client = kernel.get_parent("shell")["header"]["session"]
+        self._pid = os.getpid()
+        self._new_future: Callable[[], Any] = Future
+        self._lock = threading.Lock()
+        self._serial = itertools.count()
+        self._last: int | None = (
+            None  # number of the last call that the running cell may make; None: no cell is running
+        )
+        self._outbox: deque[tuple[str, Any, Any]] = deque()  # number, future, arguments of send
+        self._calls: dict[str, Any] = {}  # futures of what was sent, by number
+        self._inputs: deque[Any] = deque()  # those of input(), in order
+        self._wake, self._woken = socket.socketpair()
+        self._wake.setblocking(False)
+        self._woken.setblocking(False)
+        self._ended = False
+        self._run_cell, self._old_request = kernel.do_execute, kernel._input_request
+        kernel.do_execute, kernel._input_request = self._do_execute, self._request
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # ipykernel closes the socket later than that
+
+    def close(self) -> None:
+        self._ended = True
+        self._wake_up()
+        self._thread.join()
+        self._kernel.do_execute, self._kernel._input_request = self._run_cell, self._old_request
+
+    async def _do_execute(self, *args: Any, **options: Any) -> Any:
+        self._last = next(self._serial) + self._max_calls
+        try:
+            return await self._run_cell(*args, **options)
+        finally:
+            with self._lock:
+                self._last = None
+                left = [*self._calls.values(), *self._inputs, *(future for _, future, _ in self._outbox)]
+                for waiting in (self._calls, self._inputs, self._outbox):
+                    waiting.clear()
+            for future in left:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(ToolError("The cell has ended: nobody answers any more."))
+
+    def call(self, name: str, args: Any, kwargs: Any) -> Any:
+        """Return the future of a call."""
+        try:
+            text = json.dumps({"name": name, "args": args, "kwargs": kwargs}, default=to_json)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise TypeError(f"{name}(): {error}") from None
+        if len(text) > self._max_size:
+            raise ToolError(
+                f"{name}(): the arguments are {len(text)} characters of JSON, the limit is {self._max_size}."
+            )
+        if self._last is None or self._kernel.get_parent("shell")["header"]["session"] != self._client:
+            raise ToolError(f"{name}() was called while no cell of its program was running.")
+        number = next(self._serial)
+        if number > self._last:
+            raise ToolError(f"{name}(): this cell has made {self._max_calls} tool calls, which is the limit.")
+        return self._kernel.raw_input(f"{self._tag}{number}:{text}")
+
+    def _request(self, prompt: str, ident: Any, parent: Any, password: bool = False) -> Any:
+        """Stand in for the kernel's `_input_request`: return the answer of a person, or the future of a call."""
+        if os.getpid() != self._pid:
+            raise ToolError(
+                "Only the kernel's process can call tools and ask for input, not a child of it: use threads."
+            )
+        is_call = prompt.startswith(self._tag)
+        number = prompt[len(self._tag) :].partition(":")[0] if is_call else ""
+        if not is_call:
+            sys.stderr.flush()
+            sys.stdout.flush()
+        future = self._new_future()
+        with self._lock:
+            if is_call and self._last is None:
+                raise ToolError("The cell has ended.")
+            self._outbox.append((number, future, ({"prompt": prompt, "password": password}, parent, ident)))
+        self._wake_up()
+        return future if is_call else future.result()
+
+    def _wake_up(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # there is enough to wake it
+            self._wake.send(b"x")
+
+    def _serve(self) -> None:
+        import zmq
+
+        poller, sock = zmq.Poller(), self._kernel.stdin_socket
+        poller.register(sock, zmq.POLLIN)
+        poller.register(self._woken, zmq.POLLIN)
+        while not self._ended:
+            poller.poll()
+            with contextlib.suppress(BlockingIOError):
+                self._woken.recv(4096)
+            for work in (self._receive, self._send):
+                try:
+                    work(sock)
+                except Exception:  # a message that is none: the others go on
+                    self._kernel.log.warning("A request or an answer on stdin was lost", exc_info=True)
+
+    def _send(self, sock: Any) -> None:
+        with self._lock:
+            while self._outbox and len(self._calls) < 256:  # ZeroMQ drops what waits beyond 1000
+                number, future, (content, parent, ident) = self._outbox.popleft()
+                if number:
+                    self._calls[number] = future
+                else:
+                    self._inputs.append(future)
+                self._kernel.session.send(sock, "input_request", content, parent, ident=ident)
+
+    def _receive(self, sock: Any) -> None:
+        while True:
+            _, reply = self._kernel.session.recv(sock)
+            if reply is None:
+                return
+            value = reply["content"].get("value", "")
+            if value.startswith(self._tag):
+                number, _, text = value[len(self._tag) :].partition(":")
+                with self._lock:
+                    future = self._calls.pop(number, None)
+                answer = json.loads(text)
+            else:
+                future, answer = self._inputs.popleft() if self._inputs else None, {"value": value}
+                if value == "\x04":
+                    answer = {"error": "EOFError", "message": ""}
+            if future and future.set_running_or_notify_cancel():
+                if "error" in answer:
+                    future.set_exception(self._error_of(**answer))
+                else:
+                    future.set_result(answer["value"])
+
+    def _error_of(self, error: str, message: str, tool: str = "") -> BaseException:
+        import builtins
+
+        kind = {"ToolError": ToolError, "ToolRefused": ToolRefused}.get(error) or getattr(builtins, error)
+        raised: BaseException = kind(*[message] * bool(message))
+        vars(raised)["tool"] = tool
+        if tool and hasattr(raised, "add_note"):
+            raised.add_note(f"Raised by the tool {tool}, in the program that runs this kernel.")
+        return raised
+
+
+def tool_stub(caller: ToolCaller, shape: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
+    """Return what stands for a tool in the kernel; sent with ToolCaller. Calling `shape` checks the arguments."""
+    import asyncio
+
+    @functools.wraps(shape)
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        shape(*args, **kwargs)
+        future = caller.call(shape.__name__, args, kwargs)
+        if error := future.exception():
+            raise error
+        return future.result()
+
+    @functools.wraps(shape)
+    async def async_stub(*args: Any, **kwargs: Any) -> Any:
+        shape(*args, **kwargs)
+        return await asyncio.wrap_future(caller.call(shape.__name__, args, kwargs))
+
+    return async_stub if is_async else stub
+
+
+def define_tools(shell: Any, tag: str, max_calls: int, max_size: int, stubs: dict[str, tuple[bool, str]]) -> None:
+    """Define the tools in the kernel to which this source is sent."""
+    kernel = shell.kernel
+    if old := getattr(kernel, "_tool_caller", None):  # of another program, in a kernel that was attached to
+        old.close()
+    kernel._tool_caller = caller = ToolCaller(kernel, tag, max_calls, max_size)
+    for name, (is_async, source) in stubs.items():
+        scope: Any = {"__name__": "__main__"}
+        exec(compile(source, f"<tool {name}>", "exec", dont_inherit=True), scope)
+        shell.user_ns[name] = tool_stub(caller, scope[name], is_async)
+    shell.user_ns.update(ToolError=ToolError, ToolRefused=ToolRefused)
+
+
+class Verbatim(str):
+    """A piece of Python in an inspect.Signature."""
+
+    __repr__ = str.__str__
+
+
+def tool_signature(function: Callable[..., Any]) -> str:
+    """Return a function's signature as Python that stands for itself: `(city: str, days: int = 3) -> list[str]`."""
+    import ast
+    import inspect
+
+    def annotation(value: Any) -> Any:
+        if value is inspect.Signature.empty:
+            return value
+        text = value if isinstance(value, str) else inspect.formatannotation(value, function.__module__)
+        try:
+            compile(text, "", "eval", dont_inherit=True)
+        except (SyntaxError, ValueError):
+            text = repr(text)
+        return Verbatim(text)
+
+    def default(value: Any) -> Any:
+        if value is inspect.Signature.empty:
+            return value
+        try:
+            ast.literal_eval(repr(value))
+        except Exception:
+            return Verbatim("...")  # known in this program only
+        return value
+
+    signature = inspect.signature(function)
+    parameters = [
+        parameter.replace(annotation=annotation(parameter.annotation), default=default(parameter.default))
+        for parameter in signature.parameters.values()
+    ]
+    return str(signature.replace(parameters=parameters, return_annotation=annotation(signature.return_annotation)))
+
+
+def tool_text(head: str, text: str) -> str:
+    """Return a stub as a model reads it best."""
+    return head + "\n    ".join(["", *f'"""{text}"""'.splitlines()] if text else [" ..."])
+
+
+class Tools:
+    """The functions of this program that the code of one executor may call, and what it may cost."""
+
+    def __init__(
+        self,
+        functions: Iterable[Callable[..., Any]],
+        approve: ApproveHook | None,
+        max_calls: int,
+        timeout: float | None,
+    ) -> None:
+        """Raises: ValueError for what cannot be a tool."""
+        import inspect
+        import keyword
+
+        self.functions: dict[str, Callable[..., Any]] = {}
+        self.approve, self.max_calls, self.timeout = approve, max_calls, timeout
+        self.loop: Any = None  # where coroutines run; None: each in an event loop of its own
+        self.tag = ""
+        self._heads: dict[str, str] = {}
+        for function in functions:
+            name = getattr(function, "__name__", "")
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(f"{function!r} cannot be a tool: it has no name, as `def` would give it.")
+            if name in {"ToolError", "ToolRefused", *self.functions}:
+                raise ValueError(f"There are two tools of the name {name}.")
+            try:
+                head = f"def {name}{tool_signature(function)}:"
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{name} cannot be a tool: {error}.") from None
+            self.functions[name] = function
+            self._heads[name] = "async " * inspect.iscoroutinefunction(function) + head
+
+    def prelude(self) -> str:
+        """Return a cell that defines the tools in a kernel that has just started."""
+        import inspect
+
+        self.tag = f"jupyter_exec {os.urandom(8).hex()} "
+        stubs = {}
+        for name, head in self._heads.items():
+            documentation = inspect.getdoc(self.functions[name])
+            source = f"from __future__ import annotations\n{head.removeprefix('async ')} {documentation!r}"
+            stubs[name] = head.startswith("async "), source
+        lines, first = inspect.findsource(ToolCaller.__init__)  # that of the class takes long: it parses the whole file
+        first = max(number for number in range(first) if lines[number].startswith("class "))
+        program = [
+            "from __future__ import annotations",
+            "import contextlib, functools, itertools, json, os, socket, sys, threading",
+            "from collections import deque",
+            *(
+                f"class {kind.__name__}({base}): {kind.__doc__!r}"
+                for kind, base in ((ToolError, "Exception"), (ToolRefused, "ToolError"))
+            ),
+            "".join(inspect.getblock(lines[first:])),
+            functions_source((to_json, tool_stub, define_tools)).partition("\n")[2],
+            f"define_tools(get_ipython(), {self.tag!r}, {self.max_calls}, {MAX_TOOL_JSON}, {stubs!r})",
+        ]
+        scope = "{'__name__': 'tools', 'get_ipython': get_ipython}"
+        return f"exec(compile({chr(10).join(program)!r}, '<tools>', 'exec', dont_inherit=True), {scope})"
+
+    def describe(self, limit: int) -> str:
+        """Return the tools as Python stubs for a model, with as much of their docstrings as `limit` characters allow."""
+        import inspect
+
+        texts = {name: inspect.getdoc(function) or "" for name, function in self.functions.items()}
+        for cut in (
+            str,
+            lambda text: text.partition("\n\n")[0],
+            lambda text: text.partition("\n")[0][:80],
+            lambda text: "",
+        ):
+            stubs = "\n".join(tool_text(head, cut(texts[name])) for name, head in self._heads.items())
+            if len(stubs) <= limit:
+                return stubs
+        return stubs[: max(0, limit - 40)].rpartition("\n")[0] + "\n# and others"
+
+    def check_outside(self) -> None:
+        """Raise JupyterExecError in a tool that is called by the cell for which a further one would have to wait."""
+        if any(call.tools is self and not call.ended.is_set() for call in _CALLS.get()):
+            raise JupyterExecError(
+                "The kernel is busy with the cell that called this tool: it can run no other one. Use a second executor."
+            )
+
+
+class ToolCall:
+    """One call of a tool, from its request to its answer."""
+
+    def __init__(self, tools: Tools, name: str, bound: Any, answer: Callable[[Json | str], None]) -> None:
+        self.tools, self.name, self.bound, self.answer = tools, name, bound, answer
+        self.status, self.seconds = "not run", 0.0
+        self.started: float | None = None
+        self.ended = threading.Event()  # it is answered, or nobody waits any more
+        self.cancel: Callable[[], object] = bool  # ends its coroutine, if there is one
+
+    def wait_for(self, awaitable: Any) -> Any:
+        """Run an awaitable in the event loop of the caller if there is one, else in one of its own."""
+        import asyncio
+
+        async def main() -> Any:
+            if not loop:
+                task, own_loop = asyncio.current_task(), asyncio.get_running_loop()
+                self.cancel = lambda: task and own_loop.call_soon_threadsafe(task.cancel)
+            return await awaitable
+
+        if not (loop := self.tools.loop):
+            return asyncio.run(main())
+        future = asyncio.run_coroutine_threadsafe(main(), loop)
+        self.cancel = future.cancel
+        if self.ended.is_set():
+            future.cancel()
+        return future.result()
+
+    def approve(self, pause: Pause) -> None:
+        """Ask whether it is allowed; raises ToolRefused."""
+        import inspect
+
+        if self.tools.approve is None:
+            return
+        with pause():
+            try:
+                said = self.tools.approve(self.name, dict(self.bound.arguments))
+                said = self.wait_for(said) if inspect.isawaitable(said) else said
+            except Exception:
+                logger.warning("approve raised; the call of %s is refused", self.name, exc_info=True)
+                said = False
+        if said is not True:
+            raise ToolRefused(said if isinstance(said, str) else f"The call of {self.name} was refused.")
+
+    def run(self) -> str:
+        """Return the result as JSON."""
+        import inspect
+
+        value = self.tools.functions[self.name](*self.bound.args, **self.bound.kwargs)
+        value = self.wait_for(value) if inspect.isawaitable(value) else value
+        try:
+            text = json.dumps(value, default=to_json)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ToolError(f"The result of {self.name} cannot be sent: {error}") from None
+        if len(text) > MAX_TOOL_JSON:
+            raise ToolError(
+                f"The result of {self.name} is {len(text)} characters of JSON, the limit is {MAX_TOOL_JSON}."
+            )
+        return text
+
+
+def tool_failure(error: BaseException, name: str) -> Json:
+    """Return an exception as the kernel is told of it: built-in ones keep their type."""
+    import builtins
+
+    kind = type(error)
+    message = text_of(error.args[0]) if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
+    own = kind in (ToolError, ToolRefused)
+    if not own:
+        try:
+            known = getattr(builtins, kind.__name__, None) is kind and issubclass(kind, (Exception, KeyboardInterrupt))
+            own = known and kind(message) is not None
+        except Exception:  # one of several arguments
+            own = False
+    if not own:
+        message = f"{kind.__name__}: {message}"
+    return {"error": kind.__name__ if own else "ToolError", "message": message[:LARGE_PART], "tool": name}
+
+
+class CellTools:
+    """The tool calls of one cell. A call runs in a thread; what comes after the cell's end is dropped."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._lock = threading.Lock()
+        self._calls: list[ToolCall] = []
+        self._waiting: deque[tuple[ToolCall, Pause]] = deque()  # until one of the threads is free
+        self._threads = 0
+        self._requests = self._weight = 0  # how many came, and bytes of them as objects
+        self._closed = False
+
+    def take(self, prompt: str, reply: Callable[[str], None], pause: Pause) -> bool:
+        """Take an input_request that is the call of a tool; it is answered when it is done. In the reading thread."""
+        tag = self._tools.tag
+        if not prompt.startswith(tag):
+            return False
+        number, _, text = prompt[len(tag) :].partition(":")
+        self._requests += 1
+        if self._requests > self._tools.max_calls or len(number) > 20:
+            return True  # forged, since our program in the kernel counts, too: no answer
+
+        def answer(content: Json | str) -> None:
+            text = f'{{"value": {content}}}' if isinstance(content, str) else json.dumps(content)
+            try:
+                reply(f"{tag}{number}:{text}")
+            except JupyterExecError:
+                logger.debug("The answer to a tool call came too late", exc_info=True)
+
+        try:
+            call = self._new_call(text, answer)
+        except (JupyterExecError, TypeError) as error:
+            answer(tool_failure(error, ""))
+        else:
+            self._start(call, pause)
+        return True
+
+    def _new_call(self, text: str, answer: Callable[[Json | str], None]) -> ToolCall:
+        import inspect
+
+        self._weight += json_weight(text)
+        if len(text) > MAX_TOOL_JSON or self._weight > MAX_JSON:
+            raise ToolError("The arguments of this cell's tool calls are too large.")
+        request = json_object(text, "call of a tool")
+        name, args, kwargs = request.get("name"), request.get("args"), request.get("kwargs")
+        function = self._tools.functions.get(name) if isinstance(name, str) else None
+        if not (isinstance(name, str) and function and isinstance(args, list) and isinstance(kwargs, dict)):
+            raise ToolError("There is no such tool.")
+        return ToolCall(self._tools, name, inspect.signature(function).bind(*args, **kwargs), answer)
+
+    def _start(self, call: ToolCall, pause: Pause) -> None:
+        with self._lock:
+            self._calls.append(call)
+            self._waiting.append((call, pause))
+            if self._threads == MAX_TOOLS_AT_ONCE:
+                return
+            self._threads += 1
+        run = contextvars.copy_context().run
+        try:
+            threading.Thread(target=run, args=(self._work,), name="jupyter_exec tool", daemon=True).start()
+        except RuntimeError as error:  # this program has too many
+            with self._lock:
+                self._threads -= 1
+            self._end(call, "error", tool_failure(error, call.name))
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                call, pause = self._waiting.popleft()
+            token = _CALLS.set((*_CALLS.get(), call))
+            self._serve(call, pause)
+            _CALLS.reset(token)
+
+    def _serve(self, call: ToolCall, pause: Pause) -> None:
+        timeout, timer = self._tools.timeout, None
+        try:
+            call.approve(pause)
+            with self._lock:
+                if call.ended.is_set():
+                    return
+                call.status, call.started = "unanswered", time.monotonic()
+            if timeout is not None and timeout < threading.TIMEOUT_MAX:
+                late = tool_failure(TimeoutError(f"{call.name} has taken more than {timeout:g} s"), call.name)
+                timer = threading.Timer(timeout, self._end, (call, "timeout", late))
+                timer.daemon = True
+                timer.start()
+            self._end(call, "ok", call.run())
+        except BaseException as error:
+            self._end(call, "refused" if isinstance(error, ToolRefused) else "error", tool_failure(error, call.name))
+        finally:
+            if timer:
+                timer.cancel()
+
+    def _end(self, call: ToolCall, status: str, content: Json | str) -> None:
+        with self._lock:
+            if call.ended.is_set():
+                return
+            call.ended.set()
+            call.status, call.seconds = status, time.monotonic() - call.started if call.started else 0.0
+        call.answer(content)
+        if status == "timeout":
+            call.cancel()
+
+    def close(self) -> list[Json]:
+        """Drop what is not answered yet, and return the `calls` of the cell's result."""
+        with self._lock:
+            self._waiting.clear()
+            left = [call for call in self._calls if not call.ended.is_set()]
+            for call in left:
+                call.ended.set()
+                call.seconds = time.monotonic() - call.started if call.started else 0.0
+        for call in left:
+            with contextlib.suppress(RuntimeError):  # its event loop has ended
+                call.cancel()
+        return [
+            {"name": call.name, "arguments": dict(call.bound.arguments), "status": call.status, "seconds": call.seconds}
+            for call in self._calls
+        ]
+
+
+def calls_note(calls: Sequence[Json]) -> str:
+    """Return a sentence about the tool calls of a cell, so that nobody makes them twice."""
+    import reprlib
+
+    parts = []
+    for status in dict.fromkeys(call["status"] for call in calls):
+        shown = [
+            f"{call['name']}({', '.join(f'{name}={reprlib.repr(value)}' for name, value in call['arguments'].items())})"
+            for call in calls
+            if call["status"] == status
+        ]
+        parts.append(f"{status}: {', '.join(shown[:20])}" + f" and {len(shown) - 20} more" * (len(shown) > 20))
+    return f"Tool calls of this cell: {'; '.join(parts)}" if parts else ""
+
+
 CODE_WRITER_SYSTEM_MESSAGE = """\
 You can run Python code in a Jupyter kernel by writing it in a fenced code block that starts with ```python.
 The kernel keeps its state: variables, imports and functions of earlier blocks are there in later ones, so write small
@@ -5882,6 +6506,11 @@ corrected and run again. The value of a block's last expression is shown, and so
 Plots and other pictures come back as paths of files: call plt.show(). Install packages with `%pip install NAME`.
 Shell commands go into a block that starts with ```bash. The code cannot ask for input.
 If the reply says that all variables are lost, the kernel is fresh: run again what you need.
+"""
+TOOLS_MESSAGE = """\
+These functions are there, too. They run outside of the kernel: arguments and results are JSON. Await those with
+`async def`; many calls at once are faster (asyncio.gather, or threads). `help(NAME)` tells more.
+
 """
 
 
@@ -5898,7 +6527,9 @@ class _UserCapability:
 class Turns:
     """A re-entrant lock that lets threads in by the order in which they came; but one that evicts comes next."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None]) -> None:
+        """`check()` raises for who must not wait, since the thread that is in waits for it."""
+        self._check = check
         self._changed = threading.Condition(threading.Lock())
         self._queue: list[int] = []  # thread ids; the first one is in
         self._depth = 0
@@ -5927,6 +6558,8 @@ class Turns:
 
     def _enter(self, evict: Callable[[], None] | None, since: int | None) -> None:
         me = threading.get_ident()
+        if not evict:
+            self._check()
         with self._changed:
             if self._queue[:1] != [me]:
                 self._queue.insert(1 if evict else len(self._queue), me)
@@ -5979,6 +6612,13 @@ class JupyterCodeExecutor:
     than `max_output` characters a call returns head and tail, and names the file with the whole; None is no limit.
     `functions` (plain ones, with their source at hand) are defined in the kernel whenever it is fresh.
 
+    `tools` are functions of this program, plain or `async def`, that the code in the kernel calls by their names, in
+    every transport and without a network. Arguments and results are JSON (dataclasses, pydantic models, bytes as
+    base64, dates and sets, too) of at most MAX_TOOL_JSON. Calls run in threads, MAX_TOOLS_AT_ONCE at a time.
+    `approve(name, arguments)` returns True for a call that may run, or the reason why it may not; the cell's clock
+    stands still meanwhile. A cell may make `max_tool_calls`; one that takes more than `tool_timeout` seconds raises
+    TimeoutError in the kernel. A call is part of the cell that runs when it is made; if none does, it fails.
+
     It may be called from any thread: cells run one after another. `stop`, or leaving a `with`, ends the kernel.
     What a hook raises ends nothing: the logger `jupyter_exec` tells of it as a warning, so listen to that.
 
@@ -5990,8 +6630,8 @@ class JupyterCodeExecutor:
     UserCapability = _UserCapability
     CODE_WRITER_SYSTEM_MESSAGE = CODE_WRITER_SYSTEM_MESSAGE
 
-    _SLOTS = "_folder", "_functions", "_hooks", "_journal", "_kernel", "_output_dir", "_own_server", "_server", "_turns"
-    __slots__ = ("__dict__", "__weakref__", *_SLOTS)
+    _SLOTS = "_folder", "_functions", "_hooks", "_journal", "_kernel", "_output_dir", "_own_server", "_server"
+    __slots__ = ("__dict__", "__weakref__", "_tools", "_turns", *_SLOTS)
 
     def __init__(
         self,
@@ -6004,6 +6644,10 @@ class JupyterCodeExecutor:
         max_output: int | None = MAX_OUTPUT,
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
+        tools: Iterable[Callable[..., Any]] = (),
+        approve: ApproveHook | None = None,
+        max_tool_calls: int = 256,
+        tool_timeout: float | None = None,
     ) -> None:
         if not timeout >= 1:
             raise ValueError("Timeout must be greater than or equal to 1.")
@@ -6013,10 +6657,11 @@ class JupyterCodeExecutor:
         self._kernel_name = kernel_name
         self._max_output = max_output
         self._functions = tuple(functions)
+        self._tools = Tools(tools, approve, max_tool_calls, tool_timeout)
         self._prelude()  # raises for a function that cannot be sent
         self._journal = Journal()
         self._hooks = on_output, on_input
-        self._turns = Turns()
+        self._turns = Turns(self._tools.check_outside)
         self._server = jupyter_server
         self._own_server: RemoteJupyterServer | None = None  # made here, for a JupyterConnectionInfo
         self._stopped = False
@@ -6050,14 +6695,18 @@ class JupyterCodeExecutor:
 
     @property
     def system_message(self) -> str:
-        """CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of the installed functions."""
+        """CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of the installed functions and tools."""
         import inspect
 
         lines = [
             f"    {function.__name__}{inspect.signature(function)}: {inspect.getdoc(function) or ''}".rstrip(" :")
             for function in self._functions
         ]
-        return "\n".join([CODE_WRITER_SYSTEM_MESSAGE + "These functions are defined already:" * bool(lines), *lines])
+        text = "\n".join([CODE_WRITER_SYSTEM_MESSAGE + "These functions are defined already:" * bool(lines), *lines])
+        if not self._tools.functions:
+            return text
+        text = f"{text.rstrip()}\n{TOOLS_MESSAGE}"
+        return text + self._tools.describe(MAX_TOOLS_TEXT - len(text))
 
     @property
     def user_capability(self) -> _UserCapability:
@@ -6065,7 +6714,8 @@ class JupyterCodeExecutor:
 
     def _prelude(self) -> str:
         source = functions_source(self._functions)
-        return f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())"
+        program = f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())"
+        return f"{program}\n{self._tools.prelude()}" if self._tools.functions else program
 
     @property
     def connection_file(self) -> str | None:
@@ -6156,25 +6806,33 @@ class JupyterCodeExecutor:
     ) -> ExecutionResult:
         """Run a cell, which stands in the notebook as `shown`."""
         evictions = self._turns.evictions
+        calls = CellTools(self._tools)
 
         def keep(result: ExecutionResult) -> None:
+            result.calls = calls.close()
             if result.status == "died" and self._turns.evictions != evictions:
                 what = "executor was stopped" if self._stopped else "kernel was restarted"
                 result.note = f"The {what} while the code ran; all variables are lost"
             if self._turns.overtaken:
                 self._turns.overtaken = False
                 result.note = "\n".join(filter(None, (_FRESH, result.note)))
+            if result.status != "ok":
+                result.note = "\n".join(filter(None, (result.note, calls_note(result.calls))))
             self._journal.add(shown, result)
 
-        return self._kernel.execute(
-            code,
-            timeout,
-            max_output=self._max_output,
-            on_output=on_output,
-            on_input=on_input,
-            record=record,
-            on_result=keep,
-        )
+        try:
+            return self._kernel.execute(
+                code,
+                timeout,
+                max_output=self._max_output,
+                on_output=on_output,
+                on_input=on_input,
+                record=record,
+                on_request=calls.take if self._tools.functions else None,
+                on_result=keep,
+            )
+        finally:
+            calls.close()
 
     def _make_ready(self) -> None:
         """Have a kernel that answers, with our functions in it."""
@@ -6182,11 +6840,11 @@ class JupyterCodeExecutor:
             self._kernel.start()
         if not self._kernel.ready:
             self._kernel.wait_ready(Deadline(START_TIMEOUT))
-            if self._functions:
+            if self._functions or self._tools.functions:
                 self._kernel.ready = False  # until they are there, whatever ends this
                 result = self._kernel.execute(self._prelude(), START_TIMEOUT, silent=True, store_history=False)
                 if result.status != "ok":
-                    raise JupyterExecError(f"The functions could not be defined in the kernel: {result.text}")
+                    raise JupyterExecError(f"Functions or tools could not be defined in the kernel: {result.text}")
                 self._kernel.ready = True
 
     def save_notebook(self, path: str | os.PathLike[str]) -> None:
@@ -6280,13 +6938,16 @@ class AsyncJupyterCodeExecutor:
         import asyncio
         from concurrent.futures import ThreadPoolExecutor
 
-        me = object()
+        me, loop = object(), asyncio.get_running_loop()
+        if self._executor:
+            self._executor._tools.check_outside()
         since = self._executor._turns.evictions if self._executor else None
 
         def work() -> Any:
             self._begin(me)
             try:
                 self._executor = executor = self._executor or self._make()
+                executor._tools.loop = loop
                 with executor._turns.turn(since=since):
                     return function(executor)
             finally:
