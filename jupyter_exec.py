@@ -307,7 +307,7 @@ class SandboxError(JupyterExecError):
 
 
 class ToolError(JupyterExecError):
-    """A tool failed, or could not be called. Raised in the kernel, as a plain Exception; a tool may raise it, too."""
+    """A tool failed, or could not be called. Raised in the kernel, as a plain Exception; tools may raise it, too."""
 
 
 class ToolRefused(ToolError):
@@ -1166,8 +1166,8 @@ class ExecutionResult:
     (all variables are gone) or "busy"; `note` is the sentence about it, empty when all is well. `outputs` are
     dicts in the shape of nbformat 4 (stream, execute_result, display_data, error); `missing` is how many characters
     of streams are not in them, since there were more than `max_output`. `calls` are the tool calls, in order: dicts of
-    name, arguments (a dict), seconds, and status: "ok", "error", "refused", "timeout", "unanswered" (it was running when
-    the cell ended) or "not run".
+    name, arguments (a dict), seconds, and status: "ok", "error", "refused", "timeout", "unanswered" (it was running
+    when the cell ended) or "not run".
     """
 
     status: str
@@ -5938,20 +5938,20 @@ def function_source(function: Callable[..., Any]) -> str:
 # Tools: functions of this program that code in the kernel calls
 
 ApproveHook = Callable[[str, Json], Any]
-# The tool calls that this code is part of, the innermost last: in the thread, or the task, that runs the tool.
+# The tool calls that the running code is part of, the innermost last.
 _CALLS: contextvars.ContextVar[tuple[ToolCall, ...]] = contextvars.ContextVar("tool calls", default=())
 
 
 def tool_call_ended() -> bool:
     """Whether nobody waits any more for the tool call that asks: its cell has ended, or its time is over.
 
-    A tool that takes long asks this now and then, in its own thread, and gives up. A coroutine is cancelled instead.
+    A tool that takes long asks this now and then, and gives up. A coroutine is cancelled instead.
     """
-    return any(call.ended.is_set() for call in _CALLS.get())
+    return any(call.ended for call in _CALLS.get())
 
 
 def to_json(value: Any) -> Any:
-    """Return something of JSON for what json.dumps does not know; in this program and in the kernel."""
+    """Return JSON for what json.dumps does not know; in this program, and in a kernel that this source is sent to."""
     import base64
     import dataclasses
     import datetime
@@ -5974,31 +5974,30 @@ def to_json(value: Any) -> Any:
 class ToolCaller:
     """The kernel's end of the tools: its source is sent there, and it does not run here.
 
-    A call is an input_request, its result the input_reply. ipykernel's own way to wait for one allows one at a time, and is
-    not thread-safe. Here a thread that has the stdin socket to itself gives each request its answer, those of input() too.
+    A call is an input_request, its result the input_reply. ipykernel waits for one of them at a time, and not in a
+    thread-safe way. So here one thread has the stdin socket to itself, and gives each request its answer, those of
+    input() too.
     """
 
     def __init__(self, kernel: Any, tag: str, max_calls: int, max_size: int) -> None:
         import atexit
-        from concurrent.futures import Future
 
         self._kernel, self._tag, self._max_calls, self._max_size = kernel, tag, max_calls, max_size
         self._client = kernel.get_parent("shell")["header"]["session"]
         self._pid = os.getpid()
-        self._new_future: Callable[[], Any] = Future
         self._lock = threading.Lock()
         self._serial = itertools.count()
         self._last: int | None = (
             None  # number of the last call that the running cell may make; None: no cell is running
         )
-        self._outbox: deque[tuple[str, Any, Any]] = deque()  # number, future, arguments of send
+        self._outbox: deque[tuple[str | None, Any, tuple[Any, ...]]] = deque()  # number, future, request
         self._calls: dict[str, Any] = {}  # futures of what was sent, by number
         self._inputs: deque[Any] = deque()  # those of input(), in order
-        self._wake, self._woken = socket.socketpair()
-        self._wake.setblocking(False)
+        self._woken, self._wake = socket.socketpair()
         self._woken.setblocking(False)
+        self._wake.setblocking(False)
         self._ended = False
-        self._run_cell, self._old_request = kernel.do_execute, kernel._input_request
+        self._replaced = kernel.do_execute, kernel._input_request
         kernel.do_execute, kernel._input_request = self._do_execute, self._request
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -6008,12 +6007,12 @@ class ToolCaller:
         self._ended = True
         self._wake_up()
         self._thread.join()
-        self._kernel.do_execute, self._kernel._input_request = self._run_cell, self._old_request
+        self._kernel.do_execute, self._kernel._input_request = self._replaced
 
     async def _do_execute(self, *args: Any, **options: Any) -> Any:
         self._last = next(self._serial) + self._max_calls
         try:
-            return await self._run_cell(*args, **options)
+            return await self._replaced[0](*args, **options)
         finally:
             with self._lock:
                 self._last = None
@@ -6025,40 +6024,38 @@ class ToolCaller:
                     future.set_exception(ToolError("The cell has ended: nobody answers any more."))
 
     def call(self, name: str, args: Any, kwargs: Any) -> Any:
-        """Return the future of a call."""
+        """Send a call; returns its future."""
         try:
             text = json.dumps({"name": name, "args": args, "kwargs": kwargs}, default=to_json)
         except (ValueError, TypeError, RecursionError) as error:
             raise TypeError(f"{name}(): {error}") from None
         if len(text) > self._max_size:
             raise ToolError(
-                f"{name}(): the arguments are {len(text)} characters of JSON, the limit is {self._max_size}."
+                f"{name}(): the arguments are {len(text)} characters of JSON; {self._max_size} is the limit."
             )
         if self._last is None or self._kernel.get_parent("shell")["header"]["session"] != self._client:
             raise ToolError(f"{name}() was called while no cell of its program was running.")
-        number = next(self._serial)
-        if number > self._last:
+        if (number := next(self._serial)) > self._last:
             raise ToolError(f"{name}(): this cell has made {self._max_calls} tool calls, which is the limit.")
         return self._kernel.raw_input(f"{self._tag}{number}:{text}")
 
     def _request(self, prompt: str, ident: Any, parent: Any, password: bool = False) -> Any:
-        """Stand in for the kernel's `_input_request`: return the answer of a person, or the future of a call."""
+        """Stand in for the kernel's `_input_request`: return what a person types, or the future of a call."""
+        from concurrent.futures import Future
+
         if os.getpid() != self._pid:
-            raise ToolError(
-                "Only the kernel's process can call tools and ask for input, not a child of it: use threads."
-            )
-        is_call = prompt.startswith(self._tag)
-        number = prompt[len(self._tag) :].partition(":")[0] if is_call else ""
-        if not is_call:
+            raise ToolError("Only the kernel's own process can call tools and ask for input: use threads.")
+        future: Future[Any] = Future()
+        number = prompt[len(self._tag) :].partition(":")[0] if prompt.startswith(self._tag) else None
+        if number is None:
             sys.stderr.flush()
             sys.stdout.flush()
-        future = self._new_future()
         with self._lock:
-            if is_call and self._last is None:
+            if self._last is None and number is not None:
                 raise ToolError("The cell has ended.")
             self._outbox.append((number, future, ({"prompt": prompt, "password": password}, parent, ident)))
         self._wake_up()
-        return future if is_call else future.result()
+        return future.result() if number is None else future
 
     def _wake_up(self) -> None:
         with contextlib.suppress(BlockingIOError):  # there is enough to wake it
@@ -6084,39 +6081,37 @@ class ToolCaller:
         with self._lock:
             while self._outbox and len(self._calls) < 256:  # ZeroMQ drops what waits beyond 1000
                 number, future, (content, parent, ident) = self._outbox.popleft()
-                if number:
-                    self._calls[number] = future
-                else:
+                if number is None:
                     self._inputs.append(future)
+                else:
+                    self._calls[number] = future
                 self._kernel.session.send(sock, "input_request", content, parent, ident=ident)
 
     def _receive(self, sock: Any) -> None:
-        while True:
-            _, reply = self._kernel.session.recv(sock)
-            if reply is None:
-                return
+        while reply := self._kernel.session.recv(sock)[1]:
             value = reply["content"].get("value", "")
-            if value.startswith(self._tag):
-                number, _, text = value[len(self._tag) :].partition(":")
-                with self._lock:
-                    future = self._calls.pop(number, None)
-                answer = json.loads(text)
-            else:
-                future, answer = self._inputs.popleft() if self._inputs else None, {"value": value}
-                if value == "\x04":
-                    answer = {"error": "EOFError", "message": ""}
+            with self._lock:
+                if value.startswith(self._tag):
+                    number, _, text = value[len(self._tag) :].partition(":")
+                    future, answer = self._calls.pop(number, None), json.loads(text)
+                else:
+                    future, answer = self._inputs.popleft() if self._inputs else None, {"value": value}
+                    if value == "\x04":
+                        answer = {"error": "EOFError", "message": "", "tool": ""}
             if future and future.set_running_or_notify_cancel():
                 if "error" in answer:
                     future.set_exception(self._error_of(**answer))
                 else:
                     future.set_result(answer["value"])
 
-    def _error_of(self, error: str, message: str, tool: str = "") -> BaseException:
+    def _error_of(self, error: str, message: str, tool: str) -> BaseException:
         import builtins
 
-        kind = {"ToolError": ToolError, "ToolRefused": ToolRefused}.get(error) or getattr(builtins, error)
-        raised: BaseException = kind(*[message] * bool(message))
-        vars(raised)["tool"] = tool
+        kinds: dict[str, Any] = {**vars(builtins), "ToolError": ToolError, "ToolRefused": ToolRefused}
+        try:
+            raised: BaseException = kinds[error](*[message] * bool(message))
+        except TypeError:  # it wants several arguments
+            raised = ToolError(f"{error}: {message}")
         if tool and hasattr(raised, "add_note"):
             raised.add_note(f"Raised by the tool {tool}, in the program that runs this kernel.")
         return raised
@@ -6142,16 +6137,16 @@ def tool_stub(caller: ToolCaller, shape: Callable[..., Any], is_async: bool) -> 
     return async_stub if is_async else stub
 
 
-def define_tools(shell: Any, tag: str, max_calls: int, max_size: int, stubs: dict[str, tuple[bool, str]]) -> None:
-    """Define the tools in the kernel to which this source is sent."""
+def define_tools(shell: Any, tag: str, max_calls: int, max_size: int, heads: dict[str, tuple[str, str | None]]) -> None:
+    """Define the tools in the kernel to which this source is sent; `heads` are first lines and docstrings."""
     kernel = shell.kernel
     if old := getattr(kernel, "_tool_caller", None):  # of another program, in a kernel that was attached to
         old.close()
     kernel._tool_caller = caller = ToolCaller(kernel, tag, max_calls, max_size)
-    for name, (is_async, source) in stubs.items():
+    for name, (head, documentation) in heads.items():
         scope: Any = {"__name__": "__main__"}
-        exec(compile(source, f"<tool {name}>", "exec", dont_inherit=True), scope)
-        shell.user_ns[name] = tool_stub(caller, scope[name], is_async)
+        exec(f"from __future__ import annotations\n{head.removeprefix('async ')} {documentation!r}", scope)
+        shell.user_ns[name] = tool_stub(caller, scope[name], head.startswith("async "))
     shell.user_ns.update(ToolError=ToolError, ToolRefused=ToolRefused)
 
 
@@ -6162,40 +6157,29 @@ class Verbatim(str):
 
 
 def tool_signature(function: Callable[..., Any]) -> str:
-    """Return a function's signature as Python that stands for itself: `(city: str, days: int = 3) -> list[str]`."""
+    """Return a function's signature as Python that needs no names: `(city: str, days: int = 3) -> list[str]`."""
     import ast
     import inspect
 
-    def annotation(value: Any) -> Any:
-        if value is inspect.Signature.empty:
-            return value
-        text = value if isinstance(value, str) else inspect.formatannotation(value, function.__module__)
+    def checked(value: Any, check: Callable[[str], object], text: str, otherwise: str) -> Any:
         try:
-            compile(text, "", "eval", dont_inherit=True)
-        except (SyntaxError, ValueError):
-            text = repr(text)
-        return Verbatim(text)
-
-    def default(value: Any) -> Any:
-        if value is inspect.Signature.empty:
-            return value
-        try:
-            ast.literal_eval(repr(value))
+            return value if value is inspect.Signature.empty or check(text) is ... else Verbatim(text)
         except Exception:
-            return Verbatim("...")  # known in this program only
-        return value
+            return Verbatim(otherwise)
+
+    def annotation(value: Any) -> Any:
+        text = value if isinstance(value, str) else inspect.formatannotation(value, function.__module__)
+        return checked(value, lambda text: compile(text, "", "eval", dont_inherit=True), text, repr(text))
 
     signature = inspect.signature(function)
     parameters = [
-        parameter.replace(annotation=annotation(parameter.annotation), default=default(parameter.default))
+        parameter.replace(
+            annotation=annotation(parameter.annotation),
+            default=checked(parameter.default, ast.literal_eval, repr(parameter.default), "..."),
+        )
         for parameter in signature.parameters.values()
     ]
     return str(signature.replace(parameters=parameters, return_annotation=annotation(signature.return_annotation)))
-
-
-def tool_text(head: str, text: str) -> str:
-    """Return a stub as a model reads it best."""
-    return head + "\n    ".join(["", *f'"""{text}"""'.splitlines()] if text else [" ..."])
 
 
 class Tools:
@@ -6215,8 +6199,8 @@ class Tools:
         self.functions: dict[str, Callable[..., Any]] = {}
         self.approve, self.max_calls, self.timeout = approve, max_calls, timeout
         self.loop: Any = None  # where coroutines run; None: each in an event loop of its own
-        self.tag = ""
-        self._heads: dict[str, str] = {}
+        self.tag = ""  # of the requests that are calls
+        self._heads: dict[str, tuple[str, str | None]] = {}
         for function in functions:
             name = getattr(function, "__name__", "")
             if not name.isidentifier() or keyword.iskeyword(name):
@@ -6228,156 +6212,134 @@ class Tools:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{name} cannot be a tool: {error}.") from None
             self.functions[name] = function
-            self._heads[name] = "async " * inspect.iscoroutinefunction(function) + head
+            self._heads[name] = "async " * inspect.iscoroutinefunction(function) + head, inspect.getdoc(function)
 
     def prelude(self) -> str:
         """Return a cell that defines the tools in a kernel that has just started."""
         import inspect
 
         self.tag = f"jupyter_exec {os.urandom(8).hex()} "
-        stubs = {}
-        for name, head in self._heads.items():
-            documentation = inspect.getdoc(self.functions[name])
-            source = f"from __future__ import annotations\n{head.removeprefix('async ')} {documentation!r}"
-            stubs[name] = head.startswith("async "), source
-        lines, first = inspect.findsource(ToolCaller.__init__)  # that of the class takes long: it parses the whole file
+        lines, first = inspect.findsource(ToolCaller.__init__)  # to find that of a class, the whole file is parsed
         first = max(number for number in range(first) if lines[number].startswith("class "))
         program = [
-            "from __future__ import annotations",
+            functions_source((to_json, tool_stub, define_tools)),
             "import contextlib, functools, itertools, json, os, socket, sys, threading",
             "from collections import deque",
-            *(
-                f"class {kind.__name__}({base}): {kind.__doc__!r}"
-                for kind, base in ((ToolError, "Exception"), (ToolRefused, "ToolError"))
-            ),
-            "".join(inspect.getblock(lines[first:])),
-            functions_source((to_json, tool_stub, define_tools)).partition("\n")[2],
-            f"define_tools(get_ipython(), {self.tag!r}, {self.max_calls}, {MAX_TOOL_JSON}, {stubs!r})",
+            f"class ToolError(Exception): {ToolError.__doc__!r}",
+            f"class ToolRefused(ToolError): {ToolRefused.__doc__!r}",
+            *inspect.getblock(lines[first:]),
+            f"define_tools(get_ipython(), {self.tag!r}, {self.max_calls}, {MAX_TOOL_JSON}, {self._heads!r})",
         ]
         scope = "{'__name__': 'tools', 'get_ipython': get_ipython}"
         return f"exec(compile({chr(10).join(program)!r}, '<tools>', 'exec', dont_inherit=True), {scope})"
 
     def describe(self, limit: int) -> str:
-        """Return the tools as Python stubs for a model, with as much of their docstrings as `limit` characters allow."""
-        import inspect
+        """Return stubs of the tools for a model, with as much of their docstrings as `limit` characters allow."""
+        import textwrap
 
-        texts = {name: inspect.getdoc(function) or "" for name, function in self.functions.items()}
-        for cut in (
-            str,
-            lambda text: text.partition("\n\n")[0],
-            lambda text: text.partition("\n")[0][:80],
-            lambda text: "",
-        ):
-            stubs = "\n".join(tool_text(head, cut(texts[name])) for name, head in self._heads.items())
-            if len(stubs) <= limit:
-                return stubs
-        return stubs[: max(0, limit - 40)].rpartition("\n")[0] + "\n# and others"
+        text = ""
+        for cut in (r".*", r".*?(?=\n\n|\Z)", r".{0,80}?(?=\n|\Z)", ""):
+            stubs = []
+            for head, documentation in self._heads.values():
+                kept = re.match(f"(?s:{cut})", documentation or "")
+                shown = textwrap.indent(f'"""{kept[0]}"""', "    ") if kept and kept[0] else ""
+                stubs.append(head + ("\n" + shown if shown else " ..."))
+            text = "\n".join(stubs)
+            if len(text) <= limit:
+                break
+        return text
 
     def check_outside(self) -> None:
-        """Raise JupyterExecError in a tool that is called by the cell for which a further one would have to wait."""
-        if any(call.tools is self and not call.ended.is_set() for call in _CALLS.get()):
-            raise JupyterExecError(
-                "The kernel is busy with the cell that called this tool: it can run no other one. Use a second executor."
-            )
+        """Raise JupyterExecError in a tool whose own cell keeps the kernel busy."""
+        if any(call.tools is self and not call.ended for call in _CALLS.get()):
+            raise JupyterExecError("The kernel is busy with the cell that called this tool: use another executor.")
 
 
 class ToolCall:
     """One call of a tool, from its request to its answer."""
 
     def __init__(self, tools: Tools, name: str, bound: Any, answer: Callable[[Json | str], None]) -> None:
+        """`answer` takes the result as JSON, or what `tool_failure` returns."""
         self.tools, self.name, self.bound, self.answer = tools, name, bound, answer
-        self.status, self.seconds = "not run", 0.0
-        self.started: float | None = None
-        self.ended = threading.Event()  # it is answered, or nobody waits any more
+        self.status, self.started, self.seconds = "not run", 0.0, 0.0
+        self.ended = False  # it is answered, or nobody waits any more
         self.cancel: Callable[[], object] = bool  # ends its coroutine, if there is one
 
-    def wait_for(self, awaitable: Any) -> Any:
-        """Run an awaitable in the event loop of the caller if there is one, else in one of its own."""
+    def result(self, value: Any) -> Any:
+        """Return a value, or what an awaitable gives, in the event loop of the caller if there is one."""
         import asyncio
+        import inspect
+
+        if not inspect.isawaitable(value):
+            return value
 
         async def main() -> Any:
             if not loop:
                 task, own_loop = asyncio.current_task(), asyncio.get_running_loop()
                 self.cancel = lambda: task and own_loop.call_soon_threadsafe(task.cancel)
-            return await awaitable
+            return await value
 
         if not (loop := self.tools.loop):
             return asyncio.run(main())
         future = asyncio.run_coroutine_threadsafe(main(), loop)
         self.cancel = future.cancel
-        if self.ended.is_set():
+        if self.ended:
             future.cancel()
         return future.result()
 
-    def approve(self, pause: Pause) -> None:
-        """Ask whether it is allowed; raises ToolRefused."""
-        import inspect
-
-        if self.tools.approve is None:
-            return
-        with pause():
-            try:
-                said = self.tools.approve(self.name, dict(self.bound.arguments))
-                said = self.wait_for(said) if inspect.isawaitable(said) else said
-            except Exception:
-                logger.warning("approve raised; the call of %s is refused", self.name, exc_info=True)
-                said = False
+    def check_approved(self) -> None:
+        """Raises: ToolRefused."""
+        try:
+            said = (
+                self.result(self.tools.approve(self.name, dict(self.bound.arguments))) if self.tools.approve else True
+            )
+        except Exception:
+            logger.warning("approve raised; the call of %s is refused", self.name, exc_info=True)
+            said = False
         if said is not True:
             raise ToolRefused(said if isinstance(said, str) else f"The call of {self.name} was refused.")
 
     def run(self) -> str:
         """Return the result as JSON."""
-        import inspect
-
-        value = self.tools.functions[self.name](*self.bound.args, **self.bound.kwargs)
-        value = self.wait_for(value) if inspect.isawaitable(value) else value
+        value = self.result(self.tools.functions[self.name](*self.bound.args, **self.bound.kwargs))
         try:
             text = json.dumps(value, default=to_json)
         except (ValueError, TypeError, RecursionError) as error:
             raise ToolError(f"The result of {self.name} cannot be sent: {error}") from None
         if len(text) > MAX_TOOL_JSON:
             raise ToolError(
-                f"The result of {self.name} is {len(text)} characters of JSON, the limit is {MAX_TOOL_JSON}."
+                f"The result of {self.name} is {len(text)} characters of JSON; {MAX_TOOL_JSON} is the limit."
             )
         return text
 
 
-def tool_failure(error: BaseException, name: str) -> Json:
-    """Return an exception as the kernel is told of it: built-in ones keep their type."""
+def tool_failure(error: BaseException, tool: str) -> Json:
+    """Return what the kernel is told of an exception: a built-in one keeps its type, its text is bounded."""
     import builtins
 
-    kind = type(error)
-    message = text_of(error.args[0]) if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
-    own = kind in (ToolError, ToolRefused)
-    if not own:
-        try:
-            known = getattr(builtins, kind.__name__, None) is kind and issubclass(kind, (Exception, KeyboardInterrupt))
-            own = known and kind(message) is not None
-        except Exception:  # one of several arguments
-            own = False
-    if not own:
-        message = f"{kind.__name__}: {message}"
-    return {"error": kind.__name__ if own else "ToolError", "message": message[:LARGE_PART], "tool": name}
+    kind, message = type(error), str(error.args[0] if len(error.args) == 1 else error)
+    known = getattr(builtins, kind.__name__, None) is kind and issubclass(kind, (Exception, KeyboardInterrupt))
+    if known or kind in (ToolError, ToolRefused):
+        return {"error": kind.__name__, "message": message[:LARGE_PART], "tool": tool}
+    return {"error": "ToolError", "message": f"{kind.__name__}: {message}"[:LARGE_PART], "tool": tool}
 
 
 class CellTools:
-    """The tool calls of one cell. A call runs in a thread; what comes after the cell's end is dropped."""
+    """The tool calls of one cell. Each has a thread; what comes after the cell's end is dropped."""
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
         self._lock = threading.Lock()
+        self._slots = threading.Semaphore(MAX_TOOLS_AT_ONCE)
         self._calls: list[ToolCall] = []
-        self._waiting: deque[tuple[ToolCall, Pause]] = deque()  # until one of the threads is free
-        self._threads = 0
         self._requests = self._weight = 0  # how many came, and bytes of them as objects
-        self._closed = False
 
     def take(self, prompt: str, reply: Callable[[str], None], pause: Pause) -> bool:
         """Take an input_request that is the call of a tool; it is answered when it is done. In the reading thread."""
         tag = self._tools.tag
+        number, _, text = prompt[len(tag) :].partition(":")
         if not prompt.startswith(tag):
             return False
-        number, _, text = prompt[len(tag) :].partition(":")
         self._requests += 1
         if self._requests > self._tools.max_calls or len(number) > 20:
             return True  # forged, since our program in the kernel counts, too: no answer
@@ -6390,14 +6352,17 @@ class CellTools:
                 logger.debug("The answer to a tool call came too late", exc_info=True)
 
         try:
-            call = self._new_call(text, answer)
-        except (JupyterExecError, TypeError) as error:
+            call = self._bind(text, answer)
+            self._calls.append(call)
+            run = functools.partial(contextvars.copy_context().run, self._serve, call, pause)
+            threading.Thread(target=run, name="jupyter_exec tool", daemon=True).start()
+        except TypeError as error:
             answer(tool_failure(error, ""))
-        else:
-            self._start(call, pause)
+        except (JupyterExecError, RuntimeError) as error:  # or there are too many threads
+            answer(tool_failure(ToolError(str(error)), ""))
         return True
 
-    def _new_call(self, text: str, answer: Callable[[Json | str], None]) -> ToolCall:
+    def _bind(self, text: str, answer: Callable[[Json | str], None]) -> ToolCall:
         import inspect
 
         self._weight += json_weight(text)
@@ -6405,78 +6370,52 @@ class CellTools:
             raise ToolError("The arguments of this cell's tool calls are too large.")
         request = json_object(text, "call of a tool")
         name, args, kwargs = request.get("name"), request.get("args"), request.get("kwargs")
-        function = self._tools.functions.get(name) if isinstance(name, str) else None
-        if not (isinstance(name, str) and function and isinstance(args, list) and isinstance(kwargs, dict)):
+        known = isinstance(name, str) and name in self._tools.functions
+        if not (known and isinstance(args, list) and isinstance(kwargs, dict)):
             raise ToolError("There is no such tool.")
-        return ToolCall(self._tools, name, inspect.signature(function).bind(*args, **kwargs), answer)
-
-    def _start(self, call: ToolCall, pause: Pause) -> None:
-        with self._lock:
-            self._calls.append(call)
-            self._waiting.append((call, pause))
-            if self._threads == MAX_TOOLS_AT_ONCE:
-                return
-            self._threads += 1
-        run = contextvars.copy_context().run
-        try:
-            threading.Thread(target=run, args=(self._work,), name="jupyter_exec tool", daemon=True).start()
-        except RuntimeError as error:  # this program has too many
-            with self._lock:
-                self._threads -= 1
-            self._end(call, "error", tool_failure(error, call.name))
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._threads -= 1
-                    return
-                call, pause = self._waiting.popleft()
-            token = _CALLS.set((*_CALLS.get(), call))
-            self._serve(call, pause)
-            _CALLS.reset(token)
+        bound = inspect.signature(self._tools.functions[str(name)]).bind(*args, **kwargs)
+        return ToolCall(self._tools, str(name), bound, answer)
 
     def _serve(self, call: ToolCall, pause: Pause) -> None:
+        _CALLS.set((*_CALLS.get(), call))
         timeout, timer = self._tools.timeout, None
         try:
-            call.approve(pause)
-            with self._lock:
-                if call.ended.is_set():
-                    return
-                call.status, call.started = "unanswered", time.monotonic()
-            if timeout is not None and timeout < threading.TIMEOUT_MAX:
-                late = tool_failure(TimeoutError(f"{call.name} has taken more than {timeout:g} s"), call.name)
-                timer = threading.Timer(timeout, self._end, (call, "timeout", late))
-                timer.daemon = True
-                timer.start()
-            self._end(call, "ok", call.run())
+            with self._slots:
+                with pause():
+                    call.check_approved()
+                with self._lock:
+                    if call.ended:
+                        return
+                    call.status, call.started = "unanswered", time.monotonic()
+                if timeout is not None and timeout < threading.TIMEOUT_MAX:
+                    late = TimeoutError(f"{call.name} has taken more than {timeout:g} s")
+                    timer = threading.Timer(timeout, self._end, (call, "timeout", tool_failure(late, call.name)))
+                    timer.daemon = True
+                    timer.start()
+                self._end(call, "ok", call.run())
         except BaseException as error:
             self._end(call, "refused" if isinstance(error, ToolRefused) else "error", tool_failure(error, call.name))
         finally:
             if timer:
                 timer.cancel()
 
-    def _end(self, call: ToolCall, status: str, content: Json | str) -> None:
+    def _end(self, call: ToolCall, status: str | None, content: Json | str) -> None:
+        """End a call with its answer; without a status, since nobody waits for one."""
         with self._lock:
-            if call.ended.is_set():
+            if call.ended:
                 return
-            call.ended.set()
-            call.status, call.seconds = status, time.monotonic() - call.started if call.started else 0.0
-        call.answer(content)
-        if status == "timeout":
-            call.cancel()
+            call.ended, call.status = True, status or call.status
+            call.seconds = time.monotonic() - call.started if call.started else 0.0
+        if status:
+            call.answer(content)
+        if status in (None, "timeout"):
+            with contextlib.suppress(RuntimeError):  # its event loop has ended
+                call.cancel()
 
     def close(self) -> list[Json]:
         """Drop what is not answered yet, and return the `calls` of the cell's result."""
-        with self._lock:
-            self._waiting.clear()
-            left = [call for call in self._calls if not call.ended.is_set()]
-            for call in left:
-                call.ended.set()
-                call.seconds = time.monotonic() - call.started if call.started else 0.0
-        for call in left:
-            with contextlib.suppress(RuntimeError):  # its event loop has ended
-                call.cancel()
+        for call in self._calls:
+            self._end(call, None, "")
         return [
             {"name": call.name, "arguments": dict(call.bound.arguments), "status": call.status, "seconds": call.seconds}
             for call in self._calls
@@ -6487,14 +6426,14 @@ def calls_note(calls: Sequence[Json]) -> str:
     """Return a sentence about the tool calls of a cell, so that nobody makes them twice."""
     import reprlib
 
-    parts = []
-    for status in dict.fromkeys(call["status"] for call in calls):
-        shown = [
-            f"{call['name']}({', '.join(f'{name}={reprlib.repr(value)}' for name, value in call['arguments'].items())})"
-            for call in calls
-            if call["status"] == status
-        ]
-        parts.append(f"{status}: {', '.join(shown[:20])}" + f" and {len(shown) - 20} more" * (len(shown) > 20))
+    shown: dict[str, list[str]] = {}
+    for call in calls:
+        arguments = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in call["arguments"].items())
+        shown.setdefault(call["status"], []).append(f"{call['name']}({arguments})")
+    parts = [
+        f"{status}: {', '.join(some[:20])}" + f" and {len(some) - 20} more" * (len(some) > 20)
+        for status, some in shown.items()
+    ]
     return f"Tool calls of this cell: {'; '.join(parts)}" if parts else ""
 
 
