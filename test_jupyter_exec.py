@@ -5673,7 +5673,24 @@ FAULTS: dict[str, tuple[str, set[tuple[int, str]]]] = {
         {(0, "intact"), (124, "intact")},
     ),
     "stopped": ("import os; os.kill(os.getpid(), 19)", {(124, "lost")}),
+    "tool": ("print([add(i) for i in range(20)])", {(0, "intact"), (124, "intact")}),
+    "tools": (
+        "from concurrent.futures import ThreadPoolExecutor as P\nwith P(8) as p: print(list(p.map(add, range(50))))",
+        {(0, "intact"), (124, "intact")},
+    ),
+    "many tools": ("while True: await echo(5)", {(1, "intact"), (124, "intact")}),
+    "slow tool": ("slow()", {(124, "intact")}),
+    "left tool": ("import threading; threading.Thread(target=slow).start()", {(0, "intact")}),
+    "killed tool": (
+        "import threading, os\nthreading.Timer(0.1, os.kill, (os.getpid(), 9)).start(); slow()",
+        {(137, "lost")},
+    ),
 }
+
+
+def slow() -> None:
+    while not jupyter_exec.tool_call_ended():
+        threading.Event().wait(0.02)
 
 
 @pytest.mark.slow
@@ -5684,7 +5701,8 @@ def test_soak_of_random_faults(tmp_path: Path) -> None:
     end = time.monotonic() + 60
     counts = dict.fromkeys(FAULTS, 0)
     with LocalJupyterServer() as server:
-        executors = [JupyterCodeExecutor(server, output_dir=tmp_path, timeout=1) for _ in range(3)]
+        tools: list[Any] = [add, echo, slow]
+        executors = [JupyterCodeExecutor(server, output_dir=tmp_path, timeout=1, tools=tools) for _ in range(3)]
         alive = [False] * 3  # whether the variable of each kernel is set
         while time.monotonic() < end:
             which, fault = choose.randrange(3), choose.choice(list(FAULTS))
@@ -6610,34 +6628,31 @@ def test_exceptions_of_tools(server: LocalJupyterServer, error: BaseException, n
         assert result.calls[0]["status"] == ("refused" if name == "ToolRefused" else "error")
 
 
-def test_calls_outside_of_a_cell_fail_at_once(server: LocalJupyterServer) -> None:
-    gate = threading.Event()
-
-    def wait() -> None:
-        gate.wait(PATIENCE)
-
-    code = """
-import threading, os
-said, go = [], threading.Event()
-def late(tool, ready=None):
-    if ready: ready.wait()
+LATE = """
+import threading, time
+caller, said = get_ipython().kernel._tool_caller, []
+def late(tool, ended):
+    while ended and caller._last is not None: time.sleep(0.001)
     try: said.append(tool())
     except ToolError as error: said.append(str(error))
-threads = [threading.Thread(target=late, args=args) for args in [(wait,), (lambda: add(1), go)]]
-for thread in threads: thread.start()
-while True:
-    if caller_has_sent(): break
+    if len(said) == 2: open(path, "x").write("|".join(sorted(said)))
+for arguments in ((hang, False), (add, True)):
+    threading.Thread(target=late, args=arguments).start()
+while not caller._calls: time.sleep(0.001)
 """
-    check = "caller_has_sent = lambda: get_ipython().kernel._tool_caller._calls"
-    with JupyterCodeExecutor(server, tools=[add, wait]) as executor:
-        result = executor.execute(f"{check}\n{code}")
-        assert names_of(result) == [("wait", "unanswered")]
+
+
+def test_calls_that_outlive_their_cell_fail_at_once(server: LocalJupyterServer, tmp_path: Path) -> None:
+    gate = threading.Event()
+    with JupyterCodeExecutor(server, tools=[named("add", int), named("hang", gate.wait)]) as executor:
+        result = executor.execute(f"path = {str(tmp_path / 'said')!r}\n{LATE}")
+        assert names_of(result) == [("hang", "unanswered")]
+        said = eventually((tmp_path / "said").exists, "both calls have failed") and (tmp_path / "said").read_text()
         gate.set()
-        executor.execute("get_ipython().events.register('post_execute', lambda: threading.Timer(0.1, go.set).start())")
-        path = "said" + ".append"
-        assert path
-        eventually(lambda: executor.execute("len(said) > 0").text == "True", "the first has failed")
-        assert "nobody answers any more" in executor.execute("said[0]").text
+        assert (
+            said
+            == "The cell has ended: nobody answers any more.|add() was called while no cell of its program was running."
+        )
 
 
 def test_a_child_process_of_the_kernel_cannot_call(server: LocalJupyterServer) -> None:
@@ -6708,6 +6723,49 @@ def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer,
             'def add(a: int, b: int = 2) -> int:\n    """Add two numbers.\n\n    They may be large."""\n'
             "async def echo(value: Any, *, times: float = 1) -> Any: ..."
         )
+
+
+def readme_program(section: str, number: int) -> str:
+    """Return a Python block of a section of the README."""
+    text = (HERE / "README.md").read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return str(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number])
+
+
+MCP_SERVER = """
+from mcp.server import MCPServer
+server = MCPServer("sums")
+@server.tool()
+def add(a: int, b: int = 5) -> int:
+    "Add two numbers."
+    return a + b
+@server.tool()
+def fail(why: str) -> str:
+    raise ValueError(why)
+server.run("stdio")
+"""
+MCP_CELL = """
+print(await add(a=1, b=2), await add(a=1))
+try: await fail(why="no reason")
+except RuntimeError as error: print(error)
+try: await add(b=1)
+except TypeError as error: print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "shown"),
+    [
+        (0, None, "[{'tides': ['High tides', 'Tides'], 'wind': ['Wind']}] [('search', 'ok'), ('search', 'ok'), ('final_answer', 'error')]"),
+        (1, MCP_CELL, "{'result': 3} {'result': 6}\nError executing tool fail\nadd() missing 1 required keyword-only argument: 'a'\n"),
+    ],
+)  # fmt: skip
+def test_the_readme_on_tools(number: int, code: str | None, shown: str, tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(MCP_SERVER)
+    program = readme_program("Host tools", number).replace('"await add(a=1, b=2)"', repr(code))
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == (shown + "\n", 0), done.stderr
 
 
 def test_coroutine_tools_run_on_the_callers_loop(server: LocalJupyterServer) -> None:
@@ -7217,7 +7275,7 @@ def test_linters_are_content(command: list[str]) -> None:
 
 
 @pytest.fixture
-def rivals(request: pytest.FixtureRequest) -> Callable[[str], JupyterCodeExecutor]:
+def rivals(request: pytest.FixtureRequest) -> Callable[..., JupyterCodeExecutor]:
     """A function that makes an executor with a running kernel by its name."""
     stack = contextlib.ExitStack()
     request.addfinalizer(stack.close)
@@ -7230,8 +7288,8 @@ def rivals(request: pytest.FixtureRequest) -> Callable[[str], JupyterCodeExecuto
         "local gateway": lambda: LocalJupyterServer(transport="gateway"),
     }
 
-    def make(name: str) -> JupyterCodeExecutor:
-        executor = stack.enter_context(JupyterCodeExecutor(stack.enter_context(servers[name]())))
+    def make(name: str, **options: Any) -> JupyterCodeExecutor:
+        executor = stack.enter_context(JupyterCodeExecutor(stack.enter_context(servers[name]()), **options))
         assert executor.execute("1").status == "ok"
         return executor
 
@@ -7299,6 +7357,20 @@ def raw_cell(client: Any) -> Callable[[], None]:
                     idle = idle or b'"idle"' in parts[start + 5]
 
     return cell
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="100 cells of `1`, or 100 calls of a tool that does nothing")
+@pytest.mark.parametrize("what", ["cells", "calls", "calls in 8 threads"])
+@pytest.mark.parametrize("way", WAYS[:3])
+def test_bench_tools(benchmark: Any, way: str, what: str, rivals: Callable[..., JupyterCodeExecutor]) -> None:
+    executor = rivals(way, tools=[named("nothing", bool)])
+    code = "for _ in range(100): nothing()"
+    if what == "calls in 8 threads":
+        executor.execute("from concurrent.futures import ThreadPoolExecutor; pool = ThreadPoolExecutor(8)")
+        code = "sum(pool.map(lambda _: nothing(), range(100)))"
+    cells = ["1"] * 100 if what == "cells" else [code]
+    benchmark.pedantic(lambda: [executor.execute(cell) for cell in cells], rounds=5, warmup_rounds=1)
 
 
 @pytest.mark.bench
