@@ -23,7 +23,7 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
     7  Kernel client         one cell at a time: replies, outputs, deadline, interrupt, death
     8  Kernel host           kernelspecs, launch, watch, relay; runs at the other end of a pipe
     9  Servers               LocalJupyterServer, DockerJupyterServer, CommandJupyterServer, RemoteJupyterServer
-    10 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor and its async face
+    10 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, tools, JupyterCodeExecutor, its async face
     11 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
     12 License
 
@@ -67,6 +67,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
     import hmac
+    import inspect
     import subprocess
 
 __version__ = "0.1.0"
@@ -6155,10 +6156,16 @@ class Verbatim(str):
     __repr__ = str.__str__
 
 
-def tool_signature(function: Callable[..., Any]) -> str:
-    """Return a function's signature as Python that needs no names: `(city: str, days: int = 3) -> list[str]`."""
+def tool_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return a function's signature, which as text needs no names: `(city: str, days: int = 3) -> list[str]`."""
     import ast
     import inspect
+
+    options: Json = {}
+    if sys.version_info >= (3, 14):
+        import annotationlib  # annotations may name what is not there at run time
+
+        options = {"annotation_format": annotationlib.Format.STRING}
 
     def checked(value: Any, check: Callable[[str], object], text: str, otherwise: str) -> Any:
         if value is inspect.Signature.empty:
@@ -6173,7 +6180,7 @@ def tool_signature(function: Callable[..., Any]) -> str:
         text = value if isinstance(value, str) else inspect.formatannotation(value, function.__module__)
         return checked(value, lambda text: compile(text, "", "eval", dont_inherit=True), text, repr(text))
 
-    signature = inspect.signature(function)
+    signature = inspect.signature(function, **options)
     parameters = [
         parameter.replace(
             annotation=annotation(parameter.annotation),
@@ -6181,7 +6188,7 @@ def tool_signature(function: Callable[..., Any]) -> str:
         )
         for parameter in signature.parameters.values()
     ]
-    return str(signature.replace(parameters=parameters, return_annotation=annotation(signature.return_annotation)))
+    return signature.replace(parameters=parameters, return_annotation=annotation(signature.return_annotation))
 
 
 class Tools:
@@ -6198,7 +6205,7 @@ class Tools:
         import inspect
         import keyword
 
-        self.functions: dict[str, Callable[..., Any]] = {}
+        self.functions: dict[str, tuple[Callable[..., Any], inspect.Signature]] = {}
         self.approve, self.max_calls, self.timeout = approve, max_calls, timeout
         self.loop: Any = None  # where coroutines run; None: each in an event loop of its own
         self.tag = ""  # of the requests that are calls
@@ -6210,11 +6217,11 @@ class Tools:
             if name in {"ToolError", "ToolRefused", *self.functions}:
                 raise ValueError(f"There are two tools of the name {name}.")
             try:
-                head = f"def {name}{tool_signature(function)}:"
+                self.functions[name] = function, tool_signature(function)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{name} cannot be a tool: {error}.") from None
-            self.functions[name] = function
-            self._heads[name] = "async " * inspect.iscoroutinefunction(function) + head, inspect.getdoc(function)
+            head = "async " * inspect.iscoroutinefunction(function) + f"def {name}{self.functions[name][1]}:"
+            self._heads[name] = head, inspect.getdoc(function)
 
     def prelude(self) -> str:
         """Return a cell that defines the tools in a kernel that has just started."""
@@ -6302,7 +6309,7 @@ class ToolCall:
 
     def run(self) -> str:
         """Return the result as JSON."""
-        value = self.result(self.tools.functions[self.name](*self.bound.args, **self.bound.kwargs))
+        value = self.result(self.tools.functions[self.name][0](*self.bound.args, **self.bound.kwargs))
         try:
             text = json.dumps(value, default=to_json)
         except (ValueError, TypeError, RecursionError) as error:
@@ -6318,7 +6325,9 @@ def tool_failure(error: BaseException, tool: str) -> Json:
     """Return what the kernel is told of an exception: a built-in one keeps its type, its text is bounded."""
     import builtins
 
-    kind, message = type(error), str(error.args[0] if len(error.args) == 1 else error)
+    kind, message = type(error), ""
+    with contextlib.suppress(Exception):  # whatever its __str__ does
+        message = str(error.args[0] if len(error.args) == 1 else error)
     known = getattr(builtins, kind.__name__, None) is kind and issubclass(kind, (Exception, KeyboardInterrupt))
     if known or kind in (ToolError, ToolRefused):
         return {"error": kind.__name__, "message": message[:LARGE_PART], "tool": tool}
@@ -6364,18 +6373,14 @@ class CellTools:
         return True
 
     def _bind(self, text: str, answer: Callable[[Json | str], None]) -> ToolCall:
-        import inspect
-
         self._weight += json_weight(text)
         if len(text) > MAX_TOOL_JSON or self._weight > MAX_JSON:
             raise ToolError("The arguments of this cell's tool calls are too large.")
         request = json_object(text, "call of a tool")
-        name, args, kwargs = request.get("name"), request.get("args"), request.get("kwargs")
-        known = isinstance(name, str) and name in self._tools.functions
-        if not (known and isinstance(args, list) and isinstance(kwargs, dict)):
+        name, args, kwargs = text_of(request.get("name")), request.get("args"), request.get("kwargs")
+        if not (name in self._tools.functions and isinstance(args, list) and isinstance(kwargs, dict)):
             raise ToolError("There is no such tool.")
-        bound = inspect.signature(self._tools.functions[str(name)]).bind(*args, **kwargs)
-        return ToolCall(self._tools, str(name), bound, answer)
+        return ToolCall(self._tools, name, self._tools.functions[name][1].bind(*args, **kwargs), answer)
 
     def _serve(self, call: ToolCall, pause: Pause) -> None:
         _CALLS.set((*_CALLS.get(), call))
@@ -6427,14 +6432,15 @@ def calls_note(calls: Sequence[Json]) -> str:
     """Return a sentence about the tool calls of a cell, so that nobody makes them twice."""
     import reprlib
 
-    shown: dict[str, list[str]] = {}
+    counts: dict[str, dict[str, int]] = {}  # of each call, by status
     for call in calls:
         arguments = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in call["arguments"].items())
-        shown.setdefault(call["status"], []).append(f"{call['name']}({arguments})")
-    parts = [
-        f"{status}: {', '.join(some[:20])}" + f" and {len(some) - 20} more" * (len(some) > 20)
-        for status, some in shown.items()
-    ]
+        text, same = f"{call['name']}({arguments})", counts.setdefault(call["status"], {})
+        same[text] = same.get(text, 0) + 1
+    parts = []
+    for status, same in counts.items():
+        shown = [text + f" ({count} times)" * (count > 1) for text, count in same.items()]
+        parts.append(f"{status}: {', '.join(shown[:20])}" + f" and {len(shown) - 20} more" * (len(shown) > 20))
     return f"Tool calls of this cell: {'; '.join(parts)}" if parts else ""
 
 

@@ -6465,7 +6465,7 @@ def test_a_cell_ends_as_always_while_a_tool_runs(server: LocalJupyterServer, end
     died = "import threading, os, signal; threading.Timer(0.3, os.kill, (os.getpid(), 9)).start()\n" * (
         ending == "death"
     )
-    code = f"{died}add(1)\n{'await ' * is_async}hang('x' * 100)"
+    code = f"{died}for i in range(3): add(i // 2)\n{'await ' * is_async}hang('x' * 100)"
     with (
         ThreadPoolExecutor(1) as pool,
         JupyterCodeExecutor(server, tools=[add, hang_async if is_async else hang]) as executor,
@@ -6477,9 +6477,9 @@ def test_a_cell_ends_as_always_while_a_tool_runs(server: LocalJupyterServer, end
             getattr(executor, ending)()
         result = running.result(PATIENCE)
         assert (result.status, result.kernel_state) == ENDINGS[ending]
-        assert names_of(result) == [("add", "ok"), ("hang", "unanswered")]
+        assert names_of(result) == [("add", "ok")] * 3 + [("hang", "unanswered")]
         assert result.note.endswith(
-            "Tool calls of this cell: ok: add(a=1); unanswered: hang(why='xxxxxxxxxxxx...xxxxxxxxxxxxx')"
+            "Tool calls of this cell: ok: add(a=0) (2 times), add(a=1); unanswered: hang(why='xxxxxxxxxxxx...xxxxxxxxxxxxx')"
         )
         assert told.wait(PATIENCE)
         if ending != "stop":
