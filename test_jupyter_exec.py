@@ -6280,23 +6280,21 @@ def test_the_answer_of_a_tool_survives_a_dropped_connection(remote: Peer) -> Non
 
 
 def test_a_thousand_calls_sixty_four_at_once(server: LocalJupyterServer) -> None:
-    lock, now, most = threading.Lock(), [0], [0]
-    first = threading.Barrier(64, timeout=PATIENCE)
+    lock, full, now, most = threading.Lock(), threading.Barrier(64, timeout=PATIENCE), [0], [0]
 
     def count(number: int) -> int:
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        if number < 64:
-            first.wait()
+        full.wait()  # nobody goes on before 64 are here
         with lock:
             now[0] -= 1
         return number
 
-    with JupyterCodeExecutor(server, tools=[count], max_tool_calls=1000) as executor:
+    with JupyterCodeExecutor(server, tools=[count], max_tool_calls=1024) as executor:
         code = "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(200) as pool:\n"
-        result = executor.execute(f"{code}    print(sum(pool.map(count, range(1000))))")
-        assert (result.text, len(result.calls), most) == ("499500\n", 1000, [64])
+        result = executor.execute(f"{code}    print(sum(pool.map(count, range(1024))))")
+        assert (result.text, len(result.calls), most) == ("523776\n", 1024, [64])
 
 
 def test_a_call_is_sent_and_answered_while_another_one_waits(server: LocalJupyterServer) -> None:
