@@ -6626,8 +6626,9 @@ def test_a_cancellation_token_interrupts_too(server: LocalJupyterServer) -> None
 
     async def main() -> None:
         async with AsyncJupyterCodeExecutor(server) as executor:
+            await executor.run("x = 5")  # what is cancelled before it begins does not run
             with pytest.raises(asyncio.CancelledError):
-                await executor.execute_code_blocks([CodeBlock("x = 5\nimport time; time.sleep(60)")], Token())
+                await executor.execute_code_blocks([CodeBlock("import time; time.sleep(60)")], Token())
             assert (await executor.run("x")).output == "5"
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
