@@ -6986,7 +6986,8 @@ class AsyncJupyterCodeExecutor:
         """Do it beside the cells; once nobody waits for it any more, it ends at its next piece."""
         import asyncio
 
-        await self.start()
+        if not self._executor:  # where a cell runs, this would wait for it
+            await self.start()
         executor, wanted = self._executor, True
 
         def progress(done: int, total: int | None) -> None:
@@ -7262,10 +7263,15 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"There is no code in {options.file}.")
     if options.notebook and not Path(options.notebook).parent.is_dir():
         raise ValueError(f"There is no directory for {options.notebook}.")
+    names = list(map(os.path.basename, options.get))
+    if {"", ".", ".."} & set(names) or len(set(names)) < len(names):
+        raise ValueError("--get must name files, each with another last part, by which it is called here.")
     printer = None if options.json else LivePrinter(Path(options.output_dir), len(blocks))
     with _server_of(options) as server, contextlib.ExitStack() as stack:
         executor = JupyterCodeExecutor(server, options.kernel, options.timeout, options.output_dir, on_output=printer)
         stack.enter_context(executor)
+        for source in options.put:
+            executor.upload(source)
         specs = server.kernelspecs()
         language = str(specs.get(kernel_among(options.kernel, specs) or "", {}).get("language", ""))
         blocks_to_run = runnable(blocks, options.kernel, language)
@@ -7274,9 +7280,17 @@ def _run(options: argparse.Namespace) -> int:
         if printer is None:
             result = executor.execute_code_blocks(blocks_to_run)
             put(sys.stdout, json.dumps(asdict(result)))
-            return result.exit_code
-        stack.callback(printer.close)
-        return _run_live(executor, blocks_to_run, printer)
+            status = result.exit_code
+        else:
+            with contextlib.closing(printer):
+                status = _run_live(executor, blocks_to_run, printer)
+        for path, name in zip(options.get, names, strict=True):
+            try:
+                executor.download(path, Path(options.output_dir, name))
+            except FileTransferError as error:
+                put(sys.stderr, f"jupyter-exec: {error}")
+                status = status or 1
+        return status
 
 
 def _run_live(executor: JupyterCodeExecutor, blocks: Iterable[CodeBlock], printer: LivePrinter) -> int:
