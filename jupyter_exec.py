@@ -5717,10 +5717,11 @@ class Folder:
         if not self.path.is_dir():
             raise ValueError(f"Output directory {path} does not exist.")
         self._at: Json = {}
+        self.close: Callable[[], object] = bool
         if os.open in os.supports_dir_fd:  # not on Windows
             descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
             self._at = {"dir_fd": descriptor}
-            weakref.finalize(self, os.close, descriptor)
+            self.close = weakref.finalize(self, os.close, descriptor)
 
     def _name(self, name: str) -> str:
         return name if self._at else str(self.path / name)
@@ -6053,7 +6054,7 @@ class FarFile:
     kind: str  # "file", "directory", "link" or "other"
 
 
-Progress = Callable[[int, "int | None"], None]
+Progress = Callable[[int, "int | None"], object]
 _STRANGE = "The other side gives a strange answer."
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
 
@@ -6109,7 +6110,7 @@ def ask_kernel(kernel: KernelClient, order: Json, data: bytes = b"") -> Json:
 
     Raises: JupyterExecError.
     """
-    if kernel.language.lower() != "python":
+    if kernel.language.lower() not in ("", "python"):
         raise JupyterExecError(f"The kernel runs {kernel.language}, and only Python kernels can do this.")
     program = _kernel_program()
     arguments = f"{order!r}, {base64.b64encode(data).decode()!r}, names"
@@ -6207,10 +6208,11 @@ class FarFiles:
                 raise ProtocolError(_STRANGE)
             if answer.get("file") != identity:
                 raise FileTransferError(path, "it was replaced by another while it was read")
-            got, size, is_end = got + len(piece), max(now, got + len(piece)), len(piece) < self.piece
+            got, is_end = got + len(piece), len(piece) < self.piece
+            size = max(size, now, got)
             if size > max_bytes:
                 raise FileTransferError(path, f"it is larger than max_bytes={max_bytes}", "EFBIG")
-            if is_end and now > got:
+            if is_end and size > got:
                 raise FileTransferError(path, "it became shorter while it was read")
             yield piece, size
 
@@ -6281,7 +6283,7 @@ def target_file(target: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         raise OSError(number, "Is a directory: name the file" if path.is_dir() else "Is no regular file")
     if not path.parent.is_dir():
         raise OSError(errno.ENOENT, f"There is no directory {path.parent}")
-    with Folder(path.parent).replace(path.name) as file:
+    with contextlib.closing(Folder(path.parent)) as folder, folder.replace(path.name) as file:
         yield file
 
 
