@@ -6092,7 +6092,8 @@ def variable_step(order: Json, names: Json) -> Json:
         return {"error": f"it is no JSON in the kernel. {type(error).__name__}: {error}"}
     finally:
         if is_last:
-            vars(sys).pop("_jupyter_exec", None)
+            kept.pop(key, None)
+            kept or vars(sys).pop("_jupyter_exec", None)
 
 
 @functools.cache  # it is read from the file
@@ -6105,8 +6106,10 @@ def _kernel_program() -> str:
         raise JupyterExecError("This program is frozen, without the source that the kernel would need.") from None
 
 
-def ask_kernel(kernel: KernelClient, order: Json, data: bytes = b"") -> Json:
+def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: OutputHook | None) -> Json:
     """Take a step in an idle Python kernel, by an expression that leaves no trace there; returns its answer.
+
+    `on_output` hears what threads of earlier cells print meanwhile.
 
     Raises: JupyterExecError.
     """
@@ -6118,7 +6121,8 @@ def ask_kernel(kernel: KernelClient, order: Json, data: bytes = b"") -> Json:
     builtins = "().__reduce_ex__(2)[0].__globals__['__builtins__']"
     run = f"(lambda built, own, names: built['exec']({program!r}, own) or own['kernel_step']({arguments}))"
     expression = f"{run}({builtins}, {{'__builtins__': {builtins}}}, (lambda: 0).__globals__)"
-    result = kernel.execute("", TRANSFER_TIMEOUT, silent=True, store_history=False, expression=expression)
+    options: Json = {"silent": True, "store_history": False, "on_output": on_output}
+    result = kernel.execute("", TRANSFER_TIMEOUT, expression=expression, **options)
     if result.status != "ok":
         raise JupyterExecError(result.note or "The kernel did not answer.")
     value = result.value if isinstance(result.value, dict) else {}
@@ -6250,9 +6254,10 @@ def transfer_errors(far: str, here: Any = "") -> Iterator[None]:
         raise
     except JupyterExecError as error:
         raise FileTransferError(far, str(error)) from error
-    except OSError as error:
-        code, path = errno.errorcode.get(error.errno or 0, ""), str(here or "of the caller")
-        raise FileTransferError(path, error.strerror or str(error), code, True) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a path, a file that is closed
+        number, says = getattr(error, "errno", None), getattr(error, "strerror", None)
+        path, code = str(here or "as given"), errno.errorcode.get(number or 0, "")
+        raise FileTransferError(path, says or str(error), code, True) from error
 
 
 def file_pieces(file: IO[bytes], size: int) -> Iterator[bytes]:
@@ -6634,7 +6639,7 @@ class JupyterCodeExecutor:
             return
 
         def ask_by_cell(order: Json, data: bytes, then: Callable[[Json], None]) -> None:
-            answer = ask_kernel(self._kernel, order, data)
+            answer = ask_kernel(self._kernel, order, data, self._hooks[0])
             then({"bytes": answer.pop("bytes"), "result": answer})
 
         with self._turns.turn():
@@ -6711,7 +6716,7 @@ class JupyterCodeExecutor:
         with transfer_errors(path), self._far_files() as files:
             return files.entries(path)
 
-    def set_variables(self, **values: Any) -> None:
+    def set_variables(self, /, **values: Any) -> None:
         """Give variables of the kernel values that can be written as JSON, all or none; tuples arrive as lists.
 
         NaN and the infinities are allowed, as Python's JSON has them. Python kernels only, between cells.
@@ -6740,8 +6745,9 @@ class JupyterCodeExecutor:
         """
         if not name.isidentifier():
             raise VariableError(name, "it is no name of a variable")
-        text = self._exchange(name, "get", b"", max_bytes).decode("utf-8", "surrogatepass")
+        data = self._exchange(name, "get", b"", max_bytes)
         try:
+            text = data.decode("utf-8", "surrogatepass")
             if len(text) > LARGE_PART and json_weight(text) > 4 * max(max_bytes, LARGE_PART):
                 raise ValueError("it has too many parts for its max_bytes")
             return json.loads(text)
@@ -6750,7 +6756,8 @@ class JupyterCodeExecutor:
 
     def _exchange(self, name: str, step: str, data: bytes, limit: int) -> bytes:
         """Send JSON of variables in pieces, or return that of one."""
-        order: Json = {"step": step, "name": name, "key": os.urandom(16).hex(), "limit": limit}
+        # What an earlier call has left, when Ctrl-C ended it, had the same key.
+        order: Json = {"step": step, "name": name, "key": f"{os.getpid()} {id(self)}", "limit": limit}
         received = bytearray()
         with self._turns.turn():
             self._check_usable()
@@ -6760,7 +6767,7 @@ class JupyterCodeExecutor:
                 while offset < size:
                     self._check_usable()
                     order |= {"offset": offset, "size": len(data) or CELL_PIECE}
-                    answer = ask_kernel(self._kernel, order, data[offset : offset + CELL_PIECE])
+                    answer = ask_kernel(self._kernel, order, data[offset : offset + CELL_PIECE], self._hooks[0])
                     if "error" in answer:
                         raise VariableError(name, clean_text(_text(answer["error"])))
                     offset += CELL_PIECE
@@ -7004,7 +7011,7 @@ class AsyncJupyterCodeExecutor:
         finally:
             wanted = False
 
-    async def set_variables(self, **values: Any) -> None:
+    async def set_variables(self, /, **values: Any) -> None:
         """Like JupyterCodeExecutor.set_variables."""
         await self._in_thread(lambda executor: executor.set_variables(**values))
 

@@ -5331,6 +5331,8 @@ FILE_ERRORS: list[tuple[Callable[[JupyterCodeExecutor], Any], str]] = [
     (lambda far: far.upload(b"x", ""), "Is a directory"),
     (lambda far: far.upload(b"x", "n" * 300), "name too long"),
     (lambda far: far.upload("/no/such"), "No such file"),
+    (lambda far: far.upload("/no\0such", "x"), "null byte"),
+    (lambda far: far.download("d/f", "/tmp/a\0b"), "null byte"),
     (lambda far: far.upload("/tmp"), "Is a directory"),
     (lambda far: far.list_files("d/f"), "Not a directory"),
     (lambda far: far.list_files("no"), "No such file"),
@@ -5769,6 +5771,29 @@ def test_what_cannot_be_had_from_a_kernel_is_told(executor: JupyterCodeExecutor,
     assert executor.execute("'_jupyter_exec' in vars(__import__('sys'))").text == "False"
 
 
+def test_two_clients_of_one_kernel_set_long_values_at_once(executor: JupyterCodeExecutor) -> None:
+    executor.execute("1")
+    with JupyterCodeExecutor(executor.connection_file) as other, ThreadPoolExecutor(2) as pool:
+        values = {"one": ["a" * 10**6] * 5, "two": ["b" * 10**6] * 5}
+        set_by = zip((executor, other), values.items(), strict=True)
+        for done in [pool.submit(one.set_variables, **{name: value}) for one, (name, value) in set_by]:
+            done.result(PATIENCE)
+        assert {name: other.get_variable(name) for name in values} == values
+    assert executor.execute("'_jupyter_exec' in vars(__import__('sys'))").text == "False"
+
+
+def test_what_a_thread_prints_during_a_transfer_is_heard(server: LocalJupyterServer, tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    code = "import threading, os, time\ndef late():\n    while 'x' not in globals(): time.sleep(0.001)\n"
+    code += f"    print('late')\n    open({str(tmp_path / 'f')!r}, 'w')\nthreading.Thread(target=late).start()"
+    with JupyterCodeExecutor(server, on_output=heard.append) as executor:
+        executor.execute(code)
+        executor.set_variables(x=1)
+        eventually((tmp_path / "f").exists, "it is printed")
+        eventually(lambda: executor.get_variable("x") and heard, "it is heard")
+    assert "".join(output["text"] for output in heard) == "late\n"
+
+
 def test_a_value_that_takes_for_ever_is_interrupted(
     executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -5805,6 +5830,19 @@ def test_no_reply_raises_anything_but_our_errors(value: Any) -> None:
             with pytest.raises((VariableError, FileTransferError)) as caught:
                 act()
             assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"[", b"", b"[" * 10**5], ids=["bytes", "half", "nothing", "deep"])
+def test_a_value_that_is_no_json_is_told(data: bytes) -> None:
+    parts = [base64.b64encode(part).decode() for part in (json.dumps({"size": len(data)}).encode(), data)]
+    value = {"status": "ok", "data": {"text/plain": f"'{' '.join(parts)}'"}}
+
+    def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        kernel.reply("execute_reply", {"status": "ok", "user_expressions": {"value": value}}, request)
+        kernel.publish("status", {"execution_state": "idle"}, request)
+
+    with scripted(script) as executor, pytest.raises(VariableError, match="what came is no JSON"):
+        executor.get_variable("x")
 
 
 def test_files_and_variables_for_asyncio(tmp_path: Path) -> None:
