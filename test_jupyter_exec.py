@@ -5535,8 +5535,8 @@ def test_an_interrupted_transfer_leaves_no_half_file(what: str, tmp_path: Path) 
                     executor.upload(zeros(10**8), "old", on_progress=hook)
                 else:
                     executor.download("old", tmp_path / "old", on_progress=hook)
-        if what != "host":  # which was killed, and is the only one to remove it
-            eventually(lambda: os.listdir(tmp_path) == ["old"], "the half file is gone")
+            if what != "host":  # which was killed, and is the only one to remove it; nobody else does before its end
+                eventually(lambda: os.listdir(tmp_path) == ["old"], "the half file is gone")
         assert (tmp_path / "old").stat().st_size == 2_000_000
 
 
@@ -5832,7 +5832,7 @@ def test_no_reply_raises_anything_but_our_errors(value: Any) -> None:
             assert "\x1b" not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"\xff", b"[", b"", b"[" * 10**5], ids=["bytes", "half", "nothing", "deep"])
+@pytest.mark.parametrize("data", [b"\xff", b"[", b"", b"[" * 10**4], ids=["bytes", "half", "nothing", "deep"])
 def test_a_value_that_is_no_json_is_told(data: bytes) -> None:
     parts = [base64.b64encode(part).decode() for part in (json.dumps({"size": len(data)}).encode(), data)]
     value = {"status": "ok", "data": {"text/plain": f"'{' '.join(parts)}'"}}
