@@ -42,6 +42,7 @@ import base64
 import contextlib
 import contextvars
 import copy
+import errno
 import functools
 import heapq
 import io
@@ -54,6 +55,7 @@ import re
 import selectors
 import signal
 import socket
+import stat
 import string
 import struct
 import sys
@@ -65,7 +67,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, overload
 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
@@ -78,11 +80,12 @@ __version__ = "0.1.0"
 
 __all__ = ["CODE_WRITER_SYSTEM_MESSAGE", "AsyncJob", "AsyncJupyterCodeExecutor", "CodeBlock", "CodeResult"]
 __all__ += ["CommandJupyterServer", "ConnectionClosed", "DockerJupyterServer", "ExecutionError", "ExecutionResult"]
-__all__ += ["ExecutionTimeout", "IPythonCodeResult", "InputHook", "Job", "JupyterCodeExecutor"]
-__all__ += ["JupyterConnectionInfo", "JupyterExecError", "JupyterServer", "KernelClient", "KernelConnection"]
-__all__ += ["KernelDied", "KernelError", "KernelSpecNotFound", "KernelStartFailed", "LocalJupyterServer"]
-__all__ += ["MarkdownCodeExtractor", "OutputFile", "OutputHook", "ProtocolError", "RemoteJupyterServer"]
-__all__ += ["SandboxError", "ServerError", "SignatureError", "ToolError", "ToolRefused", "tool_call_ended"]
+__all__ += ["ExecutionTimeout", "FarFile", "FileTransferError", "IPythonCodeResult", "InputHook", "Job"]
+__all__ += ["JupyterCodeExecutor", "JupyterConnectionInfo", "JupyterExecError", "JupyterServer", "KernelClient"]
+__all__ += ["KernelConnection", "KernelDied", "KernelError", "KernelSpecNotFound", "KernelStartFailed"]
+__all__ += ["LocalJupyterServer", "MarkdownCodeExtractor", "OutputFile", "OutputHook", "ProtocolError"]
+__all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError", "ToolError", "ToolRefused"]
+__all__ += ["VariableError", "tool_call_ended"]
 
 PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
@@ -150,6 +153,13 @@ MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
 HOOK_RUNS_CELL = "A cell is running: its hooks cannot run another one."
 STREAM_AHEAD = 100  # outputs that wait for who iterates over `stream`, before the cell's outputs do
 STILL_RUNNING = "the code is still running; wait() returns the rest"
+MAX_DOWNLOAD = 2**28  # bytes of a file that is brought here, unless a call says otherwise
+MAX_LISTED = 10_000  # entries of a directory that is listed
+TRANSFER_PIECE = 2**18  # bytes of a file that go at a time, so that other things get their turn
+TRANSFER_WINDOW = 4  # pieces on their way to or from a kernel host
+CELL_PIECE = 2**20  # bytes that go at a time to or from a kernel without a host, in a silent cell
+TRANSFER_TIMEOUT = 30.0  # seconds without an answer after which a transfer is given up
+TRANSFER_CHECK = 0.2  # seconds between looks whether it is still wanted
 TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
 STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
 RAW_STDERR_TAIL = 2**16  # bytes of a stderr before the stack that Python wrote there at its death is shortened
@@ -275,6 +285,34 @@ class KernelDied(KernelError):
 
 
 @dataclass(eq=False)
+class FileTransferError(JupyterExecError, OSError):
+    """A file that could not be brought to where a kernel runs, or from there; `path` is the one at fault."""
+
+    path: str = ""
+    reason: str = ""
+    code: str = ""  # the name of an errno, such as ENOENT; "" if it was none
+    here: bool = False  # `path` is one of this machine
+
+    @property
+    def errno(self) -> int | None:  # type: ignore[override]
+        return getattr(errno, self.code, None)
+
+    def __str__(self) -> str:
+        return f"The file {self.path!r} {'here' if self.here else 'at the kernel'}: {self.reason}"
+
+
+@dataclass(eq=False)
+class VariableError(JupyterExecError, ValueError):
+    """A variable that could not be set in a kernel, or had from it."""
+
+    name: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"The variable {self.name!r}: {self.reason}"
+
+
+@dataclass(eq=False)
 class ServerError(JupyterExecError):
     """A Jupyter server refuses a request, or gives an answer that no Jupyter server would give."""
 
@@ -382,8 +420,15 @@ def new_message(channel: str, msg_type: str, content: Json, *, session: str, msg
     return Message(channel, header, {}, {}, content, [])
 
 
-def execute_content(code: str, *, silent: bool = False, store_history: bool = True, allow_stdin: bool = False) -> Json:
-    """Return the content of an execute_request.
+def execute_content(
+    code: str,
+    *,
+    silent: bool = False,
+    store_history: bool = True,
+    allow_stdin: bool = False,
+    expression: str | None = None,
+) -> Json:
+    """Return the content of an execute_request. The value of `expression` comes with the reply.
 
     Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html#execute
     """
@@ -393,7 +438,7 @@ def execute_content(code: str, *, silent: bool = False, store_history: bool = Tr
         "code": code,
         "silent": silent,
         "store_history": store_history,
-        "user_expressions": {},
+        "user_expressions": {} if expression is None else {"value": expression},
         "allow_stdin": allow_stdin,
         "stop_on_error": False,  # with True, a kernel under load has aborted the next cell
     }
@@ -999,7 +1044,7 @@ class Line:
     """The last line of a terminal, without what carriage returns and backspaces have erased."""
 
     def __init__(self) -> None:
-        self._pieces: list[str] = []
+        self.pieces: list[str] = []
         self._returned = False  # the next text overwrites the line
         self.size = 0  # about how many characters it has
 
@@ -1025,23 +1070,23 @@ class Line:
             if piece[0] == "\b":
                 self._erase(len(piece))
             else:
-                self._pieces.append(piece)
+                self.pieces.append(piece)
                 self.size += len(piece)
 
     def _erase(self, count: int) -> None:
-        while count and self._pieces:
-            last = self._pieces.pop()
+        while count and self.pieces:
+            last = self.pieces.pop()
             if len(last) > 2 * LINE_PIECE:  # cut once, so that each character is copied a few times at most
-                self._pieces += [last[i : i + LINE_PIECE] for i in range(0, len(last), LINE_PIECE)]
+                self.pieces += [last[i : i + LINE_PIECE] for i in range(0, len(last), LINE_PIECE)]
                 continue
             left = last[:-count]
-            self._pieces += [left] * bool(left)
+            self.pieces += [left] * bool(left)
             self.size -= len(last) - len(left)
             count -= len(last) - len(left)
 
     def take(self) -> str:
         """Return the line as it stands, and begin a new one."""
-        text, self._pieces, self._returned, self.size = "".join(self._pieces), [], False, 0
+        text, self.pieces, self._returned, self.size = "".join(self.pieces), [], False, 0
         return text
 
 
@@ -1243,6 +1288,7 @@ class ExecutionResult:
     death: KernelDied | None = None
     missing: int = 0
     calls: list[Json] = field(default_factory=list)
+    value: Any = field(default=None, repr=False)  # what the reply says of the expression that was sent with it
 
     @property
     def truncated(self) -> bool:
@@ -1345,9 +1391,10 @@ class Execution:
     in `fences` is answered first, which shows that the lost one will not come any more.
     """
 
-    def __init__(self, msg_id: str, limit: int | None = None) -> None:
-        """`limit` is how many characters of its streams are kept, None for all."""
+    def __init__(self, msg_id: str, limit: int | None = None, silent: bool = False) -> None:
+        """`limit` is how many characters of its streams are kept, None for all. Of a `silent` one none are."""
         self.msg_id = msg_id
+        self._silent = silent
         self._outputs = Outputs(limit)
         self.execution_count: int | None = None
         self.timed_out: float | None = None  # seconds, once the deadline has passed
@@ -1387,7 +1434,7 @@ class Execution:
         if message.parent_id != self.msg_id:
             return None
         self.withheld = self.withheld or message.lost
-        self.started = self.started or (message.channel == "iopub" and message.msg_type != "status")
+        self.started |= message.channel == "iopub" and (self._silent or message.msg_type != "status")
         handler = self._HANDLERS.get((message.channel, message.msg_type))
         # "Clients should ignore messages that they do not understand."
         return handler(self, message.content, message.size) if handler else None
@@ -1496,7 +1543,11 @@ class Execution:
             # The error came with the reply only, or there was no room for it.
             outputs.append(self._on_error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply, 0))
         missing, count = self._outputs.missing, self.execution_count
-        return ExecutionResult(status, exit_code, state, note, outputs, count, duration, self.death, missing)
+        values = (self._reply or {}).get("user_expressions")
+        value = values.get("value") if isinstance(values, dict) else None
+        return ExecutionResult(
+            status, exit_code, state, note, outputs, count, duration, self.death, missing, value=value
+        )
 
     def _outcome(self) -> tuple[str, int, str, str]:
         if self.timed_out is not None:
@@ -2120,6 +2171,10 @@ class Channels(Protocol):
     def close(self) -> None: ...
 
 
+# Sends an order of `far_step`, with bytes of a file; `then(answer)` is called once, in any thread.
+AskFar = Callable[[Json, bytes, Callable[[Json], None]], None]
+
+
 class KernelControl(Protocol):
     """What can be done to a kernel besides sending it messages; implemented by the servers."""
 
@@ -2146,6 +2201,9 @@ class KernelControl(Protocol):
 
     def abandon(self) -> None:
         """Give up the host that did not answer to `kill`; the next start makes a new one."""
+
+    def files(self) -> AskFar | None:
+        """Return the way to the files where the kernel runs, if there is one beside its cells."""
 
     def close(self) -> None:
         """Free what `start` made, except the channels."""
@@ -2678,6 +2736,10 @@ class KernelClient:
         info = self.kernel_info.get("language_info")
         return text_of(info.get("name")) if isinstance(info, dict) else ""
 
+    def files(self) -> AskFar | None:
+        """Return the way to the files where the kernel runs, if there is one beside its cells."""
+        return self._control.files()
+
     @property
     def alive(self) -> bool:
         """Whether there is a kernel that can run a cell, as far as known now."""
@@ -2750,6 +2812,7 @@ class KernelClient:
         *,
         silent: bool = False,
         store_history: bool = True,
+        expression: str | None = None,
         max_output: int | None = None,
         on_start: Callable[[Cell], None] | None = None,
     ) -> ExecutionResult:
@@ -2764,9 +2827,10 @@ class KernelClient:
             raise JupyterExecError(HOOK_RUNS_CELL)
         hooks = hooks or Hooks()
         asks = bool(hooks.on_input or hooks.on_request)
-        content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=asks)
+        options: Json = {"silent": silent, "store_history": store_history, "expression": expression}
+        content = execute_content(code, allow_stdin=asks, **options)
         request = self._message("shell", "execute_request", content)
-        cell = Cell(Execution(request.msg_id, max_output), timeout, hooks)
+        cell = Cell(Execution(request.msg_id, max_output, silent), timeout, hooks)
         self._settle(cell)
         self._running = cell
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
@@ -3080,6 +3144,9 @@ class AttachedKernelControl:
     def abandon(self) -> None:
         pass
 
+    def files(self) -> None:
+        return None
+
     def close(self) -> None:
         if self._loop:
             self._loop.post(functools.partial(self._context.destroy, 0))
@@ -3311,6 +3378,78 @@ def has_ended(name: str) -> bool:
     return process_name(int(found[1])) not in ("", name)
 
 
+# The far side of file transfers: in the kernel host or, where that is none, in a kernel, to which this source is sent.
+# A path is the caller's own. It is opened with the rights of the code that runs there, and links are followed to what
+# is read, but what is written takes the place of a link.
+
+
+def far_step(order: Json, start: str) -> Json:
+    """Take one step of a transfer: {"step", "path"} and what the step needs; a relative path begins at `start`.
+
+    Returns what the step gives, or {"error": sentence, "code": name of an errno}.
+    """
+    steps = {"read": far_read, "write": far_write, "finish": far_end, "drop": far_end, "list": far_list}
+    try:
+        return steps[order["step"]](os.path.join(start, order["path"]), order)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        code = errno.errorcode.get(getattr(error, "errno", None) or 0, "")
+        return {"error": getattr(error, "strerror", None) or str(error), "code": code}
+
+
+def far_open(path: str, flags: int) -> IO[bytes]:
+    """Open a regular file, and never wait for a pipe's other end, a lease or a terminal."""
+    for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    descriptor = os.open(path, flags, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        is_directory = stat.S_ISDIR(mode)
+        raise OSError(*((errno.EISDIR, "Is a directory") if is_directory else (errno.EINVAL, "Is no regular file")))
+    return open(descriptor, "wb" if flags & os.O_WRONLY else "rb")
+
+
+def far_read(path: str, order: Json) -> Json:
+    with far_open(path, os.O_RDONLY) as file:
+        status = os.fstat(file.fileno())
+        file.seek(order["offset"])
+        return {"size": status.st_size, "file": [status.st_dev, status.st_ino], "bytes": file.read(order["size"])}
+
+
+def far_write(path: str, order: Json) -> Json:
+    """Write a piece into a new file beside `path`; directories above it are made."""
+    directory, is_first = os.path.dirname(path), order["offset"] == 0
+    if is_first:
+        if os.path.isdir(path):
+            raise OSError(errno.EISDIR, "Is a directory")
+        with contextlib.suppress(FileExistsError):  # if it is no directory, the next line says so
+            os.makedirs(directory, exist_ok=True)
+    flags = os.O_CREAT | os.O_EXCL if is_first else getattr(os, "O_NOFOLLOW", 0)
+    with far_open(os.path.join(directory, order["part"]), os.O_WRONLY | flags) as file:
+        file.seek(order["offset"])
+        file.write(order["bytes"])
+    return {}
+
+
+def far_end(path: str, order: Json) -> Json:
+    """Let the new file take the place of `path`, or remove it."""
+    part = os.path.join(os.path.dirname(path), order["part"])
+    os.replace(part, path) if order["step"] == "finish" else os.unlink(part)
+    return {}
+
+
+def far_list(path: str, order: Json) -> Json:
+    entries: list[Any] = []
+    with os.scandir(path) as found:
+        for entry in found:
+            if len(entries) >= order["limit"]:
+                raise OSError(errno.E2BIG, f"The directory has more than {order['limit']} entries")
+            with contextlib.suppress(FileNotFoundError):  # it has just gone
+                status = entry.stat(follow_symlinks=False)
+                entries.append([entry.name, status.st_mode, status.st_size, status.st_mtime])
+    return {"entries": entries}
+
+
 class ChildProcess:
     """A process that the host has started: a kernel, a fork server or a gateway."""
 
@@ -3341,6 +3480,7 @@ class KernelHost:
         self._directory = directory
         self._program = program  # this module, as it was received
         self._kernels: dict[str, ChildProcess] = {}
+        self._parts: set[str] = set()  # of files that are on their way here
         self._serial = itertools.count()
         self._unforkable: set[str] = set()  # interpreters that cannot have a fork server
         self.adopts = False  # the children of processes that end, as forked kernels need it
@@ -3352,6 +3492,9 @@ class KernelHost:
     def _on_closed(self, reason: str) -> None:
         for kernel in self._kernels.values():
             self._end(kernel)
+        for part in self._parts:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
         for _ in range(10):  # what left its kernel's session and environment is now a child of this process
             _kill_all(_children())
         signal.set_wakeup_fd(-1)  # before the loop closes that descriptor
@@ -3363,7 +3506,7 @@ class KernelHost:
 
     def _on_parts(self, parts: list[bytes]) -> None:
         if parts[0] == b"":
-            self._on_request(json_object(parts[1], "control request"))
+            self._on_request(json_object(parts[1], "control request") | {"bytes": b"".join(parts[2:])})
             return
         name, _, channel = parts[0].decode("ascii", "replace").partition("/")
         kernel = self._kernels.get(name)
@@ -3371,14 +3514,17 @@ class KernelHost:
             kernel.sockets.send(channel, parts[1:])
 
     def _on_request(self, request: Json) -> None:
+        lane, data = "", b""
         try:
             result = self._OPERATIONS[request["op"]](self, request)
+            if request["op"] == "file":  # takes turns with the kernels' output, all else goes before
+                lane, data = "file", (result or {}).pop("bytes", b"")
             answer = {"id": request["id"], "result": result}
         except KernelError as error:
             answer = {"id": request["id"], "error": error.__class__.__name__, "data": vars(error)}
         except Exception as error:  # a bug, or a strange environment: tell the client
             answer = {"id": request["id"], "error": "JupyterExecError", "data": f"{error.__class__.__name__}: {error}"}
-        self._pipe.send([b"", dump_json(answer)])
+        self._pipe.send([b"", dump_json(answer), data], lane)
 
     def _on_kernelspecs(self, request: Json) -> Json:
         return find_kernelspecs(os.environ, request["own_python3"])
@@ -3670,6 +3816,15 @@ class KernelHost:
                     continue
             self._report_exit(kernel)
 
+    def _on_file(self, request: Json) -> Json:
+        part = os.path.join(os.path.dirname(request["path"]), request.get("part", ""))
+        answer = far_step(request, os.getcwd())
+        if request["step"] == "write":
+            self._parts.add(part)
+        elif request["step"] == "drop" or "error" not in answer:
+            self._parts.discard(part)
+        return answer
+
     def _end(self, kernel: ChildProcess) -> None:
         """Kill what is left of a kernel, and free what belongs to it."""
         if kernel.pid:  # and its session, and what left the session but has its mark
@@ -3693,6 +3848,7 @@ class KernelHost:
         "spawn": _on_spawn,
         "interrupt": _on_interrupt,
         "kill": _on_kill,
+        "file": _on_file,
     }
 
 
@@ -4265,6 +4421,9 @@ class RemoteKernelControl:
     def abandon(self) -> None:
         pass  # the server is asked again
 
+    def files(self) -> None:
+        return None
+
     def _report(self, cause: str) -> None:
         if self._mailbox:
             self._mailbox.put(KernelDied(cause=cause))
@@ -4480,7 +4639,7 @@ class HostLink:
             self._context = self._context or new_context()
             return self._context
 
-    def call(self, op: str, **parameters: object) -> Any:
+    def call(self, op: str, **parameters: Any) -> Any:
         """Ask the host and return its result.
 
         Raises: what the host reports; ConnectionClosed if it is gone or, having not answered, is given up.
@@ -4496,18 +4655,22 @@ class HostLink:
             raise _host_error(answer)
         return answer.get("result")
 
-    def ask(self, op: str, then: Callable[[Json], None], **parameters: object) -> None:
-        """Send a request without waiting; `then(answer)` is called in the loop's thread."""
+    def ask_far(self, order: Json, data: bytes, then: Callable[[Json], None]) -> None:
+        """Ask for a step of a file transfer: see `far_step`."""
+        self.ask("file", then, data, **order)
+
+    def ask(self, op: str, then: Callable[[Json], None], data: bytes = b"", **parameters: object) -> None:
+        """Send a request, and bytes, without waiting; `then(answer)` is called in the loop's thread."""
         if self.lost is not None:
             then({"error": "ConnectionClosed", "data": self.lost})
             return
         number = next(self._serial)
-        frame = [b"", dump_json({"id": number, "op": op} | parameters)]
-        self.loop.post(functools.partial(self._ask, number, then, frame))
+        frame = [b"", dump_json({"id": number, "op": op} | parameters), data]
+        self.loop.post(functools.partial(self._ask, number, then, frame, "file" * (op == "file")))
 
-    def _ask(self, number: int, then: Callable[[Json], None], frame: list[bytes]) -> None:
+    def _ask(self, number: int, then: Callable[[Json], None], frame: list[bytes], lane: str) -> None:
         self._answers[number] = then
-        self._pipe.send(frame)
+        self._pipe.send(frame, lane)
         if self.lost is not None:
             self._fail_answers()
 
@@ -4526,7 +4689,7 @@ class HostLink:
         if parts[0]:
             self._on_relayed(parts)
             return
-        message = json_object(b"".join(parts[1:]), "control message")
+        message = json_object(b"".join(parts[1:2]), "control message") | {"bytes": b"".join(parts[2:])}
         kernel, event = text_of(message.get("kernel")), message.get("event")
         if event in ("loss", "exit"):
             self._begun.pop(kernel, None)
@@ -4772,6 +4935,9 @@ class HostedKernelControl:
     def abandon(self) -> None:
         if self._link:
             self._link.close("the kernel host did not answer 'kill' in time")
+
+    def files(self) -> AskFar:
+        return self._server.link().ask_far
 
     def close(self) -> None:
         pass  # the server has the link
@@ -5905,10 +6071,11 @@ class Folder:
         if not self.path.is_dir():
             raise ValueError(f"Output directory {path} does not exist.")
         self._at: Json = {}
+        self.close: Callable[[], object] = bool
         if os.open in os.supports_dir_fd:  # not on Windows
             descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
             self._at = {"dir_fd": descriptor}
-            weakref.finalize(self, os.close, descriptor)
+            self.close = weakref.finalize(self, os.close, descriptor)
 
     def _name(self, name: str) -> str:
         return name if self._at else str(self.path / name)
@@ -6750,6 +6917,280 @@ def calls_note(calls: Sequence[Json]) -> str:
     return f"Tool calls of this cell: {'; '.join(parts)}" if parts else ""
 
 
+# Files and variables in and out
+
+
+@dataclass(frozen=True)
+class FarFile:
+    """An entry of a directory where a kernel runs; its name is whatever code there has chosen, so no path of yours."""
+
+    name: str
+    size: int  # bytes
+    modified: float  # seconds since 1970
+    kind: str  # "file", "directory", "link" or "other"
+
+
+Progress = Callable[[int, "int | None"], object]
+_STRANGE = "The other side gives a strange answer."
+_KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
+
+
+def kernel_step(order: Json, data: str, names: Json) -> str:
+    """Take a step in a kernel, to which this source is sent; returns JSON and bytes, both in base64."""
+    order["bytes"] = base64.b64decode(data)
+    start = sys.modules["IPython"].get_ipython().starting_dir
+    answer = variable_step(order, names) if order["step"] in ("set", "get") else far_step(order, start)
+    more = answer.pop("bytes", b"")
+    return " ".join(base64.b64encode(part).decode() for part in (json.dumps(answer).encode(), more))
+
+
+def variable_step(order: Json, names: Json) -> Json:
+    """Take in a piece of {name: value} in JSON, or hand out one of a value; what is left is kept until the next."""
+    kept = vars(sys).setdefault("_jupyter_exec", {})
+    key, offset, size = order["key"], order["offset"], order["size"]
+    is_last = True
+    try:
+        if order["step"] == "set":
+            text = kept[key] = kept[key] if offset else bytearray()
+            text += order["bytes"]
+            is_last = len(text) >= size
+            if is_last:
+                names.update(json.loads(text.decode("utf-8", "surrogatepass")))
+            return {}
+        if not offset:
+            if order["name"] not in names:
+                return {"error": "the kernel has none of that name"}
+            kept[key] = json.dumps(names[order["name"]], ensure_ascii=False).encode("utf-8", "surrogatepass")
+        text = kept[key]
+        is_last = offset + size >= len(text) or len(text) > order["limit"]
+        return {"size": len(text), "bytes": bytes(text[offset : offset + size])}
+    except Exception as error:
+        return {"error": f"it is no JSON in the kernel. {type(error).__name__}: {error}"}
+    finally:
+        if is_last:
+            kept.pop(key, None)
+            kept or vars(sys).pop("_jupyter_exec", None)
+
+
+@functools.cache  # it is read from the file
+def _kernel_program() -> str:
+    steps: list[Callable[..., Any]] = [kernel_step, variable_step]
+    steps += [far_step, far_open, far_read, far_write, far_end, far_list]
+    try:
+        return f"{functions_source(steps)}\nimport base64, contextlib, errno, json, os, stat, sys"
+    except ValueError:
+        raise JupyterExecError("This program is frozen, without the source that the kernel would need.") from None
+
+
+def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: OutputHook | None) -> Json:
+    """Take a step in an idle Python kernel, by an expression that leaves no trace there; returns its answer.
+
+    `on_output` hears what threads of earlier cells print meanwhile.
+
+    Raises: JupyterExecError.
+    """
+    if kernel.language.lower() not in ("", "python"):
+        raise JupyterExecError(f"The kernel runs {kernel.language}, and only Python kernels can do this.")
+    program = _kernel_program()
+    arguments = f"{order!r}, {base64.b64encode(data).decode()!r}, names"
+    # Whatever names the user has given to other things: this uses none.
+    builtins = "().__reduce_ex__(2)[0].__globals__['__builtins__']"
+    run = f"(lambda built, own, names: built['exec']({program!r}, own) or own['kernel_step']({arguments}))"
+    expression = f"{run}({builtins}, {{'__builtins__': {builtins}}}, (lambda: 0).__globals__)"
+    hooks = Hooks(on_output)
+    result = kernel.execute("", TRANSFER_TIMEOUT, hooks, silent=True, store_history=False, expression=expression)
+    if result.status != "ok":
+        raise JupyterExecError(result.note or "The kernel did not answer.")
+    value = result.value if isinstance(result.value, dict) else {}
+    shown = value.get("data")
+    text = shown.get("text/plain") if isinstance(shown, dict) else None
+    found = re.fullmatch(r"'([A-Za-z0-9+/=]*) ([A-Za-z0-9+/=]*)'", text) if isinstance(text, str) else None
+    if not found:
+        raise JupyterExecError(f"The kernel did not do it. {clean_text(text_of(value.get('evalue')))[:STDERR_TAIL]}")
+    try:
+        head, data = (base64.b64decode(part, validate=True) for part in found.groups())
+    except ValueError:
+        raise ProtocolError(_STRANGE) from None
+    return json_object(head, "answer of the kernel") | {"bytes": data}
+
+
+class FarFiles:
+    """The files where a kernel runs; `far_step` is the other side. Paths are those of the kernel.
+
+    `ask` sends an order, `check()` raises if a transfer is no longer wanted. Raises: FileTransferError in each method.
+    """
+
+    def __init__(self, ask: AskFar, piece: int, window: int, check: Callable[[], None]) -> None:
+        self._ask, self._check = ask, check
+        self.piece, self._window = piece, window  # bytes; how many on their way
+
+    def _send(self, step: str, path: str, data: bytes = b"", **parameters: object) -> queue.SimpleQueue[Json]:
+        self._check()
+        answers: queue.SimpleQueue[Json] = queue.SimpleQueue()
+        self._ask({"step": step, "path": path, **parameters}, data, answers.put)
+        return answers
+
+    def _take(self, path: str, answers: queue.SimpleQueue[Json]) -> Json:
+        """Wait for the answer to an order."""
+        deadline = Deadline(TRANSFER_TIMEOUT)
+        while not deadline.expired:
+            with contextlib.suppress(queue.Empty):
+                answer = answers.get(timeout=deadline.within(TRANSFER_CHECK))
+                if "error" in answer:
+                    raise _host_error(answer)
+                result = answer.get("result")
+                if not isinstance(result, dict):
+                    raise ProtocolError(_STRANGE)
+                if "error" in result:
+                    code = _text(result.get("code"))
+                    raise FileTransferError(path, clean_text(_text(result["error"])), code)
+                return result | {"bytes": answer.get("bytes", b"")}
+            self._check()
+        raise FileTransferError(path, f"nothing was heard for {TRANSFER_TIMEOUT:g} s")
+
+    def write(self, path: str, pieces: Iterable[bytes], done: Callable[[int], None]) -> None:
+        """Make a file of pieces; it appears when it is complete. `done(size)` is called for each that has arrived."""
+        part = f".{os.urandom(16).hex()}.part"
+        waiting: deque[tuple[queue.SimpleQueue[Json], int]] = deque()
+
+        def settle(count: int) -> None:
+            while len(waiting) > count:
+                answers, size = waiting.popleft()
+                self._take(path, answers)
+                done(size)
+
+        try:
+            offset = 0
+            for piece in pieces:
+                waiting.append((self._send("write", path, piece, part=part, offset=offset), len(piece)))
+                offset += len(piece)
+                settle(self._window - 1)
+            settle(0)
+            self._take(path, self._send("finish", path, part=part))
+        except BaseException:
+            self._check = lambda: None
+            with contextlib.suppress(JupyterExecError):  # if nobody is there, there is nothing to remove
+                self._send("drop", path, part=part)
+            raise
+
+    def read(self, path: str, max_bytes: int) -> Iterator[tuple[bytes, int]]:
+        """Yield a file in pieces, each with the size of the whole as known then."""
+        waiting: deque[queue.SimpleQueue[Json]] = deque()
+        asked = got = size = 0
+        identity, is_end = None, False
+        while not is_end:
+            while not waiting or (len(waiting) < self._window and asked < size):
+                waiting.append(self._send("read", path, offset=asked, size=self.piece))
+                asked += self.piece
+            answer = self._take(path, waiting.popleft())
+            piece, now, identity = answer["bytes"], answer.get("size"), identity or answer.get("file")
+            if not isinstance(now, int) or now < 0 or len(piece) > self.piece:
+                raise ProtocolError(_STRANGE)
+            if answer.get("file") != identity:
+                raise FileTransferError(path, "it was replaced by another while it was read")
+            got, is_end = got + len(piece), len(piece) < self.piece
+            size = max(size, now, got)
+            if size > max_bytes:
+                raise FileTransferError(path, f"it is larger than max_bytes={max_bytes}", "EFBIG")
+            if is_end and size > got:
+                raise FileTransferError(path, "it became shorter while it was read")
+            yield piece, size
+
+    def entries(self, path: str) -> list[FarFile]:
+        entries = self._take(path, self._send("list", path, limit=MAX_LISTED)).get("entries")
+        if not isinstance(entries, list) or len(entries) > MAX_LISTED:
+            raise ProtocolError(_STRANGE)
+        return sorted(map(_far_file, entries), key=lambda entry: entry.name)
+
+
+def _far_file(entry: Any) -> FarFile:
+    if not isinstance(entry, list) or list(map(type, entry)) != [str, int, int, float]:
+        raise ProtocolError(_STRANGE)
+    name, mode, size, modified = entry
+    if not (0 <= mode < 2**32 and 0 <= size < 2**64 and abs(modified) < 2**64):
+        raise ProtocolError(_STRANGE)
+    return FarFile(name, size, modified, _KINDS.get(stat.S_IFMT(mode), "other"))
+
+
+def _value_size(name: str, answer: Json, limit: int) -> int:
+    size = answer.get("size")
+    if not isinstance(size, int):
+        raise ProtocolError(_STRANGE)
+    if size > limit:
+        raise VariableError(name, f"its JSON has {size} bytes, more than max_bytes={limit}")
+    return size
+
+
+@contextlib.contextmanager
+def transfer_errors(far: str, here: Any = "") -> Iterator[None]:
+    """Make one kind of error of all that can go wrong with a transfer."""
+    try:
+        yield
+    except FileTransferError:
+        raise
+    except JupyterExecError as error:
+        raise FileTransferError(far, str(error)) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a path, a file that is closed
+        number, says = getattr(error, "errno", None), getattr(error, "strerror", None)
+        path, code = str(here or "as given"), errno.errorcode.get(number or 0, "")
+        raise FileTransferError(path, says or str(error), code, True) from error
+
+
+def file_pieces(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """Yield what a binary file has, at least one piece. Raises: TypeError for a file of text."""
+    is_first = True
+    while (piece := file.read(size)) or is_first:
+        if not isinstance(piece, bytes):
+            raise TypeError("source must be a path, bytes or a binary file that waits for its data.")
+        yield piece
+        is_first = False
+
+
+def source_file(source: Any) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Open what is to be uploaded. Raises: TypeError, OSError."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    if hasattr(source, "read"):
+        return contextlib.nullcontext(source)
+    return open(os.fspath(source), "rb")
+
+
+@contextlib.contextmanager
+def target_file(target: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Give a file to write to, which takes the place of `target` once it is complete. Raises: OSError."""
+    path = Path(target).absolute()
+    if path.exists() and not path.is_file():
+        number = errno.EISDIR if path.is_dir() else errno.EINVAL
+        raise OSError(number, "Is a directory: name the file" if path.is_dir() else "Is no regular file")
+    if not path.parent.is_dir():
+        raise OSError(errno.ENOENT, f"There is no directory {path.parent}")
+    with contextlib.closing(Folder(path.parent)) as folder, folder.replace(path.name) as file:
+        yield file
+
+
+def write_all(file: Any, data: bytes) -> None:
+    """Write to a file, a raw one included."""
+    view = memoryview(data)
+    while view:
+        written = file.write(view)
+        view = view[len(view) if written is None else written :]
+
+
+class Meter:
+    """Tells a hook how far a transfer is."""
+
+    def __init__(self, hook: Progress | None, total: int | None) -> None:
+        self._hook, self.total, self._done = hook, total, 0
+
+    def add(self, size: int) -> None:
+        self._done += size
+        if self._hook:
+            try:
+                self._hook(self._done, self.total)
+            except Exception:
+                logger.warning("on_progress raised; the transfer goes on", exc_info=True)
+
+
 CODE_WRITER_SYSTEM_MESSAGE = """\
 You can run Python code in a Jupyter kernel by writing it in a fenced code block that starts with ```python.
 The kernel keeps its state: variables, imports and functions of earlier blocks are there in later ones, so write small
@@ -7425,6 +7866,156 @@ class JupyterCodeExecutor(Stoppable):
                     raise JupyterExecError(f"{what}: {result.text}")
                 self._kernel.ready = True
 
+    @contextlib.contextmanager
+    def _far_files(self) -> Iterator[FarFiles]:
+        """Give the way to the kernel's files; one that leads through the kernel itself is had by turns."""
+        self._check_usable()
+        if ask := self._kernel.files():
+            yield FarFiles(ask, TRANSFER_PIECE, TRANSFER_WINDOW, self._check_usable)
+            return
+
+        def ask_by_cell(order: Json, data: bytes, then: Callable[[Json], None]) -> None:
+            answer = ask_kernel(self._kernel, order, data, self._hooks[0])
+            then({"bytes": answer.pop("bytes"), "result": answer})
+
+        with self._turns.turn():
+            self._make_ready()
+            yield FarFiles(ask_by_cell, CELL_PIECE, 1, self._check_usable)
+
+    def upload(
+        self,
+        source: str | os.PathLike[str] | bytes | IO[bytes],
+        path: str | os.PathLike[str] | None = None,
+        *,
+        on_progress: Progress | None = None,
+    ) -> str:
+        """Bring a file, bytes or what a binary file has to where the kernel runs; return its path there.
+
+        A relative `path` begins in the kernel's first directory; None stands for the name of the source. Directories
+        above it are made, and what has that name is replaced at the end, a link too. `on_progress(done, total)` gets
+        bytes, None for a total that is unknown. A running cell does not matter, unless the kernel is on a Jupyter
+        server or attached: then the file goes through the kernel, which has to be one of Python, between cells.
+
+        Raises: FileTransferError; TypeError for a source that is none, or has no name.
+        """
+        here = source if isinstance(source, str | os.PathLike) else None
+        if path is None and here is None:
+            raise TypeError("path is needed: bytes and files have no name of their own.")
+        name = os.path.basename(os.path.abspath(here or "")) if path is None else os.fspath(path)
+        with transfer_errors(name, here), source_file(source) as file, self._far_files() as files:
+            total = os.stat(here).st_size if here else memoryview(source).nbytes if isinstance(source, bytes) else None
+            files.write(name, file_pieces(file, files.piece), Meter(on_progress, total).add)
+        return name
+
+    @overload
+    def download(
+        self, path: str | os.PathLike[str], *, max_bytes: int = ..., on_progress: Progress | None = ...
+    ) -> bytes: ...
+
+    @overload
+    def download(
+        self,
+        path: str | os.PathLike[str],
+        target: str | os.PathLike[str] | IO[bytes],
+        *,
+        max_bytes: int = ...,
+        on_progress: Progress | None = ...,
+    ) -> None: ...
+
+    def download(
+        self, path: Any, target: Any = None, *, max_bytes: int = MAX_DOWNLOAD, on_progress: Progress | None = None
+    ) -> bytes | None:
+        """Return a file from where the kernel runs as bytes, or write it to `target`: a path, or a binary file.
+
+        A target path has the whole file or is as before; a link there is replaced. A link over there is followed. As to
+        `path`, `on_progress` and running cells see `upload`.
+
+        Raises: FileTransferError, also for a file of more than `max_bytes`.
+        """
+        path, here = os.fspath(path), target if isinstance(target, str | os.PathLike) else None
+        memory, meter = io.BytesIO(), Meter(on_progress, None)
+        with transfer_errors(path, here), contextlib.ExitStack() as stack:
+            files = stack.enter_context(self._far_files())
+            file = stack.enter_context(target_file(here)) if here else memory if target is None else target
+            for piece, meter.total in files.read(path, max_bytes):
+                write_all(file, piece)
+                meter.add(len(piece))
+        return memory.getvalue() if target is None else None
+
+    def list_files(self, path: str | os.PathLike[str] = ".") -> list[FarFile]:
+        """Return what is in a directory where the kernel runs, by name; links are not followed.
+
+        As to `path` and running cells see `upload`. Raises: FileTransferError, also for more than MAX_LISTED entries.
+        """
+        path = os.fspath(path)
+        with transfer_errors(path), self._far_files() as files:
+            return files.entries(path)
+
+    def set_variables(self, /, **values: Any) -> None:
+        """Give variables of the kernel values that can be written as JSON, all or none; tuples arrive as lists.
+
+        NaN and the infinities are allowed, as Python's JSON has them. Python kernels only, between cells.
+
+        Raises: VariableError.
+        """
+        import keyword
+
+        texts = []
+        for name, value in values.items():
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise VariableError(name, "it is no name of a variable")
+            try:
+                texts.append(f"{json.dumps(name)}:{json.dumps(value, ensure_ascii=False)}")
+            except (TypeError, ValueError, RecursionError) as error:
+                raise VariableError(name, f"it is no JSON here. {type(error).__name__}: {error}") from None
+        data = f"{{{','.join(texts)}}}".encode("utf-8", "surrogatepass")
+        self._exchange(", ".join(values), "set", data, len(data))
+
+    def get_variable(self, name: str, *, max_bytes: int = MAX_JSON) -> Any:
+        """Return the value of a variable of the kernel, if it can be written as JSON; tuples come as lists.
+
+        `max_bytes` limits the JSON. Python kernels only, between cells.
+
+        Raises: VariableError.
+        """
+        if not name.isidentifier():
+            raise VariableError(name, "it is no name of a variable")
+        data = self._exchange(name, "get", b"", max_bytes)
+        try:
+            text = data.decode("utf-8", "surrogatepass")
+            if len(text) > LARGE_PART and json_weight(text) > 4 * max(max_bytes, LARGE_PART):
+                raise ValueError("it has too many parts for its max_bytes")
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise VariableError(name, f"what came is no JSON. {error}") from None
+
+    def _exchange(self, name: str, step: str, data: bytes, limit: int) -> bytes:
+        """Send JSON of variables in pieces, or return that of one."""
+        # What an earlier call has left, when Ctrl-C ended it, had the same key.
+        order: Json = {"step": step, "name": name, "key": f"{os.getpid()} {id(self)}", "limit": limit}
+        received = bytearray()
+        with self._turns.turn():
+            try:
+                self._make_ready()
+                offset, size = 0, len(data) or 1
+                while offset < size:
+                    self._check_usable()
+                    order |= {"offset": offset, "size": len(data) or CELL_PIECE}
+                    answer = ask_kernel(self._kernel, order, data[offset : offset + CELL_PIECE], self._hooks[0])
+                    if "error" in answer:
+                        raise VariableError(name, clean_text(_text(answer["error"])))
+                    offset += CELL_PIECE
+                    if step == "get":
+                        received += answer["bytes"]
+                        size = _value_size(name, answer, limit)
+                        if len(received) != min(size, offset):
+                            raise ProtocolError(_STRANGE)
+            except VariableError:
+                raise
+            except JupyterExecError as error:
+                raise VariableError(name, str(error)) from error
+        return bytes(received)
+
     def save_notebook(self, path: str | os.PathLike[str]) -> None:
         """Write the session so far as a notebook: each cell with its outputs, failed and timed-out ones too.
 
@@ -7446,6 +8037,10 @@ class JupyterCodeExecutor(Stoppable):
         with folder.replace(path.name) as file:
             self._journal.write(file, metadata)
 
+    def _check_usable(self) -> None:
+        if self._turns.closed:
+            raise JupyterExecError(_STOPPED)
+
     def interrupt(self) -> None:
         """Interrupt the running cell, from any thread; its variables are kept."""
         self._kernel.interrupt()
@@ -7458,8 +8053,7 @@ class JupyterCodeExecutor(Stoppable):
         Raises: KernelError if it cannot be started, or is not ours (attached by a connection file).
         """
         with self._turns.turn(self._kernel.abort if self._kernel.owned else None):
-            if self._turns.closed:
-                raise JupyterExecError(_STOPPED)
+            self._check_usable()
             self._kernel.restart()
 
     def stop(self) -> None:
@@ -7716,6 +8310,78 @@ class AsyncJupyterCodeExecutor(Single):
     async def wait(self, seconds: float | None = None) -> Any:
         """Like JupyterCodeExecutor.wait."""
         return await AsyncJob((await self._started())._waited_for()).wait(seconds)
+
+    async def upload(
+        self,
+        source: str | os.PathLike[str] | bytes | IO[bytes],
+        path: str | os.PathLike[str] | None = None,
+        *,
+        on_progress: Progress | None = None,
+    ) -> str:
+        """Like JupyterCodeExecutor.upload. Cancelling ends it; `on_progress` is called in a thread."""
+
+        def work(executor: JupyterCodeExecutor, progress: Progress) -> str:
+            return executor.upload(source, path, on_progress=progress)
+
+        return await self._transfer(work, on_progress)
+
+    @overload
+    async def download(
+        self, path: str | os.PathLike[str], *, max_bytes: int = ..., on_progress: Progress | None = ...
+    ) -> bytes: ...
+
+    @overload
+    async def download(
+        self,
+        path: str | os.PathLike[str],
+        target: str | os.PathLike[str] | IO[bytes],
+        *,
+        max_bytes: int = ...,
+        on_progress: Progress | None = ...,
+    ) -> None: ...
+
+    async def download(
+        self, path: Any, target: Any = None, *, max_bytes: int = MAX_DOWNLOAD, on_progress: Progress | None = None
+    ) -> bytes | None:
+        """Like JupyterCodeExecutor.download. Cancelling ends it; `on_progress` is called in a thread."""
+
+        def work(executor: JupyterCodeExecutor, progress: Progress) -> bytes | None:
+            return executor.download(path, target, max_bytes=max_bytes, on_progress=progress)
+
+        return await self._transfer(work, on_progress)
+
+    async def list_files(self, path: str | os.PathLike[str] = ".") -> list[FarFile]:
+        """Like JupyterCodeExecutor.list_files."""
+        return await self._transfer(lambda executor, progress: executor.list_files(path), None)
+
+    async def _transfer(
+        self, work: Callable[[JupyterCodeExecutor, Progress], _Result], hook: Progress | None
+    ) -> _Result:
+        """Do it beside the cells; once nobody waits for it any more, it ends at its next piece."""
+        import asyncio
+
+        executor, wanted = await self._started(), True
+
+        def progress(done: int, total: int | None) -> None:
+            if not wanted:
+                raise asyncio.CancelledError
+            if hook:
+                hook(done, total)
+
+        try:
+            return await aside(lambda: work(executor, progress))
+        finally:
+            wanted = False
+
+    async def set_variables(self, /, **values: Any) -> None:
+        """Like JupyterCodeExecutor.set_variables."""
+        executor = await self._started()
+        await aside(lambda: executor.set_variables(**values))
+
+    async def get_variable(self, name: str, *, max_bytes: int = MAX_JSON) -> Any:
+        """Like JupyterCodeExecutor.get_variable."""
+        executor = await self._started()
+        return await aside(lambda: executor.get_variable(name, max_bytes=max_bytes))
 
     async def restart(self) -> None:
         """Like JupyterCodeExecutor.restart."""
@@ -8098,6 +8764,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--unlabelled", action="store_true", help="run blocks of a .md file that name no language, too")
     run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
+    run.add_argument(
+        "--put", nargs="+", action="extend", default=[], metavar="FILE", help="bring it to the kernel first"
+    )
+    run.add_argument("--get", nargs="+", action="extend", default=[], metavar="PATH", help="bring it to DIR at the end")
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
     for command in (run, kernels):
         where = command.add_mutually_exclusive_group()
@@ -8208,6 +8878,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     notebook = Path(options.notebook) if options.notebook else None
     if notebook and not notebook.parent.is_dir():
         raise ValueError(f"There is no directory for {notebook}.")
+    names = list(map(os.path.basename, options.get))
+    if {"", ".", ".."} & set(names) or len(set(names)) < len(names):
+        raise ValueError("--get must name files, each with another last part, by which it is called here.")
     with _server_of(options) as server, contextlib.ExitStack() as stack:
         specs = server.kernelspecs()
         language = str(specs.get(kernel_among(kernel_name, specs) or "", {}).get("language") or "python")
@@ -8234,7 +8907,16 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             if notebook:
                 document.save(notebook)
 
-        return _run_steps(executor, document, steps, printer, options, save)
+        for source in options.put:
+            executor.upload(source)
+        status = _run_steps(executor, document, steps, printer, options, save)
+        for path, name in zip(options.get, names, strict=True):
+            try:
+                executor.download(path, Path(options.output_dir, name))
+            except FileTransferError as error:
+                put(sys.stderr, f"jupyter-exec: {error}")
+                status = status or 2
+        return status
 
 
 def _runnable(steps: Iterable[Step], kernel_name: str, language: str) -> Iterator[Step]:

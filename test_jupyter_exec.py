@@ -89,6 +89,7 @@ from jupyter_exec import (
     ExecutionError,
     ExecutionResult,
     ExecutionTimeout,
+    FileTransferError,
     JsonCodec,
     JupyterCodeExecutor,
     JupyterConnectionInfo,
@@ -107,6 +108,7 @@ from jupyter_exec import (
     ServerError,
     SignatureError,
     V1Codec,
+    VariableError,
     WebSocket,
 )
 
@@ -476,6 +478,8 @@ ERRORS = [
     KernelDied(cause="", exit_code=-11, stderr="tail"),
     SandboxError("no", "image", "container", "log"),
     ServerError("GET", "http://a/api", 403, "no"),
+    FileTransferError("a.csv", "No such file or directory", "ENOENT"),
+    VariableError("x", "it is no JSON here"),
 ]
 
 
@@ -5522,6 +5526,632 @@ def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk:
     assert result.output.endswith("end\n")
 
 
+# Files and variables in and out
+
+
+@contextlib.contextmanager
+def executor_at(request: pytest.FixtureRequest, kind: str) -> Iterator[JupyterCodeExecutor]:
+    """An executor whose kernel is reached in that way, in an empty directory of its own."""
+    path = request.getfixturevalue("tmp_path") / "place"
+    path.mkdir()
+    with contextlib.ExitStack() as stack:
+        server: Any = None
+        if kind == "docker":
+            request.getfixturevalue("containers")
+            server = stack.enter_context(docker_server(read_only=True, work_dir="/work/here"))
+        elif kind == "ssh":
+            server = stack.enter_context(CommandJupyterServer([*request.getfixturevalue("sshd"), sys.executable]))
+        elif kind in ("gateway", "jupyter_server"):
+            server = request.getfixturevalue(kind).info
+        else:
+            server = stack.enter_context(LocalJupyterServer(cwd=path))
+        if kind == "attached":
+            owner = stack.enter_context(JupyterCodeExecutor(server))
+            assert owner.execute("1").status == "ok"
+            server = owner.connection_file
+        yield stack.enter_context(JupyterCodeExecutor(server))
+
+
+SLOW_PLACES = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("ssh", "jupyter_server")]
+PLACES = ["local", "docker", "gateway", "attached", *SLOW_PLACES]
+anywhere = pytest.mark.usefixtures("gateway", "jupyter_server", "bundled_image")  # before what looks for leaks
+SHADOWS = "open = print = exec = eval = len = __import__ = json = base64 = os = globals = names = run = 5"
+
+
+@anywhere
+@pytest.mark.parametrize("kind", PLACES)
+def test_files_come_and_go_anywhere(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+    data = os.urandom(2_500_000)
+    source, target, name = tmp_path / "in.bin", tmp_path / "out.bin", f"new {kind}"
+    source.write_bytes(data)
+    with executor_at(request, kind) as executor:
+        run(executor, f"import os, shutil\nshutil.rmtree({name!r}, True)\nos.chdir('/')\n{SHADOWS}")
+        odd = f"{name}/ä\n'\udc80.bin"
+        assert executor.upload(source, odd) == odd
+        executor.upload(b"", f"{name}/empty")
+        executor.upload(io.BytesIO(b"1"), f"{name}/a/b")
+        executor.download(odd, target)
+        assert target.read_bytes() == data
+        assert executor.download(odd) == data
+        listed = executor.list_files(name)
+        assert [(f.name, f.kind) for f in listed] == [
+            ("a", "directory"),
+            ("empty", "file"),
+            (odd[len(name) + 1 :], "file"),
+        ]
+        assert (listed[1].size, listed[2].size, listed[1].modified > 10**9) == (0, len(data), True)
+        result = executor.execute(
+            "import os, shutil; from builtins import *; os.chdir(get_ipython().starting_dir)\n"
+            f"os.chdir({name!r}); open('own', 'w').close()\n"
+            "same = len({(s.st_mode, s.st_uid, s.st_gid) for s in map(os.stat, ['own', 'empty', 'a/b'])}) == 1\n"
+            f"os.chdir('..'); shutil.rmtree({name!r}); same"
+        )
+        assert result.text == "True", result.text
+
+
+FILE_ERRORS: list[tuple[Callable[[JupyterCodeExecutor], Any], str]] = [
+    (lambda far: far.download("no/such"), "No such file"),
+    (lambda far: far.download("d"), "Is a directory"),
+    (lambda far: far.download("d/f/x"), "Not a directory"),
+    (lambda far: far.download("fifo"), "Is no regular file"),
+    (lambda far: far.download("/dev/zero"), "Is no regular file"),
+    (lambda far: far.download("a\0b"), "null byte"),
+    (lambda far: far.download("d/f", max_bytes=2), "larger than max_bytes=2"),
+    (lambda far: far.download("d/f", "/no/such/dir/x"), "There is no directory /no/such/dir"),
+    (lambda far: far.download("d/f", "/tmp"), "Is a directory: name the file"),
+    (lambda far: far.download("d/f", "/dev/null"), "Is no regular file"),
+    (lambda far: far.upload(b"x", "d"), "Is a directory"),
+    (lambda far: far.upload(b"x", "d/f/x/y"), "Not a directory"),
+    (lambda far: far.upload(b"x", "/proc/x"), "No such file"),
+    (lambda far: far.upload(b"x", ""), "Is a directory"),
+    (lambda far: far.upload(b"x", "n" * 300), "name too long"),
+    (lambda far: far.upload("/no/such"), "No such file"),
+    (lambda far: far.upload("/no\0such", "x"), "null byte"),
+    (lambda far: far.download("d/f", "/tmp/a\0b"), "null byte"),
+    (lambda far: far.upload("/tmp"), "Is a directory"),
+    (lambda far: far.list_files("d/f"), "Not a directory"),
+    (lambda far: far.list_files("no"), "No such file"),
+]
+
+
+@pytest.mark.parametrize("kind", ["local", "attached"])
+def test_what_is_wrong_with_a_file_is_told(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+    with executor_at(request, kind) as executor:
+        (tmp_path / "place/d").mkdir()
+        (tmp_path / "place/d/f").write_text("123")
+        os.mkfifo(tmp_path / "place/fifo")
+        for act, says in FILE_ERRORS:
+            with pytest.raises(FileTransferError, match=says) as caught:
+                act(executor)
+            assert isinstance(caught.value, OSError)
+        assert sorted(path.name for path in (tmp_path / "place").rglob("*")) == ["d", "f", "fifo"]
+
+
+def test_an_error_of_a_file_names_errno_and_path(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
+    with pytest.raises(FileTransferError) as caught:
+        executor.download("no-such")
+    assert (caught.value.errno, caught.value.path, caught.value.here) == (2, "no-such", False)
+    with pytest.raises(FileTransferError) as caught:
+        executor.upload(tmp_path / "nothing")
+    assert (caught.value.errno, caught.value.path, caught.value.here) == (2, str(tmp_path / "nothing"), True)
+
+
+@pytest.mark.parametrize("source", [5, b"no path", io.StringIO("text")])
+def test_what_is_no_source_is_a_type_error(executor: JupyterCodeExecutor, source: Any) -> None:
+    with pytest.raises(TypeError):
+        executor.upload(source, None if source == b"no path" else "never")
+    assert "never" not in [entry.name for entry in executor.list_files()]
+
+
+def test_a_sandbox_refuses_what_its_user_may_not(request: pytest.FixtureRequest) -> None:
+    with executor_at(request, "docker") as executor:
+        for path, says in (("/etc/x", "Read-only|Permission denied"), ("/proc/1/environ", "Permission denied")):
+            with pytest.raises(FileTransferError, match=says):
+                executor.upload(b"x", path) if path == "/etc/x" else executor.download(path)
+        with pytest.raises(FileTransferError, match="No space left"):
+            executor.upload(zeros(600 * 2**20), "big")
+        assert executor.list_files() == []
+
+
+class Zeros(io.RawIOBase):
+    """A binary file of so many zeros."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+
+    def read(self, size: int = -1) -> bytes:
+        got = min(size, self.left)
+        self.left -= got
+        return bytes(got)
+
+
+def zeros(size: int) -> Any:
+    return Zeros(size)
+
+
+@pytest.mark.parametrize("kind", ["local", "attached"])
+def test_a_full_disk_leaves_no_half_file(request: pytest.FixtureRequest, kind: str, small_disk: Path) -> None:
+    with executor_at(request, kind) as executor:
+        (small_disk / "old").write_text("old")
+        with pytest.raises(FileTransferError, match="No space left") as caught:
+            executor.upload(bytes(3_000_000), small_disk / "old")
+        assert not caught.value.here
+        executor.upload(bytes(3_000_000), "big")
+        with pytest.raises(FileTransferError, match="No space left") as caught:
+            executor.download("big", small_disk / "old")
+        assert caught.value.here
+        assert os.listdir(small_disk) == ["old"]
+        assert (small_disk / "old").read_text() == "old"
+
+
+@pytest.mark.parametrize("kind", ["local", "docker", SLOW_PLACES[0]])
+def test_files_come_and_go_while_a_cell_runs(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+    with executor_at(request, kind) as executor, ThreadPoolExecutor(1) as pool:
+        code = f"import os\nopen('{kind}-begun', 'w').write('yes')\nwhile not os.path.exists('{kind}-go'): pass\n"
+        code += f"os.remove('{kind}-go'), os.remove('{kind}-begun')\nprint('gone')"
+        cell = pool.submit(run, executor, code)
+
+        def begun() -> bool:
+            with contextlib.suppress(FileTransferError):
+                return executor.download(f"{kind}-begun") == b"yes"
+            return False
+
+        eventually(begun, "the cell runs, and its file comes")
+        executor.upload(b"", f"{kind}-go")
+        assert cell.result(PATIENCE).output == "gone\n"
+
+
+def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = [*IPYKERNEL, "--IPKernelApp.kernel_class=other.Other"]
+    (kernels_dir.parent / "other.py").write_text(
+        "from ipykernel.ipkernel import IPythonKernel\n"
+        "class Other(IPythonKernel):\n    language_info = {'name': 'R', 'file_extension': '.r'}\n"
+    )
+    add_spec(kernels_dir, "other", argv=argv, display_name="o", language="R")
+    env = {"JUPYTER_PATH": str(kernels_dir.parent), "PYTHONPATH": str(kernels_dir.parent)}
+    with LocalJupyterServer(env=env, cwd=kernels_dir) as server, JupyterCodeExecutor(server, "other") as executor:
+        executor.upload(b"1", "in")
+        assert executor.download("in") == b"1"
+        assert executor.execute("1").status == "ok"
+        with JupyterCodeExecutor(executor.connection_file) as attached:
+            for act in (lambda: attached.upload(b"1", "in"), lambda: attached.get_variable("x")):
+                with pytest.raises(JupyterExecError, match="The kernel runs R, and only Python kernels"):
+                    act()
+
+
+@pytest.mark.parametrize("kind", ["local", "attached"])
+def test_a_link_over_there_is_followed_to_read_and_replaced_to_write(request: pytest.FixtureRequest, kind: str) -> None:
+    with executor_at(request, kind) as executor:
+        here = Path(request.getfixturevalue("tmp_path") / "place")
+        (here / "old").write_text("old")
+        (here / "link").symlink_to("old")
+        assert executor.download("link") == b"old"
+        assert [(entry.name, entry.kind) for entry in executor.list_files()] == [("link", "link"), ("old", "file")]
+        executor.upload(b"new", "link")
+        assert ((here / "link").is_symlink(), (here / "link").read_text(), (here / "old").read_text()) == (
+            False,
+            "new",
+            "old",
+        )
+
+
+def test_a_link_here_is_replaced(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "link").symlink_to("old")
+    name = executor.upload(b"new", tmp_path / "far")
+    executor.download(name, tmp_path / "link")
+    assert (tmp_path / "old").read_text() == "old"
+    assert (tmp_path / "link").read_text() == "new"
+    assert not (tmp_path / "link").is_symlink()
+
+
+def test_a_source_is_called_by_its_own_name_there(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("a,b")
+    with executor_at(request, "local") as executor:
+        assert executor.upload(tmp_path / "table.csv") == "table.csv"
+        file = io.BytesIO()
+        executor.download("table.csv", file)
+        assert file.getvalue() == b"a,b"
+    assert os.listdir(tmp_path / "place") == ["table.csv"]
+
+
+@pytest.mark.parametrize("kind", ["local", "attached"])
+def test_progress_is_told(request: pytest.FixtureRequest, kind: str) -> None:
+    calls: list[tuple[int, int | None]] = []
+    with executor_at(request, kind) as executor:
+        for size in (0, 1, 2**18 - 1, 2**18, 2**20, 5 * 2**18 + 1):
+            data = os.urandom(size)
+            executor.upload(data, "f", on_progress=lambda *call: calls.append(call))
+            assert calls[-1] == (size, size)
+            calls.clear()
+            assert executor.download("f", on_progress=lambda *call: calls.append(call)) == data
+            assert calls[-1] == (size, size)
+            assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_a_progress_hook_that_raises_ends_nothing(executor: JupyterCodeExecutor, tmp_path: Path, caplog: Any) -> None:
+    executor.upload(b"x", tmp_path / "f", on_progress=lambda done, total: 1 // 0)
+    assert "on_progress raised" in caplog.text
+    assert (tmp_path / "f").read_bytes() == b"x"
+
+
+def ctrl_c(executor: JupyterCodeExecutor) -> None:
+    raise KeyboardInterrupt
+
+
+def kill_host(executor: JupyterCodeExecutor) -> None:
+    os.kill(executor._server._process.pid, signal.SIGKILL)
+    eventually(lambda: executor._server._link.lost, "the loss is known")
+
+
+def stop_elsewhere(executor: JupyterCodeExecutor) -> None:
+    thread = threading.Thread(target=executor.stop)
+    thread.start()
+    eventually(lambda: executor._stopped, "the executor is being stopped")
+
+
+INTERRUPTIONS: dict[str, tuple[Callable[[JupyterCodeExecutor], None], type[BaseException], str | None]] = {
+    "Ctrl-C": (ctrl_c, KeyboardInterrupt, None),
+    "stop": (stop_elsewhere, FileTransferError, "was stopped"),
+    "server": (lambda executor: executor._server.stop(), FileTransferError, "the server was stopped"),
+    "host": (kill_host, FileTransferError, "The kernel host is gone"),
+}
+
+
+@pytest.mark.parametrize("what", list(INTERRUPTIONS))
+def test_an_interrupted_transfer_leaves_no_half_file(what: str, tmp_path: Path) -> None:
+    act, kind, says = INTERRUPTIONS[what]
+    (tmp_path / "old").write_bytes(bytes(2_000_000))
+    for direction in ("up", "down"):
+        with LocalJupyterServer(cwd=tmp_path) as server, JupyterCodeExecutor(server) as executor:
+            hook: Any = lambda done, total: act(executor)  # noqa: E731
+            with pytest.raises(kind, match=says):
+                if direction == "up":
+                    executor.upload(zeros(10**8), "old", on_progress=hook)
+                else:
+                    executor.download("old", tmp_path / "old", on_progress=hook)
+            if what != "host":  # which was killed, and is the only one to remove it; nobody else does before its end
+                eventually(lambda: os.listdir(tmp_path) == ["old"], "the half file is gone")
+        assert (tmp_path / "old").stat().st_size == 2_000_000
+
+
+@pytest.mark.parametrize("what", ["Ctrl-C", "stop", "kernel"])
+def test_an_interrupted_transfer_through_a_kernel_leaves_no_half_file(gateway: Peer, what: str, tmp_path: Path) -> None:
+    act, kind, says = INTERRUPTIONS.get(what) or (kill_kernel, FileTransferError, "lost|dead")
+    (tmp_path / "old").write_bytes(b"old")
+    with JupyterCodeExecutor(gateway.info) as executor:
+        with pytest.raises(kind, match=says):
+            executor.upload(zeros(10**8), tmp_path / "old", on_progress=lambda done, total: act(executor))
+        if what == "Ctrl-C":
+            assert os.listdir(tmp_path) == ["old"]
+            assert run(executor, "40 + 2").output == "42"
+    assert (tmp_path / "old").read_bytes() == b"old"
+
+
+def kill_kernel(executor: JupyterCodeExecutor) -> None:
+    pid = executor._kernel.execute("import os; os.getpid()", PATIENCE).text
+    os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_client_that_is_killed_leaves_no_half_file(tmp_path: Path) -> None:
+    program = f"""
+        import io, os, signal
+        from jupyter_exec import *
+        class Source(io.RawIOBase):
+            def read(self, size):
+                if any(name.endswith(".part") for name in os.listdir({str(tmp_path)!r})):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return bytes(size)
+        executor = JupyterCodeExecutor(LocalJupyterServer(cwd={str(tmp_path)!r}))
+        executor.upload(Source(), "new")
+    """
+    assert run_python(program).returncode == -signal.SIGKILL
+    eventually(lambda: os.listdir(tmp_path) == [], "the half file is gone")
+
+
+@pytest.mark.parametrize("change", ["shorter", "another", "longer"])
+def test_a_file_that_changes_while_it_is_read(request: pytest.FixtureRequest, change: str, tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.write_bytes(b"x" * 10_000_000)
+
+    def alter(done: int, total: int | None) -> None:
+        if change == "another" and done <= 2**18:
+            (tmp_path / "g").write_bytes(b"y" * 10_000_000)
+            (tmp_path / "g").replace(file)
+        elif change == "shorter":
+            os.truncate(file, 3_000_000)
+        elif done <= 2**18:
+            with file.open("ab") as more:
+                more.write(b"y" * 1_000_000)
+
+    with executor_at(request, "local") as executor:
+        if change == "longer":
+            assert executor.download(file, on_progress=alter) == b"x" * 10_000_000 + b"y" * 1_000_000
+            return
+        with pytest.raises(FileTransferError, match=f"it (was replaced by|became) {change}"):
+            executor.download(file, tmp_path / "never", on_progress=alter)
+        assert not (tmp_path / "never").exists()
+
+
+GOOD = {"size": 3, "file": [1, 2]}
+ANSWERS: list[dict[str, Any]] = [
+    {},
+    {"result": []},
+    {"result": None, "bytes": b"abc"},
+    {"result": GOOD | {"size": -1}, "bytes": b"abc"},
+    {"result": GOOD | {"size": "3"}, "bytes": b"abc"},
+    {"result": GOOD | {"size": 10**100}, "bytes": b"abc"},
+    {"result": GOOD, "bytes": bytes(2**20)},
+    {"result": GOOD, "bytes": b"ab"},
+    {"result": {"error": ["x" * 10**6]}},
+    {"result": {"error": "\x1b]0;title\x07\ud800" * 10**5, "code": 7}},
+    {"error": {"a": 1}, "data": [[]]},
+    {"error": "KernelStartFailed", "data": {"argv": 5}},
+    {"error": "ConnectionClosed", "data": 5},
+    *({"result": {"entries": entries}} for entries in (5, [5], [["n", 1, 2]], [["n", -1, 0, 0.0]], [[5, 1, 1, 1.0]])),
+    {"result": {"entries": [["n", 1, 1, float("nan")]]}},
+    {"result": {"entries": [["n", 1, 1, 1.0]] * 10_001}},
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: ascii(answer)[:60])
+def test_no_answer_raises_anything_but_our_error(answer: Any) -> None:
+    files = jupyter_exec.FarFiles(lambda order, data, then: then(dict(answer)), 2**18, 4, lambda: None)
+    acts: list[Callable[[], Any]] = [lambda: list(files.read("p", 1000)), lambda: files.entries("p")]
+    for act in acts:
+        with pytest.raises(FileTransferError) as caught, jupyter_exec.transfer_errors("p"):
+            act()
+        assert len(str(caught.value)) < 10_000
+        assert "\x1b" not in str(caught.value)
+
+
+def test_a_host_that_is_silent_ends_the_transfer_not_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "TRANSFER_TIMEOUT", 0.3)
+    files = jupyter_exec.FarFiles(lambda order, data, then: None, 2**18, 4, lambda: None)
+    with pytest.raises(FileTransferError, match="nothing was heard"):
+        files.write("p", [b"x"] * 10, lambda size: None)
+
+
+def test_a_directory_of_too_many_entries_is_an_error(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "MAX_LISTED", 2)
+    with executor_at(request, "local") as executor:
+        for name in "cab":
+            executor.upload(b"", name)
+        with pytest.raises(FileTransferError, match="more than 2 entries"):
+            executor.list_files()
+
+
+def test_files_reach_a_new_host_after_the_loss_of_one(request: pytest.FixtureRequest) -> None:
+    with executor_at(request, "local") as executor:
+        kill_host(executor)
+        executor.upload(b"x", "f")
+        assert executor.download("f") == b"x"
+        assert run(executor, "open('f').read()").output == "'x'"
+
+
+def test_a_stopped_executor_takes_no_files(server: LocalJupyterServer) -> None:
+    executor = JupyterCodeExecutor(server)
+    executor.stop()
+    for act in (lambda: executor.upload(b"", "x"), lambda: executor.set_variables(x=1), executor.list_files):
+        with pytest.raises(JupyterExecError, match="was stopped"):
+            act()
+
+
+@pytest.mark.slow
+@anywhere
+@pytest.mark.parametrize("kind", ["local", "docker", "gateway"])
+def test_200_megabytes_go_both_ways_in_little_memory(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.write_bytes(os.urandom(2**20) * 200)
+    with executor_at(request, kind) as executor:
+        far = str(tmp_path / "far") if kind == "gateway" else "far"
+        executor.upload(b"x" * 2**21, far)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak_memory()
+        executor.upload(source, far)
+        executor.download(far, target)
+        assert peak_memory() - before < 40
+    assert source.read_bytes() == target.read_bytes()
+
+
+VALUES = [None, True, 0, -(10**400), 1.5, "", "ä\ud83d\ude00\udc80\0\n'\"", [], {}, [[1], {"a": [None]}], {"": ""}]
+
+
+@anywhere
+@pytest.mark.parametrize("kind", PLACES)
+def test_variables_come_and_go_anywhere(request: pytest.FixtureRequest, kind: str) -> None:
+    with executor_at(request, kind) as executor:
+        executor.execute(SHADOWS)
+        executor.set_variables(values=VALUES, ä=(1, (2,)), nan=float("nan"), inf=-float("inf"))
+        assert executor.get_variable("values") == VALUES
+        assert executor.get_variable("ä") == [1, [2]]
+        assert [str(executor.get_variable(name)) for name in ("nan", "inf")] == ["nan", "-inf"]
+        long = ["ä" * 1000, 12345] * 2000
+        executor.set_variables(long=long, short=1)
+        assert executor.get_variable("long") == long
+        assert executor.execute("long[0][0], sum(long[1::2]), short").text == "('ä', 24690000, 1)"
+
+
+@anywhere
+@pytest.mark.parametrize("kind", ["local", "gateway"])
+def test_transfers_leave_no_trace_in_the_kernel(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+    look = "import sys; print([name for name in sorted(globals()) if name[:2] != '_i'], len(Out), _, __, ___)\n"
+    look += "print(sorted(vars(sys)), In[-2])"
+    with executor_at(request, kind) as executor:
+        run(executor, "x = 5; y = 6", "41 + 1", "'a'", "'b'")
+        executor.execute(look)
+        before = executor.execute(look)
+        with JupyterCodeExecutor(executor.connection_file or executor._server) as other:
+            for one in (executor, other):
+                one.upload(bytes(3_000_000), tmp_path / "f")
+                one.download(tmp_path / "f")
+                one.set_variables(x="a" * 3_000_000)
+                one.get_variable("x")
+                with pytest.raises(VariableError):
+                    one.get_variable("nope")
+        after = executor.execute(look)
+        assert after.execution_count == (before.execution_count or 0) + 1
+        assert after.text == before.text
+
+
+def nested(depth: int) -> Any:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"x": {1, 2}}, "'x': it is no JSON here. TypeError"),
+        ({"a": 1, "x": b"1"}, "'x': it is no JSON here"),
+        ({"1x": 1}, "'1x': it is no name"),
+        ({"class": 1}, "'class': it is no name"),
+        ({"x": nested(100_000)}, "RecursionError"),
+    ],
+    ids=["set", "bytes", "digit", "keyword", "deep"],
+)
+def test_what_cannot_be_a_variable_is_told(executor: JupyterCodeExecutor, values: Any, says: str) -> None:
+    with pytest.raises(VariableError, match=re.escape(says)):
+        executor.set_variables(**values)
+    assert executor.execute("'a' in dir()").text == "False"
+
+
+HOSTILE_VALUES = {
+    "nope": ("", "'nope': the kernel has none of that name"),
+    "print": ("", "has none of that name"),
+    "a.b": ("", "is no name of a variable"),
+    "m": ("import os as m", "it is no JSON in the kernel. TypeError: Object of type module"),
+    "deep": ("deep = []\nfor _ in range(10**5): deep = [deep]", "RecursionError"),
+    "big": ("big = 'x' * 10**6", "its JSON has 1000002 bytes, more than max_bytes=1000000"),
+    "many": ("many = [[]] * 200_000", "too many parts"),
+    "long": ("import sys; sys.set_int_max_str_digits(0); long = 10**5000", "what came is no JSON|Exceeds the limit"),
+    "raising": ("class D(dict):\n    def items(self): raise SystemExit('out')\nraising = D(a=1)", "'raising'"),
+    "odd": (
+        "class E(Exception):\n    def __str__(self): raise ValueError('hi')\n"
+        "class D(dict):\n    def items(self): raise E\nodd = D(a=1)",
+        "The kernel did not do it. hi",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE_VALUES))
+def test_what_cannot_be_had_from_a_kernel_is_told(executor: JupyterCodeExecutor, name: str) -> None:
+    code, says = HOSTILE_VALUES[name]
+    executor.execute(f"x = 1\n{code}")
+    with pytest.raises(VariableError, match=says):
+        executor.get_variable(name, max_bytes=10**6)
+    assert executor.get_variable("x") == 1
+    assert executor.execute("'_jupyter_exec' in vars(__import__('sys'))").text == "False"
+
+
+def test_two_clients_of_one_kernel_set_long_values_at_once(executor: JupyterCodeExecutor) -> None:
+    executor.execute("1")
+    with JupyterCodeExecutor(executor.connection_file) as other, ThreadPoolExecutor(2) as pool:
+        values = {"one": ["a" * 10**6] * 5, "two": ["b" * 10**6] * 5}
+        set_by = zip((executor, other), values.items(), strict=True)
+        for done in [pool.submit(one.set_variables, **{name: value}) for one, (name, value) in set_by]:
+            done.result(PATIENCE)
+        assert {name: other.get_variable(name) for name in values} == values
+    assert executor.execute("'_jupyter_exec' in vars(__import__('sys'))").text == "False"
+
+
+def test_what_a_thread_prints_during_a_transfer_is_heard(server: LocalJupyterServer, tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    code = "import threading, os, time\ndef late():\n    while 'x' not in globals(): time.sleep(0.001)\n"
+    code += f"    print('late')\n    open({str(tmp_path / 'f')!r}, 'w')\nthreading.Thread(target=late).start()"
+    with JupyterCodeExecutor(server, on_output=heard.append) as executor:
+        executor.execute(code)
+        executor.set_variables(x=1)
+        eventually((tmp_path / "f").exists, "it is printed")
+        eventually(lambda: executor.get_variable("x") and heard, "it is heard")
+    assert "".join(output["text"] for output in heard) == "late\n"
+
+
+def test_a_value_that_takes_for_ever_is_interrupted(
+    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "TRANSFER_TIMEOUT", 1.0)
+    executor.execute("class D(dict):\n    def items(self):\n        while True: pass\nx, endless = 1, D(a=1)")
+    with pytest.raises(VariableError, match="Timeout: interrupted after 1 s; variables are kept"):
+        executor.get_variable("endless")
+    assert executor.get_variable("x") == 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        [],
+        {"status": "ok"},
+        {"status": "ok", "data": {"text/plain": 5}},
+        {"status": "ok", "data": {"text/plain": "'e30='"}},
+        {"status": "ok", "data": {"text/plain": "'e30 e30'"}},
+        {"status": "ok", "data": {"text/plain": "'W10= '"}},
+        {"status": "ok", "data": {"text/plain": "'e30= '"}},
+        {"status": "error", "evalue": ["\x1b[2J"]},
+        {"status": "error", "evalue": "\x1b]0;\x07" * 1000},
+    ],
+    ids=lambda value: ascii(value)[:50],
+)
+def test_no_reply_raises_anything_but_our_errors(value: Any) -> None:
+    def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        kernel.reply("execute_reply", {"status": "ok", "user_expressions": {"value": value}}, request)
+        kernel.publish("status", {"execution_state": "idle"}, request)
+
+    with scripted(script) as executor:
+        for act in (lambda: executor.get_variable("x"), lambda: executor.list_files(), lambda: executor.download("x")):
+            with pytest.raises((VariableError, FileTransferError)) as caught:
+                act()
+            assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"[", b"", b"[" * 10**4], ids=["bytes", "half", "nothing", "deep"])
+def test_a_value_that_is_no_json_is_told(data: bytes) -> None:
+    parts = [base64.b64encode(part).decode() for part in (json.dumps({"size": len(data)}).encode(), data)]
+    value = {"status": "ok", "data": {"text/plain": f"'{' '.join(parts)}'"}}
+
+    def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        kernel.reply("execute_reply", {"status": "ok", "user_expressions": {"value": value}}, request)
+        kernel.publish("status", {"execution_state": "idle"}, request)
+
+    with scripted(script) as executor, pytest.raises(VariableError, match="what came is no JSON"):
+        executor.get_variable("x")
+
+
+def test_files_and_variables_for_asyncio(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(LocalJupyterServer(cwd=tmp_path)) as executor:
+            await executor.execute("1")
+            waiting = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint('gone')"
+            cell = asyncio.ensure_future(executor.execute(waiting))
+            assert await executor.upload(b"data", "in") == "in"
+            assert await executor.download("in") == b"data"
+            assert [entry.name for entry in await executor.list_files()] == ["in"]
+            await executor.download("in", tmp_path / "out")
+            assert not cell.done()
+            await executor.upload(b"", "go")
+            assert (await cell).text == "gone\n"
+            await executor.set_variables(x=[1, 2])
+            assert await executor.get_variable("x") == [1, 2]
+            begun = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            tell: Any = lambda done, total: loop.call_soon_threadsafe(begun.set)  # noqa: E731
+            endless = asyncio.ensure_future(executor.upload(zeros(10**12), "never", on_progress=tell))
+            await asyncio.wait_for(begun.wait(), PATIENCE)
+            endless.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await endless
+            await asyncio.to_thread(
+                eventually, lambda: sorted(os.listdir(tmp_path)) == ["go", "in", "out"], "the half file is gone"
+            )
+            await executor.stop()
+            executor._executor and executor._executor._server.stop()
+
+    asyncio.run(main())
+
+
 # When things go wrong
 
 
@@ -7271,7 +7901,7 @@ def test_values(server: LocalJupyterServer, value: Any, there: Any) -> None:
         assert executor.execute(f"inf = float('inf')\nget() == {there!r} or get()").text == "True"
 
 
-VALUES = """
+PUT_VALUES = """
 import dataclasses, datetime, numpy
 inf = float("inf")
 @dataclasses.dataclass
@@ -7284,7 +7914,7 @@ put([Row("x"), datetime.date(2026, 1, 2), b"a", {3}, numpy.arange(2), numpy.floa
 def test_values_of_the_kernel(server: LocalJupyterServer) -> None:
     values: list[Any] = []
     with JupyterCodeExecutor(server, tools=[named("put", values.extend)]) as executor:
-        assert executor.execute(VALUES).status == "ok"
+        assert executor.execute(PUT_VALUES).status == "ok"
     assert values == [{"name": "x"}, "2026-01-02", "YQ==", [3], [0, 1], 0.5, 3, float("inf"), "\udc80"]
 
 
@@ -8124,6 +8754,35 @@ def test_run_in_docker(engine: Any, tmp_path: Path) -> None:
     result = cli("run", str(tmp_path / "a.py"), "--docker", "--network", "none", "--package", "six", *base)
     assert result.stdout == "1000 1\n"
     engine.images.remove(docker_server(packages=["six"])._image_name)
+
+
+def test_run_takes_files_there_and_brings_files_back(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text(name)
+    code = "import os; os.mkdir('d'); open('d/sum.txt', 'w').write(open('a.csv').read() + open('b.csv').read()); 1 / 0"
+    files = ["--put", "../a.csv", "../b.csv", "--get", "d/sum.txt", "no.txt", "--output-dir", "../out"]
+    result = cli("run", "-c", code, *files, cwd=tmp_path / "far")
+    assert (result.returncode, os.listdir(tmp_path / "out")) == (1, ["sum.txt"])
+    assert (tmp_path / "out/sum.txt").read_text() == "a.csvb.csv"
+    assert result.stderr.endswith("jupyter-exec: The file 'no.txt' at the kernel: No such file or directory\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--get", "no.txt"], "The file 'no.txt' at the kernel: No such file"),
+        (["--get", "no.txt", "--json"], "The file 'no.txt' at the kernel: No such file"),
+        (["--put", "no.txt"], "The file 'no.txt' here: No such file"),
+        (["--get", "a/.."], "--get must name files"),
+        (["--get", "a/x", "b/x"], "--get must name files"),
+    ],
+)
+def test_run_says_which_file_it_could_not_take(options: list[str], says: str, tmp_path: Path) -> None:
+    result = cli("run", "-c", "1", *options, cwd=tmp_path)
+    assert (result.returncode, result.stderr.startswith(f"jupyter-exec: {says}")) == (1, True), result.stderr
+    assert os.listdir(tmp_path) == []
 
 
 def test_run_on_a_server(gateway: Peer, tmp_path: Path) -> None:
