@@ -7681,11 +7681,13 @@ class JupyterCodeExecutor(Stoppable):
         return _UserCapability(self.system_message)
 
     def _prelude(self) -> str:
-        program = [self._tools.prelude()] * bool(self._tools.functions) + [self._startup]
+        program = []
         if self._functions:
             source = functions_source(self._functions)
-            program.insert(0, f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())")
-        return "\n".join(filter(None, program))
+            program.append(f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())")
+        if self._tools.functions:
+            program.append(self._tools.prelude())
+        return "\n".join([*program, *([self._startup] if self._startup else [])])
 
     @property
     def connection_file(self) -> str | None:
