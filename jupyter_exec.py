@@ -18,16 +18,20 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
     2  Messages       pure   Message, KernelConnection
     3  Codecs         pure   ZmqCodec (multipart + HMAC), PipeCodec (the host's pipe), JsonCodec and V1Codec
     4  WebSocket      pure   the client's side of RFC 6455
-    5  Execution      pure   state machine of one cell; folding and rendering of outputs
-    6  Channels              Deadline, Loop, Pipe, the ways to reach a kernel
-    7  Kernel client         one cell at a time: replies, outputs, deadline, interrupt, death
-    8  Kernel host           kernelspecs, launch, watch, relay; runs at the other end of a pipe
-    9  Jupyter servers       JupyterConnectionInfo, RemoteJupyterServer: REST and WebSockets
-    10 Hosted servers        the link to a kernel host, CommandJupyterServer, LocalJupyterServer
-    11 Docker                DockerJupyterServer
-    12 Code executor         code blocks, tools, jobs, JupyterCodeExecutor and its async face
-    13 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
-    14 License
+    5  Text           pure   what a terminal would show; MIME types to files
+    6  Files                 Folder, CallFiles: what is written on this machine
+    7  Execution      pure   state machine of one cell; its outputs within one budget; results
+    8  I/O thread            Deadline, Loop, Pipe, Mailbox, ZeroMQ
+    9  Kernel client         one cell at a time: replies, outputs, deadline, interrupt, death
+    10 Kernel host           kernelspecs, launch, watch, relay, files; runs at the other end of a pipe
+    11 Jupyter servers       JupyterConnectionInfo, RemoteJupyterServer: REST and WebSockets
+    12 Hosted servers        the link to a kernel host, CommandJupyterServer, LocalJupyterServer
+    13 Docker                DockerJupyterServer
+    14 Host tools            functions of this program that code in a kernel calls
+    15 Files and variables   of a kernel, in and out
+    16 Code executor         code blocks, jobs, JupyterCodeExecutor and its async face
+    17 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
+    18 License
 
 Where the kernels live: a server object starts a Python process, sends it this very source over stdin, and
 the process becomes the *kernel host* that starts, watches and kills kernels. When your program ends, however it
@@ -171,6 +175,7 @@ PAUSE_POLL = 0.2  # seconds between looks whether a stopped clock goes on
 PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between choosing and binding them
 
 Json = dict[str, Any]
+AnyPath = str | os.PathLike[str]
 logger = logging.getLogger("jupyter_exec")
 logger.addHandler(logging.NullHandler())
 build_logger = logger.getChild("build")  # of images: minutes of work, whose progress the command line shows
@@ -969,7 +974,7 @@ class WebSocket:
 
 
 # ======================================================================================================
-# 5. Execution (pure)
+# 5. Text (pure)
 # ======================================================================================================
 
 # What a terminal takes for a command: CSI (colours, cursor), strings with an end (titles, clipboard), two characters
@@ -982,53 +987,6 @@ _CONTROLS = re.compile(
 )
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*m|\r")
 _DEFAULT_REPR = re.compile(r"<[^\n]*>\Z")  # <Figure size 640x480 with 1 Axes>, <IPython.core.display.HTML object>
-
-
-def _as_text(content: Any) -> bytes:
-    if isinstance(content, list):  # a notebook's way to write a string
-        content = "".join(map(str, content))
-    if not isinstance(content, str):
-        raise ValueError("it is no string")
-    return content.encode("utf-8", "replace")
-
-
-def _as_binary(content: Any) -> bytes:
-    data = base64.b64decode(_as_text(content))
-    if not data:
-        raise ValueError("it is empty")
-    return data
-
-
-def _as_json(content: Any) -> bytes:
-    return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")  # indented, it may be 100 times as long
-
-
-def _as_plotly_page(figure: Any) -> bytes:
-    """Return a small page that shows a figure; the browser fetches the library."""
-    if not isinstance(figure, dict):
-        raise ValueError("it is no object")
-    known = {name: figure[name] for name in ("data", "layout", "config", "frames") if name in figure}
-    text = json.dumps(known).replace("<", "\\u003c")  # or it could end the script
-    page = '<!DOCTYPE html><meta charset="utf-8"><title>Plotly</title><div id="figure"></div>'
-    page += '<script src="https://cdn.plot.ly/plotly-3.0.1.min.js"></script>'
-    return f'{page}<script>Plotly.newPlot("figure", {text})</script>\n'.encode()
-
-
-# What goes to a file, best first: MIME type -> (word of AutoGen's sentence, suffix, its bytes from what a kernel sent).
-FILE_TYPES: dict[str, tuple[str, str, Callable[[Any], bytes]]] = {
-    "image/png": ("Image", ".png", _as_binary),
-    "image/jpeg": ("Image", ".jpg", _as_binary),
-    "image/gif": ("Image", ".gif", _as_binary),
-    "image/webp": ("Image", ".webp", _as_binary),
-    "image/svg+xml": ("Image", ".svg", _as_text),
-    "application/pdf": ("PDF", ".pdf", _as_binary),
-    "application/vnd.plotly.v1+json": ("HTML", ".html", _as_plotly_page),
-    "application/geo+json": ("JSON", ".json", _as_json),
-    "application/vnd.vega+json": ("JSON", ".json", _as_json),  # and vegalite, of all versions
-    "text/html": ("HTML", ".html", _as_text),
-    "application/json": ("JSON", ".json", _as_json),
-}
-_VEGA = re.compile(r"application/vnd\.vega(lite)?\.v\d+(\.\d+)*\+json")
 
 
 def clean_text(text: str, colours: bool = False) -> str:
@@ -1107,6 +1065,267 @@ def shorten(text: str, limit: int | None, gaps: Sequence[int], where: str) -> st
     head, tail = text[: limit // 2], text[max(limit // 2, len(text) - limit // 2) :]
     missing = len(text) - len(head) - len(tail) + sum(gap - len(gap_mark(gap)) for gap in gaps)
     return f"{head}{gap_mark(missing, where)}{tail}"
+
+
+def _shorten_all(texts: list[str], limit: int) -> list[str]:
+    """Return texts that follow each other, with head and tail of all, `limit` characters, left of them."""
+    total = sum(map(len, texts))
+    if total <= limit:
+        return texts
+    head, tail, at = limit // 2, total - (limit - limit // 2), 0
+    shortened = []
+    for text in texts:
+        gap = gap_mark(total - limit) if at <= head < at + len(text) else ""
+        shortened.append(text[: max(0, head - at)] + gap + text[max(0, tail - at) :])
+        at += len(text)
+    return shortened
+
+
+def _as_text(content: Any) -> bytes:
+    if isinstance(content, list):  # a notebook's way to write a string
+        content = "".join(map(str, content))
+    if not isinstance(content, str):
+        raise ValueError("it is no string")
+    return content.encode("utf-8", "replace")
+
+
+def _as_binary(content: Any) -> bytes:
+    data = base64.b64decode(_as_text(content))
+    if not data:
+        raise ValueError("it is empty")
+    return data
+
+
+def _as_json(content: Any) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")  # indented, it may be 100 times as long
+
+
+def _as_plotly_page(figure: Any) -> bytes:
+    """Return a small page that shows a figure; the browser fetches the library."""
+    if not isinstance(figure, dict):
+        raise ValueError("it is no object")
+    known = {name: figure[name] for name in ("data", "layout", "config", "frames") if name in figure}
+    text = json.dumps(known).replace("<", "\\u003c")  # or it could end the script
+    page = '<!DOCTYPE html><meta charset="utf-8"><title>Plotly</title><div id="figure"></div>'
+    page += '<script src="https://cdn.plot.ly/plotly-3.0.1.min.js"></script>'
+    return f'{page}<script>Plotly.newPlot("figure", {text})</script>\n'.encode()
+
+
+# What goes to a file, best first: MIME type -> (word of AutoGen's sentence, suffix, its bytes from what a kernel sent).
+FILE_TYPES: dict[str, tuple[str, str, Callable[[Any], bytes]]] = {
+    "image/png": ("Image", ".png", _as_binary),
+    "image/jpeg": ("Image", ".jpg", _as_binary),
+    "image/gif": ("Image", ".gif", _as_binary),
+    "image/webp": ("Image", ".webp", _as_binary),
+    "image/svg+xml": ("Image", ".svg", _as_text),
+    "application/pdf": ("PDF", ".pdf", _as_binary),
+    "application/vnd.plotly.v1+json": ("HTML", ".html", _as_plotly_page),
+    "application/geo+json": ("JSON", ".json", _as_json),
+    "application/vnd.vega+json": ("JSON", ".json", _as_json),  # and vegalite, of all versions
+    "text/html": ("HTML", ".html", _as_text),
+    "application/json": ("JSON", ".json", _as_json),
+}
+_VEGA = re.compile(r"application/vnd\.vega(lite)?\.v\d+(\.\d+)*\+json")
+
+
+def best_file(data: Json) -> tuple[str, str, str, Callable[[], bytes]] | None:
+    """Return (MIME type, word, suffix, encode) of the representation that belongs into a file, None if there is none.
+
+    `encode()` returns the bytes of the file. Raises: ValueError for content that cannot be such a file.
+    """
+    data = {_VEGA.sub("application/vnd.vega+json", mime): content for mime, content in data.items()}
+    for mime, (word, suffix, encode) in FILE_TYPES.items():
+        if data.get(mime) is not None:
+            return mime, word, suffix, functools.partial(encode, data[mime])
+    return None
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A representation of an output that belongs into a file, such as a picture."""
+
+    mime_type: str
+    suffix: str
+    data: bytes = field(repr=False)
+
+
+def _output_file(data: Json) -> OutputFile | None:
+    best = best_file(data)
+    with contextlib.suppress(ValueError, RecursionError):  # it cannot be such a file
+        return OutputFile(best[0], best[2], best[3]()) if best else None
+    return None
+
+
+def render(outputs: Iterable[Json], note: str, save: Callable[[Json], str | None]) -> str:
+    """Return outputs as the text of one block: streams as they were printed, everything else on lines of its own.
+
+    `save(data)` may save the best representation of a MIME bundle to a file; it returns a line that says so, or None.
+    """
+    pieces: list[str] = []
+    line_open = False  # the last piece is no stream: what follows begins a new line
+    for output in outputs:
+        is_stream = output["output_type"] == "stream"
+        piece = clean_text(output["text"]) if is_stream else "\n".join(map(clean_text, _lines(output, save)))
+        if not piece:
+            continue
+        if pieces and not pieces[-1].endswith("\n") and (line_open or not is_stream):
+            pieces.append("\n")
+        pieces.append(piece)
+        line_open = not is_stream
+    if note:
+        pieces += ["\n"] * bool(pieces and not pieces[-1].endswith("\n")) + [clean_text(note)]
+    return "".join(pieces)
+
+
+def no_file(data: Json) -> None:
+    """A `save` of `render` for which everything is text."""
+
+
+def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
+    if output["output_type"] == "error":
+        yield f"{output['ename']}: {output['evalue']}"
+        yield from output["traceback"]
+        return
+    data = output["data"]
+    saved = save(data)
+    # Show text/plain, unless it is only an object's default repr and there is something better.
+    texts = [data.get(mime) for mime in ("text/plain", "text/markdown", "text/latex")]
+    texts[0] = data.get("text/llm+plain") or texts[0]
+    plain, *others = [text if isinstance(text, str) else "" for text in texts]
+    if not plain or _DEFAULT_REPR.match(plain):
+        plain = "" if saved else next(filter(None, others), plain)
+    if not plain and not saved and data:
+        plain = f"[an output that is not shown, of type {', '.join(map(str, data))[:500]}]"
+    yield from filter(None, (plain, saved))
+
+
+# ======================================================================================================
+# 6. Files
+# ======================================================================================================
+
+
+class Folder:
+    """A directory that is held open: what is written into it is in it, whatever has taken the place of its path.
+
+    Code in a sandbox may share it, and plant links. Raises: ValueError if it does not exist; OSError in each method.
+    """
+
+    def __init__(self, path: AnyPath) -> None:
+        self.path = Path(path).absolute()
+        if not self.path.is_dir():
+            raise ValueError(f"Output directory {path} does not exist.")
+        self._at: Json = {}
+        self.close: Callable[[], object] = bool
+        if os.open in os.supports_dir_fd:  # not on Windows
+            descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
+            self._at = {"dir_fd": descriptor}
+            self.close = weakref.finalize(self, os.close, descriptor)
+
+    def _name(self, name: str) -> str:
+        return name if self._at else str(self.path / name)
+
+    def create(self, name: str) -> IO[bytes]:
+        """Make a new file; one that is there, or a link, is an error."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        return open(os.open(self._name(name), flags, 0o666, **self._at), "wb")
+
+    @contextlib.contextmanager
+    def replace(self, name: str) -> Iterator[IO[bytes]]:
+        """Give a file to write to, which takes the place of `name` once it is complete."""
+        new = f"{os.urandom(16).hex()}.part"
+        ends = {"src_dir_fd": self._at["dir_fd"], "dst_dir_fd": self._at["dir_fd"]} if self._at else {}
+        try:
+            with self.create(new) as file:
+                yield file
+            os.replace(self._name(new), self._name(name), **ends)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(self._name(new), **self._at)
+            raise
+
+
+class CallFiles:
+    """What one call writes: its pictures and other files, and its whole text if that is too long to be returned."""
+
+    def __init__(self, folder: Folder, limit: int | None) -> None:
+        """`limit`: characters of text that are kept in memory, None for all."""
+        self._folder, self._limit = folder, limit
+        self.paths: list[str] = []
+        self._room = MAX_FILE_BYTES
+        self._text: list[str] = []  # not written yet
+        self._size = 0  # characters of all text
+        self._file: IO[bytes] | None = None
+        self._text_path = ""
+        self._trouble = ""
+
+    def new_name(self, suffix: str) -> str:
+        return f"{os.urandom(16).hex()}{suffix}"
+
+    def save(self, data: Json) -> str | None:
+        """Write the best representation of a MIME bundle that belongs into a file, under a name of our own.
+
+        Returns the line that names the file, or says what went wrong; None if text is the best there is.
+        """
+        best = best_file(data)
+        if best is None:
+            return None
+        _, word, suffix, encode = best
+        path = self._folder.path / self.new_name(suffix)
+        try:
+            if len(self.paths) >= MAX_FILES:
+                raise ValueError(f"a call may write {MAX_FILES} files")
+            written = encode()
+            if len(written) > self._room:
+                raise ValueError(f"a call may write {MAX_FILE_BYTES // 2**20} MB")
+            with self._folder.replace(path.name) as file:
+                file.write(written)
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{word} data could not be saved: {error}"
+        self._room -= len(written)
+        self.paths.append(str(path))
+        return f"{word} data saved to {path}"
+
+    def record(self, output: Json) -> None:
+        """Take the text of an output as it comes; an OutputHook."""
+        if self._limit is not None and output["output_type"] not in ("clear_output", "update_display_data"):
+            is_stream = output["output_type"] == "stream"
+            text = output["text"].replace("\r\n", "\n").replace("\r", "\n") if is_stream else ""
+            self._add(clean_text(text) if is_stream else render([output], "", no_file) + "\n")
+
+    def _add(self, text: str) -> None:
+        before, self._size = self._size, self._size + len(text)
+        if before >= MAX_SPILL or self._trouble:
+            return
+        self._text.append(text[: MAX_SPILL - before])
+        if self._size > (self._limit or 0):
+            try:
+                self._flush()
+            except OSError as error:
+                self._trouble = str(error)
+
+    def _flush(self) -> None:
+        if self._file is None:
+            name = f"{os.urandom(16).hex()}.txt"
+            self._file, self._text_path = self._folder.create(name), str(self._folder.path / name)
+        self._file.write("".join(self._text).encode("utf-8", "replace"))
+        self._file.flush()
+        self._text.clear()
+
+    def close(self) -> str:
+        """Say where the whole text is, for the mark in what is returned."""
+        if self._file:
+            self.paths.append(self._text_path)
+            with contextlib.suppress(OSError):
+                self._file.close()
+        if self._trouble:
+            return f"the full text could not be saved: {self._trouble}"
+        beyond = f" (its first {MAX_SPILL} characters)" if self._size > MAX_SPILL else ""
+        return f"the full text is in {self._text_path}{beyond}" if self._file else ""
+
+
+# ======================================================================================================
+# 7. Execution (pure)
+# ======================================================================================================
 
 
 class Outputs:
@@ -1212,15 +1431,6 @@ def _append_text(outputs: list[Json] | deque[Json], name: str, text: str) -> Non
         outputs[-1]["text"] += text
     elif text:
         outputs.append({"output_type": "stream", "name": name, "text": text})
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """A representation of an output that belongs into a file, such as a picture."""
-
-    mime_type: str
-    suffix: str
-    data: bytes = field(repr=False)
 
 
 _MODEL_IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # that language models take
@@ -1369,6 +1579,16 @@ class ExecutionResult:
         if form not in _BLOCKS:
             raise ValueError(f"form must be one of {', '.join(_BLOCKS)}, not {form!r}.")
         return list(map(_BLOCKS[form], self.parts(**budget)))
+
+    def save(self, directory: AnyPath) -> list[str]:
+        """Write `files` into a directory, under names of our own; return their paths.
+
+        Raises: ValueError if the directory does not exist.
+        """
+        saved = CallFiles(Folder(directory), None)
+        for output in self.outputs:
+            saved.save(output.get("data") or {})
+        return saved.paths
 
     def raise_for_error(self) -> None:
         """Raise ExecutionError, ExecutionTimeout, KernelDied or JupyterExecError unless the cell ended well."""
@@ -1600,84 +1820,8 @@ def _bundle(content: Json) -> Json:
     return {"data": data if isinstance(data, dict) else {}, "metadata": metadata if isinstance(metadata, dict) else {}}
 
 
-def render(outputs: Iterable[Json], note: str, save: Callable[[Json], str | None]) -> str:
-    """Return outputs as the text of one block: streams as they were printed, everything else on lines of its own.
-
-    `save(data)` may save the best representation of a MIME bundle to a file; it returns a line that says so, or None.
-    """
-    pieces: list[str] = []
-    line_open = False  # the last piece is no stream: what follows begins a new line
-    for output in outputs:
-        is_stream = output["output_type"] == "stream"
-        piece = clean_text(output["text"]) if is_stream else "\n".join(map(clean_text, _lines(output, save)))
-        if not piece:
-            continue
-        if pieces and not pieces[-1].endswith("\n") and (line_open or not is_stream):
-            pieces.append("\n")
-        pieces.append(piece)
-        line_open = not is_stream
-    if note:
-        pieces += ["\n"] * bool(pieces and not pieces[-1].endswith("\n")) + [clean_text(note)]
-    return "".join(pieces)
-
-
-def no_file(data: Json) -> None:
-    """A `save` of `render` for which everything is text."""
-
-
-def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
-    if output["output_type"] == "error":
-        yield f"{output['ename']}: {output['evalue']}"
-        yield from output["traceback"]
-        return
-    data = output["data"]
-    saved = save(data)
-    # Show text/plain, unless it is only an object's default repr and there is something better.
-    texts = [data.get(mime) for mime in ("text/plain", "text/markdown", "text/latex")]
-    texts[0] = data.get("text/llm+plain") or texts[0]
-    plain, *others = [text if isinstance(text, str) else "" for text in texts]
-    if not plain or _DEFAULT_REPR.match(plain):
-        plain = "" if saved else next(filter(None, others), plain)
-    if not plain and not saved and data:
-        plain = f"[an output that is not shown, of type {', '.join(map(str, data))[:500]}]"
-    yield from filter(None, (plain, saved))
-
-
-def best_file(data: Json) -> tuple[str, str, str, Callable[[], bytes]] | None:
-    """Return (MIME type, word, suffix, encode) of the representation that belongs into a file, None if there is none.
-
-    `encode()` returns the bytes of the file. Raises: ValueError for content that cannot be such a file.
-    """
-    data = {_VEGA.sub("application/vnd.vega+json", mime): content for mime, content in data.items()}
-    for mime, (word, suffix, encode) in FILE_TYPES.items():
-        if data.get(mime) is not None:
-            return mime, word, suffix, functools.partial(encode, data[mime])
-    return None
-
-
-def _output_file(data: Json) -> OutputFile | None:
-    best = best_file(data)
-    with contextlib.suppress(ValueError, RecursionError):  # it cannot be such a file
-        return OutputFile(best[0], best[2], best[3]()) if best else None
-    return None
-
-
-def _shorten_all(texts: list[str], limit: int) -> list[str]:
-    """Return texts that follow each other, with head and tail of all, `limit` characters, left of them."""
-    total = sum(map(len, texts))
-    if total <= limit:
-        return texts
-    head, tail, at = limit // 2, total - (limit - limit // 2), 0
-    shortened = []
-    for text in texts:
-        gap = gap_mark(total - limit) if at <= head < at + len(text) else ""
-        shortened.append(text[: max(0, head - at)] + gap + text[max(0, tail - at) :])
-        at += len(text)
-    return shortened
-
-
 # ======================================================================================================
-# 6. Channels
+# 8. I/O thread
 # ======================================================================================================
 
 
@@ -2209,7 +2353,7 @@ class KernelControl(Protocol):
         """Free what `start` made, except the channels."""
 
 
-def read_connection_file(path: str | os.PathLike[str]) -> KernelConnection:
+def read_connection_file(path: AnyPath) -> KernelConnection:
     """Read a connection file. Raises: ProtocolError if it is broken, or if others than its owner may read it."""
     try:
         with open(path, "rb") as file:
@@ -2405,144 +2549,8 @@ class PipeChannels:
         pass  # the pipe serves other kernels too
 
 
-Dial = Callable[[Deadline], "tuple[socket.socket, str | None]"]
-
-
-class WebSocketChannels:
-    """The channels of a kernel behind a Jupyter server; the loop's thread owns the socket.
-
-    A lost connection is made again, as the same session: the server repeats what it has kept, and what waits here is
-    sent then. Nothing is sent twice. `dial(deadline)` opens a WebSocket and returns its socket and subprotocol.
-
-    Spec: https://jupyter-server.readthedocs.io/en/stable/developers/websocket-protocols.html
-    """
-
-    def __init__(self, loop: Loop, dial: Dial, mailbox: Mailbox) -> None:
-        """Connect. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
-        self._loop, self._dial, self._mailbox = loop, dial, mailbox
-        self._backlog: list[str | bytes] = []  # to send when there is a connection again
-        self._outbox: Outbox | None = None  # None while there is no connection
-        self._heard_at = 0.0
-        self._closed = False
-        self._connect(Deadline(START_TIMEOUT))
-        loop.post(self._take_over)
-
-    def _connect(self, deadline: Deadline) -> None:
-        sock, subprotocol = self._dial(deadline)
-        sock.settimeout(0)
-        self._socket, self._websocket = NetStream(sock), WebSocket(functools.partial(os.urandom, 4), MAX_MESSAGE)
-        self._codec: V1Codec | JsonCodec = V1Codec() if subprotocol else JsonCodec()
-
-    def _take_over(self) -> None:
-        if self._closed:
-            self._socket.close()
-            return
-        if self._heard_at:
-            self._mailbox.put(Reconnected())
-        else:
-            self._loop.later(PING_INTERVAL, self._ping)
-        self._heard_at = time.monotonic()
-        self._outbox = Outbox(self._loop, self._socket, self._drop)
-        self._loop.on_readable(self._socket.fileno(), self._read)
-        backlog, self._backlog = self._backlog, []
-        for data in backlog:
-            self._send(data)
-        self._read()  # TLS may have decrypted frames already, so the descriptor does not tell of them
-
-    def _read(self) -> None:
-        reason = ""
-        try:
-            data = self._socket.recv(2**18)
-            self._heard_at = time.monotonic()
-            for message in self._websocket.receive(data):
-                self._mailbox.put(("WebSocket", message))
-            if not data or self._websocket.closed:
-                reason = "the server closed the connection"
-        except BlockingIOError:
-            return
-        except (OSError, ProtocolError) as error:
-            reason = str(error)
-        self._answer()
-        if reason:
-            self._drop(reason)
-
-    def _answer(self) -> None:
-        # A server that pings and does not read must not fill the outbox: it gets an answer when it has read.
-        if self._outbox and not self._outbox.busy:
-            answers = self._websocket.data_to_send()
-            if not answers and not self._websocket.closed and not hasattr(socket, "TCP_QUICKACK"):
-                answers = self._websocket.pong()  # it carries the acknowledgement, which would be delayed
-            if answers:
-                self._outbox.send(answers)
-
-    def _ping(self) -> None:
-        """Keep proxies from closing the connection, and notice when it is dead."""
-        if self._closed:
-            return
-        if time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
-            self._drop("the server is silent")
-        self._answer()
-        if self._outbox and not self._outbox.busy:
-            self._outbox.send(self._websocket.ping())
-        self._loop.later(PING_INTERVAL, self._ping)
-
-    def _drop(self, reason: str) -> None:
-        if self._outbox and not self._closed:
-            self._close_socket()
-            # In a thread of its own, so that other kernels of the server need not wait.
-            threading.Thread(target=self._dial_again, args=(reason,), daemon=True).start()
-
-    def _close_socket(self) -> None:
-        if self._outbox:
-            self._loop.on_readable(self._socket.fileno(), None)
-            self._outbox.close()
-            self._outbox = None
-            self._socket.close()
-
-    def _dial_again(self, reason: str) -> None:
-        deadline = Deadline(RECONNECT_TIMEOUT)
-        while not self._closed:
-            time.sleep(RECONNECT_DELAY)  # a server that accepts and closes is not asked without pause
-            try:
-                self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
-                self._loop.post(self._take_over)
-                if self._closed:  # the loop may have ended before the job
-                    self._socket.close()
-                return
-            except JupyterExecError as error:
-                if deadline.expired or (isinstance(error, ServerError) and error.status < 500):
-                    cause = f"the connection to its server was lost: {reason}; {error}"
-                    self._loop.post(functools.partial(self._mailbox.put, KernelDied(cause=cause)))
-                    return
-
-    def send(self, message: Message) -> None:
-        data = self._codec.encode(message)
-        if len(data) > MAX_WEBSOCKET_MESSAGE:
-            raise ProtocolError(f"{len(data)} bytes are over the server's limit of {MAX_WEBSOCKET_MESSAGE} a message.")
-        self._loop.post(functools.partial(self._send, data))
-
-    def _send(self, data: str | bytes) -> None:
-        if self._outbox:
-            self._outbox.send(self._websocket.send(data))
-        else:
-            self._backlog.append(data)
-
-    def decode(self, raw: RawMessage) -> Iterator[Message]:
-        return self._codec.decode(raw[1])
-
-    def close(self) -> None:
-        self._loop.post(self._close)
-
-    def _close(self) -> None:
-        self._closed = True
-        if self._outbox:
-            with contextlib.suppress(OSError):
-                self._socket.send(memoryview(self._websocket.close()))
-        self._close_socket()
-
-
 # ======================================================================================================
-# 7. Kernel client
+# 9. Kernel client
 # ======================================================================================================
 
 OutputHook = Callable[[Json], None]
@@ -3154,7 +3162,7 @@ class AttachedKernelControl:
             self._loop = None
 
 
-def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelClient:
+def attach_kernel(target: KernelConnection | AnyPath) -> KernelClient:
     """Connect to a running kernel by its connection file, or by the contents of one.
 
     Raises: ProtocolError for a broken file.
@@ -3167,7 +3175,7 @@ def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelCl
 
 
 # ======================================================================================================
-# 8. Kernel host
+# 10. Kernel host
 #
 # Runs at the other end of a pipe, in a process that was started with BOOTSTRAP and got this module over its stdin, on
 # Linux and macOS. Only the relay needs more than the standard library. It has one thread with one Loop.
@@ -3200,8 +3208,10 @@ os.write(1, ("NONCE %d %d %s %d %d\\n" % (sys.version_info[:2] + (magic,) + who)
 module = {"__name__": "jupyter_exec_host"}
 kind, size = read(1), read(8)
 program = read(int(size))
-exec(marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec>", "exec"), module)
-module["MAIN"](kind + size + program)
+code = marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec>", "exec")
+exec(code, module)
+program = marshal.dumps(code)
+module["MAIN"](b"c%08d" % len(program) + program)
 """
 
 # Modules that ipykernel imports when a kernel starts.
@@ -4142,7 +4152,7 @@ def _check_parent(loop: Loop, host: KernelHost, parent: int) -> None:
 
 
 # ======================================================================================================
-# 9. Jupyter servers
+# 11. Jupyter servers
 # ======================================================================================================
 
 
@@ -4360,6 +4370,142 @@ def _explanation(text: str) -> str:
         answer = json_object(text, "answer")
         return " ".join(answer[name] for name in ("message", "reason") if isinstance(answer.get(name), str))
     return " ".join(re.sub(r"(?s)<(style|script|head)\b.*?</\1>|<[^<>]*>", " ", text[:10_000]).split())
+
+
+Dial = Callable[[Deadline], "tuple[socket.socket, str | None]"]
+
+
+class WebSocketChannels:
+    """The channels of a kernel behind a Jupyter server; the loop's thread owns the socket.
+
+    A lost connection is made again, as the same session: the server repeats what it has kept, and what waits here is
+    sent then. Nothing is sent twice. `dial(deadline)` opens a WebSocket and returns its socket and subprotocol.
+
+    Spec: https://jupyter-server.readthedocs.io/en/stable/developers/websocket-protocols.html
+    """
+
+    def __init__(self, loop: Loop, dial: Dial, mailbox: Mailbox) -> None:
+        """Connect. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
+        self._loop, self._dial, self._mailbox = loop, dial, mailbox
+        self._backlog: list[str | bytes] = []  # to send when there is a connection again
+        self._outbox: Outbox | None = None  # None while there is no connection
+        self._heard_at = 0.0
+        self._closed = False
+        self._connect(Deadline(START_TIMEOUT))
+        loop.post(self._take_over)
+
+    def _connect(self, deadline: Deadline) -> None:
+        sock, subprotocol = self._dial(deadline)
+        sock.settimeout(0)
+        self._socket, self._websocket = NetStream(sock), WebSocket(functools.partial(os.urandom, 4), MAX_MESSAGE)
+        self._codec: V1Codec | JsonCodec = V1Codec() if subprotocol else JsonCodec()
+
+    def _take_over(self) -> None:
+        if self._closed:
+            self._socket.close()
+            return
+        if self._heard_at:
+            self._mailbox.put(Reconnected())
+        else:
+            self._loop.later(PING_INTERVAL, self._ping)
+        self._heard_at = time.monotonic()
+        self._outbox = Outbox(self._loop, self._socket, self._drop)
+        self._loop.on_readable(self._socket.fileno(), self._read)
+        backlog, self._backlog = self._backlog, []
+        for data in backlog:
+            self._send(data)
+        self._read()  # TLS may have decrypted frames already, so the descriptor does not tell of them
+
+    def _read(self) -> None:
+        reason = ""
+        try:
+            data = self._socket.recv(2**18)
+            self._heard_at = time.monotonic()
+            for message in self._websocket.receive(data):
+                self._mailbox.put(("WebSocket", message))
+            if not data or self._websocket.closed:
+                reason = "the server closed the connection"
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError) as error:
+            reason = str(error)
+        self._answer()
+        if reason:
+            self._drop(reason)
+
+    def _answer(self) -> None:
+        # A server that pings and does not read must not fill the outbox: it gets an answer when it has read.
+        if self._outbox and not self._outbox.busy:
+            answers = self._websocket.data_to_send()
+            if not answers and not self._websocket.closed and not hasattr(socket, "TCP_QUICKACK"):
+                answers = self._websocket.pong()  # it carries the acknowledgement, which would be delayed
+            if answers:
+                self._outbox.send(answers)
+
+    def _ping(self) -> None:
+        """Keep proxies from closing the connection, and notice when it is dead."""
+        if self._closed:
+            return
+        if time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
+            self._drop("the server is silent")
+        self._answer()
+        if self._outbox and not self._outbox.busy:
+            self._outbox.send(self._websocket.ping())
+        self._loop.later(PING_INTERVAL, self._ping)
+
+    def _drop(self, reason: str) -> None:
+        if self._outbox and not self._closed:
+            self._close_socket()
+            # In a thread of its own, so that other kernels of the server need not wait.
+            threading.Thread(target=self._dial_again, args=(reason,), daemon=True).start()
+
+    def _close_socket(self) -> None:
+        if self._outbox:
+            self._loop.on_readable(self._socket.fileno(), None)
+            self._outbox.close()
+            self._outbox = None
+            self._socket.close()
+
+    def _dial_again(self, reason: str) -> None:
+        deadline = Deadline(RECONNECT_TIMEOUT)
+        while not self._closed:
+            time.sleep(RECONNECT_DELAY)  # a server that accepts and closes is not asked without pause
+            try:
+                self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
+                self._loop.post(self._take_over)
+                if self._closed:  # the loop may have ended before the job
+                    self._socket.close()
+                return
+            except JupyterExecError as error:
+                if deadline.expired or (isinstance(error, ServerError) and error.status < 500):
+                    cause = f"the connection to its server was lost: {reason}; {error}"
+                    self._loop.post(functools.partial(self._mailbox.put, KernelDied(cause=cause)))
+                    return
+
+    def send(self, message: Message) -> None:
+        data = self._codec.encode(message)
+        if len(data) > MAX_WEBSOCKET_MESSAGE:
+            raise ProtocolError(f"{len(data)} bytes are over the server's limit of {MAX_WEBSOCKET_MESSAGE} a message.")
+        self._loop.post(functools.partial(self._send, data))
+
+    def _send(self, data: str | bytes) -> None:
+        if self._outbox:
+            self._outbox.send(self._websocket.send(data))
+        else:
+            self._backlog.append(data)
+
+    def decode(self, raw: RawMessage) -> Iterator[Message]:
+        return self._codec.decode(raw[1])
+
+    def close(self) -> None:
+        self._loop.post(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
+        if self._outbox:
+            with contextlib.suppress(OSError):
+                self._socket.send(memoryview(self._websocket.close()))
+        self._close_socket()
 
 
 class RemoteKernelControl:
@@ -4594,7 +4740,7 @@ class RemoteJupyterServer(Stoppable):
 
 
 # ======================================================================================================
-# 10. Hosted servers
+# 12. Hosted servers
 # ======================================================================================================
 
 
@@ -5231,13 +5377,13 @@ class LocalJupyterServer(CommandJupyterServer):
         ip: str | None = None,
         port: int | None = None,
         token: str | _GenerateToken | None = None,
-        log_file: str | os.PathLike[str] | None = None,
+        log_file: AnyPath | None = None,
         log_level: str = "INFO",
         log_max_bytes: int = 2**20,
         log_backup_count: int = 3,
         *,
-        python: str | os.PathLike[str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
+        python: AnyPath | None = None,
+        cwd: AnyPath | None = None,
         env: Mapping[str, str | None] | None = None,
         transport: str | None = None,
         **launch: Any,
@@ -5350,7 +5496,7 @@ def _describe_end(process: subprocess.Popen[Any], errors: Tail) -> str:
 
 
 # ======================================================================================================
-# 11. Docker
+# 13. Docker
 # ======================================================================================================
 
 
@@ -5477,7 +5623,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         base_image: str | None = None,
         packages: Sequence[str] = (),
         network: str | None = None,
-        bind_dir: str | os.PathLike[str] | None = None,
+        bind_dir: AnyPath | None = None,
         work_dir: str = "/workspace",
         transport: str | None = None,
         hardened: bool = False,
@@ -5944,450 +6090,8 @@ def _openings(options: Mapping[str, Any], bind_dir: str | None) -> Iterator[str]
 
 
 # ======================================================================================================
-# 12. Code executor
+# 14. Host tools: functions of this program that code in a kernel calls
 # ======================================================================================================
-
-
-@dataclass
-class CodeBlock:
-    """A piece of code and the language that its fence named; "" is the kernel's own."""
-
-    code: str
-    language: str = ""
-
-
-@dataclass
-class CodeResult:
-    """What a list of code blocks did, in AutoGen's shape.
-
-    `output` is the text of the blocks joined with newlines, `output_files` absolute paths; `kernel_state` says
-    whether the variables survived: "intact", "lost", or "busy" (the code still runs).
-    """
-
-    exit_code: int
-    output: str
-    output_files: list[str] = field(default_factory=list)
-    kernel_state: str = "intact"
-
-    def __str__(self) -> str:
-        return f"exit_code={self.exit_code} output={self.output!r} output_files={self.output_files!r}"
-
-
-IPythonCodeResult = CodeResult
-
-_FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)")
-_LIST_ITEM = re.compile(r" *(?:[-+*]|\d{1,9}[.)]) {1,4}(?=\S)")
-_LANGUAGE = re.compile(r"[{.\s]*([^\s,{}]*)")  # also Pandoc's {.python .numberLines}
-
-
-class MarkdownCodeExtractor:
-    """Finds the fenced code blocks of a message."""
-
-    def extract_code_blocks(self, message: str | Sequence[Mapping[str, Any]] | None) -> list[CodeBlock]:
-        """Return the blocks in order; `message` is text, a list of message parts, or None.
-
-        The language is the first word of the info string. Without one it is guessed, as AutoGen does: "sh" for what
-        begins with pip or python, "python" for what compiles, else "".
-
-        Raises: ValueError for a part of unknown type.
-
-        Spec: https://spec.commonmark.org/0.31.2/#fenced-code-blocks
-        """
-        return [block for text in _message_texts(message) for _, _, block in fenced_blocks(text)]
-
-
-def _message_texts(message: str | Sequence[Mapping[str, Any]] | None) -> Iterator[str]:
-    if message is None or isinstance(message, str):
-        yield message or ""
-        return
-    for part in message:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in ("text", "input_text"):
-            yield str(part.get("text") or "")
-        elif kind not in ("image_url", "input_image", "image", "function", "tool_call", "tool_calls"):
-            raise ValueError(f"Wrong content format: unknown type {kind} within the content")
-
-
-def fenced_blocks(text: str) -> Iterator[tuple[int, str, CodeBlock]]:
-    """Yield (number of the line at which the code begins, info string, block) of each fenced block of a text."""
-    lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
-    offset = 0  # column at which the content of the list item around begins
-    for number, line in lines:
-        line = line.expandtabs(4)
-        while item := _LIST_ITEM.match(line):
-            offset = item.end()
-            line = " " * offset + line[offset:]
-        indent = len(line) - len(line.lstrip(" "))
-        if line.strip() and indent < offset:
-            offset = 0
-        opening = _FENCE.fullmatch(line)
-        # "... preceded by up to three spaces of indentation"
-        if opening and indent - offset <= 3:
-            code = "\n".join(_fenced_lines(lines, opening["fence"], indent, offset))
-            language = _LANGUAGE.match(opening["info"])
-            yield number + 1, opening["info"], CodeBlock(code, (language and language[1]) or _guessed_language(code))
-
-
-def _guessed_language(code: str) -> str:
-    if code.startswith(("python ", "python3 ", "pip")):
-        return "sh"
-    try:
-        compile(code, "<block>", "exec", dont_inherit=True)
-    except Exception:  # by hostile text also MemoryError, RecursionError
-        return ""
-    return "python"
-
-
-def _fenced_lines(lines: Iterator[tuple[int, str]], fence: str, indent: int, offset: int) -> Iterator[str]:
-    # "... until a closing code fence of the same type as the code block began with ..., and with at least as
-    # many backticks or tildes"; "If the end of the containing block (or document) is reached ..., the code
-    # block contains all of the lines after the opening code fence until the end"
-    closing = re.compile(rf" {{0,{offset + 3}}}{fence[0]}{{{len(fence)},}}[ \t]*")
-    for _, line in lines:
-        if closing.fullmatch(line):
-            return
-        # "If the leading code fence is preceded by N spaces of indentation, then up to N spaces of indentation
-        # are removed from each line of the content"
-        yield _dedent(line, indent)
-
-
-def _dedent(line: str, columns: int) -> str:
-    """Remove up to `columns` columns of white space; of a tab that reaches farther, the rest stays as spaces."""
-    column = position = 0
-    while column < columns and line[position : position + 1] in (" ", "\t"):
-        column += 4 - column % 4 if line[position] == "\t" else 1
-        position += 1
-    return " " * (column - columns) + line[position:]
-
-
-class Folder:
-    """A directory that is held open: what is written into it is in it, whatever has taken the place of its path.
-
-    Code in a sandbox may share it, and plant links. Raises: ValueError if it does not exist; OSError in each method.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).absolute()
-        if not self.path.is_dir():
-            raise ValueError(f"Output directory {path} does not exist.")
-        self._at: Json = {}
-        self.close: Callable[[], object] = bool
-        if os.open in os.supports_dir_fd:  # not on Windows
-            descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
-            self._at = {"dir_fd": descriptor}
-            self.close = weakref.finalize(self, os.close, descriptor)
-
-    def _name(self, name: str) -> str:
-        return name if self._at else str(self.path / name)
-
-    def create(self, name: str) -> IO[bytes]:
-        """Make a new file; one that is there, or a link, is an error."""
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        return open(os.open(self._name(name), flags, 0o666, **self._at), "wb")
-
-    @contextlib.contextmanager
-    def replace(self, name: str) -> Iterator[IO[bytes]]:
-        """Give a file to write to, which takes the place of `name` once it is complete."""
-        new = f"{os.urandom(16).hex()}.part"
-        ends = {"src_dir_fd": self._at["dir_fd"], "dst_dir_fd": self._at["dir_fd"]} if self._at else {}
-        try:
-            with self.create(new) as file:
-                yield file
-            os.replace(self._name(new), self._name(name), **ends)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(self._name(new), **self._at)
-            raise
-
-
-class CallFiles:
-    """What one call writes: its pictures and other files, and its whole text if that is too long to be returned."""
-
-    def __init__(self, folder: Folder, limit: int | None) -> None:
-        """`limit`: characters of text that are kept in memory, None for all."""
-        self._folder, self._limit = folder, limit
-        self.paths: list[str] = []
-        self._room = MAX_FILE_BYTES
-        self._text: list[str] = []  # not written yet
-        self._size = 0  # characters of all text
-        self._file: IO[bytes] | None = None
-        self._text_path = ""
-        self._trouble = ""
-
-    def new_name(self, suffix: str) -> str:
-        return f"{os.urandom(16).hex()}{suffix}"
-
-    def save(self, data: Json) -> str | None:
-        """Write the best representation of a MIME bundle that belongs into a file, under a name of our own.
-
-        Returns the line that names the file, or says what went wrong; None if text is the best there is.
-        """
-        best = best_file(data)
-        if best is None:
-            return None
-        _, word, suffix, encode = best
-        path = self._folder.path / self.new_name(suffix)
-        try:
-            if len(self.paths) >= MAX_FILES:
-                raise ValueError(f"a call may write {MAX_FILES} files")
-            written = encode()
-            if len(written) > self._room:
-                raise ValueError(f"a call may write {MAX_FILE_BYTES // 2**20} MB")
-            with self._folder.replace(path.name) as file:
-                file.write(written)
-        except (OSError, ValueError, RecursionError) as error:
-            return f"{word} data could not be saved: {error}"
-        self._room -= len(written)
-        self.paths.append(str(path))
-        return f"{word} data saved to {path}"
-
-    def record(self, output: Json) -> None:
-        """Take the text of an output as it comes; an OutputHook."""
-        if self._limit is not None and output["output_type"] not in ("clear_output", "update_display_data"):
-            is_stream = output["output_type"] == "stream"
-            text = output["text"].replace("\r\n", "\n").replace("\r", "\n") if is_stream else ""
-            self._add(clean_text(text) if is_stream else render([output], "", no_file) + "\n")
-
-    def _add(self, text: str) -> None:
-        before, self._size = self._size, self._size + len(text)
-        if before >= MAX_SPILL or self._trouble:
-            return
-        self._text.append(text[: MAX_SPILL - before])
-        if self._size > (self._limit or 0):
-            try:
-                self._flush()
-            except OSError as error:
-                self._trouble = str(error)
-
-    def _flush(self) -> None:
-        if self._file is None:
-            name = f"{os.urandom(16).hex()}.txt"
-            self._file, self._text_path = self._folder.create(name), str(self._folder.path / name)
-        self._file.write("".join(self._text).encode("utf-8", "replace"))
-        self._file.flush()
-        self._text.clear()
-
-    def close(self) -> str:
-        """Say where the whole text is, for the mark in what is returned."""
-        if self._file:
-            self.paths.append(self._text_path)
-            with contextlib.suppress(OSError):
-                self._file.close()
-        if self._trouble:
-            return f"the full text could not be saved: {self._trouble}"
-        beyond = f" (its first {MAX_SPILL} characters)" if self._size > MAX_SPILL else ""
-        return f"the full text is in {self._text_path}{beyond}" if self._file else ""
-
-
-class Journal:
-    """The cells of a session, kept on disk for `save_notebook`: one line of JSON each."""
-
-    def __init__(self) -> None:
-        self._file: IO[bytes] | None = None
-        self._size = 0
-        self._trouble = ""  # why cells are missing
-        self._lock = threading.Lock()
-
-    def add(self, code: str, result: ExecutionResult) -> None:
-        """Keep a cell. A full disk, or an output that cannot be written, costs its place here, not its result."""
-        with self._lock:
-            self._add(code, result)
-
-    def _add(self, code: str, result: ExecutionResult) -> None:
-        try:
-            line = self._line(code, result.execution_count, list(map(_notebook_output, result.outputs)), result.note)
-            if self._size + len(line) > MAX_FILE_BYTES:
-                line = self._line(code, result.execution_count, [], "The outputs of this cell were not kept: too large")
-            if self._file is None:
-                import tempfile
-
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
-                weakref.finalize(self, self._file.close)
-            self._file.seek(self._size)
-            self._file.write(line)
-            self._file.flush()
-            self._size += len(line)
-        except (OSError, ValueError, RecursionError) as error:
-            self._trouble = str(error)
-            logger.warning("A cell is not kept for the notebook: %s", error)
-
-    def _line(self, code: str, count: int | None, outputs: list[Json], note: str) -> bytes:
-        outputs += [{"output_type": "stream", "name": "stderr", "text": note}] * bool(note)
-        cell = {"cell_type": "code", "id": os.urandom(4).hex(), "metadata": {}, "source": code, "outputs": outputs}
-        return dump_json(cell | {"execution_count": count}) + b"\n"
-
-    def write(self, file: IO[bytes], metadata: Json) -> None:
-        """Write a notebook. Spec: https://nbformat.readthedocs.io/en/latest/format_description.html"""
-        with self._lock:
-            self._write(file, metadata)
-
-    def _write(self, file: IO[bytes], metadata: Json) -> None:
-        head = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata}
-        file.write(dump_json(head)[:-1] + b',"cells":[\n')
-        left, comma = self._size, b""
-        if self._file:
-            self._file.seek(0)
-            while left > 0:
-                line = self._file.readline()
-                file.write(comma + line)
-                left, comma = left - len(line), b","
-        if self._trouble:
-            source = f"Cells are missing here, since they could not be kept: {self._trouble}"
-            cell = {"cell_type": "markdown", "id": "missing", "metadata": {}, "source": source}
-            file.write(comma + dump_json(cell))
-        file.write(b"]}\n")
-
-
-def _notebook_output(output: Json) -> Json:
-    """Return an output as nbformat allows it: a MIME value is a string unless the type is JSON."""
-    if "data" not in output:
-        return output
-    data = {
-        mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
-        for mime, value in output["data"].items()
-    }
-    return output | {"data": data}
-
-
-_PYTHON_NAMES = re.compile(r"i?py(thon)?[\d.]*")
-_SHELLS = {"bash": "bash", "shell": "bash", "sh": "sh"}
-_QUIET = "-qq --disable-pip-version-check"  # errors stay visible
-# A line of IPython that runs pip; passed over is what may look like one: strings, comments, other shell lines.
-_PIP_LINE = re.compile(
-    r"""(?xms)
-    ^(?P<indent>[ \t]*)[!%][ \t]*pip3?[ \t]+install\b
-    | ^[ \t]*(?:!|%\w)[^\n]*
-    | (?P<quotes>\'{3}|"{3})(?:\\.|.)*?(?:(?P=quotes)|\Z)
-    | \'(?:\\.|[^\'\\\n])*
-    | "(?:\\.|[^"\\\n])*"?
-    | \#[^\n]*
-    """
-)
-_STOPPED = "The executor was stopped: make a new one."
-_BUSY = "The kernel is busy: an earlier cell is still running, so this code was not run; wait() waits for that cell"
-_NOT_BEGUN = "Interrupted before it began: the code was not run"
-_FRESH = "The kernel was restarted while this call waited: it is fresh, all earlier variables are lost"
-_TEXT_CELL = re.compile(r"\s*%%(?!time|capture)")  # %%writefile, %%html, ...: what follows is no Python
-
-
-def _silence_pip(code: str) -> str:
-    def silent(line: re.Match[str]) -> str:
-        if line["indent"] is None:
-            return line[0]
-        return f"""{line["indent"]}!"{{__import__('sys').executable}}" -m pip install {_QUIET}"""
-
-    return _PIP_LINE.sub(silent, code) if "pip" in code and not _TEXT_CELL.match(code) else code
-
-
-def run_shell(shell: str, script: str, pip_options: str) -> None:
-    """Run a script in the kernel, to which this source is sent: IPython's %%bash as it should be.
-
-    Raises: CalledProcessError with the exit status, without a traceback.
-    """
-    import os
-    import subprocess
-    import sys
-    import tempfile
-
-    silent = '{0}() {{ [ "${{1-}}" != install ] || set -- "$@" {1}; command {0} "$@"; }}; '
-    command = "".join(silent.format(pip, pip_options) for pip in ("pip", "pip3")) + '. "$0"'
-    path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
-    with tempfile.TemporaryFile() as file:  # an argument ends at 128 KB, and of stdin the script's commands would read
-        file.write(script.encode("utf-8", "replace"))
-        file.seek(0)
-        try:
-            process = subprocess.Popen(
-                [shell, "-c", command, f"/dev/fd/{file.fileno()}"],
-                env={**os.environ, "PATH": path},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=[file.fileno()],
-                start_new_session=True,
-            )
-            status = follow_shell(process)
-        except FileNotFoundError:
-            print(f"There is no {shell} where the kernel runs.", file=sys.stderr)
-            status = 127
-    if status:
-        error = subprocess.CalledProcessError(status, shell)
-        vars(error)["_render_traceback_"] = list  # IPython asks for it
-        raise error
-
-
-def follow_shell(process: subprocess.Popen[bytes]) -> int:
-    """Show both streams as they come, and return the exit status when the script ends; sent with `run_shell`.
-
-    An interrupt ends all that the script has started. What it has left in the background goes on, with its output.
-    """
-    import codecs
-    import contextlib
-    import os
-    import selectors
-    import signal
-    import sys
-    import threading
-    import time
-
-    selector = selectors.DefaultSelector()
-    for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        selector.register(pipe or 0, selectors.EVENT_READ, (decoder, stream, pipe))
-
-    def show(seconds: float, in_background: bool = False) -> None:
-        end, last = time.monotonic() + seconds, False
-        while selector.get_map() and not last:
-            # What the script wrote before its end is in the pipe, and one read takes all that a pipe holds.
-            last = not in_background and (process.poll() is not None or time.monotonic() > end)
-            for key, _ in selector.select(0 if last else 0.05):
-                decoder, stream, pipe = key.data
-                data = os.read(key.fd, 65536)
-                stream.write(decoder.decode(data, not data))
-                stream.flush()
-                if not data:
-                    selector.unregister(pipe)
-                    pipe.close()
-
-    try:
-        show(float("inf"))
-        process.wait()
-    except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)
-            show(0.5)
-    if selector.get_map():
-        threading.Thread(target=show, args=(0, True), daemon=True).start()
-    else:
-        selector.close()
-    status = process.poll()
-    return 130 if status is None else status if status >= 0 else 128 - status
-
-
-def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, str]:
-    """Return the cell that runs a code block in a kernel of that name and language, and what a notebook says of it.
-
-    These are the same but for a shell script.
-
-    Raises: ValueError for a language that the kernel does not speak.
-    """
-    code, language = str(block.code), str(block.language or "").strip().lower()
-    kernel_language = kernel_language or "python"  # a kernel that does not say
-    speaks_python = kernel_language.lower() == "python"
-    if speaks_python and language in _SHELLS and code.lstrip()[:1] not in ("!", "%"):
-        shell, script = _SHELLS[language], code.replace("\r\n", "\n")
-        shown = f"%%{shell}\n{script}"
-        try:
-            program = f"{functions_source((follow_shell, run_shell))}\nrun_shell({shell!r}, {script!r}, {_QUIET!r})"
-        except ValueError:  # a frozen program without source files: IPython's own way, with its flaws
-            return shown, shown
-        return f"exec({program!r}, {{}})", shown
-    own = {"", kernel_language.lower(), kernel_name.lower(), *(_SHELLS if speaks_python else ())}
-    if language in own or (speaks_python and _PYTHON_NAMES.fullmatch(language)):
-        cell = _silence_pip(code) if speaks_python else code
-        return cell, cell
-    others = " or bash" if speaks_python else ""
-    raise ValueError(f"The kernel runs {kernel_language}{others}, not {block.language}: the block was not run.")
 
 
 def functions_source(functions: Iterable[Callable[..., Any]]) -> str:
@@ -6408,8 +6112,6 @@ def function_source(function: Callable[..., Any]) -> str:
         raise ValueError(f"{function!r} cannot be sent to a kernel: it must be a plain function without closure.")
     return source
 
-
-# Tools: functions of this program that code in the kernel calls
 
 ApproveHook = Callable[[str, Json], Any]
 # The tool calls that the running code is part of, the innermost last.
@@ -6917,7 +6619,9 @@ def calls_note(calls: Sequence[Json]) -> str:
     return f"Tool calls of this cell: {'; '.join(parts)}" if parts else ""
 
 
-# Files and variables in and out
+# ======================================================================================================
+# 15. Files and variables of a kernel
+# ======================================================================================================
 
 
 @dataclass(frozen=True)
@@ -7156,7 +6860,7 @@ def source_file(source: Any) -> contextlib.AbstractContextManager[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def target_file(target: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def target_file(target: AnyPath) -> Iterator[IO[bytes]]:
     """Give a file to write to, which takes the place of `target` once it is complete. Raises: OSError."""
     path = Path(target).absolute()
     if path.exists() and not path.is_file():
@@ -7189,6 +6893,337 @@ class Meter:
                 self._hook(self._done, self.total)
             except Exception:
                 logger.warning("on_progress raised; the transfer goes on", exc_info=True)
+
+
+# ======================================================================================================
+# 16. Code executor
+# ======================================================================================================
+
+
+@dataclass
+class CodeBlock:
+    """A piece of code and the language that its fence named; "" is the kernel's own."""
+
+    code: str
+    language: str = ""
+
+
+@dataclass
+class CodeResult:
+    """What a list of code blocks did, in AutoGen's shape.
+
+    `output` is the text of the blocks joined with newlines, `output_files` absolute paths; `kernel_state` says
+    whether the variables survived: "intact", "lost", or "busy" (the code still runs). `status` and `note` are those of
+    the last block that ran: see ExecutionResult.
+    """
+
+    exit_code: int
+    output: str
+    output_files: list[str] = field(default_factory=list)
+    kernel_state: str = "intact"
+    status: str = "ok"
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"exit_code={self.exit_code} output={self.output!r} output_files={self.output_files!r}"
+
+
+IPythonCodeResult = CodeResult
+
+_FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)")
+_LIST_ITEM = re.compile(r" *(?:[-+*]|\d{1,9}[.)]) {1,4}(?=\S)")
+_LANGUAGE = re.compile(r"[{.\s]*([^\s,{}]*)")  # also Pandoc's {.python .numberLines}
+
+
+class MarkdownCodeExtractor:
+    """Finds the fenced code blocks of a message."""
+
+    def extract_code_blocks(self, message: str | Sequence[Mapping[str, Any]] | None) -> list[CodeBlock]:
+        """Return the blocks in order; `message` is text, a list of message parts, or None.
+
+        The language is the first word of the info string. Without one it is guessed, as AutoGen does: "sh" for what
+        begins with pip or python, "python" for what compiles, else "".
+
+        Raises: ValueError for a part of unknown type.
+
+        Spec: https://spec.commonmark.org/0.31.2/#fenced-code-blocks
+        """
+        return [block for text in _message_texts(message) for _, _, block in fenced_blocks(text)]
+
+
+def _message_texts(message: str | Sequence[Mapping[str, Any]] | None) -> Iterator[str]:
+    if message is None or isinstance(message, str):
+        yield message or ""
+        return
+    for part in message:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("text", "input_text"):
+            yield str(part.get("text") or "")
+        elif kind not in ("image_url", "input_image", "image", "function", "tool_call", "tool_calls"):
+            raise ValueError(f"Wrong content format: unknown type {kind} within the content")
+
+
+def fenced_blocks(text: str) -> Iterator[tuple[int, str, CodeBlock]]:
+    """Yield (number of the line at which the code begins, info string, block) of each fenced block of a text."""
+    lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
+    offset = 0  # column at which the content of the list item around begins
+    for number, line in lines:
+        line = line.expandtabs(4)
+        while item := _LIST_ITEM.match(line):
+            offset = item.end()
+            line = " " * offset + line[offset:]
+        indent = len(line) - len(line.lstrip(" "))
+        if line.strip() and indent < offset:
+            offset = 0
+        opening = _FENCE.fullmatch(line)
+        # "... preceded by up to three spaces of indentation"
+        if opening and indent - offset <= 3:
+            code = "\n".join(_fenced_lines(lines, opening["fence"], indent, offset))
+            language = _LANGUAGE.match(opening["info"])
+            yield number + 1, opening["info"], CodeBlock(code, (language and language[1]) or _guessed_language(code))
+
+
+def _guessed_language(code: str) -> str:
+    if code.startswith(("python ", "python3 ", "pip")):
+        return "sh"
+    try:
+        compile(code, "<block>", "exec", dont_inherit=True)
+    except Exception:  # by hostile text also MemoryError, RecursionError
+        return ""
+    return "python"
+
+
+def _fenced_lines(lines: Iterator[tuple[int, str]], fence: str, indent: int, offset: int) -> Iterator[str]:
+    # "... until a closing code fence of the same type as the code block began with ..., and with at least as
+    # many backticks or tildes"; "If the end of the containing block (or document) is reached ..., the code
+    # block contains all of the lines after the opening code fence until the end"
+    closing = re.compile(rf" {{0,{offset + 3}}}{fence[0]}{{{len(fence)},}}[ \t]*")
+    for _, line in lines:
+        if closing.fullmatch(line):
+            return
+        # "If the leading code fence is preceded by N spaces of indentation, then up to N spaces of indentation
+        # are removed from each line of the content"
+        yield _dedent(line, indent)
+
+
+def _dedent(line: str, columns: int) -> str:
+    """Remove up to `columns` columns of white space; of a tab that reaches farther, the rest stays as spaces."""
+    column = position = 0
+    while column < columns and line[position : position + 1] in (" ", "\t"):
+        column += 4 - column % 4 if line[position] == "\t" else 1
+        position += 1
+    return " " * (column - columns) + line[position:]
+
+
+class Journal:
+    """The cells of a session, kept on disk for `save_notebook`: one line of JSON each."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._size = 0
+        self._trouble = ""  # why cells are missing
+        self._lock = threading.Lock()
+
+    def add(self, code: str, result: ExecutionResult) -> None:
+        """Keep a cell. A full disk, or an output that cannot be written, costs its place here, not its result."""
+        with self._lock:
+            self._add(code, result)
+
+    def _add(self, code: str, result: ExecutionResult) -> None:
+        try:
+            line = self._line(code, result.execution_count, list(map(_notebook_output, result.outputs)), result.note)
+            if self._size + len(line) > MAX_FILE_BYTES:
+                line = self._line(code, result.execution_count, [], "The outputs of this cell were not kept: too large")
+            if self._file is None:
+                import tempfile
+
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
+                weakref.finalize(self, self._file.close)
+            self._file.seek(self._size)
+            self._file.write(line)
+            self._file.flush()
+            self._size += len(line)
+        except (OSError, ValueError, RecursionError) as error:
+            self._trouble = str(error)
+            logger.warning("A cell is not kept for the notebook: %s", error)
+
+    def _line(self, code: str, count: int | None, outputs: list[Json], note: str) -> bytes:
+        outputs += [{"output_type": "stream", "name": "stderr", "text": note}] * bool(note)
+        cell = {"cell_type": "code", "id": os.urandom(4).hex(), "metadata": {}, "source": code, "outputs": outputs}
+        return dump_json(cell | {"execution_count": count}) + b"\n"
+
+    def write(self, file: IO[bytes], metadata: Json) -> None:
+        """Write a notebook. Spec: https://nbformat.readthedocs.io/en/latest/format_description.html"""
+        with self._lock:
+            self._write(file, metadata)
+
+    def _write(self, file: IO[bytes], metadata: Json) -> None:
+        head = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata}
+        file.write(dump_json(head)[:-1] + b',"cells":[\n')
+        left, comma = self._size, b""
+        if self._file:
+            self._file.seek(0)
+            while left > 0:
+                line = self._file.readline()
+                file.write(comma + line)
+                left, comma = left - len(line), b","
+        if self._trouble:
+            source = f"Cells are missing here, since they could not be kept: {self._trouble}"
+            cell = {"cell_type": "markdown", "id": "missing", "metadata": {}, "source": source}
+            file.write(comma + dump_json(cell))
+        file.write(b"]}\n")
+
+
+def _notebook_output(output: Json) -> Json:
+    """Return an output as nbformat allows it: a MIME value is a string unless the type is JSON."""
+    if "data" not in output:
+        return output
+    data = {
+        mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
+        for mime, value in output["data"].items()
+    }
+    return output | {"data": data}
+
+
+_PYTHON_NAMES = re.compile(r"i?py(thon)?[\d.]*")
+_SHELLS = {"bash": "bash", "shell": "bash", "sh": "sh"}
+_QUIET = "-qq --disable-pip-version-check"  # errors stay visible
+# A line of IPython that runs pip; passed over is what may look like one: strings, comments, other shell lines.
+_PIP_LINE = re.compile(
+    r"""(?xms)
+    ^(?P<indent>[ \t]*)[!%][ \t]*pip3?[ \t]+install\b
+    | ^[ \t]*(?:!|%\w)[^\n]*
+    | (?P<quotes>\'{3}|"{3})(?:\\.|.)*?(?:(?P=quotes)|\Z)
+    | \'(?:\\.|[^\'\\\n])*
+    | "(?:\\.|[^"\\\n])*"?
+    | \#[^\n]*
+    """
+)
+_STOPPED = "The executor was stopped: make a new one."
+_BUSY = "The kernel is busy: an earlier cell is still running, so this code was not run; wait() waits for that cell"
+_NOT_BEGUN = "Interrupted before it began: the code was not run"
+_FRESH = "The kernel was restarted while this call waited: it is fresh, all earlier variables are lost"
+_TEXT_CELL = re.compile(r"\s*%%(?!time|capture)")  # %%writefile, %%html, ...: what follows is no Python
+
+
+def _silence_pip(code: str) -> str:
+    def silent(line: re.Match[str]) -> str:
+        if line["indent"] is None:
+            return line[0]
+        return f"""{line["indent"]}!"{{__import__('sys').executable}}" -m pip install {_QUIET}"""
+
+    return _PIP_LINE.sub(silent, code) if "pip" in code and not _TEXT_CELL.match(code) else code
+
+
+def run_shell(shell: str, script: str, pip_options: str) -> None:
+    """Run a script in the kernel, to which this source is sent: IPython's %%bash as it should be.
+
+    Raises: CalledProcessError with the exit status, without a traceback.
+    """
+    import os
+    import subprocess
+    import sys
+    import tempfile
+
+    silent = '{0}() {{ [ "${{1-}}" != install ] || set -- "$@" {1}; command {0} "$@"; }}; '
+    command = "".join(silent.format(pip, pip_options) for pip in ("pip", "pip3")) + '. "$0"'
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
+    with tempfile.TemporaryFile() as file:  # an argument ends at 128 KB, and of stdin the script's commands would read
+        file.write(script.encode("utf-8", "replace"))
+        file.seek(0)
+        try:
+            process = subprocess.Popen(
+                [shell, "-c", command, f"/dev/fd/{file.fileno()}"],
+                env={**os.environ, "PATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[file.fileno()],
+                start_new_session=True,
+            )
+            status = follow_shell(process)
+        except FileNotFoundError:
+            print(f"There is no {shell} where the kernel runs.", file=sys.stderr)
+            status = 127
+    if status:
+        error = subprocess.CalledProcessError(status, shell)
+        vars(error)["_render_traceback_"] = list  # IPython asks for it
+        raise error
+
+
+def follow_shell(process: subprocess.Popen[bytes]) -> int:
+    """Show both streams as they come, and return the exit status when the script ends; sent with `run_shell`.
+
+    An interrupt ends all that the script has started. What it has left in the background goes on, with its output.
+    """
+    import codecs
+    import contextlib
+    import os
+    import selectors
+    import signal
+    import sys
+    import threading
+    import time
+
+    selector = selectors.DefaultSelector()
+    for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        selector.register(pipe or 0, selectors.EVENT_READ, (decoder, stream, pipe))
+
+    def show(seconds: float, in_background: bool = False) -> None:
+        end, last = time.monotonic() + seconds, False
+        while selector.get_map() and not last:
+            # What the script wrote before its end is in the pipe, and one read takes all that a pipe holds.
+            last = not in_background and (process.poll() is not None or time.monotonic() > end)
+            for key, _ in selector.select(0 if last else 0.05):
+                decoder, stream, pipe = key.data
+                data = os.read(key.fd, 65536)
+                stream.write(decoder.decode(data, not data))
+                stream.flush()
+                if not data:
+                    selector.unregister(pipe)
+                    pipe.close()
+
+    try:
+        show(float("inf"))
+        process.wait()
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+            show(0.5)
+    if selector.get_map():
+        threading.Thread(target=show, args=(0, True), daemon=True).start()
+    else:
+        selector.close()
+    status = process.poll()
+    return 130 if status is None else status if status >= 0 else 128 - status
+
+
+def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, str]:
+    """Return the cell that runs a code block in a kernel of that name and language, and what a notebook says of it.
+
+    These are the same but for a shell script.
+
+    Raises: ValueError for a language that the kernel does not speak.
+    """
+    code, language = str(block.code), str(block.language or "").strip().lower()
+    kernel_language = kernel_language or "python"  # a kernel that does not say
+    speaks_python = kernel_language.lower() == "python"
+    if speaks_python and language in _SHELLS and code.lstrip()[:1] not in ("!", "%"):
+        shell, script = _SHELLS[language], code.replace("\r\n", "\n")
+        shown = f"%%{shell}\n{script}"
+        try:
+            program = f"{functions_source((follow_shell, run_shell))}\nrun_shell({shell!r}, {script!r}, {_QUIET!r})"
+        except ValueError:  # a frozen program without source files: IPython's own way, with its flaws
+            return shown, shown
+        return f"exec({program!r}, {{}})", shown
+    own = {"", kernel_language.lower(), kernel_name.lower(), *(_SHELLS if speaks_python else ())}
+    if language in own or (speaks_python and _PYTHON_NAMES.fullmatch(language)):
+        cell = _silence_pip(code) if speaks_python else code
+        return cell, cell
+    others = " or bash" if speaks_python else ""
+    raise ValueError(f"The kernel runs {kernel_language}{others}, not {block.language}: the block was not run.")
 
 
 CODE_WRITER_SYSTEM_MESSAGE = """\
@@ -7358,6 +7393,8 @@ class CellCall:
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
     ) -> None:
+        if not isinstance(code, str):
+            raise TypeError("code must be a string; execute_code_blocks takes code blocks.")
         self._code, self._timeout, self._on_output, self._on_input = code, timeout, on_output, on_input
         self.last: ExecutionResult | None = None
 
@@ -7411,8 +7448,9 @@ class BlocksCall:
     def _total(self, where: str) -> CodeResult:
         texts, last = self._ended
         text = shorten("\n".join(texts), self._limit, self._gaps, where)
-        exit_code, state = (last.exit_code, last.kernel_state) if last else (0, "intact")
-        return CodeResult(exit_code, text, self._files.paths, state)
+        if last is None:
+            return CodeResult(0, text, self._files.paths)
+        return CodeResult(last.exit_code, text, self._files.paths, last.kernel_state, last.status, last.note)
 
     def so_far(self, result: ExecutionResult) -> CodeResult:
         """Return what the call has done by now; `result` is that of its running cell."""
@@ -7610,7 +7648,7 @@ class JupyterCodeExecutor(Stoppable):
         jupyter_server: Any,
         kernel_name: str = "python3",
         timeout: float = 60,
-        output_dir: str | os.PathLike[str] = ".",
+        output_dir: AnyPath = ".",
         *,
         functions: Sequence[Callable[..., Any]] = (),
         startup: str = "",
@@ -7885,11 +7923,7 @@ class JupyterCodeExecutor(Stoppable):
             yield FarFiles(ask_by_cell, CELL_PIECE, 1, self._check_usable)
 
     def upload(
-        self,
-        source: str | os.PathLike[str] | bytes | IO[bytes],
-        path: str | os.PathLike[str] | None = None,
-        *,
-        on_progress: Progress | None = None,
+        self, source: AnyPath | bytes | IO[bytes], path: AnyPath | None = None, *, on_progress: Progress | None = None
     ) -> str:
         """Bring a file, bytes or what a binary file has to where the kernel runs; return its path there.
 
@@ -7910,18 +7944,11 @@ class JupyterCodeExecutor(Stoppable):
         return name
 
     @overload
-    def download(
-        self, path: str | os.PathLike[str], *, max_bytes: int = ..., on_progress: Progress | None = ...
-    ) -> bytes: ...
+    def download(self, path: AnyPath, *, max_bytes: int = ..., on_progress: Progress | None = ...) -> bytes: ...
 
     @overload
     def download(
-        self,
-        path: str | os.PathLike[str],
-        target: str | os.PathLike[str] | IO[bytes],
-        *,
-        max_bytes: int = ...,
-        on_progress: Progress | None = ...,
+        self, path: AnyPath, target: AnyPath | IO[bytes], *, max_bytes: int = ..., on_progress: Progress | None = ...
     ) -> None: ...
 
     def download(
@@ -7944,7 +7971,7 @@ class JupyterCodeExecutor(Stoppable):
                 meter.add(len(piece))
         return memory.getvalue() if target is None else None
 
-    def list_files(self, path: str | os.PathLike[str] = ".") -> list[FarFile]:
+    def list_files(self, path: AnyPath = ".") -> list[FarFile]:
         """Return what is in a directory where the kernel runs, by name; links are not followed.
 
         As to `path` and running cells see `upload`. Raises: FileTransferError, also for more than MAX_LISTED entries.
@@ -8018,7 +8045,7 @@ class JupyterCodeExecutor(Stoppable):
                 raise VariableError(name, str(error)) from error
         return bytes(received)
 
-    def save_notebook(self, path: str | os.PathLike[str]) -> None:
+    def save_notebook(self, path: AnyPath) -> None:
         """Write the session so far as a notebook: each cell with its outputs, failed and timed-out ones too.
 
         It waits for cells that have begun or wait for their turn, but not for one that was detached.
@@ -8117,7 +8144,7 @@ class AsyncJupyterCodeExecutor(Single):
         jupyter_server: Any,
         kernel_name: str = "python3",
         timeout: float = 60,
-        output_dir: str | os.PathLike[str] = ".",
+        output_dir: AnyPath = ".",
         *,
         functions: Sequence[Callable[..., Any]] = (),
         startup: str = "",
@@ -8314,11 +8341,7 @@ class AsyncJupyterCodeExecutor(Single):
         return await AsyncJob((await self._started())._waited_for()).wait(seconds)
 
     async def upload(
-        self,
-        source: str | os.PathLike[str] | bytes | IO[bytes],
-        path: str | os.PathLike[str] | None = None,
-        *,
-        on_progress: Progress | None = None,
+        self, source: AnyPath | bytes | IO[bytes], path: AnyPath | None = None, *, on_progress: Progress | None = None
     ) -> str:
         """Like JupyterCodeExecutor.upload. Cancelling ends it; `on_progress` is called in a thread."""
 
@@ -8328,18 +8351,11 @@ class AsyncJupyterCodeExecutor(Single):
         return await self._transfer(work, on_progress)
 
     @overload
-    async def download(
-        self, path: str | os.PathLike[str], *, max_bytes: int = ..., on_progress: Progress | None = ...
-    ) -> bytes: ...
+    async def download(self, path: AnyPath, *, max_bytes: int = ..., on_progress: Progress | None = ...) -> bytes: ...
 
     @overload
     async def download(
-        self,
-        path: str | os.PathLike[str],
-        target: str | os.PathLike[str] | IO[bytes],
-        *,
-        max_bytes: int = ...,
-        on_progress: Progress | None = ...,
+        self, path: AnyPath, target: AnyPath | IO[bytes], *, max_bytes: int = ..., on_progress: Progress | None = ...
     ) -> None: ...
 
     async def download(
@@ -8352,7 +8368,7 @@ class AsyncJupyterCodeExecutor(Single):
 
         return await self._transfer(work, on_progress)
 
-    async def list_files(self, path: str | os.PathLike[str] = ".") -> list[FarFile]:
+    async def list_files(self, path: AnyPath = ".") -> list[FarFile]:
         """Like JupyterCodeExecutor.list_files."""
         return await self._transfer(lambda executor, progress: executor.list_files(path), None)
 
@@ -8397,7 +8413,7 @@ class AsyncJupyterCodeExecutor(Single):
         if self._executor:
             self._executor.interrupt()
 
-    async def save_notebook(self, path: str | os.PathLike[str]) -> None:
+    async def save_notebook(self, path: AnyPath) -> None:
         """Like JupyterCodeExecutor.save_notebook."""
         await aside(functools.partial((await self._started()).save_notebook, path))
 
@@ -8420,7 +8436,7 @@ class AsyncJupyterCodeExecutor(Single):
 
 
 # ======================================================================================================
-# 13. Command line
+# 17. Command line
 # ======================================================================================================
 
 
@@ -9001,7 +9017,7 @@ if __name__ == "__main__":
     sys.exit(main())
 
 # ======================================================================================================
-# 14. License
+# 18. License
 # ======================================================================================================
 #
 # MIT License

@@ -304,7 +304,7 @@ def section_of(line: int) -> int:
 def test_sections_are_numbered_in_order() -> None:
     numbers = list(sections())
     assert numbers == sorted(numbers)
-    assert {*range(1, 15)} <= set(numbers)
+    assert {*range(1, 19)} == set(numbers)
 
 
 def test_a_section_uses_only_names_of_sections_above_it() -> None:
@@ -365,7 +365,7 @@ def test_only_what_never_runs_on_windows_uses_names_that_are_missing_there() -> 
     for line, name in missing_on_windows().items():
         place: Any = next((node for (start, end), node in places.items() if start <= line <= end), None)
         assert name, f"line {line} is wrong on Windows"
-        assert section_of(line) == 8 or (place and place.name in guarded), f"line {line} uses {name}"
+        assert section_of(line) == 10 or (place and place.name in guarded), f"line {line} uses {name}"
 
 
 def test_import_loads_neither_docker_nor_jupyter_client_nor_ssl() -> None:
@@ -388,10 +388,14 @@ VENDORED = """
 """
 
 
-def test_a_host_of_the_same_bytecode_gets_code_and_any_other_the_source() -> None:
-    code, source = (jupyter_exec.own_program(magic) for magic in (importlib.util.MAGIC_NUMBER.hex(), "00"))
-    assert code[:1] == b"c"
-    assert source == b"s%08d" % MODULE.stat().st_size + MODULE.read_bytes()
+def test_a_host_of_the_same_bytecode_gets_code_that_is_there_and_any_other_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = b"s%08d" % MODULE.stat().st_size + MODULE.read_bytes()
+    for cached, expected in ((str(MODULE), b"c"), (str(tmp_path / "none.pyc"), b"s"), (None, b"s")):
+        monkeypatch.setattr(jupyter_exec, "__cached__", cached)
+        assert jupyter_exec.own_program(importlib.util.MAGIC_NUMBER.hex())[:1] == expected
+        assert jupyter_exec.own_program("00") == source
 
 
 @pytest.mark.slow
@@ -1722,6 +1726,23 @@ def test_text_for_language_models_is_preferred_and_files_need_no_directory() -> 
     assert result.text.startswith("for models")
     assert [(file.mime_type, file.suffix, file.data) for file in result.files] == [("text/html", ".html", b"<b>")]
     assert result.images == []
+
+
+def test_files_of_a_result_are_saved_when_asked_for(tmp_path: Path) -> None:
+    paths = shown(b"one", "text", {"text/html": "<b>"}, {"image/png": "!"}).save(tmp_path)
+    assert [(Path(path).suffix, Path(path).read_bytes()) for path in paths] == [(".png", b"one"), (".html", b"<b>")]
+    assert sorted(map(str, tmp_path.iterdir())) == sorted(paths)
+    with pytest.raises(ValueError, match="does not exist"):
+        shown(b"one").save(tmp_path / "nowhere")
+
+
+def test_a_code_result_has_status_and_note(executor: JupyterCodeExecutor) -> None:
+    result = executor.execute_code_blocks("import os; os._exit(3)")
+    assert (result.status, "ended by itself with code 3" in result.note or "code 3" in result.note) == ("died", True)
+    result = executor.execute_code_blocks("1")
+    assert (result.status, result.note, str(result)) == ("ok", "", "exit_code=0 output='1' output_files=[]")
+    with pytest.raises(TypeError, match="execute_code_blocks takes code blocks"):
+        executor.execute(CodeBlock("1"))  # type: ignore[arg-type]
 
 
 # ======================================================================================================
