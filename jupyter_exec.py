@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import contextvars
 import functools
 import heapq
 import io
@@ -77,7 +78,8 @@ __all__ += ["CommandJupyterServer", "ConnectionClosed", "DockerJupyterServer", "
 __all__ += ["ExecutionTimeout", "IPythonCodeResult", "JupyterCodeExecutor", "JupyterConnectionInfo"]
 __all__ += ["JupyterExecError", "KernelClient", "KernelConnection", "KernelDied", "KernelError", "KernelSpecNotFound"]
 __all__ += ["KernelStartFailed", "LocalJupyterServer", "MarkdownCodeExtractor", "ProtocolError"]
-__all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError"]
+__all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError", "ToolError", "ToolRefused"]
+__all__ += ["tool_call_ended"]
 
 PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
@@ -143,6 +145,10 @@ MAX_FILES = 500  # files of one call
 MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
 TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
 STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
+MAX_TOOL_JSON = 4 * 2**20  # characters of JSON of a tool call's arguments, or of its result
+MAX_TOOLS_AT_ONCE = 64  # tool calls of one cell that run at the same time; the others wait
+MAX_TOOLS_TEXT = 8000  # characters of a system_message with tools in it
+PAUSE_POLL = 0.2  # seconds between looks whether a stopped clock goes on
 PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between choosing and binding them
 
 Json = dict[str, Any]
@@ -301,6 +307,14 @@ class SandboxError(JupyterExecError):
         names = [f"image {self.image}"] * bool(self.image) + [f"container {self.container}"] * bool(self.container)
         where = f" ({', '.join(names)})" if names else ""
         return "\n".join([self.reason + where, *([self.logs.strip()] if self.logs.strip() else [])])
+
+
+class ToolError(JupyterExecError):
+    """A tool failed, or could not be called. Raised in the kernel, as a plain Exception; tools may raise it, too."""
+
+
+class ToolRefused(ToolError):
+    """The program does not allow this call of a tool; the message is its reason. Raised like ToolError."""
 
 
 def describe_os_error(error: OSError) -> str:
@@ -1182,7 +1196,9 @@ class ExecutionResult:
     `status` is "ok", "error", "timeout", "interrupted", "died" or "exited"; `kernel_state` is "intact", "lost"
     (all variables are gone) or "busy"; `note` is the sentence about it, empty when all is well. `outputs` are
     dicts in the shape of nbformat 4 (stream, execute_result, display_data, error); `missing` is how many characters
-    of streams are not in them, since there were more than `max_output`.
+    of streams are not in them, since there were more than `max_output`. `calls` are the tool calls, in order: dicts of
+    name, arguments (a dict), seconds, and status: "ok", "error", "refused", "timeout", "unanswered" (it was running
+    when the cell ended) or "not run".
     """
 
     status: str
@@ -1194,6 +1210,7 @@ class ExecutionResult:
     duration: float = 0.0  # seconds
     death: KernelDied | None = None
     missing: int = 0
+    calls: list[Json] = field(default_factory=list)
 
     @property
     def truncated(self) -> bool:
@@ -1508,6 +1525,10 @@ class Deadline:
     @property
     def expired(self) -> bool:
         return self._at is not None and time.monotonic() >= self._at
+
+    def extend(self, seconds: float) -> None:
+        if self._at is not None:
+            self._at += seconds
 
     def within(self, seconds: float) -> float:
         """Return what is left, at most `seconds`."""
@@ -2370,15 +2391,21 @@ class WebSocketChannels:
 
 OutputHook = Callable[[Json], None]
 InputHook = Callable[[str, bool], str]
+Pause = Callable[[], contextlib.AbstractContextManager[None]]
+RequestHook = Callable[..., bool]  # (prompt, reply, pause)
 
 
 class Hooks:
     """What a caller wants to hear of a cell while it runs. What raises in them costs a warning in the log."""
 
     def __init__(
-        self, on_output: OutputHook | None = None, on_input: InputHook | None = None, record: OutputHook | None = None
+        self,
+        on_output: OutputHook | None = None,
+        on_input: InputHook | None = None,
+        record: OutputHook | None = None,
+        on_request: RequestHook | None = None,
     ) -> None:
-        self._on_output, self._on_input, self._record = on_output, on_input, record
+        self._on_output, self._on_input, self._record, self.on_request = on_output, on_input, record, on_request
         self.slow = bool(on_output or on_input)  # code of others, which may take its time
         self.muted = False  # it took too much
 
@@ -2405,7 +2432,7 @@ class Hooks:
                 pass
             except Exception:
                 logger.warning("on_input raised; the cell gets EOFError", exc_info=True)
-        return "\x04" if self._on_input else ""
+        return "\x04" if self._on_input or self.on_request else ""
 
 
 class Watch:
@@ -2417,11 +2444,36 @@ class Watch:
         self.reading: Deadline | None = None  # of slow hooks, after a cell's end
         self.grace: Deadline | None = None  # of an interrupted cell to end by itself
         self.overdue: Deadline | None = None  # of the missing one of reply and idle
+        self._lock = threading.Lock()
+        self._pauses = 0  # how many threads keep the clock stopped,
+        self._paused_at = 0.0  # and since when
 
     def wait(self, half_done: bool) -> float | None:
         """Return how long to wait for a message."""
+        if self._pauses and not self.grace:
+            return PAUSE_POLL
         limit = self.grace or self.deadline
         return limit.within(FENCE_DELAY) if half_done else limit.remaining
+
+    @property
+    def due(self) -> bool:
+        """Whether the time of the cell, or that of its grace, is over."""
+        with self._lock:
+            return self.grace.expired if self.grace else not self._pauses and self.deadline.expired
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stop the clock of the cell meanwhile, in any thread."""
+        with self._lock:
+            self._paused_at = self._paused_at if self._pauses else time.monotonic()
+            self._pauses += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pauses -= 1
+                if not self._pauses:
+                    self.deadline.extend(time.monotonic() - self._paused_at)
 
 
 class KernelClient:
@@ -2530,22 +2582,26 @@ class KernelClient:
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
         record: OutputHook | None = None,
+        on_request: RequestHook | None = None,
         on_result: Callable[[ExecutionResult], None] | None = None,
     ) -> ExecutionResult:
         """Run one cell and return what it did; `timeout` is the wall clock in seconds, None for no limit.
 
         `max_output` is how many characters of its streams are kept, None for all. `record` gets every output before
-        `on_output` does, and is quick. `on_result` gets the result even if Ctrl-C ends this call.
+        `on_output` does, and is quick. `on_request(prompt, reply, pause)` may take an input_request, and is quick, too:
+        if it returns true, `reply(value)` is called later, in any thread; `with pause()` stops the cell's clock.
+        `on_result` gets the result even if Ctrl-C ends this call.
 
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
         if self._running:
             raise JupyterExecError("A cell is running: its hooks cannot run another one.")
-        content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=on_input is not None)
+        asks = on_input is not None or on_request is not None
+        content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=asks)
         request = self._message("shell", "execute_request", content)
         execution = Execution(request.msg_id, max_output)
-        hooks = Hooks(on_output, on_input, record)
         started, watch = time.monotonic(), Watch(timeout)
+        hooks = Hooks(on_output, on_input, record, on_request and functools.partial(on_request, pause=watch.pause))
 
         def finish() -> ExecutionResult:
             self._ended = execution.ended_session
@@ -2600,7 +2656,7 @@ class KernelClient:
         elif watch.overdue and watch.overdue.expired:
             self._fence(execution)
             watch.overdue = Deadline(FENCE_DELAY)
-        elif not (watch.grace or watch.deadline).expired:
+        elif not watch.due:
             pass
         elif self._mailbox.answered:  # the cell has ended; a slow hook kept this thread from seeing it
             watch.reading = watch.reading or Deadline(INTERRUPT_GRACE)
@@ -2615,7 +2671,7 @@ class KernelClient:
 
     def _time_out(self, execution: Execution, watch: Watch) -> None:
         """Interrupt a cell whose time is over; in the caller's thread or that of a timer."""
-        if execution.done:
+        if execution.done or not watch.due:
             return
         if self._mailbox.answered:  # it has ended in time
             return
@@ -2644,7 +2700,9 @@ class KernelClient:
         if death := _reported_death(message):
             self._mailbox.put(death)
         if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
-            self._send("stdin", "input_reply", {"value": hooks.answer(message.content)})
+            prompt = text_of(message.content.get("prompt"))
+            if not (hooks.on_request and hooks.on_request(prompt, self._reply)):
+                self._reply(hooks.answer(message.content))
         elif output := execution.feed(message) or self._late_output(message, execution):
             hooks.show(output)
         if execution.started and execution.interrupted and not execution.signalled:
@@ -2786,6 +2844,9 @@ class KernelClient:
         msg_id = f"{self._session}_{next(self._serial)}"
         date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return new_message(channel, msg_type, content, session=self._session, msg_id=msg_id, date=date)
+
+    def _reply(self, value: str) -> None:
+        self._send("stdin", "input_reply", {"value": value})
 
     def _send(self, channel: str, msg_type: str, content: Json) -> None:
         self._post(self._message(channel, msg_type, content))
@@ -5999,6 +6060,508 @@ def function_source(function: Callable[..., Any]) -> str:
     return source
 
 
+# Tools: functions of this program that code in the kernel calls
+
+ApproveHook = Callable[[str, Json], Any]
+# The tool calls that the running code is part of, the innermost last.
+_CALLS: contextvars.ContextVar[tuple[ToolCall, ...]] = contextvars.ContextVar("tool calls", default=())
+
+
+def tool_call_ended() -> bool:
+    """Whether nobody waits any more for the tool call that asks: its cell has ended, or its time is over.
+
+    A tool that takes long asks this now and then, and gives up. A coroutine is cancelled instead.
+    """
+    return any(call.ended for call in _CALLS.get())
+
+
+def to_json(value: Any) -> Any:
+    """Return JSON for what json.dumps does not know; in this program, and in a kernel that this source is sent to."""
+    import base64
+    import dataclasses
+    import datetime
+
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):  # pydantic
+        return value.model_dump(mode="json")
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(value).decode()
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (set, frozenset)):
+        return list(value)
+    if hasattr(value, "tolist"):  # numpy
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON: send numbers, text, lists and dicts")
+
+
+class ToolCaller:
+    """The kernel's end of the tools: its source is sent there, and it does not run here.
+
+    A call is an input_request, its result the input_reply. ipykernel waits for one of them at a time, and not in a
+    thread-safe way. So here one thread has the stdin socket to itself, and gives each request its answer, those of
+    input() too.
+    """
+
+    def __init__(self, kernel: Any, tag: str, max_calls: int, max_size: int) -> None:
+        import atexit
+
+        self._kernel, self._tag, self._max_calls, self._max_size = kernel, tag, max_calls, max_size
+        self._client = kernel.get_parent("shell")["header"]["session"]
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._serial = itertools.count()
+        self._last: int | None = (
+            None  # number of the last call that the running cell may make; None: no cell is running
+        )
+        self._outbox: deque[tuple[str | None, Any, tuple[Any, ...]]] = deque()  # number, future, request
+        self._calls: dict[str, Any] = {}  # futures of what was sent, by number
+        self._inputs: deque[Any] = deque()  # those of input(), in order
+        self._woken, self._wake = socket.socketpair()
+        self._woken.setblocking(False)
+        self._wake.setblocking(False)
+        self._ended = False
+        self._replaced = kernel.do_execute, kernel._input_request
+        kernel.do_execute, kernel._input_request = self._do_execute, self._request
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # ipykernel closes the socket later than that
+
+    def close(self) -> None:
+        self._ended = True
+        self._wake_up()
+        self._thread.join()
+        self._kernel.do_execute, self._kernel._input_request = self._replaced
+
+    async def _do_execute(self, *args: Any, **options: Any) -> Any:
+        self._last = next(self._serial) + self._max_calls
+        try:
+            return await self._replaced[0](*args, **options)
+        finally:
+            with self._lock:
+                self._last = None
+                left = [*self._calls.values(), *self._inputs, *(future for _, future, _ in self._outbox)]
+                for waiting in (self._calls, self._inputs, self._outbox):
+                    waiting.clear()
+            for future in left:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(ToolError("The cell has ended: nobody answers any more."))
+
+    def call(self, name: str, args: Any, kwargs: Any) -> Any:
+        """Send a call; returns its future."""
+        try:
+            text = json.dumps({"name": name, "args": args, "kwargs": kwargs}, default=to_json)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise TypeError(f"{name}(): {error}") from None
+        if len(text) > self._max_size:
+            raise ToolError(
+                f"{name}(): the arguments are {len(text)} characters of JSON; {self._max_size} is the limit."
+            )
+        if self._last is None or self._kernel.get_parent("shell")["header"]["session"] != self._client:
+            raise ToolError(f"{name}() was called while no cell of its program was running.")
+        if (number := next(self._serial)) > self._last:
+            raise ToolError(f"{name}(): this cell has made {self._max_calls} tool calls, which is the limit.")
+        return self._kernel.raw_input(f"{self._tag}{number}:{text}")
+
+    def _request(self, prompt: str, ident: Any, parent: Any, password: bool = False) -> Any:
+        """Stand in for the kernel's `_input_request`: return what a person types, or the future of a call."""
+        from concurrent.futures import Future
+
+        if os.getpid() != self._pid:
+            raise ToolError("Only the kernel's own process can call tools and ask for input: use threads.")
+        future: Future[Any] = Future()
+        number = prompt[len(self._tag) :].partition(":")[0] if prompt.startswith(self._tag) else None
+        if number is None:
+            sys.stderr.flush()
+            sys.stdout.flush()
+        with self._lock:
+            if self._last is None and number is not None:
+                raise ToolError("The cell has ended.")
+            self._outbox.append((number, future, ({"prompt": prompt, "password": password}, parent, ident)))
+        self._wake_up()
+        return future.result() if number is None else future
+
+    def _wake_up(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # there is enough to wake it
+            self._wake.send(b"x")
+
+    def _serve(self) -> None:
+        import zmq
+
+        poller, sock = zmq.Poller(), self._kernel.stdin_socket
+        poller.register(sock, zmq.POLLIN)
+        poller.register(self._woken, zmq.POLLIN)
+        while not self._ended:
+            poller.poll()
+            with contextlib.suppress(BlockingIOError):
+                self._woken.recv(4096)
+            for work in (self._receive, self._send):
+                try:
+                    work(sock)
+                except Exception:  # a message that is none: the others go on
+                    self._kernel.log.warning("A request or an answer on stdin was lost", exc_info=True)
+
+    def _send(self, sock: Any) -> None:
+        with self._lock:
+            while self._outbox and len(self._calls) < 256:  # ZeroMQ drops what waits beyond 1000
+                number, future, (content, parent, ident) = self._outbox.popleft()
+                if number is None:
+                    self._inputs.append(future)
+                else:
+                    self._calls[number] = future
+                self._kernel.session.send(sock, "input_request", content, parent, ident=ident)
+
+    def _receive(self, sock: Any) -> None:
+        while reply := self._kernel.session.recv(sock)[1]:
+            value = reply["content"].get("value", "")
+            with self._lock:
+                if value.startswith(self._tag):
+                    number, _, text = value[len(self._tag) :].partition(":")
+                    future, answer = self._calls.pop(number, None), json.loads(text)
+                else:
+                    future, answer = self._inputs.popleft() if self._inputs else None, {"value": value}
+                    if value == "\x04":
+                        answer = {"error": "EOFError", "message": "", "tool": ""}
+            if future and future.set_running_or_notify_cancel():
+                if "error" in answer:
+                    future.set_exception(self._error_of(**answer))
+                else:
+                    future.set_result(answer["value"])
+
+    def _error_of(self, error: str, message: str, tool: str) -> BaseException:
+        import builtins
+
+        kinds: dict[str, Any] = {**vars(builtins), "ToolError": ToolError, "ToolRefused": ToolRefused}
+        try:
+            raised: BaseException = kinds[error](*[message] * bool(message))
+        except TypeError:  # it wants several arguments
+            raised = ToolError(f"{error}: {message}")
+        if tool and hasattr(raised, "add_note"):
+            raised.add_note(f"Raised by the tool {tool}, in the program that runs this kernel.")
+        return raised
+
+
+def tool_stub(caller: ToolCaller, shape: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
+    """Return what stands for a tool in the kernel; sent with ToolCaller. Calling `shape` checks the arguments."""
+    import asyncio
+
+    @functools.wraps(shape)
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        shape(*args, **kwargs)
+        future = caller.call(shape.__name__, args, kwargs)
+        if error := future.exception():
+            raise error
+        return future.result()
+
+    @functools.wraps(shape)
+    async def async_stub(*args: Any, **kwargs: Any) -> Any:
+        shape(*args, **kwargs)
+        return await asyncio.wrap_future(caller.call(shape.__name__, args, kwargs))
+
+    return async_stub if is_async else stub
+
+
+def define_tools(shell: Any, tag: str, max_calls: int, max_size: int, heads: dict[str, tuple[str, str | None]]) -> None:
+    """Define the tools in the kernel to which this source is sent; `heads` are first lines and docstrings."""
+    kernel = shell.kernel
+    if old := getattr(kernel, "_tool_caller", None):  # of another program, in a kernel that was attached to
+        old.close()
+    kernel._tool_caller = caller = ToolCaller(kernel, tag, max_calls, max_size)
+    for name, (head, documentation) in heads.items():
+        scope: Any = {"__name__": "__main__"}
+        exec(f"from __future__ import annotations\n{head.removeprefix('async ')} {documentation!r}", scope)
+        shell.user_ns[name] = tool_stub(caller, scope[name], head.startswith("async "))
+    shell.user_ns.update(ToolError=ToolError, ToolRefused=ToolRefused)
+
+
+class Verbatim(str):
+    """A piece of Python in an inspect.Signature."""
+
+    __repr__ = str.__str__
+
+
+def tool_signature(function: Callable[..., Any]) -> str:
+    """Return a function's signature as Python that needs no names: `(city: str, days: int = 3) -> list[str]`."""
+    import ast
+    import inspect
+
+    def checked(value: Any, check: Callable[[str], object], text: str, otherwise: str) -> Any:
+        try:
+            return value if value is inspect.Signature.empty or check(text) is ... else Verbatim(text)
+        except Exception:
+            return Verbatim(otherwise)
+
+    def annotation(value: Any) -> Any:
+        text = value if isinstance(value, str) else inspect.formatannotation(value, function.__module__)
+        return checked(value, lambda text: compile(text, "", "eval", dont_inherit=True), text, repr(text))
+
+    signature = inspect.signature(function)
+    parameters = [
+        parameter.replace(
+            annotation=annotation(parameter.annotation),
+            default=checked(parameter.default, ast.literal_eval, repr(parameter.default), "..."),
+        )
+        for parameter in signature.parameters.values()
+    ]
+    return str(signature.replace(parameters=parameters, return_annotation=annotation(signature.return_annotation)))
+
+
+class Tools:
+    """The functions of this program that the code of one executor may call, and what it may cost."""
+
+    def __init__(
+        self,
+        functions: Iterable[Callable[..., Any]],
+        approve: ApproveHook | None,
+        max_calls: int,
+        timeout: float | None,
+    ) -> None:
+        """Raises: ValueError for what cannot be a tool."""
+        import inspect
+        import keyword
+
+        self.functions: dict[str, Callable[..., Any]] = {}
+        self.approve, self.max_calls, self.timeout = approve, max_calls, timeout
+        self.loop: Any = None  # where coroutines run; None: each in an event loop of its own
+        self.tag = ""  # of the requests that are calls
+        self._heads: dict[str, tuple[str, str | None]] = {}
+        for function in functions:
+            name = getattr(function, "__name__", "")
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(f"{function!r} cannot be a tool: it has no name, as `def` would give it.")
+            if name in {"ToolError", "ToolRefused", *self.functions}:
+                raise ValueError(f"There are two tools of the name {name}.")
+            try:
+                head = f"def {name}{tool_signature(function)}:"
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{name} cannot be a tool: {error}.") from None
+            self.functions[name] = function
+            self._heads[name] = "async " * inspect.iscoroutinefunction(function) + head, inspect.getdoc(function)
+
+    def prelude(self) -> str:
+        """Return a cell that defines the tools in a kernel that has just started."""
+        import inspect
+
+        self.tag = f"jupyter_exec {os.urandom(8).hex()} "
+        lines, first = inspect.findsource(ToolCaller.__init__)  # to find that of a class, the whole file is parsed
+        first = max(number for number in range(first) if lines[number].startswith("class "))
+        program = [
+            functions_source((to_json, tool_stub, define_tools)),
+            "import contextlib, functools, itertools, json, os, socket, sys, threading",
+            "from collections import deque",
+            f"class ToolError(Exception): {ToolError.__doc__!r}",
+            f"class ToolRefused(ToolError): {ToolRefused.__doc__!r}",
+            *inspect.getblock(lines[first:]),
+            f"define_tools(get_ipython(), {self.tag!r}, {self.max_calls}, {MAX_TOOL_JSON}, {self._heads!r})",
+        ]
+        scope = "{'__name__': 'tools', 'get_ipython': get_ipython}"
+        return f"exec(compile({chr(10).join(program)!r}, '<tools>', 'exec', dont_inherit=True), {scope})"
+
+    def describe(self, limit: int) -> str:
+        """Return stubs of the tools for a model, with as much of their docstrings as `limit` characters allow."""
+        import textwrap
+
+        text = ""
+        for cut in (r".*", r".*?(?=\n\n|\Z)", r".{0,80}?(?=\n|\Z)", ""):
+            stubs = []
+            for head, documentation in self._heads.values():
+                kept = re.match(f"(?s:{cut})", documentation or "")
+                shown = textwrap.indent(f'"""{kept[0]}"""', "    ") if kept and kept[0] else ""
+                stubs.append(head + ("\n" + shown if shown else " ..."))
+            text = "\n".join(stubs)
+            if len(text) <= limit:
+                break
+        return text
+
+    def check_outside(self) -> None:
+        """Raise JupyterExecError in a tool whose own cell keeps the kernel busy."""
+        if any(call.tools is self and not call.ended for call in _CALLS.get()):
+            raise JupyterExecError("The kernel is busy with the cell that called this tool: use another executor.")
+
+
+class ToolCall:
+    """One call of a tool, from its request to its answer."""
+
+    def __init__(self, tools: Tools, name: str, bound: Any, answer: Callable[[Json | str], None]) -> None:
+        """`answer` takes the result as JSON, or what `tool_failure` returns."""
+        self.tools, self.name, self.bound, self.answer = tools, name, bound, answer
+        self.status, self.started, self.seconds = "not run", 0.0, 0.0
+        self.ended = False  # it is answered, or nobody waits any more
+        self.cancel: Callable[[], object] = bool  # ends its coroutine, if there is one
+
+    def result(self, value: Any) -> Any:
+        """Return a value, or what an awaitable gives, in the event loop of the caller if there is one."""
+        import asyncio
+        import inspect
+
+        if not inspect.isawaitable(value):
+            return value
+
+        async def main() -> Any:
+            if not loop:
+                task, own_loop = asyncio.current_task(), asyncio.get_running_loop()
+                self.cancel = lambda: task and own_loop.call_soon_threadsafe(task.cancel)
+            return await value
+
+        if not (loop := self.tools.loop):
+            return asyncio.run(main())
+        future = asyncio.run_coroutine_threadsafe(main(), loop)
+        self.cancel = future.cancel
+        if self.ended:
+            future.cancel()
+        return future.result()
+
+    def check_approved(self) -> None:
+        """Raises: ToolRefused."""
+        try:
+            said = (
+                self.result(self.tools.approve(self.name, dict(self.bound.arguments))) if self.tools.approve else True
+            )
+        except Exception:
+            logger.warning("approve raised; the call of %s is refused", self.name, exc_info=True)
+            said = False
+        if said is not True:
+            raise ToolRefused(said if isinstance(said, str) else f"The call of {self.name} was refused.")
+
+    def run(self) -> str:
+        """Return the result as JSON."""
+        value = self.result(self.tools.functions[self.name](*self.bound.args, **self.bound.kwargs))
+        try:
+            text = json.dumps(value, default=to_json)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ToolError(f"The result of {self.name} cannot be sent: {error}") from None
+        if len(text) > MAX_TOOL_JSON:
+            raise ToolError(
+                f"The result of {self.name} is {len(text)} characters of JSON; {MAX_TOOL_JSON} is the limit."
+            )
+        return text
+
+
+def tool_failure(error: BaseException, tool: str) -> Json:
+    """Return what the kernel is told of an exception: a built-in one keeps its type, its text is bounded."""
+    import builtins
+
+    kind, message = type(error), str(error.args[0] if len(error.args) == 1 else error)
+    known = getattr(builtins, kind.__name__, None) is kind and issubclass(kind, (Exception, KeyboardInterrupt))
+    if known or kind in (ToolError, ToolRefused):
+        return {"error": kind.__name__, "message": message[:LARGE_PART], "tool": tool}
+    return {"error": "ToolError", "message": f"{kind.__name__}: {message}"[:LARGE_PART], "tool": tool}
+
+
+class CellTools:
+    """The tool calls of one cell. Each has a thread; what comes after the cell's end is dropped."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._lock = threading.Lock()
+        self._slots = threading.Semaphore(MAX_TOOLS_AT_ONCE)
+        self._calls: list[ToolCall] = []
+        self._requests = self._weight = 0  # how many came, and bytes of them as objects
+
+    def take(self, prompt: str, reply: Callable[[str], None], pause: Pause) -> bool:
+        """Take an input_request that is the call of a tool; it is answered when it is done. In the reading thread."""
+        tag = self._tools.tag
+        number, _, text = prompt[len(tag) :].partition(":")
+        if not prompt.startswith(tag):
+            return False
+        self._requests += 1
+        if self._requests > self._tools.max_calls or len(number) > 20:
+            return True  # forged, since our program in the kernel counts, too: no answer
+
+        def answer(content: Json | str) -> None:
+            text = f'{{"value": {content}}}' if isinstance(content, str) else json.dumps(content)
+            try:
+                reply(f"{tag}{number}:{text}")
+            except JupyterExecError:
+                logger.debug("The answer to a tool call came too late", exc_info=True)
+
+        try:
+            call = self._bind(text, answer)
+            self._calls.append(call)
+            run = functools.partial(contextvars.copy_context().run, self._serve, call, pause)
+            threading.Thread(target=run, name="jupyter_exec tool", daemon=True).start()
+        except TypeError as error:
+            answer(tool_failure(error, ""))
+        except (JupyterExecError, RuntimeError) as error:  # or there are too many threads
+            answer(tool_failure(ToolError(str(error)), ""))
+        return True
+
+    def _bind(self, text: str, answer: Callable[[Json | str], None]) -> ToolCall:
+        import inspect
+
+        self._weight += json_weight(text)
+        if len(text) > MAX_TOOL_JSON or self._weight > MAX_JSON:
+            raise ToolError("The arguments of this cell's tool calls are too large.")
+        request = json_object(text, "call of a tool")
+        name, args, kwargs = request.get("name"), request.get("args"), request.get("kwargs")
+        known = isinstance(name, str) and name in self._tools.functions
+        if not (known and isinstance(args, list) and isinstance(kwargs, dict)):
+            raise ToolError("There is no such tool.")
+        bound = inspect.signature(self._tools.functions[str(name)]).bind(*args, **kwargs)
+        return ToolCall(self._tools, str(name), bound, answer)
+
+    def _serve(self, call: ToolCall, pause: Pause) -> None:
+        _CALLS.set((*_CALLS.get(), call))
+        timeout, timer = self._tools.timeout, None
+        try:
+            with self._slots:
+                with pause():
+                    call.check_approved()
+                with self._lock:
+                    if call.ended:
+                        return
+                    call.status, call.started = "unanswered", time.monotonic()
+                if timeout is not None and timeout < threading.TIMEOUT_MAX:
+                    late = TimeoutError(f"{call.name} has taken more than {timeout:g} s")
+                    timer = threading.Timer(timeout, self._end, (call, "timeout", tool_failure(late, call.name)))
+                    timer.daemon = True
+                    timer.start()
+                self._end(call, "ok", call.run())
+        except BaseException as error:
+            self._end(call, "refused" if isinstance(error, ToolRefused) else "error", tool_failure(error, call.name))
+        finally:
+            if timer:
+                timer.cancel()
+
+    def _end(self, call: ToolCall, status: str | None, content: Json | str) -> None:
+        """End a call with its answer; without a status, since nobody waits for one."""
+        with self._lock:
+            if call.ended:
+                return
+            call.ended, call.status = True, status or call.status
+            call.seconds = time.monotonic() - call.started if call.started else 0.0
+        if status:
+            call.answer(content)
+        if status in (None, "timeout"):
+            with contextlib.suppress(RuntimeError):  # its event loop has ended
+                call.cancel()
+
+    def close(self) -> list[Json]:
+        """Drop what is not answered yet, and return the `calls` of the cell's result."""
+        for call in self._calls:
+            self._end(call, None, "")
+        return [
+            {"name": call.name, "arguments": dict(call.bound.arguments), "status": call.status, "seconds": call.seconds}
+            for call in self._calls
+        ]
+
+
+def calls_note(calls: Sequence[Json]) -> str:
+    """Return a sentence about the tool calls of a cell, so that nobody makes them twice."""
+    import reprlib
+
+    shown: dict[str, list[str]] = {}
+    for call in calls:
+        arguments = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in call["arguments"].items())
+        shown.setdefault(call["status"], []).append(f"{call['name']}({arguments})")
+    parts = [
+        f"{status}: {', '.join(some[:20])}" + f" and {len(some) - 20} more" * (len(some) > 20)
+        for status, some in shown.items()
+    ]
+    return f"Tool calls of this cell: {'; '.join(parts)}" if parts else ""
+
+
 CODE_WRITER_SYSTEM_MESSAGE = """\
 You can run Python code in a Jupyter kernel by writing it in a fenced code block that starts with ```python.
 The kernel keeps its state: variables, imports and functions of earlier blocks are there in later ones, so write small
@@ -6007,6 +6570,11 @@ corrected and run again. The value of a block's last expression is shown, and so
 Plots and other pictures come back as paths of files: call plt.show(). Install packages with `%pip install NAME`.
 Shell commands go into a block that starts with ```bash. The code cannot ask for input.
 If the reply says that all variables are lost, the kernel is fresh: run again what you need.
+"""
+TOOLS_MESSAGE = """\
+These functions are there, too. They run outside of the kernel: arguments and results are JSON. Await those with
+`async def`; many calls at once are faster (asyncio.gather, or threads). `help(NAME)` tells more.
+
 """
 
 
@@ -6023,7 +6591,9 @@ class _UserCapability:
 class Turns:
     """A re-entrant lock that lets threads in by the order in which they came; but one that evicts comes next."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None]) -> None:
+        """`check()` raises for who must not wait, since the thread that is in waits for it."""
+        self._check = check
         self._changed = threading.Condition(threading.Lock())
         self._queue: list[int] = []  # thread ids; the first one is in
         self._depth = 0
@@ -6052,6 +6622,8 @@ class Turns:
 
     def _enter(self, evict: Callable[[], None] | None, since: int | None) -> None:
         me = threading.get_ident()
+        if not evict:
+            self._check()
         with self._changed:
             if self._queue[:1] != [me]:
                 self._queue.insert(1 if evict else len(self._queue), me)
@@ -6105,6 +6677,13 @@ class JupyterCodeExecutor:
     `functions` (plain ones, with their source at hand) are defined in the kernel whenever it is fresh, and `startup`
     is code that runs there then, unseen.
 
+    `tools` are functions of this program, plain or `async def`, that the code in the kernel calls by their names, in
+    every transport and without a network. Arguments and results are JSON (dataclasses, pydantic models, bytes as
+    base64, dates and sets, too) of at most MAX_TOOL_JSON. Calls run in threads, MAX_TOOLS_AT_ONCE at a time.
+    `approve(name, arguments)` returns True for a call that may run, or the reason why it may not; the cell's clock
+    stands still meanwhile. A cell may make `max_tool_calls`; one that takes more than `tool_timeout` seconds raises
+    TimeoutError in the kernel. A call is part of the cell that runs when it is made; if none does, it fails.
+
     It may be called from any thread: cells run one after another. `stop`, or leaving a `with`, ends the kernel.
     What a hook raises ends nothing: the logger `jupyter_exec` tells of it as a warning, so listen to that.
 
@@ -6116,8 +6695,8 @@ class JupyterCodeExecutor:
     UserCapability = _UserCapability
     CODE_WRITER_SYSTEM_MESSAGE = CODE_WRITER_SYSTEM_MESSAGE
 
-    _SLOTS = "_folder", "_functions", "_hooks", "_journal", "_kernel", "_output_dir", "_own_server", "_server", "_turns"
-    __slots__ = ("__dict__", "__weakref__", *_SLOTS)
+    _SLOTS = "_folder", "_functions", "_hooks", "_journal", "_kernel", "_output_dir", "_own_server", "_server"
+    __slots__ = ("__dict__", "__weakref__", "_tools", "_turns", *_SLOTS)
 
     def __init__(
         self,
@@ -6131,6 +6710,10 @@ class JupyterCodeExecutor:
         max_output: int | None = MAX_OUTPUT,
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
+        tools: Iterable[Callable[..., Any]] = (),
+        approve: ApproveHook | None = None,
+        max_tool_calls: int = 256,
+        tool_timeout: float | None = None,
     ) -> None:
         if not timeout >= 1:
             raise ValueError("Timeout must be greater than or equal to 1.")
@@ -6141,10 +6724,11 @@ class JupyterCodeExecutor:
         self._max_output = max_output
         self._functions = tuple(functions)
         self._startup = startup
+        self._tools = Tools(tools, approve, max_tool_calls, tool_timeout)
         self._prelude()  # raises for a function that cannot be sent
         self._journal = Journal()
         self._hooks = on_output, on_input
-        self._turns = Turns()
+        self._turns = Turns(self._tools.check_outside)
         self._server = jupyter_server
         self._own_server: RemoteJupyterServer | None = None  # made here, for a JupyterConnectionInfo
         self._stopped = False
@@ -6178,24 +6762,29 @@ class JupyterCodeExecutor:
 
     @property
     def system_message(self) -> str:
-        """CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of the installed functions."""
+        """CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of the installed functions and tools."""
         import inspect
 
         lines = [
             f"    {function.__name__}{inspect.signature(function)}: {inspect.getdoc(function) or ''}".rstrip(" :")
             for function in self._functions
         ]
-        return "\n".join([CODE_WRITER_SYSTEM_MESSAGE + "These functions are defined already:" * bool(lines), *lines])
+        text = "\n".join([CODE_WRITER_SYSTEM_MESSAGE + "These functions are defined already:" * bool(lines), *lines])
+        if not self._tools.functions:
+            return text
+        text = f"{text.rstrip()}\n{TOOLS_MESSAGE}"
+        return text + self._tools.describe(MAX_TOOLS_TEXT - len(text))
 
     @property
     def user_capability(self) -> _UserCapability:
         return _UserCapability(self.system_message)
 
     def _prelude(self) -> str:
-        if not self._functions:
-            return self._startup
-        source = functions_source(self._functions)
-        return f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())\n{self._startup}"
+        parts = [self._tools.prelude()] if self._tools.functions else []
+        if self._functions:
+            source = functions_source(self._functions)
+            parts.append(f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())")
+        return "\n".join([*parts, self._startup] if self._startup else parts)
 
     @property
     def connection_file(self) -> str | None:
@@ -6294,27 +6883,35 @@ class JupyterCodeExecutor:
     ) -> ExecutionResult:
         """Run a cell, which stands in the notebook as `shown`."""
         evictions = self._turns.evictions
+        calls = CellTools(self._tools)
 
         def keep(result: ExecutionResult) -> None:
+            result.calls = calls.close()
             if result.status == "died" and self._turns.evictions != evictions:
                 what = "executor was stopped" if self._stopped else "kernel was restarted"
                 result.note = f"The {what} while the code ran; all variables are lost"
             if self._turns.overtaken:
                 self._turns.overtaken = False
                 result.note = "\n".join(filter(None, (_FRESH, result.note)))
+            if result.status != "ok":
+                result.note = "\n".join(filter(None, (result.note, calls_note(result.calls))))
             self._journal.add(shown, result)
             if on_result:
                 on_result(result)
 
-        return self._kernel.execute(
-            code,
-            timeout,
-            max_output=self._max_output,
-            on_output=on_output,
-            on_input=on_input,
-            record=record,
-            on_result=keep,
-        )
+        try:
+            return self._kernel.execute(
+                code,
+                timeout,
+                max_output=self._max_output,
+                on_output=on_output,
+                on_input=on_input,
+                record=record,
+                on_request=calls.take if self._tools.functions else None,
+                on_result=keep,
+            )
+        finally:
+            calls.close()
 
     def _make_ready(self) -> None:
         """Have a kernel that answers, with our functions in it."""
@@ -6326,7 +6923,9 @@ class JupyterCodeExecutor:
                 self._kernel.ready = False  # until it has run, whatever ends this
                 result = self._kernel.execute(prelude, START_TIMEOUT, silent=True, store_history=False)
                 if result.status != "ok":
-                    raise JupyterExecError(f"The startup code or the functions failed in the kernel: {result.text}")
+                    raise JupyterExecError(
+                        f"The startup code, the functions or the tools failed in the kernel: {result.text}"
+                    )
                 self._kernel.ready = True
 
     def save_notebook(self, path: str | os.PathLike[str]) -> None:
@@ -6420,13 +7019,16 @@ class AsyncJupyterCodeExecutor:
         import asyncio
         from concurrent.futures import ThreadPoolExecutor
 
-        me = object()
+        me, loop = object(), asyncio.get_running_loop()
+        if self._executor:
+            self._executor._tools.check_outside()
         since = self._executor._turns.evictions if self._executor else None
 
         def work() -> Any:
             self._begin(me)
             try:
                 self._executor = executor = self._executor or self._make()
+                executor._tools.loop = loop
                 with executor._turns.turn(since=since):
                     return function(executor)
             finally:

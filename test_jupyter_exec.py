@@ -21,6 +21,7 @@ import asyncio
 import base64
 import contextlib
 import copy
+import datetime
 import functools
 import gc
 import importlib.util
@@ -44,6 +45,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -5770,7 +5772,24 @@ FAULTS: dict[str, tuple[str, set[tuple[int, str]]]] = {
         {(0, "intact"), (124, "intact")},
     ),
     "stopped": ("import os; os.kill(os.getpid(), 19)", {(124, "lost")}),
+    "tool": ("print([add(i) for i in range(20)])", {(0, "intact"), (124, "intact")}),
+    "tools": (
+        "from concurrent.futures import ThreadPoolExecutor as P\nwith P(8) as p: print(list(p.map(add, range(50))))",
+        {(0, "intact"), (124, "intact")},
+    ),
+    "many tools": ("while True: await echo(5)", {(1, "intact"), (124, "intact")}),
+    "slow tool": ("slow()", {(124, "intact")}),
+    "left tool": ("import threading; threading.Thread(target=slow).start()", {(0, "intact")}),
+    "killed tool": (
+        "import threading, os\nthreading.Timer(0.1, os.kill, (os.getpid(), 9)).start(); slow()",
+        {(137, "lost")},
+    ),
 }
+
+
+def slow() -> None:
+    while not jupyter_exec.tool_call_ended():
+        threading.Event().wait(0.02)
 
 
 @pytest.mark.slow
@@ -5781,7 +5800,8 @@ def test_soak_of_random_faults(tmp_path: Path) -> None:
     end = time.monotonic() + 60
     counts = dict.fromkeys(FAULTS, 0)
     with LocalJupyterServer() as server:
-        executors = [JupyterCodeExecutor(server, output_dir=tmp_path, timeout=1) for _ in range(3)]
+        tools: list[Any] = [add, echo, slow]
+        executors = [JupyterCodeExecutor(server, output_dir=tmp_path, timeout=1, tools=tools) for _ in range(3)]
         alive = [False] * 3  # whether the variable of each kernel is set
         while time.monotonic() < end:
             which, fault = choose.randrange(3), choose.choice(list(FAULTS))
@@ -6233,6 +6253,656 @@ def test_many_cells_do_not_block_the_event_loop(server: LocalJupyterServer) -> N
     lags = asyncio.run(main())
     assert len(lags) > 20  # the loop went on turning for half a second
     assert sorted(lags)[len(lags) // 2] < 0.02
+
+
+# Tools
+
+
+@pytest.fixture(params=["local", "ipykernel 6", "command", "docker", "jupyter_server", "gateway"])
+def place(
+    request: pytest.FixtureRequest, server: LocalJupyterServer, jupyter_server: Peer, gateway: Peer
+) -> Iterator[Any]:
+    """What an executor takes as server, of each kind."""
+    with contextlib.ExitStack() as stack:
+        if request.param in ("jupyter_server", "gateway"):
+            yield {"jupyter_server": jupyter_server, "gateway": gateway}[request.param].info
+        elif request.param == "local":
+            yield server
+        elif request.param == "docker":
+            request.getfixturevalue("containers")
+            yield stack.enter_context(docker_server())
+        elif request.param == "command":
+            yield stack.enter_context(CommandJupyterServer([sys.executable]))
+        else:
+            python = os.environ.get("JUPYTER_EXEC_ENTERPRISE_PYTHON", "")
+            need("enterprise", os.path.exists(python))
+            yield stack.enter_context(LocalJupyterServer(python=python))
+
+
+class Meeting:
+    """Tools that return when as many calls as expected are there at the same time."""
+
+    def __init__(self, parties: int) -> None:
+        self._barrier = threading.Barrier(parties, timeout=PATIENCE)
+        self._count, self._full = parties, asyncio.Event()
+
+    def meet(self, number: int) -> int:
+        self._barrier.wait()
+        return number
+
+    async def ameet(self, number: int) -> int:
+        self._count -= 1
+        if not self._count:
+            self._full.set()
+        await self._full.wait()
+        return number
+
+
+def add(a: int, b: int = 2) -> int:
+    """Add two numbers.
+
+    They may be large."""
+    return a + b
+
+
+async def echo(value: Any, *, times: float = 1) -> Any:
+    return [value] * int(times)
+
+
+def names_of(result: Any) -> list[tuple[str, str]]:
+    return [(call["name"], call["status"]) for call in result.calls]
+
+
+EVERYWHERE = """
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+print(add(1), add(1, b=1), await echo("é", times=2))
+with ThreadPoolExecutor(10) as pool:
+    print(list(pool.map(meet, range(10))))
+try:
+    fail()
+except ZeroDivisionError as error:
+    print(error)
+try:
+    add("x")
+except TypeError as error:
+    print(error)
+try:
+    add()
+except TypeError as error:
+    print(error)
+try:
+    forbidden()
+except ToolRefused as error:
+    print(error)
+"""
+
+
+def test_tools_work_everywhere(place: Any, tmp_path: Path) -> None:
+    def fail() -> float:
+        return 1 / 0
+
+    def forbidden() -> None:
+        raise AssertionError("not to be called")
+
+    approve = lambda name, arguments: "not today" if name == "forbidden" else True  # noqa: E731
+    tools: list[Any] = [add, echo, Meeting(10).meet, fail, forbidden]
+    with JupyterCodeExecutor(place, tools=tools, approve=approve, output_dir=tmp_path) as executor:
+        result = executor.execute(EVERYWHERE)
+        assert result.text.splitlines() == [
+            "3 2 ['é', 'é']",
+            "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]",
+            "division by zero",
+            'can only concatenate str (not "int") to str',
+            "add() missing 1 required positional argument: 'a'",
+            "not today",
+        ]
+        assert [status for _, status in names_of(result)] == ["ok"] * 13 + ["error"] * 2 + ["refused"]
+        assert result.calls[1]["arguments"] == {"a": 1, "b": 1}
+        assert "EOFError" in executor.execute("input()").text
+        assert executor.execute("input('? ')", on_input=lambda prompt, password: prompt + "yes").text == "'? yes'"
+        executor.restart()
+        assert executor.execute("add(40)").text == "42"
+
+
+def test_a_thousand_calls_sixty_four_at_once(server: LocalJupyterServer) -> None:
+    lock, now, most = threading.Lock(), [0], [0]
+    first = threading.Barrier(64, timeout=PATIENCE)
+
+    def count(number: int) -> int:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        if number < 64:
+            first.wait()
+        with lock:
+            now[0] -= 1
+        return number
+
+    with JupyterCodeExecutor(server, tools=[count], max_tool_calls=1000) as executor:
+        code = "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(200) as pool:\n"
+        result = executor.execute(f"{code}    print(sum(pool.map(count, range(1000))))")
+        assert (result.text, len(result.calls), most) == ("499500\n", 1000, [64])
+
+
+def test_a_call_is_sent_and_answered_while_another_one_waits(server: LocalJupyterServer) -> None:
+    gate = threading.Event()
+
+    def wait() -> bool:
+        return gate.wait(PATIENCE)
+
+    code = "import threading\nfirst = threading.Thread(target=lambda: print(wait()))\nfirst.start()\n"
+    code += "started()\nopen_gate()\nprint(input())\nfirst.join()"
+    tools = [wait, named("started", bool), named("open_gate", gate.set)]
+    with JupyterCodeExecutor(server, tools=tools, on_input=lambda prompt, password: "typed") as executor:
+        assert sorted(executor.execute(code).text.splitlines()) == ["True", "typed"]
+
+
+def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def tool(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    tool.__name__ = name
+    return tool
+
+
+def test_a_tool_looks_as_it_does_here(server: LocalJupyterServer) -> None:
+    def look(
+        city: str, when: datetime.date | None = None, /, *rest: list[int], unit: object = PATIENCE_OBJECT
+    ) -> "no text":  # type: ignore  # noqa: F722
+        """Look out of "the window".
+
+        Twice."""
+
+    with JupyterCodeExecutor(server, tools=[look, echo]) as executor:
+        shown = executor.execute(
+            "import inspect\nprint(inspect.signature(look))\nhelp(look)\nprint(look.__name__)"
+        ).text
+        assert (
+            "(city: 'str', when: 'datetime.date | None' = None, /, *rest: 'list[int]', unit: 'object' = Ellipsis)"
+            in shown
+        )
+        assert '    Look out of "the window".\n    \n    Twice.\n' in shown
+        assert (
+            executor.execute("inspect.iscoroutinefunction(echo), inspect.iscoroutinefunction(look)").text
+            == "(True, False)"
+        )
+        for wrong, says in {
+            "look()": "missing 1 required",
+            "look(1, x=2)": "unexpected keyword",
+            "echo(1, 2)": "takes 1",
+        }.items():
+            result = executor.execute(f"await {wrong}" if "echo" in wrong else wrong)
+            assert result.error and result.error["ename"] == "TypeError"
+            assert says in result.error["evalue"]
+            assert result.calls == []
+        executor.execute("look = echo = 5; del ToolError")
+        assert executor.execute("look").text == "5"
+        executor.restart()
+        assert executor.execute("callable(look), issubclass(ToolRefused, ToolError)").text == "(True, True)"
+
+
+PATIENCE_OBJECT = object()
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        (True, "5"),
+        ("it costs too much", "ToolRefused: it costs too much"),
+        (False, "ToolRefused: The call of add was refused."),
+        (None, "ToolRefused: The call of add was refused."),
+        (1, "ToolRefused: The call of add was refused."),
+        (OSError("no operator"), "ToolRefused: The call of add was refused."),
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_approve_may_say(server: LocalJupyterServer, said: Any, says: str, is_async: bool) -> None:
+    asked = []
+
+    def approve(name: str, arguments: Any) -> Any:
+        asked.append((name, arguments))
+        if isinstance(said, OSError):
+            raise said
+        return said
+
+    async def approve_later(name: str, arguments: Any) -> Any:
+        await asyncio.sleep(0)
+        return approve(name, arguments)
+
+    with JupyterCodeExecutor(server, tools=[add], approve=approve_later if is_async else approve) as executor:
+        assert executor.execute("add(3)").text.startswith(says)
+        assert executor.execute("1").text == "1"
+        assert asked == [("add", {"a": 3})]
+
+
+def test_the_waiting_of_approve_is_not_the_cells_time(server: LocalJupyterServer) -> None:
+    def approve(name: str, arguments: Any) -> bool:
+        threading.Event().wait(0.8)
+        return True
+
+    with JupyterCodeExecutor(server, tools=[add], approve=approve) as executor:
+        assert executor.execute("add(3)", timeout=0.4).text == "5"
+        result = executor.execute("add(3)\nwhile True: pass", timeout=0.4)
+        assert (result.status, names_of(result)) == ("timeout", [("add", "ok")])
+
+
+def test_limits_of_tools(server: LocalJupyterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "MAX_TOOL_JSON", 1000)
+    told = threading.Event()
+
+    def hang() -> None:
+        while not jupyter_exec.tool_call_ended():
+            threading.Event().wait(0.01)
+        told.set()
+
+    def much() -> str:
+        return "x" * 2000
+
+    def strange() -> object:
+        return object()
+
+    tools: list[Any] = [add, hang, much, strange]
+    with JupyterCodeExecutor(server, tools=tools, max_tool_calls=3, tool_timeout=0.3) as executor:
+        for code, says in {
+            "for i in range(5): print(add(i))": "2\n3\n4\nToolError: add(): this cell has made 3 tool calls, which is the limit.",
+            "add('x' * 1000)": "ToolError: add(): the arguments are 1043 characters of JSON; 1000 is the limit.",
+            "add(print)": "TypeError: add(): builtin_function_or_method is no JSON",
+            "much()": "ToolError: The result of much is 2002 characters of JSON; 1000 is the limit.",
+            "strange()": "ToolError: The result of strange cannot be sent: object is no JSON",
+            "hang()": "TimeoutError: hang has taken more than 0.3 s",
+        }.items():
+            result = executor.execute(code)
+            assert result.text.startswith(says), (code, result.text)
+        assert names_of(result) == [("hang", "timeout")]
+        assert told.wait(PATIENCE)
+        assert executor.execute("add(1)").text == "3"
+
+
+ENDINGS: dict[str, tuple[str, str]] = {
+    "timeout": ("timeout", "intact"),
+    "interrupt": ("interrupted", "intact"),
+    "death": ("died", "lost"),
+    "restart": ("died", "lost"),
+    "stop": ("died", "lost"),
+}
+
+
+@pytest.mark.parametrize("ending", list(ENDINGS))
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_cell_ends_as_always_while_a_tool_runs(server: LocalJupyterServer, ending: str, is_async: bool) -> None:
+    begun, told = threading.Event(), threading.Event()
+
+    def hang(why: str) -> None:
+        begun.set()
+        while not jupyter_exec.tool_call_ended():
+            threading.Event().wait(0.01)
+        told.set()
+
+    async def hang_async(why: str) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(PATIENCE * 10)
+        finally:
+            told.set()
+
+    hang_async.__name__ = "hang"
+    died = "import threading, os, signal; threading.Timer(0.3, os.kill, (os.getpid(), 9)).start()\n" * (
+        ending == "death"
+    )
+    code = f"{died}add(1)\n{'await ' * is_async}hang('x' * 100)"
+    with (
+        ThreadPoolExecutor(1) as pool,
+        JupyterCodeExecutor(server, tools=[add, hang_async if is_async else hang]) as executor,
+    ):
+        executor.execute("1")
+        running = pool.submit(executor.execute, code, timeout=0.3 if ending == "timeout" else PATIENCE)
+        assert begun.wait(PATIENCE)
+        if ending in ("interrupt", "restart", "stop"):
+            getattr(executor, ending)()
+        result = running.result(PATIENCE)
+        assert (result.status, result.kernel_state) == ENDINGS[ending]
+        assert names_of(result) == [("add", "ok"), ("hang", "unanswered")]
+        assert result.note.endswith(
+            "Tool calls of this cell: ok: add(a=1); unanswered: hang(why='xxxxxxxxxxxx...xxxxxxxxxxxxx')"
+        )
+        assert told.wait(PATIENCE)
+        if ending != "stop":
+            assert run(executor, "add(1)").output == "3"
+
+
+def test_a_tool_may_interrupt_its_cell_and_not_run_another(server: LocalJupyterServer, tmp_path: Path) -> None:
+    def cut() -> None:
+        executor.interrupt()
+
+    def nest(how: str) -> str:
+        if how == "save":
+            executor.save_notebook(tmp_path / "n.ipynb")
+        return str(executor.execute("1").text if how == "cell" else run(executor, "1").output)
+
+    def other() -> str:
+        return second.execute("add(40)").text
+
+    with (
+        JupyterCodeExecutor(server, tools=[add]) as second,
+        JupyterCodeExecutor(server, tools=[cut, nest, other]) as executor,
+    ):
+        result = executor.execute("cut()\nwhile True: pass")
+        assert (result.status, result.kernel_state) == ("interrupted", "intact")
+        for how in ("cell", "blocks", "save"):
+            assert "busy with the cell that called this tool" in executor.execute(f"nest({how!r})").text
+        assert executor.execute("other()").text == "'42'"
+
+
+FORGE = """
+import threading
+from concurrent.futures import Future
+kernel = get_ipython().kernel
+caller = kernel._tool_caller
+class Endless(dict):
+    __len__ = lambda self: 0
+caller._calls = Endless()
+def forge(*texts, first=0, end=1):
+    futures = [kernel.raw_input(caller._tag + text) for text in texts]
+    for future in futures[first:end]:
+        try:
+            print(future.result(10))
+        except Exception as error:
+            print(type(error).__name__, error)
+"""
+CALL = '{"name": "add", "args": [1], "kwargs": {}}'
+
+
+@pytest.mark.parametrize(
+    ("forged", "says", "calls"),
+    [
+        ("'1:' + call", "3", 1),
+        ("'1:' + call.replace('add', 'eval')", "ToolError There is no such tool.", 0),
+        ("'1:' + call.replace('\"add\"', '[]')", "ToolError There is no such tool.", 0),
+        ("'1:' + call.replace('[1]', '{}')", "ToolError There is no such tool.", 0),
+        ("'1:' + call.replace('[1]', '[]')", "TypeError missing a required argument: 'a'", 0),
+        ("'1:' + call.replace('{}', '{\"self\": 1}')", "TypeError got an unexpected keyword argument 'self'", 0),
+        ("'1:' + '[' * 100_000", "ToolError The call of a tool is not JSON: RecursionError.", 0),
+        ("'1:' + 'nonsense'", "ToolError The call of a tool is not JSON: JSONDecodeError.", 0),
+        ("'1:' + call.replace('1', '\"' + 'x' * 5_000_000 + '\"')", "ToolError The arguments of this cell's", 0),
+        ("*['1:' + call] * 2, first=1, end=2", "3", 2),  # an id twice
+        ("*['%d:%s' % (i, call) for i in range(3000)]", "3", 10),
+        ("*['7' * 50 + ':' + call] * 3000, end=0", "", 0),
+        ("*[''] * 20, end=0", "", 0),
+    ],
+)
+def test_forged_requests_cost_no_more_than_the_budget(
+    server: LocalJupyterServer, forged: str, says: str, calls: int
+) -> None:
+    with JupyterCodeExecutor(server, tools=[add], max_tool_calls=10) as executor:
+        executor.execute(f"call = {CALL!r}\n{FORGE}")
+        result = executor.execute(f"forge({forged})", timeout=PATIENCE)
+        assert result.status == "ok", result.text
+        assert result.text.startswith(says)
+        assert names_of(result) == [("add", "ok")] * calls
+        assert executor.execute("add(1)").text == "3"
+
+
+def test_a_prompt_with_the_tag_in_it_harms_nobody(server: LocalJupyterServer) -> None:
+    with JupyterCodeExecutor(server, tools=[add], on_input=lambda prompt, password: prompt[:4]) as executor:
+        executor.execute("tag = get_ipython().kernel._tool_caller._tag")
+        assert executor.execute("input('say ' + tag)").text == "'say '"
+        assert executor.execute("input(tag + 'x')").status == "ok"
+        assert executor.execute("add(1)").text == "3"
+
+
+@dataclass
+class Row:
+    name: str
+    size: float
+
+
+class Model:
+    def model_dump(self, mode: str) -> Any:
+        return {"mode": mode}
+
+
+@pytest.mark.parametrize(
+    ("value", "there"),
+    [
+        ({"a": [1, None, True, "é\udc80"]}, {"a": [1, None, True, "é\udc80"]}),
+        ([Row("x", 1.5)], [{"name": "x", "size": 1.5}]),
+        (Model(), {"mode": "json"}),
+        (b"\0\xff", "AP8="),
+        ((datetime.date(2026, 1, 2), datetime.time(3, 4)), ["2026-01-02", "03:04:00"]),
+        ({3}, [3]),
+        (float("inf"), float("inf")),
+        (memoryview(b"a"), "YQ=="),
+    ],
+)
+def test_values(server: LocalJupyterServer, value: Any, there: Any) -> None:
+    with JupyterCodeExecutor(server, tools=[named("get", lambda: value)]) as executor:
+        assert executor.execute(f"inf = float('inf')\nget() == {there!r} or get()").text == "True"
+
+
+VALUES = """
+import dataclasses, datetime, numpy
+inf = float("inf")
+@dataclasses.dataclass
+class Row:
+    name: str
+put([Row("x"), datetime.date(2026, 1, 2), b"a", {3}, numpy.arange(2), numpy.float32(0.5), numpy.int64(3), inf, "\\udc80"])
+"""
+
+
+def test_values_of_the_kernel(server: LocalJupyterServer) -> None:
+    values: list[Any] = []
+    with JupyterCodeExecutor(server, tools=[named("put", values.extend)]) as executor:
+        assert executor.execute(VALUES).status == "ok"
+    assert values == [{"name": "x"}, "2026-01-02", "YQ==", [3], [0, 1], 0.5, 3, float("inf"), "\udc80"]
+
+
+class OwnError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "message"),
+    [
+        (KeyError("x"), "KeyError", "'x'"),
+        (ValueError("bad", 3), "ValueError", "('bad', 3)"),
+        (FileNotFoundError(2, "none", "f"), "FileNotFoundError", "[Errno 2] none: 'f'"),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "ToolError", "UnicodeDecodeError: 'utf-8' codec can't"),
+        (OwnError("own"), "ToolError", "OwnError: own"),
+        (jupyter_exec.ToolRefused("never"), "ToolRefused", "never"),
+        (SystemExit(3), "ToolError", "SystemExit: 3"),
+        (KeyboardInterrupt("enough"), "KeyboardInterrupt", "enough"),
+        (StopIteration(), "StopIteration", ""),
+    ],
+)
+def test_exceptions_of_tools(server: LocalJupyterServer, error: BaseException, name: str, message: str) -> None:
+    def fail() -> None:
+        raise error
+
+    with JupyterCodeExecutor(server, tools=[fail]) as executor:
+        result = executor.execute("fail()")
+        assert result.error and (result.error["ename"], result.error["evalue"][: len(message)]) == (name, message)
+        assert str(HERE) not in result.text
+        assert sys.version_info < (3, 11) or "Raised by the tool fail" in result.text
+        assert result.calls[0]["status"] == ("refused" if name == "ToolRefused" else "error")
+
+
+LATE = """
+import threading, time
+caller, said = get_ipython().kernel._tool_caller, []
+def late(tool, ended):
+    while ended and caller._last is not None: time.sleep(0.001)
+    try: said.append(tool())
+    except ToolError as error: said.append(str(error))
+    if len(said) == 2: open(path, "x").write("|".join(sorted(said)))
+for arguments in ((hang, False), (add, True)):
+    threading.Thread(target=late, args=arguments).start()
+while not caller._calls: time.sleep(0.001)
+"""
+
+
+def test_calls_that_outlive_their_cell_fail_at_once(server: LocalJupyterServer, tmp_path: Path) -> None:
+    gate = threading.Event()
+    with JupyterCodeExecutor(server, tools=[named("add", int), named("hang", gate.wait)]) as executor:
+        result = executor.execute(f"path = {str(tmp_path / 'said')!r}\n{LATE}")
+        assert names_of(result) == [("hang", "unanswered")]
+        said = eventually((tmp_path / "said").exists, "both calls have failed") and (tmp_path / "said").read_text()
+        gate.set()
+        assert (
+            said
+            == "The cell has ended: nobody answers any more.|add() was called while no cell of its program was running."
+        )
+
+
+def test_a_child_process_of_the_kernel_cannot_call(server: LocalJupyterServer) -> None:
+    code = """
+import os
+reading, writing = os.pipe()
+if not os.fork():
+    try: add(1)
+    except ToolError as error: os.write(writing, str(error).encode())
+    finally: os._exit(0)
+print(os.read(reading, 1000).decode(), add(1))
+"""
+    with JupyterCodeExecutor(server, tools=[add]) as executor:
+        assert "Only the kernel's own process can call tools" in (text := executor.execute(code).text)
+        assert text.endswith(" 3\n")
+
+
+def test_tools_of_an_attached_executor(executor: JupyterCodeExecutor) -> None:
+    run(executor, "x = 5")
+    path = executor.connection_file
+    for number in (1, 2):
+        with JupyterCodeExecutor(path, tools=[named("here", lambda number=number: number)]) as attached:
+            assert run(attached, "x, here()").output == f"(5, {number})"
+            result = executor.execute("here()")
+            assert result.error and "no cell of its program" in result.error["evalue"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "says"),
+    [
+        ([lambda: 1], "has no name"),
+        ([functools.partial(add, 1)], "has no name"),
+        ([add, add], "two tools of the name add"),
+        ([named("class", add)], "has no name"),
+        ([named("ToolError", add)], "two tools"),
+        ([5], "has no name"),
+        ([dict.fromkeys], None),
+        ([type], "cannot be a tool"),
+    ],
+)
+def test_what_is_no_tool_is_refused(server: LocalJupyterServer, tools: Any, says: str | None) -> None:
+    if says is None:
+        JupyterCodeExecutor(server, tools=tools).stop()
+        return
+    with pytest.raises(ValueError, match=says):
+        JupyterCodeExecutor(server, tools=tools)
+
+
+@pytest.mark.parametrize("size", [10, 100, 1000, 5000])
+def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer, size: int) -> None:
+    def tool(query: str, limit: int = 10) -> list[dict[str, str]]:
+        return [{query: str(limit)}]
+
+    tool.__doc__ = "First line of it.\nSecond line.\n\n" + "More about it. " * (size // 15)
+    tools = [types.FunctionType(tool.__code__, {}, f"tool_{i}", (10,)) for i in range(50)]
+    for function in tools:
+        function.__doc__, function.__annotations__ = tool.__doc__, tool.__annotations__
+    with JupyterCodeExecutor(server, tools=tools) as executor:
+        text = executor.system_message
+        assert len(text) <= 8000
+        stubs = text.partition("def ")[1] + text.partition("def tool")[2]
+        assert "def tool_49(query: str, limit: int = 10) -> list[dict[str, str]]:" in text
+        assert "First line of it." in text
+        assert stubs
+    with JupyterCodeExecutor(server, tools=[add, echo]) as executor:
+        stubs = executor.system_message.partition("tells more.\n\n")[2]
+        assert stubs == (
+            'def add(a: int, b: int = 2) -> int:\n    """Add two numbers.\n\n    They may be large."""\n'
+            "async def echo(value: Any, *, times: float = 1) -> Any: ..."
+        )
+
+
+def readme_program(section: str, number: int) -> str:
+    """Return a Python block of a section of the README."""
+    text = (HERE / "README.md").read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    return str(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number])
+
+
+MCP_SERVER = """
+from mcp.server import MCPServer
+server = MCPServer("sums")
+@server.tool()
+def add(a: int, b: int = 5) -> int:
+    "Add two numbers."
+    return a + b
+@server.tool()
+def fail(why: str) -> str:
+    raise ValueError(why)
+server.run("stdio")
+"""
+MCP_CELL = """
+print(await add(a=1, b=2), await add(a=1))
+try: await fail(why="no reason")
+except RuntimeError as error: print(error)
+try: await add(b=1)
+except TypeError as error: print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "shown"),
+    [
+        (0, None, "[{'tides': ['High tides', 'Tides'], 'wind': ['Wind']}] [('search', 'ok'), ('search', 'ok'), ('final_answer', 'error')]"),
+        (1, MCP_CELL, "{'result': 3} {'result': 6}\nError executing tool fail\nadd() missing 1 required keyword-only argument: 'a'\n"),
+    ],
+)  # fmt: skip
+def test_the_readme_on_tools(number: int, code: str | None, shown: str, tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(MCP_SERVER)
+    program = readme_program("Host tools", number).replace('"await add(a=1, b=2)"', repr(code))
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == (shown + "\n", 0), done.stderr
+
+
+def test_coroutine_tools_run_on_the_callers_loop(server: LocalJupyterServer) -> None:
+    async def main() -> None:
+        here = asyncio.get_running_loop()
+        meeting, alone = Meeting(10), Meeting(2)
+        running: list[AsyncJupyterCodeExecutor] = []
+        asked = []
+
+        async def wait() -> int:
+            return await alone.ameet(1)
+
+        async def where() -> bool:
+            return asyncio.get_running_loop() is here
+
+        async def nest() -> None:
+            await running[0].execute("1")
+
+        async def approve(name: str, arguments: Any) -> bool:
+            asked.append(name)
+            return asyncio.get_running_loop() is here
+
+        tools = [where, nest, meeting.ameet, wait]
+        async with AsyncJupyterCodeExecutor(server, tools=tools, approve=approve) as executor:
+            running.append(executor)
+            assert (await executor.execute("await where()")).text == "True"
+            code = "import asyncio\nawait asyncio.gather(*[ameet(i) for i in range(10)])"
+            assert (await executor.execute(code)).text == str(list(range(10)))
+            assert "busy with the cell that called this tool" in (await executor.execute("await nest()")).text
+            assert len(asked) == 12
+            task = asyncio.ensure_future(executor.execute("await wait()"))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await executor.execute("await where()")).text == "True"
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
 def test_copies_of_an_executor_are_itself(executor: JupyterCodeExecutor) -> None:
@@ -6881,7 +7551,7 @@ def test_linters_are_content(command: list[str]) -> None:
 
 
 @pytest.fixture
-def rivals(request: pytest.FixtureRequest) -> Callable[[str], JupyterCodeExecutor]:
+def rivals(request: pytest.FixtureRequest) -> Callable[..., JupyterCodeExecutor]:
     """A function that makes an executor with a running kernel by its name."""
     stack = contextlib.ExitStack()
     request.addfinalizer(stack.close)
@@ -6894,8 +7564,8 @@ def rivals(request: pytest.FixtureRequest) -> Callable[[str], JupyterCodeExecuto
         "local gateway": lambda: LocalJupyterServer(transport="gateway"),
     }
 
-    def make(name: str) -> JupyterCodeExecutor:
-        executor = stack.enter_context(JupyterCodeExecutor(stack.enter_context(servers[name]())))
+    def make(name: str, **options: Any) -> JupyterCodeExecutor:
+        executor = stack.enter_context(JupyterCodeExecutor(stack.enter_context(servers[name]()), **options))
         assert executor.execute("1").status == "ok"
         return executor
 
@@ -6963,6 +7633,20 @@ def raw_cell(client: Any) -> Callable[[], None]:
                     idle = idle or b'"idle"' in parts[start + 5]
 
     return cell
+
+
+@pytest.mark.bench
+@pytest.mark.benchmark(group="100 cells of `1`, or 100 calls of a tool that does nothing")
+@pytest.mark.parametrize("what", ["cells", "calls", "calls in 8 threads"])
+@pytest.mark.parametrize("way", WAYS[:3])
+def test_bench_tools(benchmark: Any, way: str, what: str, rivals: Callable[..., JupyterCodeExecutor]) -> None:
+    executor = rivals(way, tools=[named("nothing", bool)])
+    code = "for _ in range(100): nothing()"
+    if what == "calls in 8 threads":
+        executor.execute("from concurrent.futures import ThreadPoolExecutor; pool = ThreadPoolExecutor(8)")
+        code = "sum(pool.map(lambda _: nothing(), range(100)))"
+    cells = ["1"] * 100 if what == "cells" else [code]
+    benchmark.pedantic(lambda: [executor.execute(cell) for cell in cells], rounds=5, warmup_rounds=1)
 
 
 @pytest.mark.bench
