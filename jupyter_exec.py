@@ -6398,15 +6398,15 @@ class ToolCall:
         if not inspect.isawaitable(value):
             return value
 
-        async def main() -> Any:
+        async def waiting() -> Any:
             if not loop:
                 task, own_loop = asyncio.current_task(), asyncio.get_running_loop()
                 self.cancel = lambda: task and own_loop.call_soon_threadsafe(task.cancel)
             return await value
 
         if not (loop := self.tools.loop):
-            return asyncio.run(main())
-        future = asyncio.run_coroutine_threadsafe(main(), loop)
+            return asyncio.run(waiting())
+        future = asyncio.run_coroutine_threadsafe(waiting(), loop)
         self.cancel = future.cancel
         if self.ended:
             future.cancel()
@@ -6791,15 +6791,17 @@ class JupyterCodeExecutor:
         """Path of the kernel's connection file, for `jupyter console --existing`; None if it is not on this machine."""
         return self._kernel.connection_file
 
-    def execute_code_blocks(self, code_blocks: Any) -> CodeResult:
+    def execute_code_blocks(self, code_blocks: Any, cancellation_token: None = None) -> CodeResult:
         """Run blocks (objects with `code` and `language`) in order, up to the first that fails; or one, or a string.
 
         Never raises for what the code or the kernel did: `exit_code` and `output` tell (0 ended well, 1 raised,
         124 timeout, 130 interrupted, 128 + N killed by signal N, N exit status of a shell script).
 
         Raises: JupyterExecError after `stop`, also if that came while the call waited for its turn; TypeError for
-        something that is no code block.
+        something that is no code block, or for a token, which says that autogen-agentchat is going to await the result.
         """
+        if cancellation_token is not None:
+            raise TypeError("autogen-agentchat awaits its code executor: give it an AsyncJupyterCodeExecutor instead.")
         if isinstance(code_blocks, str) or hasattr(code_blocks, "code"):
             code_blocks = [CodeBlock(code_blocks) if isinstance(code_blocks, str) else code_blocks]
         code_blocks = list(code_blocks)
@@ -6990,21 +6992,23 @@ class JupyterCodeExecutor:
         return self  # frameworks copy their tools, and with them what must stay one kernel
 
 
+@functools.cache
+def _autogen_result_class(theirs: type) -> type[CodeResult]:
+    """Return CodeResult as a subclass of autogen_core's, which its messages insist on."""
+    return type("CodeResult", (CodeResult, theirs), {})
+
+
 class AsyncJupyterCodeExecutor:
     """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, cells run in a thread of its own.
 
     Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell; variables are kept. It serves
-    as a code executor of autogen-agentchat 0.4 and newer (`result_type` is then their CodeResult, if there is a
-    model_client), and as a CodeEnvironment of AG2 1.x.
+    as a code executor of autogen-agentchat 0.4 and newer, and as a CodeEnvironment of AG2 1.x.
     """
 
     supported_languages = ("python", "bash")
 
-    def __init__(
-        self, jupyter_server: Any, *args: Any, result_type: Callable[..., Any] = CodeResult, **options: Any
-    ) -> None:
+    def __init__(self, jupyter_server: Any, *args: Any, **options: Any) -> None:
         self._make = functools.partial(JupyterCodeExecutor, jupyter_server, *args, **options)
-        self._result_type = result_type
         self._executor: JupyterCodeExecutor | None = None
         self._pool: Any = None
         self._running: object = None  # what the thread of the pool is at
@@ -7068,8 +7072,11 @@ class AsyncJupyterCodeExecutor:
         finally:
             pool.shutdown(wait=False)
 
-    async def execute_code_blocks(self, code_blocks: Iterable[Any], cancellation_token: Any = None) -> Any:
-        """Like JupyterCodeExecutor.execute_code_blocks. Raises: CancelledError."""
+    async def execute_code_blocks(self, code_blocks: Iterable[Any], cancellation_token: Any = None) -> CodeResult:
+        """Like JupyterCodeExecutor.execute_code_blocks, with autogen's CodeResult as well where autogen_core is loaded.
+
+        Raises: CancelledError.
+        """
         import asyncio
 
         task = asyncio.ensure_future(self._in_thread(lambda executor: executor.execute_code_blocks(code_blocks)))
@@ -7080,9 +7087,8 @@ class AsyncJupyterCodeExecutor:
         except asyncio.CancelledError:
             task.cancel()
             raise
-        if self._result_type is CodeResult:
-            return result
-        return self._result_type(exit_code=result.exit_code, output=result.output)
+        theirs = getattr(sys.modules.get("autogen_core.code_executor"), "CodeResult", None)
+        return _autogen_result_class(theirs)(**vars(result)) if theirs else result
 
     async def execute(self, code: str, **options: Any) -> ExecutionResult:
         """Like JupyterCodeExecutor.execute."""

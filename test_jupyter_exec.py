@@ -7022,6 +7022,50 @@ def test_autogen_agentchat(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_autogen_agentchat_with_a_model(tmp_path: Path) -> None:
+    program = """
+        import asyncio, warnings
+        import autogen_core.code_executor as theirs
+        from autogen_agentchat.agents import CodeExecutorAgent
+        from autogen_ext.models.replay import ReplayChatCompletionClient
+        from jupyter_exec import AsyncJupyterCodeExecutor, CodeResult, LocalJupyterServer
+
+        async def main():
+            warnings.simplefilter("ignore")
+            with LocalJupyterServer() as server:
+                async with AsyncJupyterCodeExecutor(server) as executor:
+                    model = ReplayChatCompletionClient(["```python\\nprint(6 * 7)\\n```", "It is 42."])
+                    agent = CodeExecutorAgent("runner", code_executor=executor, model_client=model)
+                    messages = [message async for message in agent.run_stream(task="What is 6 times 7?")]
+            [event] = [message for message in messages if getattr(message, "type", "") == "CodeExecutionEvent"]
+            assert isinstance(event.result, theirs.CodeResult) and isinstance(event.result, CodeResult)
+            assert event.model_dump()["result"] == {"exit_code": 0, "output": "42\\n"}, event
+            assert messages[-1].messages[-1].content == "It is 42."
+            print("all is well")
+
+        asyncio.run(main())
+    """
+    assert run_framework("autogen-0.7", program, tmp_path) == "all is well"
+
+
+@pytest.mark.slow
+def test_autogen_agentchat_with_the_wrong_executor(tmp_path: Path) -> None:
+    program = """
+        import asyncio, warnings
+        from autogen_agentchat.agents import CodeExecutorAgent
+        from jupyter_exec import JupyterCodeExecutor, LocalJupyterServer
+
+        warnings.simplefilter("ignore")
+        with LocalJupyterServer() as server, JupyterCodeExecutor(server) as executor:
+            try:
+                asyncio.run(CodeExecutorAgent("runner", code_executor=executor).run(task="```python\\n1\\n```"))
+            except TypeError as error:
+                print(error)
+    """
+    assert "give it an AsyncJupyterCodeExecutor instead" in run_framework("autogen-0.7", program, tmp_path)
+
+
+@pytest.mark.slow
 def test_ag2_one(tmp_path: Path) -> None:
     program = """
         import asyncio
