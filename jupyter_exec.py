@@ -64,7 +64,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
@@ -75,11 +75,11 @@ __version__ = "0.1.0"
 
 __all__ = ["CODE_WRITER_SYSTEM_MESSAGE", "AsyncJupyterCodeExecutor", "CodeBlock", "CodeResult"]
 __all__ += ["CommandJupyterServer", "ConnectionClosed", "DockerJupyterServer", "ExecutionError", "ExecutionResult"]
-__all__ += ["ExecutionTimeout", "IPythonCodeResult", "JupyterCodeExecutor", "JupyterConnectionInfo"]
-__all__ += ["JupyterExecError", "KernelClient", "KernelConnection", "KernelDied", "KernelError", "KernelSpecNotFound"]
-__all__ += ["KernelStartFailed", "LocalJupyterServer", "MarkdownCodeExtractor", "ProtocolError"]
-__all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError", "ToolError", "ToolRefused"]
-__all__ += ["tool_call_ended"]
+__all__ += ["ExecutionTimeout", "IPythonCodeResult", "InputHook", "JupyterCodeExecutor", "JupyterConnectionInfo"]
+__all__ += ["JupyterExecError", "JupyterServer", "KernelClient", "KernelConnection", "KernelDied", "KernelError"]
+__all__ += ["KernelSpecNotFound", "KernelStartFailed", "LocalJupyterServer", "MarkdownCodeExtractor", "OutputFile"]
+__all__ += ["OutputHook", "ProtocolError", "RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError"]
+__all__ += ["ToolError", "ToolRefused", "tool_call_ended"]
 
 PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
@@ -141,6 +141,7 @@ MAX_KEPT = 128 * 2**20  # bytes of a cell's outputs other than streams that are 
 MAX_LINE = 2**20  # characters of a line that a carriage return or backspaces can still erase
 LINE_PIECE = 256  # characters of such a line that are copied at a time
 TEXT_PIECE = 4096  # characters of a stream up to which what follows is joined at once
+MAX_MODEL_IMAGE = 4 * 2**20  # bytes of a picture for a language model; in base64 a third more
 MAX_FILES = 500  # files of one call
 MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
 TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
@@ -165,25 +166,12 @@ if __name__ not in sys.modules:  # loaded by hand; dataclasses and pickle look t
 # ======================================================================================================
 # 1. Errors (pure)
 #
-#   JupyterExecError
-#     ProtocolError              a message, frame or file that breaks the protocol
-#       SignatureError           its HMAC is wrong
-#     ConnectionClosed           (ConnectionError) the other end is gone
-#     ExecutionTimeout           (TimeoutError) a deadline passed
-#     ExecutionError             the code of a cell raised
-#     KernelError
-#       KernelSpecNotFound       (ValueError) no kernel of that name
-#       KernelStartFailed        the process ended, or did not answer, before it was ready
-#       KernelDied               the process ended while it was in use
-#     ServerError                a Jupyter server refuses, or is none
-#     SandboxError               Docker: no engine, image or container
-#
-# Each keeps its data as attributes (every field has a default, so that pickle can rebuild it).
+# Each keeps its data as attributes; every field has a default, so that pickle can rebuild it.
 # ======================================================================================================
 
 
 class JupyterExecError(Exception):
-    """Base of every error that this module raises on its own account."""
+    """Base of all errors of this module."""
 
 
 class ProtocolError(JupyterExecError):
@@ -191,7 +179,7 @@ class ProtocolError(JupyterExecError):
 
 
 class SignatureError(ProtocolError):
-    """A message was not signed with the kernel's key."""
+    """A message is not signed with the kernel's key."""
 
 
 class ConnectionClosed(JupyterExecError, ConnectionError):
@@ -215,12 +203,12 @@ class ExecutionError(JupyterExecError):
 
 
 class KernelError(JupyterExecError):
-    """Something about one kernel."""
+    """Something is wrong with one kernel."""
 
 
 @dataclass(eq=False)
 class KernelSpecNotFound(KernelError, ValueError):
-    """No kernelspec of that name; says what there is, and where it was looked for."""
+    """There is no kernelspec of that name; lists the kernels that exist and the places that were searched."""
 
     name: str = ""
     available: list[str] = field(default_factory=list)
@@ -236,7 +224,7 @@ class KernelSpecNotFound(KernelError, ValueError):
 
 @dataclass(eq=False)
 class KernelStartFailed(KernelError):
-    """A kernel that could not be brought to its first answer."""
+    """A kernel ended, or did not answer, before it was ready."""
 
     argv: list[str] = field(default_factory=list)
     reason: str = ""
@@ -261,17 +249,18 @@ class KernelDied(KernelError):
     cause: str = ""
     exit_code: int | None = None  # negative: killed by that signal; None: unknown
     stderr: str = ""
-    retryable: bool = False  # the cause does not hold for a kernel that is started again
+    retryable: bool = False  # another start may succeed
 
     def __str__(self) -> str:
         tail = f"\n{self.stderr.rstrip()}" if self.stderr.strip() else ""
         return f"The kernel died ({self.sentence()}); all variables are lost{tail}"
 
     def sentence(self) -> str:
+        """Return the cause as a part of a sentence."""
         return self.cause or describe_exit(self.exit_code)
 
     def status(self) -> int:
-        """Return the exit status that reports this death, by the shell's convention; 137 if it is unknown."""
+        """Return the exit status that a shell would give for this death; 137 if the cause is unknown."""
         if self.exit_code is None:
             return 137
         return 128 - self.exit_code if self.exit_code < 0 else 1
@@ -279,7 +268,7 @@ class KernelDied(KernelError):
 
 @dataclass(eq=False)
 class ServerError(JupyterExecError):
-    """A Jupyter server's refusal, or an answer that no Jupyter server gives."""
+    """A Jupyter server refuses a request, or gives an answer that no Jupyter server would give."""
 
     method: str = ""
     url: str = ""  # without a token
@@ -296,7 +285,7 @@ class ServerError(JupyterExecError):
 
 @dataclass(eq=False)
 class SandboxError(JupyterExecError):
-    """A container that could not be had, or an engine that cannot be used."""
+    """A container could not be started, or the Docker engine cannot be used."""
 
     reason: str = ""
     image: str = ""
@@ -304,9 +293,9 @@ class SandboxError(JupyterExecError):
     logs: str = ""
 
     def __str__(self) -> str:
-        names = [f"image {self.image}"] * bool(self.image) + [f"container {self.container}"] * bool(self.container)
+        names = [f"{what} {name}" for what, name in (("image", self.image), ("container", self.container)) if name]
         where = f" ({', '.join(names)})" if names else ""
-        return "\n".join([self.reason + where, *([self.logs.strip()] if self.logs.strip() else [])])
+        return f"{self.reason}{where}\n{self.logs.strip()}".rstrip("\n")
 
 
 class ToolError(JupyterExecError):
@@ -318,12 +307,12 @@ class ToolRefused(ToolError):
 
 
 def describe_os_error(error: OSError) -> str:
-    """Say what an OSError is about, without its number."""
+    """Return what an OSError says, without its number."""
     return f"{error.strerror}: {error.filename}" if error.filename is not None else str(error.strerror or error)
 
 
 def describe_exit(exit_code: int | None) -> str:
-    """Say how a process ended: `exit_code` is negative for a signal, None if nobody knows."""
+    """Return how a process ended; `exit_code` is negative for a signal, None if it is unknown."""
     if exit_code is None:
         return "cause unknown"
     if exit_code >= 0:
@@ -339,7 +328,7 @@ def describe_exit(exit_code: int | None) -> str:
 
 
 def text_of(value: object) -> str:
-    """Return a string, or a number, that a peer sent, else ""; a list may be nested too deeply for `str`."""
+    """Return `value` as text if it is a string or a number, else "": `str` of a deeply nested list would raise."""
     return str(value) if isinstance(value, str | int | float) else ""
 
 
@@ -356,8 +345,8 @@ class Message:
     metadata: Json
     content: Json
     buffers: list[bytes]
-    size: int = field(default=0, compare=False)  # bytes that it takes in memory, about
-    lost: bool = False  # its content was too large, or no JSON: {} stands for it
+    size: int = field(default=0, compare=False)  # about how many bytes it takes in memory
+    lost: bool = False  # its content was too large or not JSON, and is now {}
 
     @property
     def msg_type(self) -> str:
@@ -373,7 +362,7 @@ class Message:
 
 
 def new_message(channel: str, msg_type: str, content: Json, *, session: str, msg_id: str, date: str) -> Message:
-    """Make a message of the client. `date` is ISO 8601 with a zone, as strict kernels (Deno, evcxr) demand it."""
+    """Make a message of the client. `date` is ISO 8601 with a time zone: some kernels (Deno, evcxr) insist on it."""
     header = {
         "msg_id": msg_id,
         "session": session,
@@ -390,7 +379,7 @@ def execute_content(code: str, *, silent: bool = False, store_history: bool = Tr
 
     Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html#execute
     """
-    # ipykernel never answers to code with surrogates: pairs become the character they mean, others U+FFFD.
+    # ipykernel never answers to code with surrogates: a pair becomes its character, a single one U+FFFD.
     code = code.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return {
         "code": code,
@@ -398,7 +387,7 @@ def execute_content(code: str, *, silent: bool = False, store_history: bool = Tr
         "store_history": store_history,
         "user_expressions": {},
         "allow_stdin": allow_stdin,
-        "stop_on_error": False,  # nothing is queued, and a kernel under load has aborted the next cell instead
+        "stop_on_error": False,  # with True, a kernel under load has aborted the next cell
     }
 
 
@@ -424,7 +413,7 @@ class KernelConnection:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> KernelConnection:
-        """Parse the text of a connection file. Raises ProtocolError with the name of the wrong field."""
+        """Parse the text of a connection file. Raises: ProtocolError, which names the wrong field."""
         data = json_object(text, "connection file")
         values = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}
         for name in ("ip", "shell_port", "iopub_port", "stdin_port", "control_port"):
@@ -442,6 +431,7 @@ class KernelConnection:
         return connection
 
     def to_json(self) -> str:
+        """Return the text of a connection file."""
         return json.dumps(asdict(self), indent=2)
 
     def address(self, channel: str) -> str:
@@ -462,7 +452,7 @@ def _port(name: str, value: object) -> int:
 
 
 def new_signer(key: str, signature_scheme: str) -> hmac.HMAC | None:
-    """Return the HMAC to be copied for each message, None if messages are not signed.
+    """Return an HMAC to copy for each message, None if messages are not signed.
 
     Raises: ProtocolError for an unknown signature scheme.
     """
@@ -481,14 +471,13 @@ def new_signer(key: str, signature_scheme: str) -> hmac.HMAC | None:
 
 
 def json_object(data: str | bytes | memoryview, what: str) -> Json:
-    """Parse a JSON object that a peer sent; `what` names it in the ProtocolError."""
+    """Parse a JSON object from a peer. Raises: ProtocolError, which calls it `what`."""
+    if len(data) > MAX_JSON or (len(data) > LARGE_PART and json_weight(data) > 4 * MAX_JSON):
+        raise ProtocolError(f"The {what} is too large: {len(data)} bytes or characters.")
     try:
-        if not isinstance(data, str):
-            # ipykernel sends lone surrogates as raw bytes: "replace" keeps the rest of such a message.
-            data = str(data, "utf-8", "replace")
-        if len(data) > MAX_JSON or (len(data) > LARGE_PART and json_weight(data) > 4 * MAX_JSON):
-            raise ProtocolError(f"The {what} is too large: {len(data)} characters.")
-        value = json.loads(data, parse_int=_parse_int)
+        # ipykernel sends lone surrogates as raw bytes: "replace" keeps the rest of such a message.
+        text = data if isinstance(data, str) else str(data, "utf-8", "replace")
+        value = json.loads(text, parse_int=_parse_int)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"The {what} is not JSON: {error.__class__.__name__}.") from None
     if not isinstance(value, dict):
@@ -501,10 +490,11 @@ def _parse_int(text: str) -> Any:
     return int(text) if len(text) < 400 else text
 
 
-def json_weight(text: str | bytes) -> int:
-    """Return how many bytes JSON takes as Python objects, about: 60 MB of empty lists are 1.5 GB."""
+def json_weight(text: str | bytes | memoryview) -> int:
+    """Return about how many bytes JSON takes as Python objects: 60 MB of empty lists become 1.5 GB."""
+    data = text if isinstance(text, str) else bytes(text)
     marks: Any = '[{,"' if isinstance(text, str) else (b"[", b"{", b",", b'"')
-    return len(text) + 64 * sum(map(text.count, marks))
+    return len(data) + 64 * sum(map(data.count, marks))
 
 
 def _object_or_null(data: bytes | memoryview, what: str) -> Json:
@@ -513,7 +503,7 @@ def _object_or_null(data: bytes | memoryview, what: str) -> Json:
 
 
 def dump_json(value: object) -> bytes:
-    """Encode in pure ASCII: lone surrogates in a model's code survive as escapes, which is equally legal JSON."""
+    """Encode as ASCII: lone surrogates in code survive as escapes."""
     return json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
@@ -527,7 +517,7 @@ DELIMITER = b"<IDS|MSG>"
 class ZmqCodec:
     """Message <-> the parts of one ZeroMQ multipart message, signed with the kernel's key.
 
-    There is no record of signatures seen: a forged copy can then never get a genuine message refused.
+    It keeps no record of signatures: so a forged copy cannot make it refuse the genuine message.
 
     Raises: ProtocolError for an unknown signature scheme.
 
@@ -573,7 +563,7 @@ class ZmqCodec:
         yield from messages_of(channel, parts[start + 1 :])
 
 
-# What is looked at besides names: a large message of another type is not parsed.
+# The types whose content is used; a large message of another type is not parsed.
 _CONTENTS = {"stream", "execute_result", "display_data", "update_display_data", "error", "input_request"}
 _CONTENTS |= {"execute_reply", "kernel_info_reply"}
 _STREAM_START = re.compile(rb'\{\s*"name"\s*:\s*"std(?:out|err)"\s*,\s*"text"\s*:\s*"')
@@ -595,16 +585,12 @@ def messages_of(channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
         for piece in stream_pieces(content):
             yield Message(channel, header, parent_header, metadata, *_content(piece, buffers, len(piece)))
         return
-    size, lost = sum(map(len, parts)) + 1000, is_read and len(content) > MAX_JSON
-    if is_read and not lost:
-        size += json_weight(bytes(content))
-        lost = size > 4 * MAX_JSON
-    rest = ({}, buffers, size, True) if lost else _content(content, buffers, size)
-    yield Message(channel, header, parent_header, metadata, *rest)
+    size = sum(map(len, parts)) + 1000 + (json_weight(content) if is_read and len(content) <= MAX_JSON else 0)
+    yield Message(channel, header, parent_header, metadata, *_content(content, buffers, size))
 
 
 def _content(data: bytes | memoryview, buffers: list[bytes], size: int) -> tuple[Json, list[bytes], int, bool]:
-    """Return the last fields of a Message; a content that cannot be read, nested too deeply for one, counts as lost."""
+    """Return the last fields of a Message; a content that is too large, or nested too deeply, counts as lost."""
     try:
         return _object_or_null(data, "content"), buffers, size, False
     except ProtocolError:
@@ -614,7 +600,7 @@ def _content(data: bytes | memoryview, buffers: list[bytes], size: int) -> tuple
 def stream_pieces(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
     """Cut the JSON of a stream message into several of the kind, of STREAM_PIECE bytes each.
 
-    A print of 200 MB is then never parsed as a whole. Anything else comes through as it is.
+    So a print of 200 MB is never parsed as a whole. Anything else is not cut.
     """
     position, end = _text_start(content), len(content) - 2
     if not position:
@@ -630,43 +616,34 @@ def stream_pieces(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
 
 
 def _text_start(content: bytes | memoryview) -> int:
-    """Return where the text of a stream message begins, if it is long and can be cut, else 0."""
+    """Return where the text of a long stream message begins, 0 for a message that is not to be cut."""
     start = _STREAM_START.match(content[:100])
     return start.end() if start and len(content) > STREAM_PIECE and content[-2:] == b'"}' else 0
 
 
+# At the end of JSON text: a half of a surrogate pair, an escape that is not complete, or both; or a torn character.
+_TORN = re.compile(
+    rb"(?<!\\)(?:\\\\)*((?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?"
+    rb"|[\xc0-\xff]|[\xe0-\xff][\x80-\xbf]|[\xf0-\xff][\x80-\xbf]{2})\Z"
+)
+
+
 def _whole_characters(text: bytes) -> bytes:
     """Return the start of JSON text up to where its end tears neither a character nor an escape."""
-    for back in range(1, 4):  # a character of UTF-8 has up to four bytes
-        if text[-back] & 0xC0 == 0xC0:
-            length = 2 + (text[-back] >= 0xE0) + (text[-back] >= 0xF0)
-            text = text[:-back] if back < length else text
-            break
-    escape = text.rfind(b"\\", max(0, len(text) - 6))
-    if escape >= 0 and _is_escape(text, escape):
-        length = 6 if text[escape + 1 : escape + 2] == b"u" else 2
-        text = text[:escape] if escape + length > len(text) else text
-    # One half of a surrogate pair waits for the other.
-    half = re.search(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\Z", text[-6:])
-    return text[:-6] if half and _is_escape(text, len(text) - 6) else text
-
-
-def _is_escape(text: bytes, position: int) -> bool:
-    """Whether the backslash there begins an escape, and is not itself an escaped one."""
-    before = text[: position + 1]
-    return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
+    start = len(text[:-12].rstrip(b"\\"))  # a torn pair of escapes has up to 11 bytes
+    found = _TORN.search(text, start)
+    return text[: found.start(1)] if found else text
 
 
 class PipeCodec:
     """Lists of byte strings <-> the byte stream between a server object and its kernel host.
 
-    A frame is: b"JX", number of parts (u16), total length of the parts (u32), length of each part (u32),
-    the parts; integers are big-endian. The first part is an address: b"" for control (one JSON part follows),
-    b"KERNEL/CHANNEL" for a relayed message (the parts of the ZeroMQ message follow, signed end to end),
-    b"+KERNEL" for a piece of the frame of a large one.
+    A frame is b"JX", its length (u32), a table like that of V1Codec, and the parts; integers are big-endian. The first
+    part is an address: b"" for control (one JSON part follows), b"KERNEL/CHANNEL" for a relayed message (the parts of
+    the ZeroMQ message follow, signed end to end), b"+KERNEL" for a piece of the frame of a large one.
     """
 
-    _HEAD = struct.Struct(">2sHI")
+    _HEAD = struct.Struct(">2sI")
 
     def __init__(self, limit: int = MAX_MESSAGE) -> None:
         self._limit = limit
@@ -675,35 +652,29 @@ class PipeCodec:
 
     @classmethod
     def encode(cls, parts: Sequence[bytes]) -> bytes:
-        lengths = [len(part) for part in parts]
-        head = cls._HEAD.pack(b"JX", len(parts), sum(lengths))
-        return b"".join((head, struct.pack(f">{len(parts)}I", *lengths), *parts))
+        """Return the frame of `parts`. Raises: ProtocolError for more than MAX_PARTS."""
+        if len(parts) > MAX_PARTS:
+            raise ProtocolError(f"A message has {len(parts)} parts.")
+        length = 4 * (len(parts) + 1) + sum(map(len, parts))
+        return _join_parts(">I", parts, cls._HEAD.pack(b"JX", length))
 
     def feed(self, data: bytes) -> Iterator[list[bytes]]:
-        """Take bytes as they came; yield the parts of each complete frame. Raises ProtocolError: give up then."""
+        """Take received bytes; yield the parts of each complete frame. Raises: ProtocolError; close then."""
         self._buffer += data
         while len(self._buffer) >= self._needed:
-            magic, count, total = self._HEAD.unpack_from(self._buffer)
-            if magic != b"JX" or not count:
+            magic, length = self._HEAD.unpack_from(self._buffer)
+            if magic != b"JX":
                 raise ProtocolError("The pipe carries something that is not a frame.")
-            if total > self._limit:
-                raise ProtocolError(f"A frame of {total} bytes is over the limit of {self._limit}.")
-            position = self._HEAD.size + 4 * count
-            self._needed = position + total
+            if length > self._limit:
+                raise ProtocolError(f"A frame of {length} bytes is over the limit of {self._limit}.")
+            self._needed = self._HEAD.size + length
             if len(self._buffer) < self._needed:
                 return
-            yield list(self._split(count, position))
+            with memoryview(self._buffer) as view, view[self._HEAD.size : self._needed] as body:
+                parts = _cut_parts(">I", body)
             del self._buffer[: self._needed]
             self._needed = self._HEAD.size
-
-    def _split(self, count: int, position: int) -> Iterator[bytes]:
-        lengths = struct.unpack_from(f">{count}I", self._buffer, self._HEAD.size)
-        if position + sum(lengths) != self._needed:
-            raise ProtocolError("A frame's parts do not add up to its length.")
-        with memoryview(self._buffer) as view:
-            for length in lengths:
-                yield bytes(view[position : position + length])
-                position += length
+            yield parts
 
 
 CHANNELS = ("shell", "iopub", "stdin", "control")
@@ -758,13 +729,13 @@ class V1Codec:
         yield from messages_of(_channel(parts[0].decode("utf-8", "replace")), parts[1:])
 
 
-def _join_parts(word: str, parts: Sequence[bytes]) -> bytes:
+def _join_parts(word: str, parts: Sequence[bytes], head: bytes = b"") -> bytes:
     # The table is the number of parts, then the offset of each from the table's start, all in one format.
     offsets = itertools.accumulate(map(len, parts[:-1]), initial=struct.calcsize(word) * (len(parts) + 1))
-    return b"".join((struct.pack(f"{word[0]}{len(parts) + 1}{word[1]}", len(parts), *offsets), *parts))
+    return b"".join((head, struct.pack(f"{word[0]}{len(parts) + 1}{word[1]}", len(parts), *offsets), *parts))
 
 
-def _cut_parts(word: str, data: bytes) -> list[bytes]:
+def _cut_parts(word: str, data: bytes | memoryview) -> list[bytes]:
     size = struct.calcsize(word)
     count = struct.unpack_from(word, data)[0] if len(data) >= size else 0
     if not 1 <= count <= MAX_PARTS or len(data) < size * (count + 1):
@@ -773,7 +744,7 @@ def _cut_parts(word: str, data: bytes) -> list[bytes]:
     bounds = [size * (count + 1), *struct.unpack_from(f"{word[0]}{count}{word[1]}", data, size), len(data)]
     if bounds != sorted(bounds):
         raise ProtocolError("A message's offsets do not fit its length.")
-    return [data[start:end] for start, end in itertools.pairwise(bounds[1:])]
+    return [bytes(data[start:end]) for start, end in itertools.pairwise(bounds[1:])]
 
 
 def _channel(name: object) -> str:
@@ -785,36 +756,34 @@ def _channel(name: object) -> str:
 # ======================================================================================================
 # 4. WebSocket protocol (pure)
 #
-# The client's side: what the server's answer must say, then bytes in, messages and bytes out.
+# The client's side: check the server's answer, then turn bytes into messages and messages into bytes.
 #
-# Spec: https://www.rfc-editor.org/rfc/rfc6455; its sentences stand, by section, at the lines that obey or
-# enforce them. An enforced one is the text of the ProtocolError.
+# Spec: https://www.rfc-editor.org/rfc/rfc6455; the lines that obey or enforce one of its sentences quote it with
+# its section. A sentence that is enforced is the text of the ProtocolError.
 # ======================================================================================================
 
 TEXT, BINARY, CLOSE, PING, PONG = 0x1, 0x2, 0x8, 0x9, 0xA
 
 
 def check_opening(key: str, header: Callable[[str], str | None]) -> str | None:
-    """Check an answer with status 101; return the subprotocol, None for Jupyter's default one. Raises: ProtocolError.
+    """Check an answer with status 101; return the subprotocol, None for Jupyter's default. Raises: ProtocolError.
 
-    `key` is what the request had as Sec-WebSocket-Key, `header(name)` the value of one of the answer's headers.
+    `key` is the Sec-WebSocket-Key of the request; `header(name)` returns a header of the answer.
     """
     import hashlib
 
     guid = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
     digest = hashlib.sha1(key.encode("ascii") + guid, usedforsecurity=False).digest()
+    answered = header("Sec-WebSocket-Accept") == base64.b64encode(digest).decode("ascii")
+    extended = bool(header("Sec-WebSocket-Extensions"))
     tokens = [token.strip() for token in (header("Connection") or "").lower().split(",")]
     # Jupyter: if no subprotocol is selected, "the Jupyter Server must reply with an empty string".
     subprotocol = header("Sec-WebSocket-Protocol") or None
     rules = {
         "4.2.2: an |Upgrade| header field with value websocket": (header("Upgrade") or "").lower() == "websocket",
         "4.2.2: a |Connection| header field with value Upgrade": "upgrade" in tokens,
-        "4.2.2: a |Sec-WebSocket-Accept| header field that answers the key": (
-            header("Sec-WebSocket-Accept") == base64.b64encode(digest).decode("ascii")
-        ),
-        '9: "A server MUST NOT respond with any extension not requested by the client."': (
-            not header("Sec-WebSocket-Extensions")
-        ),
+        "4.2.2: a |Sec-WebSocket-Accept| header field that answers the key": answered,
+        '9: "A server MUST NOT respond with any extension not requested by the client."': not extended,
         '4.1: "a subprotocol not requested by the client"': subprotocol in (None, V1_SUBPROTOCOL),
     }
     for rule, kept in rules.items():
@@ -824,26 +793,26 @@ def check_opening(key: str, header: Callable[[str], str | None]) -> str | None:
 
 
 class WebSocket:
-    """An open connection: iterate over `receive()` of what arrives, then send `data_to_send()`."""
+    """An open connection: iterate over `receive(data)`, then send `data_to_send()`."""
 
     def __init__(self, mask: Callable[[], bytes], max_message: int) -> None:
-        """`mask()` returns 4 unpredictable bytes at each call; `max_message`: bytes of one message of the server."""
+        """`mask()` returns 4 random bytes; `max_message` limits the bytes of one message from the server."""
         self._mask, self._max_message = mask, max_message
         self.closed = False  # by either side, or for a violation
         self._buffer = bytearray()  # received, not parsed yet
         self._ping: bytes | None = None  # of the server, not answered yet
-        self._farewell = b""  # a Close frame that answers one, or a violation
-        self._opcode = 0  # of a message of which fragments have come; 0: there is none
+        self._farewell = b""  # a Close frame to send, as an answer or after a violation
+        self._opcode = 0  # of a message that comes in fragments; 0: there is none
         self._message = bytearray()  # these fragments
 
     def receive(self, data: bytes) -> Iterator[str | bytes]:
-        """Take bytes as they came; yield the messages that they complete. Raises ProtocolError: give up then."""
+        """Take received bytes; yield the messages that they complete. Raises: ProtocolError; close then."""
         self._buffer += data
         while not self.closed and (frame := self._next_frame()):
             yield from self._handle(*frame)
 
     def data_to_send(self) -> bytes:
-        """Return, once, what answers the received bytes: Pong and Close frames."""
+        """Return the Pong and Close frames that are due, once."""
         # 5.5.3: "the endpoint MAY elect to send a Pong frame for only the most recently processed Ping frame."
         pong = b"" if self._ping is None else self._frame(PONG, self._ping)
         answers, self._ping, self._farewell = pong + self._farewell, None, b""
@@ -854,14 +823,15 @@ class WebSocket:
         return self._frame(TEXT, data.encode()) if isinstance(data, str) else self._frame(BINARY, data)
 
     def ping(self) -> bytes:
+        """Return a Ping frame."""
         return self._frame(PING, b"")
 
     def pong(self) -> bytes:
-        """Return an unsolicited Pong frame."""
+        """Return a Pong frame that answers no Ping."""
         return self._frame(PONG, b"")
 
     def close(self, code: int = 1000) -> bytes:
-        """Return a Close frame, b"" if there was one already; 5.5.1: nothing may be sent after it."""
+        """Return a Close frame, b"" if one was sent or received already: 5.5.1 allows no second one."""
         frame = b"" if self.closed else self._frame(CLOSE, code.to_bytes(2, "big"))
         self.closed = True
         return frame
@@ -873,7 +843,7 @@ class WebSocket:
             raise ProtocolError(f"The WebSocket failed. RFC 6455, {rule}")
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:
-        # Every rule is enforced before more bytes are waited for.
+        # Each rule is checked as soon as the bytes for it are there.
         if len(self._buffer) < 2:
             return None
         first, length = self._buffer[:2]
@@ -950,7 +920,7 @@ class WebSocket:
 # ======================================================================================================
 
 # What a terminal takes for a command: CSI (colours, cursor), strings with an end (titles, clipboard), two characters
-# (character sets, reset), the C1 forms of these, any other control character. None of it is left by one pass.
+# (character sets, reset), the C1 forms of these, any other control character. One pass removes them all.
 _CONTROLS = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,8}[@-~]"
     r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
@@ -970,7 +940,10 @@ def _as_text(content: Any) -> bytes:
 
 
 def _as_binary(content: Any) -> bytes:
-    return base64.b64decode(_as_text(content))
+    data = base64.b64decode(_as_text(content))
+    if not data:
+        raise ValueError("it is empty")
+    return data
 
 
 def _as_json(content: Any) -> bytes:
@@ -1006,21 +979,21 @@ _VEGA = re.compile(r"application/vnd\.vega(lite)?\.v\d+(\.\d+)*\+json")
 
 
 def clean_text(text: str, colours: bool = False) -> str:
-    """Remove what a terminal would take for a command: of control characters only newline and tab are left.
+    """Remove what a terminal would take for a command; newlines and tabs stay.
 
-    With `colours`, for a terminal, colours and carriage returns are left too.
+    With `colours`, for output to a terminal, colours and carriage returns stay too.
     """
     text = text.replace("\r\n", "\n")
     return _CONTROLS.sub(lambda found: found[0] if colours and _COLOUR.fullmatch(found[0]) else "", text)
 
 
 class Line:
-    """The line that a terminal would be on: what carriage returns and backspaces have erased of it is gone."""
+    """The last line of a terminal, without what carriage returns and backspaces have erased."""
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
-        self._returned = False  # what comes next overwrites the line
-        self.size = 0  # characters of the line, about
+        self._returned = False  # the next text overwrites the line
+        self.size = 0  # about how many characters it has
 
     def add(self, text: str) -> str:
         """Take text; return the lines that are finished, with their newlines."""
@@ -1065,14 +1038,14 @@ class Line:
 
 
 def gap_mark(missing: int, where: str = "") -> str:
-    """Return what stands for `missing` characters in a text; `where` says where they are."""
+    """Return the mark for `missing` characters in a text; `where` says where to find them."""
     return f"\n[{missing} characters are missing here{'; ' * bool(where)}{where}]\n"
 
 
 def shorten(text: str, limit: int | None, gaps: Sequence[int], where: str) -> str:
-    """Return head and tail of `text`, `limit` characters in all, with one mark that says `where` the rest is.
+    """Return head and tail of `text`, `limit` characters in all, with one mark between that says `where` the rest is.
 
-    `gaps` are the numbers of characters for which a mark stands in the text already.
+    `gaps` lists the numbers of missing characters for which the text has a mark already.
     """
     if limit is None or len(text) <= limit:
         for missing in gaps:
@@ -1084,17 +1057,17 @@ def shorten(text: str, limit: int | None, gaps: Sequence[int], where: str) -> st
 
 
 class Outputs:
-    """What a cell has shown, within one budget: head and tail of its streams, of the rest as much as there is room for.
+    """What a cell has shown, within a budget: head and tail of its streams, and the other outputs while there is room.
 
-    They are in three parts, in order: all up to the end of the head; what is no stream up to the tail; the tail.
+    It is kept in three lists: everything up to the end of the head, other outputs up to the tail, and the tail.
     """
 
     def __init__(self, limit: int | None) -> None:
-        """`limit`: characters that are kept of all streams, None for all."""
+        """`limit` is how many characters of streams are kept, None for all."""
         self._head_room = 2**63 if limit is None else limit // 2
         self._tail_room = 2**63 if limit is None else limit - limit // 2
         self.clear()
-        self.withheld = False  # something did not fit in
+        self.withheld = False  # an output was dropped
 
     def clear(self) -> None:
         self._head: list[Json] = []
@@ -1113,7 +1086,7 @@ class Outputs:
             self._name = name
         self._put(self._line.add(text))
         if self._line.size > MAX_LINE:  # nothing erases as much
-            self._put(self._line.take())
+            self._end_line()
 
     def _end_line(self) -> None:
         self._put(self._line.take())
@@ -1138,7 +1111,7 @@ class Outputs:
             self._middle += [output] * ("text" not in output)
 
     def add(self, output: Json, size: int, display_id: str = "") -> None:
-        """Keep an output that is no stream, and took `size` bytes, if there is room."""
+        """Keep an output that is no stream, of `size` bytes, if there is room."""
         self._end_line()
         if size > self._room or len(self._head) + len(self._middle) + len(self._tail) >= MAX_OUTPUTS:
             self.withheld = True
@@ -1150,7 +1123,7 @@ class Outputs:
             self._displays[display_id] = _bundle(output), size
 
     def update(self, display_id: str, content: Json, size: int) -> bool:
-        """Change every display of that id; returns False if there is none."""
+        """Change every display of that id; return False if there is none."""
         if display_id not in self._displays:
             return False
         room = self._room + self._displays[display_id][1] - size
@@ -1169,9 +1142,8 @@ class Outputs:
         name = self._head[-1].get("name", "stdout") if self._head else "stdout"
         gap = [{"output_type": "stream", "name": name, "text": gap_mark(self.missing)}] if self.missing else []
         found: list[Json] = []
-        for name, outputs in itertools.groupby(
-            [*self._head, *gap, *self._middle, *self._tail], lambda output: output.get("name")
-        ):
+        everything = [*self._head, *gap, *self._middle, *self._tail]
+        for name, outputs in itertools.groupby(everything, lambda output: output.get("name")):
             if name is not None:
                 text = "".join(output["text"] for output in outputs)
                 found += [{"output_type": "stream", "name": name, "text": text}] * bool(text)
@@ -1189,7 +1161,58 @@ def _append_text(outputs: list[Json] | deque[Json], name: str, text: str) -> Non
         outputs.append({"output_type": "stream", "name": name, "text": text})
 
 
-@dataclass
+@dataclass(frozen=True)
+class OutputFile:
+    """A representation of an output that belongs into a file, such as a picture."""
+
+    mime_type: str
+    suffix: str
+    data: bytes = field(repr=False)
+
+
+_MODEL_IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # that language models take
+
+
+def _why_not_shown(image: OutputFile, max_bytes: int, has_room: bool) -> str:
+    """Return why a language model does not get a picture, "" if it does."""
+    if image.mime_type not in _MODEL_IMAGES:
+        return f"its type is {image.mime_type}"
+    if len(image.data) > max_bytes:
+        return f"{len(image.data)} bytes are too many"
+    return "" if has_room else "there are too many"
+
+
+def _anthropic_block(part: Json) -> Json:
+    """Source: https://docs.claude.com/en/api/messages, content of a message or of a tool_result."""
+    if part["type"] == "text":
+        return part
+    return {"type": "image", "source": {"type": "base64", "media_type": part["mime_type"], "data": part["data"]}}
+
+
+def _openai_block(part: Json) -> Json:
+    """Source: https://platform.openai.com/docs/api-reference/responses, input or output of a function call."""
+    if part["type"] == "text":
+        return {"type": "input_text", "text": part["text"]}
+    url = f"data:{part['mime_type']};base64,{part['data']}"
+    return {"type": "input_image", "image_url": url, "detail": "auto"}
+
+
+def _openai_chat_block(part: Json) -> Json:
+    """Source: https://platform.openai.com/docs/api-reference/chat, content of a message of the user."""
+    if part["type"] == "text":
+        return part
+    return {"type": "image_url", "image_url": {"url": f"data:{part['mime_type']};base64,{part['data']}"}}
+
+
+def _mcp_block(part: Json) -> Json:
+    """Source: https://modelcontextprotocol.io/specification, content of a tool's result."""
+    return part if part["type"] == "text" else {"type": "image", "data": part["data"], "mimeType": part["mime_type"]}
+
+
+_BLOCKS = {"anthropic": _anthropic_block, "openai": _openai_block, "openai-chat": _openai_chat_block, "mcp": _mcp_block}
+
+
+@dataclass(repr=False)
 class ExecutionResult:
     """What one cell did.
 
@@ -1227,6 +1250,71 @@ class ExecutionResult:
         """Everything as plain text; rich outputs by their text/plain."""
         return render(self.outputs, self.note, no_file)
 
+    def __repr__(self) -> str:
+        text, count = self.text, len(self.images)
+        shown = f"{text[:200]!r}{'...' if len(text) > 200 else ''}"
+        return f"ExecutionResult(status={self.status!r}, exit_code={self.exit_code}, text={shown}, images={count})"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Json:
+        """Be shown in a notebook as the cell would be: text and pictures; nothing of the code's own HTML."""
+        import html
+
+        shown = [
+            f"<pre>{html.escape(part['text'])}</pre>"
+            if part["type"] == "text"
+            else f'<img src="data:{part["mime_type"]};base64,{part["data"]}">'
+            for part in self.parts()
+        ]
+        return {"text/plain": repr(self), "text/html": "\n".join(shown)}
+
+    @property
+    def files(self) -> list[OutputFile]:
+        """The best representation of each output that belongs into a file; see also `save`."""
+        return [file for output in self.outputs if (file := _output_file(output.get("data") or {}))]
+
+    @property
+    def images(self) -> list[OutputFile]:
+        """Those of `files` that are pictures."""
+        return [file for file in self.files if file.mime_type.startswith("image/")]
+
+    def parts(self, max_chars: int = 20_000, max_images: int = 4, max_image_bytes: int = MAX_MODEL_IMAGE) -> list[Json]:
+        """Return what a language model should see, in order, within a budget: text, and pictures in base64.
+
+        Each is {"type": "text", "text": ...} or {"type": "image", "mime_type": ..., "data": ...}. Of longer text head
+        and tail are left; a picture that does not fit in is named in the text.
+        """
+        texts: list[str] = []  # before, between and behind the images
+        images: list[OutputFile] = []
+        group: list[Json] = []  # outputs since the last image
+        labels: dict[int, str] = {}
+        for output in self.outputs:
+            group.append(output)
+            if (image := _output_file(output.get("data") or {})) and image.mime_type.startswith("image/"):
+                why_not = _why_not_shown(image, max_image_bytes, len(images) < max_images)
+                labels[id(output["data"])] = f"[a picture that is not shown: {why_not}]" if why_not else "[a picture]"
+                if not why_not:
+                    images.append(image)
+                    texts.append(render(group, "", lambda data: labels.get(id(data))))
+                    group = []
+        texts.append(render(group, self.note, lambda data: labels.get(id(data))))
+        parts: list[Json] = []
+        for text, image in itertools.zip_longest(_shorten_all(texts, max_chars), images):
+            if text:
+                parts.append({"type": "text", "text": text})
+            if image:
+                data = base64.b64encode(image.data).decode("ascii")
+                parts.append({"type": "image", "mime_type": image.mime_type, "data": data})
+        return parts
+
+    def to_messages(self, form: str, **budget: int) -> list[Json]:
+        """Return `parts(**budget)` as content blocks, plain dicts: "anthropic", "openai", "openai-chat" or "mcp".
+
+        Raises: ValueError for another form.
+        """
+        if form not in _BLOCKS:
+            raise ValueError(f"form must be one of {', '.join(_BLOCKS)}, not {form!r}.")
+        return list(map(_BLOCKS[form], self.parts(**budget)))
+
     def raise_for_error(self) -> None:
         """Raise ExecutionError, ExecutionTimeout, KernelDied or JupyterExecError unless the cell ended well."""
         if self.status == "timeout":
@@ -1243,25 +1331,25 @@ class ExecutionResult:
 class Execution:
     """State machine of one execute_request: messages in, outputs and an outcome out.
 
-    It is done when the reply and the idle status have both come: they travel on different channels, so
-    either may be first. One of them may be lost (a high-water mark, an interrupt at a bad moment): then the answer
-    to a later request, whose id is in `fences`, tells that it will not come any more.
+    It is done when both the reply and the idle status have come; they travel on different channels, so either may be
+    first. One of them may get lost (a high-water mark, an interrupt at a bad moment). Then a later request whose id is
+    in `fences` is answered first, which shows that the lost one will not come any more.
     """
 
     def __init__(self, msg_id: str, limit: int | None = None) -> None:
-        """`limit`: characters that are kept of its streams."""
+        """`limit` is how many characters of its streams are kept, None for all."""
         self.msg_id = msg_id
         self._outputs = Outputs(limit)
         self.execution_count: int | None = None
         self.timed_out: float | None = None  # seconds, once the deadline has passed
-        self.started = False  # the kernel is at it
-        self.interrupted = False  # somebody asked for it
-        self.signalled = False  # the kernel was told
-        self.killed = False  # by us, since that did not help
+        self.started = False  # the kernel has begun to run it
+        self.interrupted = False  # an interrupt was asked for
+        self.signalled = False  # and sent to the kernel
+        self.killed = False  # we killed the kernel, since the interrupt did not help
         self.death: KernelDied | None = None
         self.fences: set[str] = set()
-        self.reconnected = False  # both of reply and idle may be lost
-        self.withheld = False  # output was dropped on its way
+        self.reconnected = False  # both reply and idle may be lost
+        self.withheld = False  # output was dropped before it came here
         self._reply: Json | None = None
         self._idle = False
         self._passed: set[str] = set()  # channels on which a fence was answered
@@ -1280,11 +1368,11 @@ class Execution:
 
     @property
     def outputs_lost(self) -> bool:
-        """Whether outputs may be missing: the idle status that comes after them is, or somebody dropped them."""
+        """Whether outputs may be missing: some were dropped, or the idle status that follows them is missing."""
         return self.withheld or self._outputs.withheld or (self._reply is not None and not self._idle)
 
     def feed(self, message: Message) -> Json | None:
-        """Take any message from the kernel; return the output to show now, if there is one. It is the caller's."""
+        """Take a message from the kernel; return the output to show now, if any. The caller may change it."""
         if message.parent_id in self.fences and message.content.get("execution_state") != "busy":
             self._passed.add(message.channel)
         if message.parent_id != self.msg_id:
@@ -1298,7 +1386,7 @@ class Execution:
     def _on_reply(self, content: Json, size: int) -> Json | None:
         self._reply = content
         self._count(content, 0)
-        # Deprecated, but the only place of what `print?` and %load have to say.
+        # The payload is deprecated, but `print?` and %load answer nowhere else.
         shown = None
         for entry in self._payload:
             text = entry.get("text") if entry.get("source") == "set_next_input" else None
@@ -1345,7 +1433,7 @@ class Execution:
     def _on_update(self, content: Json, size: int) -> Json:
         # "update_display_data: ... update any and all of the displays that have the given display_id"
         if not self._outputs.update(_display_id(content), content, size):
-            self._show({"output_type": "display_data"}, content, size)  # of an earlier cell: said here, too
+            self._show({"output_type": "display_data"}, content, size)  # the display belongs to an earlier cell
         return {"output_type": "update_display_data"} | _bundle(content)
 
     def _on_error(self, content: Json, size: int) -> Json:
@@ -1353,8 +1441,9 @@ class Execution:
         lines = [line for line in traceback if isinstance(line, str)] if isinstance(traceback, list) else []
         names = {name: text_of(content.get(name)) for name in ("ename", "evalue")}
         self._clear_if_due()
-        self._outputs.add({"output_type": "error", **names, "traceback": lines}, size)
-        return {"output_type": "error", **names, "traceback": lines}
+        output = {"output_type": "error", **names, "traceback": lines}
+        self._outputs.add(dict(output), size)
+        return output
 
     def _on_clear(self, content: Json, size: int) -> Json:
         # "wait: Wait to clear the output until new output is available."
@@ -1387,11 +1476,11 @@ class Execution:
 
     @property
     def _exits(self) -> list[Any]:
-        # Deviation: exit(3) is to IPython exit(keep_kernel=3), and to everybody else an exit status.
+        # Deviation: IPython reads exit(3) as exit(keep_kernel=3), everybody else as an exit status.
         return [entry.get("keepkernel") for entry in self._payload if entry.get("source") == "ask_exit"]
 
     def result(self, duration: float) -> ExecutionResult:
-        """Sum up, once; `duration` in seconds. The sentences are those of the README's table of failures."""
+        """Return the result; call it once. `duration` is in seconds. README's table of failures lists the sentences."""
         outputs = self._outputs.all()
         status, exit_code, state, note = self._outcome()
         if status == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
@@ -1450,12 +1539,12 @@ def _bundle(content: Json) -> Json:
 
 
 def render(outputs: Iterable[Json], note: str, save: Callable[[Json], str | None]) -> str:
-    """Return outputs as the text of one block: streams exactly as printed, everything else on lines of its own.
+    """Return outputs as the text of one block: streams as they were printed, everything else on lines of its own.
 
-    `save(data)` may put the best representation of a MIME bundle into a file; it returns the line that says so.
+    `save(data)` may save the best representation of a MIME bundle to a file; it returns a line that says so, or None.
     """
     pieces: list[str] = []
-    line_open = False  # the last piece is no stream, and wants a line of its own
+    line_open = False  # the last piece is no stream: what follows begins a new line
     for output in outputs:
         is_stream = output["output_type"] == "stream"
         piece = clean_text(output["text"]) if is_stream else "\n".join(map(clean_text, _lines(output, save)))
@@ -1481,8 +1570,9 @@ def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
         return
     data = output["data"]
     saved = save(data)
-    # One representation: text/plain, unless it is only an object's default repr and something better is there.
+    # Show text/plain, unless it is only an object's default repr and there is something better.
     texts = [data.get(mime) for mime in ("text/plain", "text/markdown", "text/latex")]
+    texts[0] = data.get("text/llm+plain") or texts[0]
     plain, *others = [text if isinstance(text, str) else "" for text in texts]
     if not plain or _DEFAULT_REPR.match(plain):
         plain = "" if saved else next(filter(None, others), plain)
@@ -1491,16 +1581,37 @@ def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
     yield from filter(None, (plain, saved))
 
 
-def best_file(data: Json) -> tuple[str, str, Callable[[], bytes]] | None:
-    """Return (word, suffix, encode) of the representation that belongs into a file, None if there is none.
+def best_file(data: Json) -> tuple[str, str, str, Callable[[], bytes]] | None:
+    """Return (MIME type, word, suffix, encode) of the representation that belongs into a file, None if there is none.
 
     `encode()` returns the bytes of the file. Raises: ValueError for content that cannot be such a file.
     """
     data = {_VEGA.sub("application/vnd.vega+json", mime): content for mime, content in data.items()}
     for mime, (word, suffix, encode) in FILE_TYPES.items():
         if data.get(mime) is not None:
-            return word, suffix, functools.partial(encode, data[mime])
+            return mime, word, suffix, functools.partial(encode, data[mime])
     return None
+
+
+def _output_file(data: Json) -> OutputFile | None:
+    best = best_file(data)
+    with contextlib.suppress(ValueError, RecursionError):  # it cannot be such a file
+        return OutputFile(best[0], best[2], best[3]()) if best else None
+    return None
+
+
+def _shorten_all(texts: list[str], limit: int) -> list[str]:
+    """Return texts that follow each other, with head and tail of all, `limit` characters, left of them."""
+    total = sum(map(len, texts))
+    if total <= limit:
+        return texts
+    head, tail, at = limit // 2, total - (limit - limit // 2), 0
+    shortened = []
+    for text in texts:
+        gap = gap_mark(total - limit) if at <= head < at + len(text) else ""
+        shortened.append(text[: max(0, head - at)] + gap + text[max(0, tail - at) :])
+        at += len(text)
+    return shortened
 
 
 # ======================================================================================================
@@ -1509,7 +1620,7 @@ def best_file(data: Json) -> tuple[str, str, Callable[[], bytes]] | None:
 
 
 class Deadline:
-    """A point in time, made once per public call and passed down. None as `seconds` never comes."""
+    """A point in time, made once per public call and passed down. With None for `seconds` it never comes."""
 
     __slots__ = ("_at", "seconds")
 
@@ -1520,6 +1631,7 @@ class Deadline:
 
     @property
     def remaining(self) -> float | None:
+        """Return the seconds that are left, None if there is no end."""
         return None if self._at is None else max(0.0, self._at - time.monotonic())
 
     @property
@@ -1531,21 +1643,20 @@ class Deadline:
             self._at += seconds
 
     def within(self, seconds: float) -> float:
-        """Return what is left, at most `seconds`."""
+        """Return the seconds that are left, at most `seconds`."""
         remaining = self.remaining
         return seconds if remaining is None else min(seconds, remaining)
 
 
 class Loop:
-    """One thread that waits for readiness and calls back. Only `post` and `stop` may be used from other threads.
+    """One thread that waits until sockets are ready and calls back. Other threads may use only `post` and `stop`.
 
-    It serves the client (as a daemon thread) and the kernel host (as its main thread) alike, and needs no zmq:
-    a ZeroMQ socket is watched through its ZMQ_FD, which is edge-triggered, so its callback must read it empty.
+    The client runs it in a daemon thread, the kernel host in its main thread. It needs no zmq: a ZeroMQ socket is
+    watched by its ZMQ_FD, which tells of each change only once, so that the callback must read the socket empty.
     """
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._callbacks: dict[int, dict[int, Callable[[], None]]] = {}  # descriptor -> event -> callback
         self._jobs: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = itertools.count()
@@ -1559,47 +1670,45 @@ class Loop:
         self.on_readable(self._waker.fileno(), self._on_wake)
 
     def post(self, job: Callable[[], None]) -> None:
-        """Have `job()` called in the loop's thread, soon and in the order of the calls."""
+        """Call `job()` in the loop's thread, after the jobs that were posted before."""
         if os.getpid() != self._pid:
             raise JupyterExecError("This process was forked from the one with the server: make a new server here.")
         self._jobs.append(job)
         if not self._awake:
             self._awake = True
-            with contextlib.suppress(OSError):  # full: it will wake up anyway; closed: nobody listens
+            with contextlib.suppress(OSError):  # full: the loop wakes up anyway; closed: the loop has ended
                 self.alarm.send(b"\0")
 
     def later(self, seconds: float, job: Callable[[], None]) -> None:
+        """Call `job()` after that time."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._serial), job))
 
-    def on_readable(self, descriptor: int, callback: Callable[[], None] | None) -> None:
+    def on_readable(self, descriptor: int, callback: Callable[[], object] | None) -> None:
+        """Call `callback()` whenever there is something to read; None ends that."""
         self._watch(descriptor, selectors.EVENT_READ, callback)
 
-    def on_writable(self, descriptor: int, callback: Callable[[], None] | None) -> None:
+    def on_writable(self, descriptor: int, callback: Callable[[], object] | None) -> None:
         self._watch(descriptor, selectors.EVENT_WRITE, callback)
 
-    def _watch(self, descriptor: int, event: int, callback: Callable[[], None] | None) -> None:
-        callbacks = self._callbacks.setdefault(descriptor, {})
-        before = sum(callbacks)
+    def _watch(self, descriptor: int, event: int, callback: Callable[[], object] | None) -> None:
+        key = self._selector.get_map().get(descriptor)
+        callbacks = key.data if key else {}
+        callbacks.pop(event, None)
         if callback:
             callbacks[event] = callback
-        else:
-            callbacks.pop(event, None)
-        after = sum(callbacks)
-        if not after:
-            del self._callbacks[descriptor]
-            if before:
-                self._selector.unregister(descriptor)
-        elif not before:
-            self._selector.register(descriptor, after, callbacks)
-        elif before != after:
-            self._selector.modify(descriptor, after, callbacks)
+        if key and callbacks:
+            self._selector.modify(descriptor, sum(callbacks), callbacks)
+        elif key:
+            self._selector.unregister(descriptor)
+        elif callbacks:
+            self._selector.register(descriptor, event, callbacks)
 
     def start(self, name: str) -> None:
         self._thread = threading.Thread(target=self.run, name=name, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the loop after the jobs posted so far; wait for its thread, unless called in it."""
+        """End the loop after the jobs that were posted; wait for its thread, unless this is it."""
         self.post(self._finish)
         if self._thread and self._thread is not threading.current_thread():
             self._thread.join(CONTROL_TIMEOUT)
@@ -1608,7 +1717,7 @@ class Loop:
         self._running = False
 
     def run(self) -> None:
-        """Call back until `stop`; an exception in a callback is logged and costs that callback only."""
+        """Call back until `stop`; an exception in a callback is logged and ends only that callback."""
         while self._running:
             timeout = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
             for key, events in self._selector.select(timeout):
@@ -1617,7 +1726,7 @@ class Loop:
                         self._call(callback)
             while self._timers and self._timers[0][0] <= time.monotonic():
                 self._call(heapq.heappop(self._timers)[2])
-        while self._jobs:  # whoever waits for one of these must not wait for ever
+        while self._jobs:  # other threads may wait for these
             self._call(self._jobs.popleft())
         self._selector.close()
         self._waker.close()
@@ -1630,7 +1739,7 @@ class Loop:
         for _ in range(len(self._jobs)):
             self._call(self._jobs.popleft())
 
-    def _call(self, callback: Callable[[], None]) -> None:
+    def _call(self, callback: Callable[[], object]) -> None:
         try:
             callback()
         except Exception:
@@ -1647,7 +1756,7 @@ class Stream(Protocol):
 
 
 class FdStream:
-    """A Stream over two descriptors, such as a process's stdin and stdout (POSIX)."""
+    """A Stream over two descriptors that are no sockets, such as stdin and stdout of a process."""
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd, self._write_fd = read_fd, write_fd
@@ -1676,18 +1785,18 @@ class NetStream:
 
     def __init__(self, sock: socket.socket) -> None:
         self.raw = sock
-        self._is_tcp = getattr(sock, "family", None) in (socket.AF_INET, socket.AF_INET6)  # Docker has pipes of Windows
+        self._is_tcp = getattr(sock, "family", None) in (socket.AF_INET, socket.AF_INET6)  # Docker over ssh has none
         if self._is_tcp:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def recv(self, size: int, /) -> bytes:
         with _tls_as_plain():
             data = self.raw.recv(size)
-            while getattr(self.raw, "pending", int)():  # decrypted already: no descriptor would tell of it
+            while getattr(self.raw, "pending", int)():  # decrypted already: the descriptor shows nothing
                 data += self.raw.recv(size)
         if self._is_tcp and hasattr(socket, "TCP_QUICKACK"):
-            # A delayed acknowledgement costs 40 ms where the other end leaves Nagle's algorithm on, as Jupyter servers
-            # and Docker engines do; the setting is forgotten at each read.
+            # A delayed acknowledgement costs 40 ms if the other end uses Nagle's algorithm, as Jupyter servers and
+            # Docker engines do. Each read resets the option.
             self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         return data
 
@@ -1707,7 +1816,7 @@ class NetStream:
 
 @contextlib.contextmanager
 def _tls_as_plain() -> Iterator[None]:
-    """Let a TLS socket that has to wait say so as any other; ssl itself is not imported for those without."""
+    """Raise BlockingIOError for a TLS socket that has to wait, as for any other, without importing ssl."""
     try:
         yield
     except OSError as error:
@@ -1716,54 +1825,32 @@ def _tls_as_plain() -> Iterator[None]:
         raise
 
 
-def as_stream(read_fd: int, write_fd: int) -> Stream:
-    """Return a Stream over two descriptors that are no sockets."""
-    if os.name != "nt":
-        return FdStream(read_fd, write_fd)
-    # Windows cannot poll a pipe: two threads copy between it and a socket.
-    near, far = socket.socketpair()
-    near.setblocking(False)
-    threading.Thread(target=_copy, args=(functools.partial(os.read, read_fd, 2**16), far.sendall), daemon=True).start()
-    threading.Thread(target=_copy, args=(functools.partial(far.recv, 2**16), _writer(write_fd)), daemon=True).start()
-    return near
-
-
-def _copy(read: Callable[[], bytes], write: Callable[[bytes], object]) -> None:
-    with contextlib.suppress(OSError):
-        while data := read():
-            write(data)
-
-
-def _writer(descriptor: int) -> Callable[[bytes], object]:
-    return open(descriptor, "wb", buffering=0).write
-
-
 _inherited: weakref.WeakSet[Pipe | Tail] = weakref.WeakSet()
 
 
 def _close_inherited() -> None:
-    """In a forked child: let go of its copies, so that the pipe closes when the parent ends."""
+    """Close a forked child's copies of the pipes, so that they close when the parent ends."""
     null = os.open(os.devnull, os.O_RDWR)
     for end in list(_inherited):
-        with contextlib.suppress(OSError):  # under the socket object, which may belong to gevent
+        with contextlib.suppress(OSError):  # the descriptor only: the socket object may be gevent's
             os.dup2(null, end.fileno(), inheritable=False)
     os.close(null)
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_close_inherited)
 
 
 class Outbox:
-    """Writes to a stream as far as it takes bytes now, the rest when it is ready again. For the loop's thread.
+    """Writes to a stream what it takes now, and the rest when it is ready again. For the loop's thread.
 
-    What waits stands in lanes, which take turns: a flood in one stops no other. The lane "" goes before them all.
+    Data waits in lanes, which take turns, so that a flood in one delays no other. The lane "" always goes first.
     `on_stuck(reason)` is called when the stream breaks, or takes nothing for CONTROL_TIMEOUT.
     """
 
     def __init__(self, loop: Loop, stream: Stream, on_stuck: Callable[[str], None]) -> None:
         self._loop, self._stream, self._on_stuck = loop, stream, on_stuck
-        self.waits_for_ever = False  # the other end may be stopped in a debugger
+        self.waits_for_ever = False  # True for a host: its client may be stopped in a debugger
         self._begun = memoryview(b"")
         self._lanes: dict[str, deque[tuple[bytes, bool, float]]] = {}  # data, whether it may be dropped, since when
         self.waiting = 0  # bytes in the lanes
@@ -1773,11 +1860,11 @@ class Outbox:
 
     @property
     def busy(self) -> bool:
-        """Whether there is something that the stream has not taken yet."""
+        """Whether data waits."""
         return bool(self._begun or self._lanes)
 
     def send(self, data: bytes, lane: str = "", may_be_lost: bool = False) -> None:
-        """Write, or queue, `data`."""
+        """Write `data`, now or later."""
         now, busy = time.monotonic(), self.busy
         self._lanes.setdefault(lane, deque()).append((data, may_be_lost, now))
         self.waiting += len(data)
@@ -1792,7 +1879,7 @@ class Outbox:
                 sent = self._stream.send(self._begun)
                 self._sent_at = time.monotonic()
                 self._begun = self._begun[sent:]
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             self._loop.on_writable(self._descriptor, self._write)
             if not self._watched:
                 self._watched = True
@@ -1812,15 +1899,12 @@ class Outbox:
         return memoryview(data)
 
     def drop_old(self, lane: str, instead: bytes) -> bool:
-        """Drop what may be dropped of a lane in which something has waited for SLOW_LINK, and send `instead`.
-
-        Returns whether it did.
-        """
+        """Drop what may be lost of a lane that has waited for SLOW_LINK, and send `instead`; return whether it did."""
         queued, now = self._lanes.get(lane), time.monotonic()
         kept = [entry for entry in queued or () if not entry[1]]
         if not queued or now - queued[0][2] < SLOW_LINK or len(kept) == len(queued):
             return False
-        # First: what is dropped may be the rest of a message of which a piece has been sent.
+        # `instead` goes first: what is dropped may be the rest of a message that was sent in part.
         self._lanes[lane] = deque([(instead, False, now), *kept])
         self.waiting += len(instead) - sum(len(data) for data, may_be_lost, _ in queued if may_be_lost)
         return True
@@ -1840,10 +1924,10 @@ class Outbox:
 
 
 class Tail:
-    """The end of what comes out of a pipe, such as a process's stderr; the rest is read and forgotten."""
+    """Reads a pipe, such as the stderr of a process, and keeps the end of it."""
 
     def __init__(self) -> None:
-        self._descriptor, self.writer = os.pipe()  # `writer` is to be closed by whoever passes it on
+        self._descriptor, self.writer = os.pipe()  # whoever gives `writer` to a process closes it
         os.set_blocking(self._descriptor, False)
         self._data = bytearray()
         self._loop: Loop | None = None
@@ -1856,14 +1940,12 @@ class Tail:
         return self._data.decode("utf-8", "replace").strip()
 
     def watch(self, loop: Loop) -> None:
+        """Read in the loop from now on."""
         self._loop = loop
-        loop.on_readable(self._descriptor, self._on_readable)
-
-    def _on_readable(self) -> None:
-        self.read()
+        loop.on_readable(self._descriptor, self.read)
 
     def read(self) -> bool:
-        """Read what is there; returns False at the end."""
+        """Read what is there; return False at the end."""
         try:
             data = os.read(self._descriptor, 2**16)
         except BlockingIOError:
@@ -1875,7 +1957,7 @@ class Tail:
         return bool(data)
 
     def drain(self) -> None:
-        """Read all that a pipe can hold: who has written may have ended."""
+        """Read all that a pipe can hold, after the end of the process that wrote it."""
         for _ in range(16):
             if self._descriptor < 0 or not self.read():
                 break
@@ -1890,10 +1972,10 @@ class Tail:
 
 
 class Pipe:
-    """One end of the pipe between a server object and its kernel host. Belongs to its loop's thread.
+    """One end of the pipe between a server object and its kernel host. For the loop's thread.
 
-    `on_parts(parts)` gets each frame; `on_closed(reason)` is called once, when the other end is gone, does not
-    read, or has sent something that is no frame: there is no resynchronising.
+    `on_parts(parts)` gets each frame. `on_closed(reason)` is called once: when the other end is gone, does not read, or
+    has sent something that is no frame.
     """
 
     def __init__(
@@ -1917,12 +1999,11 @@ class Pipe:
     def _read(self) -> None:
         try:
             data = self.stream.recv(2**18)
-            if not data:
-                self.close("the pipe was closed")
-                return
             for parts in self._codec.feed(data):
                 self._on_parts(parts)
-        except (BlockingIOError, InterruptedError):
+            if not data:
+                self.close("the pipe was closed")
+        except BlockingIOError:
             pass
         except (OSError, ProtocolError) as error:
             self.close(str(error))
@@ -1940,30 +2021,30 @@ RawMessage = tuple[str, Any]  # channel and parts, or "WebSocket" and a message,
 
 
 class Reconnected:
-    """A connection that was lost is there again; what was on its way may be missing."""
+    """A lost connection was made again; messages may be missing."""
 
 
 MailItem = RawMessage | KernelDied | Reconnected
 
 
 class Mailbox:
-    """What came from one kernel, in order: raw messages put in by the I/O thread, taken out by the caller's.
+    """What came from one kernel, in order: the I/O thread puts raw messages in, the caller's thread takes them out.
 
-    Beyond MAILBOX_LIMIT unread bytes output is dropped. A kernel that goes on to twice as much counts as dead.
+    Beyond MAILBOX_LIMIT unread bytes output is dropped. A kernel that sends twice as much is killed.
     """
 
     def __init__(self, on_flood: Callable[[], None] | None = None) -> None:
-        """`on_flood()` is called, once, in the I/O thread, when the kernel is to be ended for what it sends."""
+        """`on_flood()` is called once, in the I/O thread, to kill a kernel that sends too much."""
         self._queue: queue.SimpleQueue[tuple[MailItem, int]] = queue.SimpleQueue()
         self._on_flood = on_flood
-        self._put_bytes = self._got_bytes = 0  # each written by one thread only,
-        self._put_replies = self._got_replies = 0  # as these
-        self.dropped = False  # output, since nobody came for it
-        self.ended = False  # the kernel's exit is in it
+        self._put_bytes = self._got_bytes = 0  # each is written by one thread only
+        self._put_replies = self._got_replies = 0
+        self.dropped = False  # output, since nobody read it
+        self.ended = False  # the kernel's death is in it
 
     @property
     def answered(self) -> bool:
-        """Whether an answer of the kernel on shell is in it, unread."""
+        """Whether it has an unread execute_reply."""
         return self._put_replies > self._got_replies
 
     def put(self, item: MailItem) -> None:
@@ -1983,23 +2064,18 @@ class Mailbox:
 
     def get(self, timeout: float | None) -> MailItem | None:
         """Return the next item, or None after `timeout` seconds."""
+        may_wait = timeout is None or timeout > 0  # Deviation: told to wait for 0 s, Python 3.10 may wait for ever
         try:
-            item, size = self._queue.get_nowait()
+            item, size = self._queue.get(may_wait, timeout)
         except queue.Empty:
-            # Deviation: with a timeout of 0, Python 3.10 may wait for ever.
-            if timeout is not None and timeout <= 0:
-                return None
-            try:
-                item, size = self._queue.get(timeout=timeout)
-            except queue.Empty:
-                return None
+            return None
         self._got_bytes += size
         self._got_replies += _is_reply(item)
         return item
 
 
 def _size_of(item: MailItem) -> int:
-    """Return how many bytes an item takes in memory, about."""
+    """Return about how many bytes an item takes in memory."""
     if not isinstance(item, tuple):
         return 0
     return 1000 + (len(item[1]) if isinstance(item[1], (str, bytes)) else sum(map(len, item[1])))
@@ -2013,7 +2089,7 @@ _VITAL = ("_reply", "status", "error", "input_request", "execute_result")
 
 
 def _is_vital(item: RawMessage, size: int) -> bool:
-    """Whether a message is small, and by its words one that ends a cell or says how it ended."""
+    """Whether a message is small and seems to end a cell, or to say how it ended."""
     return size < LARGE_PART and any(_names(item, word) for word in _VITAL)
 
 
@@ -2035,32 +2111,32 @@ class KernelControl(Protocol):
     """What can be done to a kernel besides sending it messages; implemented by the servers."""
 
     owned: bool  # False: attached to, not to be killed or restarted
-    supervised: bool  # a server starts it anew when it ends by itself: only `kill` ends it
+    supervised: bool  # a server restarts it when it ends by itself: only `kill` ends it
     argv: list[str]  # of the kernel's process, empty if unknown
     connection_file: str | None  # on this machine
     start_timeout: float  # seconds for the kernel to be ready
 
     def start(self, mailbox: Mailbox) -> Channels:
-        """Start the kernel, or start it anew, and connect; `mailbox` gets all that comes from it, its death too."""
+        """Start or restart the kernel and connect; `mailbox` gets all that comes from it, its death too."""
 
     def interrupt(self, sent: Callable[[], None]) -> bool:
-        """Interrupt the running cell; `sent()` is called, in any thread, once the signal is out.
+        """Interrupt the running cell, and call `sent()`, in any thread, when the signal was sent.
 
-        Returns False, with nothing done, if the kernel wants an interrupt_request instead.
+        Return False, and do nothing, if the kernel wants an interrupt_request instead.
         """
 
     def kill(self) -> None:
-        """End the kernel at once, if it is ours; the mailbox gets its KernelDied."""
+        """Kill the kernel, if it is ours; the mailbox gets its KernelDied."""
 
     def abandon(self) -> None:
-        """Give up what runs the kernel, since it did not answer to `kill`; the next start has a new one."""
+        """Give up the host that did not answer to `kill`; the next start makes a new one."""
 
     def close(self) -> None:
-        """Free what `start` made, the channels aside."""
+        """Free what `start` made, except the channels."""
 
 
 def read_connection_file(path: str | os.PathLike[str]) -> KernelConnection:
-    """Read a connection file. Raises ProtocolError if it is broken, or readable by others than its owner."""
+    """Read a connection file. Raises: ProtocolError if it is broken, or if others than its owner may read it."""
     try:
         with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -2073,7 +2149,7 @@ def read_connection_file(path: str | os.PathLike[str]) -> KernelConnection:
 
 
 def write_private(path: str, text: str) -> None:
-    """Write a file that only its owner may read; a file or link that is there is replaced, not followed."""
+    """Write a file that only its owner may read, in place of a file or link of that name."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
@@ -2089,38 +2165,6 @@ def new_context() -> Any:
     return zmq.Context()
 
 
-def open_sockets(context: Any, connection: KernelConnection, identity: bytes) -> dict[str, Any]:
-    """Connect shell, iopub, stdin and control; returns {channel: zmq.Socket}. The caller closes them.
-
-    Raises: zmq.ZMQError.
-    """
-    import zmq
-
-    kinds = {"shell": zmq.DEALER, "iopub": zmq.SUB, "stdin": zmq.DEALER, "control": zmq.DEALER}
-    sockets: dict[str, Any] = {}
-    try:
-        for channel, kind in kinds.items():
-            sockets[channel] = sock = context.socket(kind)
-            sock.linger = 0
-            sock.reconnect_ivl = RECONNECT_INTERVAL
-            sock.maxmsgsize = MAX_MESSAGE
-            if channel == "iopub":
-                # The default high-water mark of 1000 messages loses output, and the final idle with it.
-                sock.rcvhwm = 0
-                # Subscribe before connecting, or the welcome is missed; the unique topic gets one for certain.
-                sock.subscribe(b"")
-                sock.subscribe(identity)
-            else:
-                # "stdin: ... the client's identity must be the same as that of its shell socket."
-                sock.identity = identity
-            sock.connect(connection.address(channel))
-    except zmq.ZMQError:  # too many open files
-        for sock in sockets.values():
-            sock.close()
-        raise
-    return sockets
-
-
 def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
     """Read a ZeroMQ socket empty."""
     import zmq
@@ -2130,68 +2174,114 @@ def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
             deliver(sock.recv_multipart(zmq.NOBLOCK))
 
 
-class SocketReader:
-    """Reads a ZeroMQ socket when its descriptor tells of a change, in batches, so that a flood starves nobody."""
+class KernelSockets:
+    """The ZeroMQ sockets of one kernel; `deliver(channel, parts)` gets what arrives. For the loop's thread.
 
-    def __init__(self, loop: Loop, sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
-        self._loop, self._socket, self._deliver = loop, sock, deliver
-        self._again = False  # a further batch is on the loop's list
-        loop.on_readable(sock.fd, self.read)
+    It reads in batches, so that a flood from one kernel delays no other.
+    """
 
-    def read(self) -> None:
-        if not self._again:
-            self._read_batch()
-
-    def drain(self) -> None:
-        """Read all that is there, since nothing will follow."""
-        read_all(self._socket, self._deliver)
-
-    def _read_batch(self) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        context: Any,
+        connection: KernelConnection,
+        identity: bytes,
+        deliver: Callable[[str, list[bytes]], None],
+    ) -> None:
+        """Connect shell, iopub, stdin and control. Raises: zmq.ZMQError."""
         import zmq
 
-        self._again = False
+        self._loop, self._deliver = loop, deliver
+        self.by_channel: dict[str, Any] = {}
+        self._queued: set[str] = set()  # channels whose next batch was posted to the loop
+        kinds = {"shell": zmq.DEALER, "iopub": zmq.SUB, "stdin": zmq.DEALER, "control": zmq.DEALER}
+        try:
+            for channel, kind in kinds.items():
+                self.by_channel[channel] = sock = context.socket(kind)
+                sock.linger = 0
+                sock.reconnect_ivl = RECONNECT_INTERVAL
+                sock.maxmsgsize = MAX_MESSAGE
+                if channel == "iopub":
+                    # Beyond the default high-water mark of 1000 messages, output and the final idle would get lost.
+                    sock.rcvhwm = 0
+                    # Subscribe before connecting, or the welcome is missed; our own topic gets one in any case.
+                    sock.subscribe(b"")
+                    sock.subscribe(identity)
+                else:
+                    # "stdin: ... the client's identity must be the same as that of its shell socket."
+                    sock.identity = identity
+                sock.connect(connection.address(channel))
+                loop.on_readable(sock.fd, functools.partial(self._read, channel))
+        except zmq.ZMQError:  # too many open files
+            self.close()
+            raise
+
+    def send(self, channel: str, parts: Sequence[bytes]) -> None:
+        """Send a message, unless the sockets are closed or there is no such channel."""
+        import zmq
+
+        if sock := self.by_channel.get(channel):
+            with contextlib.suppress(zmq.Again):  # a kernel that takes nothing: its death or the deadline tells
+                sock.send_multipart(parts, zmq.NOBLOCK)
+            self._read(channel)  # sending may reset the descriptor, which tells of a change only once
+
+    def _read(self, channel: str) -> None:
+        if channel not in self._queued:
+            self._read_batch(channel)
+
+    def _read_batch(self, channel: str) -> None:
+        import zmq
+
+        self._queued.discard(channel)
+        sock = self.by_channel.get(channel)
         with contextlib.suppress(zmq.Again):
             for _ in range(READ_BATCH):
-                if self._socket.closed:
+                if not sock or sock.closed:
                     return
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-                self._deliver([frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames])
-            self._again = True
-            self._loop.post(self._read_batch)
+                frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+                parts = [frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames]
+                self._deliver(channel, parts)
+            self._queued.add(channel)
+            self._loop.post(functools.partial(self._read_batch, channel))
+
+    def drain(self) -> None:
+        """Read all that is there, after the end of the kernel."""
+        for channel, sock in self.by_channel.items():
+            read_all(sock, functools.partial(self._deliver, channel))
+
+    def close(self) -> None:
+        """Close the sockets."""
+        for sock in self.by_channel.values():
+            self._loop.on_readable(sock.fd, None)
+            sock.close()
+        self.by_channel = {}
 
 
 class ZmqChannels:
-    """The channels of a kernel that this machine reaches over ZeroMQ; the loop's thread owns the sockets."""
+    """The channels of a kernel that is reached over ZeroMQ from here; the loop's thread owns the sockets."""
 
     def __init__(
         self, loop: Loop, context: Any, connection: KernelConnection, mailbox: Mailbox, *, watch: bool = False
     ) -> None:
-        """With `watch`, a lost connection is reported as the kernel's death: nobody else would."""
-        self._loop = loop
+        """With `watch`, a lost connection is reported as the death of the kernel: nobody else reports it."""
+        self._loop, self._mailbox = loop, mailbox
         self._codec = ZmqCodec(connection.key, connection.signature_scheme)
-        self._sockets: dict[str, Any] = {}
-        self._readers: dict[str, SocketReader] = {}
-        self._mailbox = mailbox
+        self._sockets: KernelSockets | None = None
+        self._monitor: Any = None  # a socket that tells of a lost connection
         loop.post(functools.partial(self._open, context, connection, watch))
 
     def _open(self, context: Any, connection: KernelConnection, watch: bool) -> None:
         import zmq
 
+        identity = os.urandom(16).hex().encode()
         try:
-            self._open_all(context, connection, watch)
+            self._sockets = KernelSockets(self._loop, context, connection, identity, self._deliver)
+            if watch:
+                self._monitor = self._sockets.by_channel["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
+                self._loop.on_readable(self._monitor.fd, self._on_disconnected)
+                read_all(self._monitor, lambda parts: None)
         except zmq.ZMQError as error:
             self._mailbox.put(KernelDied(cause=f"its sockets cannot be opened here: {error.strerror}"))
-
-    def _open_all(self, context: Any, connection: KernelConnection, watch: bool) -> None:
-        self._sockets = open_sockets(context, connection, os.urandom(16).hex().encode())
-        for channel, sock in self._sockets.items():
-            self._readers[channel] = SocketReader(self._loop, sock, functools.partial(self._deliver, channel))
-        if watch:
-            import zmq
-
-            self._monitor = self._sockets["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            self._loop.on_readable(self._monitor.fd, self._on_disconnected)
-            read_all(self._monitor, lambda parts: None)
 
     def _deliver(self, channel: str, parts: list[bytes]) -> None:
         self._mailbox.put((channel, parts))
@@ -2203,16 +2293,11 @@ class ZmqChannels:
             self._mailbox.put(KernelDied(cause="its connection was closed"))
 
     def send(self, message: Message) -> None:
-        parts = self._codec.encode(message)
-        self._loop.post(functools.partial(self._send, message.channel, parts))
+        self._loop.post(functools.partial(self._send, message.channel, self._codec.encode(message)))
 
     def _send(self, channel: str, parts: list[bytes]) -> None:
-        if channel in self._sockets:
-            import zmq
-
-            with contextlib.suppress(zmq.Again):  # a kernel that takes nothing: its death or the deadline tells
-                self._sockets[channel].send_multipart(parts, zmq.NOBLOCK)
-            self._readers[channel].read()  # sending may have eaten the descriptor's signal
+        if self._sockets:
+            self._sockets.send(channel, parts)
 
     def decode(self, raw: RawMessage) -> Iterator[Message]:
         return self._codec.decode(*raw)
@@ -2221,17 +2306,16 @@ class ZmqChannels:
         self._loop.post(self._close)
 
     def _close(self) -> None:
-        for channel, sock in self._sockets.items():
-            self._loop.on_readable(sock.fd, None)
-            if channel == "shell" and hasattr(self, "_monitor"):
-                self._loop.on_readable(self._monitor.fd, None)
-                sock.disable_monitor()
-            sock.close()
-        self._sockets = {}
+        if self._sockets and self._monitor:
+            self._loop.on_readable(self._monitor.fd, None)
+            self._sockets.by_channel["shell"].disable_monitor()
+        if self._sockets:
+            self._sockets.close()
+        self._sockets = None
 
 
 class PipeChannels:
-    """The channels of a kernel whose host relays the signed parts through the pipe."""
+    """The channels of a kernel whose host relays its messages through the pipe."""
 
     def __init__(self, relay: Callable[[str, list[bytes]], None], key: str) -> None:
         self._relay = relay
@@ -2253,8 +2337,8 @@ Dial = Callable[[Deadline], "tuple[socket.socket, str | None]"]
 class WebSocketChannels:
     """The channels of a kernel behind a Jupyter server; the loop's thread owns the socket.
 
-    A dropped connection is made anew, as the same session: the server replays what it has kept, and what waits
-    here is sent then; nothing is sent twice. `dial(deadline)` opens a WebSocket; it returns its socket and subprotocol.
+    A lost connection is made again, as the same session: the server repeats what it has kept, and what waits here is
+    sent then. Nothing is sent twice. `dial(deadline)` opens a WebSocket and returns its socket and subprotocol.
 
     Spec: https://jupyter-server.readthedocs.io/en/stable/developers/websocket-protocols.html
     """
@@ -2262,8 +2346,8 @@ class WebSocketChannels:
     def __init__(self, loop: Loop, dial: Dial, mailbox: Mailbox) -> None:
         """Connect. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
         self._loop, self._dial, self._mailbox = loop, dial, mailbox
-        self._backlog: list[str | bytes] = []  # to be sent when there is a connection again
-        self._outbox: Outbox | None = None  # None: there is none
+        self._backlog: list[str | bytes] = []  # to send when there is a connection again
+        self._outbox: Outbox | None = None  # None while there is no connection
         self._heard_at = 0.0
         self._closed = False
         self._connect(Deadline(START_TIMEOUT))
@@ -2289,7 +2373,7 @@ class WebSocketChannels:
         backlog, self._backlog = self._backlog, []
         for data in backlog:
             self._send(data)
-        self._read()  # TLS may have decrypted frames together with the answer: no descriptor would tell of them
+        self._read()  # TLS may have decrypted frames already, so the descriptor does not tell of them
 
     def _read(self) -> None:
         reason = ""
@@ -2300,7 +2384,7 @@ class WebSocketChannels:
                 self._mailbox.put(("WebSocket", message))
             if not data or self._websocket.closed:
                 reason = "the server closed the connection"
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return
         except (OSError, ProtocolError) as error:
             reason = str(error)
@@ -2309,16 +2393,16 @@ class WebSocketChannels:
             self._drop(reason)
 
     def _answer(self) -> None:
-        # A server that asks and does not read must not fill the outbox: its last ping is answered when it has read.
+        # A server that pings and does not read must not fill the outbox: it gets an answer when it has read.
         if self._outbox and not self._outbox.busy:
             answers = self._websocket.data_to_send()
             if not answers and not self._websocket.closed and not hasattr(socket, "TCP_QUICKACK"):
-                answers = self._websocket.pong()  # what is sent takes the acknowledgement along
+                answers = self._websocket.pong()  # it carries the acknowledgement, which would be delayed
             if answers:
                 self._outbox.send(answers)
 
     def _ping(self) -> None:
-        """Keep the connection from being cut by a proxy, and notice when it is dead."""
+        """Keep proxies from closing the connection, and notice when it is dead."""
         if self._closed:
             return
         if time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
@@ -2331,7 +2415,7 @@ class WebSocketChannels:
     def _drop(self, reason: str) -> None:
         if self._outbox and not self._closed:
             self._close_socket()
-            # In a thread for the time of the attempts: other kernels of the server must not wait for them.
+            # In a thread of its own, so that other kernels of the server need not wait.
             threading.Thread(target=self._dial_again, args=(reason,), daemon=True).start()
 
     def _close_socket(self) -> None:
@@ -2344,11 +2428,11 @@ class WebSocketChannels:
     def _dial_again(self, reason: str) -> None:
         deadline = Deadline(RECONNECT_TIMEOUT)
         while not self._closed:
-            time.sleep(RECONNECT_DELAY)  # a server that accepts and closes must not make this a race
+            time.sleep(RECONNECT_DELAY)  # a server that accepts and closes is not asked without pause
             try:
                 self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
                 self._loop.post(self._take_over)
-                if self._closed:  # so the loop may have ended
+                if self._closed:  # the loop may have ended before the job
                     self._socket.close()
                 return
             except JupyterExecError as error:
@@ -2360,9 +2444,7 @@ class WebSocketChannels:
     def send(self, message: Message) -> None:
         data = self._codec.encode(message)
         if len(data) > MAX_WEBSOCKET_MESSAGE:
-            raise ProtocolError(
-                f"A message of {len(data)} bytes is over the server's limit of {MAX_WEBSOCKET_MESSAGE}."
-            )
+            raise ProtocolError(f"{len(data)} bytes are over the server's limit of {MAX_WEBSOCKET_MESSAGE} a message.")
         self._loop.post(functools.partial(self._send, data))
 
     def _send(self, data: str | bytes) -> None:
@@ -2926,17 +3008,17 @@ def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelCl
 # ======================================================================================================
 # 8. Kernel host
 #
-# Runs at the other end of a pipe, in a process that was started with BOOTSTRAP and got this module's source
-# over its stdin. Everything here but the relay needs only the standard library. One thread, one Loop.
+# Runs at the other end of a pipe, in a process that was started with BOOTSTRAP and got this module over its stdin, on
+# Linux and macOS. Only the relay needs more than the standard library. It has one thread with one Loop.
 #
-# Control requests are JSON objects {"id", "op", ...}; the answer is {"id", "result"} or {"id", "error",
-# "data"}; {"event": "exit", ...} tells of a kernel's death, {"event": "loss", ...} of output that was dropped, the
-# rest of a large message included.
+# A control request is a JSON object {"id", "op", ...}; its answer is {"id", "result"} or {"id", "error", "data"}.
+# {"event": "exit", ...} tells of a kernel's death; {"event": "loss", ...} of dropped output, which may be the rest of
+# a large message.
 # ======================================================================================================
 
-# Parses and runs on any Python 3. `-c` has put the working directory on sys.path, where an agent's signal.py
-# would shadow the standard library: that goes first. The program ("c": code, if both Pythons have the same bytecode;
-# "s": source) is read unbuffered and exactly, since a buffered stdin would swallow the frames behind it.
+# Runs on any Python 3. First it removes the working directory, which `-c` has put on sys.path: an agent's signal.py
+# there would shadow the standard library. The program ("c": bytecode, if it is the same for both Pythons; "s": source)
+# is read without a buffer, which would swallow the frames behind it.
 BOOTSTRAP = """\
 import sys; sys.path[:] = [p for p in sys.path if p]
 import importlib.util, marshal, os, select
@@ -2961,21 +3043,20 @@ exec(marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec
 module["MAIN"](kind + size + program)
 """
 
-# What ipykernel imports while a kernel starts.
+# Modules that ipykernel imports when a kernel starts.
 FORKED_MODULES = ["IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect", "encodings.idna"]
 FORKED_MODULES += ["IPython.extensions.storemagic", "faulthandler", "ipykernel.debugger", "ipykernel.kernelapp"]
 FORKED_MODULES += ["tornado.platform.asyncio", "tornado.queues"]
-CANNOT_FORK = 75  # exit status of a fork server that cannot be one
-_PYTHON = re.compile(r"python[0-9.]*(\.exe)?\Z")
-# What a kernel that serves a program does without: the history database and a pause after each cell. In, Out and
-# %history are there all the same.
+CANNOT_FORK = 75  # exit status of a fork server whose Python cannot fork kernels for this host
+_PYTHON = re.compile(r"python[0-9.]*\Z")
+# A kernel for a program needs no history database and no pause after each cell. In, Out and %history work without.
 LEAN_OPTIONS = ["--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0"]
-_MARKER = "JUPYTER_EXEC_KERNEL"  # environment variable by which a kernel's runaway children are known
+_MARKER = "JUPYTER_EXEC_KERNEL"  # environment variable that marks a kernel and its children
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
 
 
 def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
-    """Return the directories that may hold kernelspecs, best first, by Jupyter's rules for this Python.
+    """Return the directories that may have kernelspecs, best first, by Jupyter's rules for this Python.
 
     Source: https://docs.jupyter.org/en/latest/use/jupyter-directories.html#data-files
     """
@@ -2985,41 +3066,32 @@ def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
     if site_user := sysconfig.get_path("data", f"{os.name}_user"):
         user.append(os.path.join(site_user, "share", "jupyter"))
     env = [os.path.join(sys.prefix, "share", "jupyter")]
-    if os.name == "nt":
-        program_data = environ.get("PROGRAMDATA") if environ.get("JUPYTER_USE_PROGRAMDATA") else None
-        system = [os.path.join(program_data, "jupyter")] if program_data else []
-    else:
-        system = ["/usr/local/share/jupyter", "/usr/share/jupyter"]
     extra = [path for path in environ.get("JUPYTER_PATH", "").split(os.pathsep) if path]
     order = env + user if _prefers_env(environ) else user + env
-    dirs = [os.path.join(base, "kernels") for base in [*extra, *order, *system]]
-    return list(dict.fromkeys([*dirs, os.path.expanduser("~/.ipython/kernels")]))
+    bases = [*extra, *order, "/usr/local/share/jupyter", "/usr/share/jupyter", os.path.expanduser("~/.ipython")]
+    return list(dict.fromkeys(os.path.join(base, "kernels") for base in bases))
 
 
 def _user_data_dir(environ: Mapping[str, str]) -> str:
     if sys.platform == "darwin":
         return os.path.expanduser("~/Library/Jupyter")
-    if os.name == "nt":
-        return os.path.join(environ.get("APPDATA") or os.path.expanduser("~/.jupyter/data"), "jupyter")
     return os.path.join(environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "jupyter")
 
 
 def _prefers_env(environ: Mapping[str, str]) -> bool:
-    """Whether the environment's directories come before the user's: in a virtual environment of one's own."""
+    """Whether the environment's directories come before the user's, as in a virtual environment that the user owns."""
     if "JUPYTER_PREFER_ENV_PATH" in environ:
         return environ["JUPYTER_PREFER_ENV_PATH"].lower() not in ("", "0", "n", "no", "false", "off")
     conda = environ.get("CONDA_PREFIX")
     in_conda = bool(conda) and sys.prefix.startswith(conda or "") and environ.get("CONDA_DEFAULT_ENV", "base") != "base"
-    if sys.prefix == sys.base_prefix and not in_conda:
-        return False
-    return os.name == "nt" or os.stat(sys.prefix).st_uid == os.getuid()
+    return (sys.prefix != sys.base_prefix or in_conda) and os.stat(sys.prefix).st_uid == os.getuid()
 
 
 def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str, Json]:
     """Return {kernel name: content of its kernel.json, with "resource_dir" added}.
 
-    `own_python3` makes "python3" mean this interpreter whatever the directories say; otherwise that is the
-    fallback for when they say nothing. Needs ipykernel in this interpreter.
+    With `own_python3`, "python3" always means this interpreter, otherwise only if no directory has it. Either way this
+    interpreter needs ipykernel for that.
 
     Spec: https://jupyter-client.readthedocs.io/en/stable/kernels.html#kernel-specs
     """
@@ -3029,10 +3101,9 @@ def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str,
     for directory in kernel_dirs(environ):
         with contextlib.suppress(OSError):
             for entry in sorted(os.listdir(directory)):
-                path = os.path.join(directory, entry)
                 if entry.lower() not in specs and re.fullmatch(r"[A-Za-z0-9._-]+", entry):
                     with contextlib.suppress(OSError, ProtocolError):
-                        specs[entry.lower()] = _read_kernelspec(path)
+                        specs[entry.lower()] = _read_kernelspec(os.path.join(directory, entry))
     if own_python3 or "python3" not in specs:
         specs.pop("python3", None)
         if importlib.util.find_spec("ipykernel"):
@@ -3043,7 +3114,7 @@ def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str,
 
 
 def kernel_among(wanted: str, names: Iterable[str]) -> str | None:
-    """Return which of the installed kernels `wanted` means: case does not matter, "python" may be python3."""
+    """Return which of the kernels `names` is `wanted`: case does not matter, "python" may mean python3."""
     installed = {name.lower(): name for name in names}
     return installed.get("python3" if wanted == "python" and "python" not in installed else wanted.lower())
 
@@ -3071,14 +3142,14 @@ def _is_ipykernel(argv: list[str]) -> bool:
 
 
 def _is_forkable(argv: list[str], spec: Json) -> bool:
-    """Whether a fork server can make this kernel; an environment of its own might have to be there from the start."""
+    """Whether a fork server can make this kernel; one with an environment of its own must have it from the start."""
     is_launcher = _is_ipykernel(argv) and argv[1:3] == ["-m", "ipykernel_launcher"]
     can_order = hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "send_fds")
     return sys.platform == "linux" and can_order and is_launcher and not spec.get("env")
 
 
 def _mark(name: str) -> str:
-    """Return the value of _MARKER for a process; as long as a fork server's, whose place it takes."""
+    """Return the value of _MARKER for a process; all have one length, so that one can overwrite another."""
     return f"{os.getpid()}/{name:_<24}"
 
 
@@ -3087,9 +3158,9 @@ def make_directory() -> str:
     import tempfile
 
     try:
-        # The path of a socket file may have 107 bytes (103 on macOS): a long TMPDIR is not used.
+        # A long TMPDIR is not used: the path of a socket file may have 107 bytes (103 on macOS).
         base = tempfile.gettempdir()
-        base = base if len(os.fsencode(base)) < 60 or os.name == "nt" else "/tmp"
+        base = base if len(os.fsencode(base)) < 60 else "/tmp"
         _remove_forgotten(base)
         return tempfile.mkdtemp(prefix=f"jx-{process_name(os.getpid())}-", dir=base)
     except OSError as error:
@@ -3098,7 +3169,7 @@ def make_directory() -> str:
 
 
 def _remove_forgotten(base: str) -> None:
-    """Remove directories whose owner was killed with its host, so that neither could."""
+    """Remove the directories of processes that were killed together with their host."""
     import shutil
 
     with contextlib.suppress(OSError):
@@ -3110,7 +3181,7 @@ def _remove_forgotten(base: str) -> None:
 
 
 def process_name(pid: int) -> str:
-    """Name a process for good: its pid, when it started, and where that pid counts; "" if this cannot be known."""
+    """Return a name that no other process gets: pid, start time, machine and container; "" if they are unknown."""
     import zlib
 
     with contextlib.suppress(OSError, IndexError):
@@ -3121,7 +3192,7 @@ def process_name(pid: int) -> str:
 
 
 def has_ended(name: str) -> bool:
-    """Whether the process of that `process_name` is surely gone; False for one of another machine or container."""
+    """Whether the process of that `process_name` has surely ended; False for another machine or container."""
     found = re.fullmatch(r"(\d{1,9})\.[0-9a-f]+(\.[0-9a-f]{8})", name)
     if not found or not process_name(os.getpid()).endswith(found[2]):
         return False
@@ -3133,34 +3204,25 @@ def has_ended(name: str) -> bool:
 
 
 class ChildProcess:
-    """A process that the host has started, mostly a kernel, and what it knows of it."""
+    """A process that the host has started: a kernel, a fork server or a gateway."""
 
     def __init__(self, name: str, slot: str, argv: list[str], env: dict[str, str]) -> None:
-        self.name = name  # of this process
-        self.slot = slot  # of the kernel, restarts included
+        self.name = name  # of this process; of a fork server, its interpreter
+        self.slot = slot  # of the kernel, which keeps it when it is restarted
         self.argv, self.env = argv, env
         self.pid = 0  # not yet forked
         self.stderr: Tail | None = None
         self.process: subprocess.Popen[Any] | None = None  # None: forked
-        self.preload: list[str] | None = None  # for the fork server that makes it; None: launched
+        self.preload: list[str] | None = None  # modules of this fork server, or of the kernel's; None: launched
         self.lean = False
-        self.preload_failed = False  # and so it never was
+        self.preload_failed = False  # so the kernel was never forked
         self.exit_code: int | None = None
-        self.event = 0  # that interrupts it on Windows
         self.files: list[str] = []  # to be removed at its end
-        self.loss_told = False  # to the client, of the output that is being dropped
-        self.hurries = False  # its output is dropped unless the link is free
-        self.sockets: dict[str, Any] = {}  # of a relayed kernel
-        self.readers: dict[str, SocketReader] = {}
-
-
-class ForkServer:
-    """What the host knows of a fork server besides its process."""
-
-    def __init__(self, channel: socket.socket, preload: list[str]) -> None:
-        self.channel = channel
-        self.preload = preload
-        self.ordered = self.forked = 0  # kernels
+        self.loss_told = False  # the client knows that output is being dropped
+        self.hurries = False  # its output is dropped while the link is busy
+        self.sockets: KernelSockets | None = None  # of a relayed kernel
+        self.channel: socket.socket | None = None  # of a fork server, for its orders
+        self.ordered = self.forked = 0  # kernels of a fork server
 
 
 class KernelHost:
@@ -3169,12 +3231,11 @@ class KernelHost:
     def __init__(self, loop: Loop, stream: Stream, directory: str, program: bytes) -> None:
         self._loop = loop
         self._directory = directory
-        self._program = program  # this module, as it came
+        self._program = program  # this module, as it was received
         self._kernels: dict[str, ChildProcess] = {}
-        self._fork_servers: dict[str, ForkServer] = {}  # by interpreter
         self._serial = itertools.count()
-        self._unforkable: set[str] = set()  # interpreters that cannot be one
-        self.adopts = False  # what a dying process leaves: a forked kernel needs it
+        self._unforkable: set[str] = set()  # interpreters that cannot have a fork server
+        self.adopts = False  # the children of processes that end, as forked kernels need it
         self._context: Any = None
         self._oom_kills = _oom_kills()
         self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
@@ -3183,9 +3244,9 @@ class KernelHost:
     def _on_closed(self, reason: str) -> None:
         for kernel in self._kernels.values():
             self._end(kernel)
-        for _ in range(10):  # what has left its kernel's session and environment was adopted by this process
+        for _ in range(10):  # what left its kernel's session and environment is now a child of this process
             _kill_all(_children())
-        signal.set_wakeup_fd(-1)  # the loop closes what it was
+        signal.set_wakeup_fd(-1)  # before the loop closes that descriptor
         self._loop.stop()
 
     def close(self) -> None:
@@ -3198,12 +3259,8 @@ class KernelHost:
             return
         name, _, channel = parts[0].decode("ascii", "replace").partition("/")
         kernel = self._kernels.get(name)
-        if kernel and channel in kernel.sockets:
-            import zmq
-
-            with contextlib.suppress(zmq.Again):
-                kernel.sockets[channel].send_multipart(parts[1:], zmq.NOBLOCK)
-            kernel.readers[channel].read()
+        if kernel and kernel.sockets:
+            kernel.sockets.send(channel, parts[1:])
 
     def _on_request(self, request: Json) -> None:
         try:
@@ -3211,7 +3268,7 @@ class KernelHost:
             answer = {"id": request["id"], "result": result}
         except KernelError as error:
             answer = {"id": request["id"], "error": error.__class__.__name__, "data": vars(error)}
-        except Exception as error:  # ours, or a nonsensical environment: the client shall see it
+        except Exception as error:  # a bug, or a strange environment: tell the client
             answer = {"id": request["id"], "error": "JupyterExecError", "data": f"{error.__class__.__name__}: {error}"}
         self._pipe.send([b"", dump_json(answer)])
 
@@ -3219,14 +3276,13 @@ class KernelHost:
         return find_kernelspecs(os.environ, request["own_python3"])
 
     def _on_start(self, request: Json) -> Json:
-        """Launch a kernel in a slot; the kernel that had the slot is killed, its connection file rewritten."""
+        """Start a kernel in a slot; kill the kernel that had the slot, and overwrite its connection file."""
         spec = self._spec(request)
         try:
             os.getcwd()
         except OSError:
-            raise KernelStartFailed(
-                spec["argv"], "the working directory was removed: make a server in another"
-            ) from None
+            advice = "the working directory was removed: make a server in another"
+            raise KernelStartFailed(spec["argv"], advice) from None
         if request["relay"]:
             self._open_context()
         for old in [kernel for kernel in self._kernels.values() if kernel.slot == request["slot"]]:
@@ -3238,19 +3294,18 @@ class KernelHost:
         with contextlib.ExitStack() as ports:
             connection = self._connection(request, argv, ports)
             write_private(path, connection.to_json())
-            ports.close()  # as late as can be
+            ports.close()  # as late as possible
             kernel = self._new_kernel(request["kernel"], request["slot"], argv, spec)
             if self.adopts and _is_forkable(argv, spec):
                 kernel.preload, kernel.lean = request["launch"]["preload"], lean
             self._begin(kernel)
-        kernel.files = [path, *_ipc_files(connection)]
+        is_ipc = connection.transport == "ipc"
+        kernel.files = [path, *(f"{connection.ip}-{port}" for port in range(1, 6) if is_ipc)]
         if request["relay"]:
-            self._open_relay(kernel, connection, request["identity"])
-        return {
-            "argv": argv,
-            "connection": connection.to_json(),
-            "interrupt_mode": str(spec.get("interrupt_mode", "signal")),
-        }
+            identity, deliver = request["identity"].encode("ascii"), functools.partial(self._relay, kernel)
+            kernel.sockets = KernelSockets(self._loop, self._context, connection, identity, deliver)
+        mode = str(spec.get("interrupt_mode", "signal"))
+        return {"argv": argv, "connection": connection.to_json(), "interrupt_mode": mode}
 
     def _spec(self, request: Json) -> Json:
         specs = find_kernelspecs(os.environ, request["own_python3"])
@@ -3258,16 +3313,15 @@ class KernelHost:
             raise KernelSpecNotFound(request["kernel_name"], sorted(specs), kernel_dirs(os.environ), sys.executable)
         provisioner = (specs[wanted].get("metadata") or {}).get("kernel_provisioner") or {}
         if provisioner.get("provisioner_name", "local-provisioner") != "local-provisioner":
-            raise KernelStartFailed(
-                specs[wanted]["argv"], "its kernelspec asks for a kernel provisioner, which this is not"
-            )
+            reason = "its kernelspec asks for a kernel provisioner, and there is none here"
+            raise KernelStartFailed(specs[wanted]["argv"], reason)
         return specs[wanted]
 
     def _connection(self, request: Json, argv: list[str], held: contextlib.ExitStack) -> KernelConnection:
-        """Choose where the kernel listens: socket files if it is surely able to, or ports that `held` keeps."""
+        """Choose where the kernel listens: socket files if it is known to support them, or ports that `held` keeps."""
         ports, ip, transport = [1, 2, 3, 4, 5], os.path.join(self._directory, request["slot"]), "ipc"
-        if os.name == "nt" or not _is_ipykernel(argv):
-            # Open together until the launch, so that no two kernels are given the same.
+        if not _is_ipykernel(argv):
+            # They stay open until the launch, so that no two kernels get the same port.
             listeners = [held.enter_context(contextlib.closing(socket.socket())) for _ in range(5)]
             for listener in listeners:
                 listener.bind(("127.0.0.1", 0))
@@ -3278,125 +3332,122 @@ class KernelHost:
 
     def _new_kernel(self, name: str, slot: str, argv: list[str], spec: Json) -> ChildProcess:
         env = dict(os.environ, JPY_PARENT_PID=str(os.getpid())) | {_MARKER: _mark(name)}
-        env.pop("PYTHONEXECUTABLE", None)  # macOS: it would override the kernel's own idea of its interpreter
-        extra = spec.get("env") if isinstance(spec.get("env"), dict) else {}
-        env |= {key: string.Template(str(value)).safe_substitute(os.environ) for key, value in (extra or {}).items()}
-        if not os.access(os.path.expanduser("~"), os.W_OK):  # a container's user: IPython and matplotlib want a home
+        env.pop("PYTHONEXECUTABLE", None)  # macOS: it would give the kernel another interpreter
+        extra: Json = spec["env"] if isinstance(spec.get("env"), dict) else {}
+        env |= {key: string.Template(str(value)).safe_substitute(os.environ) for key, value in extra.items()}
+        if not os.access(os.path.expanduser("~"), os.W_OK):  # of a container's user: IPython and matplotlib need a home
             env["HOME"] = os.path.join(self._directory, "home")
             os.makedirs(env["HOME"], exist_ok=True)
         env.setdefault("USER", "jupyter")
         if _is_ipykernel(argv) and os.path.exists(os.path.join(os.path.dirname(argv[0]), os.pardir, "pyvenv.cfg")):
-            # As if it were activated: `!pip` and `!python` are to be those of the kernel.
+            # As in an activated environment: `!pip` and `!python` are those of the kernel.
             env["PATH"] = os.pathsep.join((os.path.dirname(argv[0]), env.get("PATH", os.defpath)))
         return ChildProcess(name, slot, argv, env)
 
     def _begin(self, kernel: ChildProcess) -> None:
-        """Have the kernel forked if that can be, else launch it, and watch it."""
-        if kernel.preload is None or kernel.argv[0] in self._unforkable:
+        """Fork the kernel if possible, else launch it, and watch it."""
+        if kernel.argv[0] in self._unforkable:
             kernel.preload = None
+        if kernel.preload is None:
             self._launch(kernel)
         else:
-            self._fork(kernel, kernel.preload)
+            self._fork(kernel)
         self._watch(kernel)
 
     def _launch(self, kernel: ChildProcess, stdin: Any = None, pass_fds: Sequence[int] = ()) -> None:
-        """Start it as a process of its own."""
+        """Start it as a new process."""
         import subprocess
 
-        # stdout goes nowhere: a pipe that nobody reads stops the kernel after 64 KB of a subprocess's output.
+        # No pipe for stdout: nobody would read it, and 64 KB from a subprocess would stop the kernel.
         stderr = kernel.stderr = Tail()
         options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr.writer}
-        if os.name == "nt":
-            kernel.event = _windows_event()
-            kernel.env |= {"JPY_INTERRUPT_EVENT": str(kernel.event), "IPY_INTERRUPT_EVENT": str(kernel.event)}
-            options |= {"close_fds": False}
-        elif sys.platform == "linux":
-            # If this host is killed, its kernels go too. Safe: the host has one thread of Python.
+        if sys.platform == "linux":
+            # If this host is killed, its kernels are too. preexec_fn is safe here: the host has one thread.
             options["preexec_fn"] = functools.partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)
-        options |= {"pass_fds": pass_fds} if pass_fds else {}
         argv, env = kernel.argv, kernel.env
         try:
-            process: subprocess.Popen[Any] = subprocess.Popen(argv, env=env, start_new_session=True, **options)
+            process = subprocess.Popen(argv, env=env, start_new_session=True, pass_fds=pass_fds, **options)
         except OSError as error:
             stderr.close()
             raise KernelStartFailed(argv, describe_os_error(error)) from None
         finally:
             os.close(stderr.writer)
-        with contextlib.suppress(OSError):  # if memory runs out, kernels are to go, and this host to tell of it
+        with contextlib.suppress(OSError):  # if memory runs out, a kernel is killed, and the host reports it
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
         kernel.process, kernel.pid = process, process.pid
 
-    def _fork(self, kernel: ChildProcess, preload: list[str]) -> None:
+    def _fork(self, kernel: ChildProcess) -> None:
         """Order a kernel from the fork server of its interpreter; its pid comes with the answer."""
-        python = kernel.argv[0]
-        if not (server := self._fork_servers.get(python)):
-            server = self._start_fork_server(kernel, preload)
+        server = self._kernels.get(kernel.argv[0]) or self._start_fork_server(kernel)
         kernel.stderr = Tail()
         order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": kernel.argv[3:]}
-        with contextlib.suppress(OSError):  # it has ended: what it leaves undone is begun anew
+        assert server.channel
+        with contextlib.suppress(OSError):  # it has ended: _end_fork_server starts the kernel in another way
             socket.send_fds(server.channel, [dump_json(order)], [kernel.stderr.writer])
         os.close(kernel.stderr.writer)
         server.ordered += 1
-        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, server.ordered))
+        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, server.ordered))
 
-    def _start_fork_server(self, kernel: ChildProcess, preload: list[str]) -> ForkServer:
+    def _start_fork_server(self, kernel: ChildProcess) -> ChildProcess:
         import tempfile
 
         python, bootstrap = kernel.argv[0], BOOTSTRAP.replace("NONCE", "-").replace("MAIN", "fork_server_main")
-        # Another Python could not read this module's code, and fork none of its kernels.
-        check = (
-            f"import sys; sys.implementation.cache_tag == {sys.implementation.cache_tag!r} or sys.exit({CANNOT_FORK})"
-        )
+        # A Python of another version cannot read this module's bytecode.
+        tag = sys.implementation.cache_tag
+        check = f"import sys; sys.implementation.cache_tag == {tag!r} or sys.exit({CANNOT_FORK})"
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # The program has no name by which a kernel could exchange it; `ps` shows the word behind it.
+        # The program is a file without a name, so that no kernel can replace it. `ps` shows "ipykernel-fork-server".
         with theirs, tempfile.TemporaryFile(dir=self._directory, buffering=0) as program:
             program.write(self._program)
             program.seek(0)
-            options = json.dumps([theirs.fileno(), kernel.lean, preload])
+            options = json.dumps([theirs.fileno(), kernel.lean, kernel.preload])
             argv = [python, "-c", f"{check}\n{bootstrap}", "ipykernel-fork-server", options]
-            process = ChildProcess(
-                python, python, argv, kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
-            )
+            env = kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
+            server = ChildProcess(python, python, argv, env)
             try:
-                self._launch(process, program, [theirs.fileno()])
+                self._launch(server, program, [theirs.fileno()])
             except KernelStartFailed:
                 ours.close()
                 raise
-        self._watch(process)
         ours.setblocking(False)
-        server = self._fork_servers[python] = ForkServer(ours, preload)
+        server.channel, server.preload = ours, kernel.preload
+        self._watch(server)
         self._loop.on_readable(ours.fileno(), functools.partial(self._read_pids, server))
         return server
 
-    def _check_order(self, python: str, server: ForkServer, number: int) -> None:
-        """Kill a fork server that has forked kernels, but not this one in time, and launch what it was to fork."""
-        if self._fork_servers.get(python) is not server or server.forked >= number:
+    def _check_order(self, server: ChildProcess, number: int) -> None:
+        """Kill a fork server that has forked before but is late with this order; launch the kernels that it owes."""
+        self._read_pids(server)
+        if self._kernels.get(server.name) is not server or server.forked >= number:
             return
         if not server.forked:  # it is still at its preload, which may take long
-            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, python, server, number))
+            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, number))
             return
-        for kernel in self._kernels.values():
-            if not kernel.pid and kernel.argv[0] == python:
-                kernel.preload = None
-        _kill_all([self._kernels[python].pid])
+        for kernel in self._owed(server):
+            kernel.preload = None
+        _kill_all([server.pid])
 
-    def _read_pids(self, server: ForkServer) -> None:
-        while True:
+    def _owed(self, server: ChildProcess) -> list[ChildProcess]:
+        """Return the kernels that a fork server was ordered to fork and has not."""
+        return [kernel for kernel in self._kernels.values() if not kernel.pid and kernel.argv[0] == server.name]
+
+    def _read_pids(self, server: ChildProcess) -> None:
+        while server.channel:
             try:
                 answer = server.channel.recv(4096)
-            except ConnectionResetError:  # it ended with orders unread; the answers come after this
+            except ConnectionResetError:  # it ended with unread orders; its answers can still be read
                 continue
             except BlockingIOError:
                 return
             if not answer:
                 self._loop.on_readable(server.channel.fileno(), None)
                 return
-            born = json_object(answer, "answer of a fork server")
+            forked = json_object(answer, "answer of a fork server")
             server.forked += 1
-            if kernel := self._kernels.get(born["kernel"]):
-                kernel.pid = born["pid"]
-            else:  # it was given up before it was born
-                _kill_all([born["pid"]])
+            if kernel := self._kernels.get(forked["kernel"]):
+                kernel.pid = forked["pid"]
+            else:  # it was given up in the meantime
+                _kill_all([forked["pid"]])
 
     def _watch(self, kernel: ChildProcess) -> None:
         self._kernels[kernel.name] = kernel
@@ -3410,19 +3461,15 @@ class KernelHost:
             advice = f"pyzmq is not installed there; run {sys.executable} -m pip install pyzmq ipykernel"
             raise KernelStartFailed([sys.executable], advice) from None
 
-    def _open_relay(self, kernel: ChildProcess, connection: KernelConnection, identity: str) -> None:
-        kernel.sockets = open_sockets(self._context, connection, identity.encode("ascii"))
-        for channel, sock in kernel.sockets.items():
-            deliver = functools.partial(self._relay, kernel, channel)
-            kernel.readers[channel] = SocketReader(self._loop, sock, deliver)
-
     def _relay(self, kernel: ChildProcess, channel: str, parts: list[bytes]) -> None:
         parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
         waiting, is_large = self._pipe.outbox.waiting, sum(map(len, parts)) > RELAY_PIECE
         may_be_lost = (waiting > 0 or is_large) and channel == "iopub" and _may_be_lost(parts)
         kernel.hurries = kernel.hurries and channel != "shell"
         if may_be_lost and (waiting > RELAY_LIMIT or (kernel.hurries and (waiting or is_large))):
-            self._tell_loss(kernel)
+            if not kernel.loss_told:
+                self._pipe.send(_loss(kernel.name), kernel.name)
+            kernel.loss_told = True
             return
         kernel.loss_told = kernel.loss_told and not may_be_lost
         if not is_large:
@@ -3433,103 +3480,97 @@ class KernelHost:
             piece = data[start : start + RELAY_PIECE]
             self._pipe.send([f"+{kernel.name}".encode("ascii"), piece], kernel.name, may_be_lost)
 
-    def _tell_loss(self, kernel: ChildProcess) -> None:
-        if not kernel.loss_told:
-            kernel.loss_told = True
-            self._pipe.send(_loss(kernel.name), kernel.name)
-
     def _hurry(self, name: str) -> None:
-        """Let the end of a kernel's cell overtake the output that waits for a slow link."""
+        """Drop output that waits for a slow link, so that the end of the cell gets through."""
         dropped = self._pipe.outbox.drop_old(name, PipeCodec.encode(_loss(name)))
         if dropped and (kernel := self._kernels.get(name)):
             kernel.hurries = kernel.loss_told = True  # until the cell's reply
 
     def _on_spawn(self, request: Json) -> None:
-        """Run a program that is no kernel, such as a gateway, under the same watch."""
+        """Run and watch a program that is no kernel: a gateway."""
         kernel = self._new_kernel(request["kernel"], request["kernel"], request["argv"], {})
         kernel.env |= request["env"]
         self._begin(kernel)
 
     def _on_interrupt(self, request: Json) -> None:
         self._hurry(request["kernel"])
-        if kernel := self._kernels.get(request["kernel"]):
-            if os.name == "nt":
-                _windows_kernel32().SetEvent(kernel.event)
-            else:
-                # The whole group: a cell's foreground subprocess is to stop too.
-                with contextlib.suppress(ProcessLookupError):
-                    if kernel.pid:
-                        os.killpg(kernel.pid, signal.SIGINT)
+        kernel = self._kernels.get(request["kernel"])
+        if kernel and kernel.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(kernel.pid, signal.SIGINT)  # the whole group: a cell's foreground subprocess is to stop too
 
     def _on_kill(self, request: Json) -> None:
         self._hurry(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
-            if not kernel.pid:
+            if kernel.pid:
+                _kill_all([kernel.pid])  # Popen.kill would collect the exit, which then nobody reports
+            else:
                 self._report_exit(kernel)
-            elif os.name == "nt":
-                assert kernel.process
-                kernel.process.kill()
-            else:  # Popen.kill would collect the exit, which then nobody reports
-                _kill_all([kernel.pid])
 
     def reap(self) -> None:
-        """Collect every process that has ended: kernels, and orphans that this process has adopted."""
-        for server in self._fork_servers.values():  # a fork server tells of a pid before its process is ours
+        """Collect the processes that have ended: kernels, and adopted children of them."""
+        for server in self._kernels.values():  # the pid of a forked kernel must be known before its end
             self._read_pids(server)
-        for pid, exit_code in _ended_children([kernel.process for kernel in self._kernels.values()]):
-            for kernel in [kernel for kernel in self._kernels.values() if kernel.pid == pid]:
-                kernel.exit_code = exit_code
-                if kernel.process:
-                    kernel.process.returncode = exit_code
-                # What the kernel wrote last may still be on its way through ZeroMQ.
-                self._loop.later(DEATH_DRAIN if kernel.sockets else 0, functools.partial(self._report_exit, kernel))
+        with contextlib.suppress(ChildProcessError):  # there are no more children
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                for kernel in self._kernels.values():
+                    if kernel.pid == ended[0]:
+                        self._on_end(kernel, os.waitstatus_to_exitcode(ended[1]))
+
+    def _on_end(self, kernel: ChildProcess, exit_code: int) -> None:
+        kernel.exit_code = exit_code
+        if kernel.process:
+            kernel.process.returncode = exit_code
+        # What the kernel wrote last may still be on its way through ZeroMQ.
+        self._loop.later(DEATH_DRAIN if kernel.sockets else 0, functools.partial(self._report_exit, kernel))
 
     def _report_exit(self, kernel: ChildProcess) -> None:
         if kernel.name in self._kernels:
-            for reader in kernel.readers.values():
-                reader.drain()
+            if kernel.sockets:
+                kernel.sockets.drain()
             self._end(self._kernels.pop(kernel.name))
-            if server := self._fork_servers.pop(kernel.name, None):
-                self._end_fork_server(kernel, server)
+            if kernel.channel:
+                self._end_fork_server(kernel, kernel.channel)
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
-            event["preload_failed"] = kernel.preload_failed
-            event["stderr"] = str(kernel.stderr or "")
+            event |= {"preload_failed": kernel.preload_failed, "stderr": str(kernel.stderr or "")}
             oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
             event["out_of_memory"] = self._oom_kills > oom_kills
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
             self._pipe.send([b"", dump_json(event)], kernel.name)
 
-    def _end_fork_server(self, process: ChildProcess, server: ForkServer) -> None:
-        """Begin anew what it has not yet forked, unless its preload is at fault. Its other kernels live on."""
+    def _end_fork_server(self, server: ChildProcess, channel: socket.socket) -> None:
+        """Start the kernels that it owes in another way, unless its preload failed. Those that it forked live on."""
         self._read_pids(server)
-        self._loop.on_readable(server.channel.fileno(), None)
-        server.channel.close()
-        if not server.forked and (process.exit_code == CANNOT_FORK or not server.preload):
-            self._unforkable.add(process.name)
-        for kernel in list(self._kernels.values()):
-            if not kernel.pid and kernel.argv[0] == process.name:
-                kernel.preload_failed = not server.forked and process.name not in self._unforkable
-                if kernel.stderr:
-                    kernel.stderr.close()
-                if kernel.preload_failed:
-                    kernel.exit_code, kernel.stderr = process.exit_code, process.stderr
-                else:
-                    with contextlib.suppress(KernelStartFailed):
-                        self._begin(kernel)
-                        continue
-                self._report_exit(kernel)
+        self._loop.on_readable(channel.fileno(), None)
+        channel.close()
+        if not server.forked and (server.exit_code == CANNOT_FORK or not server.preload):
+            self._unforkable.add(server.name)
+        for kernel in self._owed(server):
+            kernel.preload_failed = not server.forked and server.name not in self._unforkable
+            if kernel.stderr:
+                kernel.stderr.close()
+            if kernel.preload_failed:
+                kernel.exit_code, kernel.stderr = server.exit_code, server.stderr
+            else:
+                with contextlib.suppress(KernelStartFailed):
+                    self._begin(kernel)
+                    continue
+            self._report_exit(kernel)
 
     def _end(self, kernel: ChildProcess) -> None:
-        """Free what belongs to a kernel, dead or not."""
-        if kernel.pid:
-            _kill_family(kernel, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())
+        """Kill what is left of a kernel, and free what belongs to it."""
+        if kernel.pid:  # and its session, and what left the session but has its mark
+            family = {kernel.pid, *_family(kernel.pid, f"\0{_MARKER}={kernel.env[_MARKER]}\0".encode())}
+            # A kernel that was forked a moment ago still has its fork server's session and mark, but lives on.
+            _kill_all(family - {other.pid for other in self._kernels.values()})
+            if not kernel.channel:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(kernel.pid, signal.SIGKILL)
         if kernel.stderr:
             kernel.stderr.close()
-        for sock in kernel.sockets.values():
-            self._loop.on_readable(sock.fd, None)
-            sock.close()
-        kernel.sockets = {}
+        if kernel.sockets:
+            kernel.sockets.close()
         for path in kernel.files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
@@ -3544,7 +3585,7 @@ class KernelHost:
 
 
 def _may_be_lost(parts: list[bytes]) -> bool:
-    """Whether a message of iopub is output, which a slow link may lose: not a status, an error or a welcome."""
+    """Whether a message on iopub is output, which may be dropped: not a status, an error or a welcome."""
     with contextlib.suppress(ValueError, IndexError, ProtocolError):
         header = json_object(parts[parts.index(DELIMITER) + 2][:2000], "header")
         needed = header.get("msg_type") in ("status", "error", "iopub_welcome", "shutdown_reply")
@@ -3557,7 +3598,7 @@ def _loss(kernel: str) -> list[bytes]:
 
 
 def _oom_kills() -> int:
-    """Return how often the out-of-memory killer has struck in our control group."""
+    """Return how many processes the out-of-memory killer has killed in our control group."""
     return _cgroup_value("memory.events", "memory.oom_control", "oom_kill ")
 
 
@@ -3578,31 +3619,6 @@ def _cgroup_value(v2_name: str, v1_name: str, key: str = "") -> int:
     return 0
 
 
-def _ipc_files(connection: KernelConnection) -> list[str]:
-    return [f"{connection.ip}-{port}" for port in range(1, 6)] if connection.transport == "ipc" else []
-
-
-def _ended_children(processes: list[subprocess.Popen[Any] | None]) -> Iterator[tuple[int, int]]:
-    """Yield (pid, exit code) of children that have ended; on POSIX also of adopted ones."""
-    if os.name == "nt":
-        yield from ((process.pid, code) for process in processes if process and (code := process.poll()) is not None)
-        return
-    with contextlib.suppress(ChildProcessError):
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            yield ended[0], os.waitstatus_to_exitcode(ended[1])
-
-
-def _kill_family(kernel: ChildProcess, marker: bytes) -> None:
-    """Kill a kernel, its session, and whatever left the session but still has the kernel's mark."""
-    if os.name == "nt":
-        assert kernel.process
-        kernel.process.kill()
-        return
-    _kill_all({kernel.pid, *_family(kernel.pid, marker)})
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(kernel.pid, signal.SIGKILL)
-
-
 def _children() -> list[int]:
     """Return the pids of this process's children, adopted ones too (Linux)."""
     with contextlib.suppress(OSError):
@@ -3617,20 +3633,20 @@ def _kill_all(pids: Iterable[int]) -> None:
 
 
 def _family(session: int, marker: bytes) -> Iterator[int]:
+    """Yield the pids of processes in that session, or with `marker` in their environment (Linux)."""
     for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if entry.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                with open(f"/proc/{entry}/stat", "rb") as file:
-                    fields_after_name = file.read().rpartition(b")")[2].split()
-                with open(f"/proc/{entry}/environ", "rb") as file:
-                    marked = marker in b"\0%b\0" % file.read()
-                if marked or int(fields_after_name[3]) == session:
+            place = f"/proc/{entry}"
+            with contextlib.suppress(OSError, IndexError), open(f"{place}/stat", "rb") as stat:
+                with open(f"{place}/environ", "rb") as environ:
+                    marked = marker in b"\0%b\0" % environ.read()
+                if marked or int(stat.read().rpartition(b")")[2].split()[3]) == session:
                     yield int(entry)
 
 
 @functools.cache
 def _libc() -> Any:
-    """Return the C library, or None where Python cannot call it: built without ctypes, or linked statically."""
+    """Return the C library, None if Python cannot call it: it has no ctypes, or is linked statically."""
     try:
         import ctypes
 
@@ -3640,25 +3656,8 @@ def _libc() -> Any:
 
 
 def _prctl(option: int, value: int) -> bool:
-    """Set an attribute of this process; returns whether that was possible."""
+    """Set an attribute of this process; return whether that was possible."""
     return bool(_libc()) and _libc().prctl(option, value, 0, 0, 0) == 0
-
-
-def _windows_kernel32() -> Any:
-    import ctypes
-
-    return ctypes.windll.kernel32  # type: ignore[attr-defined]
-
-
-def _windows_event() -> int:
-    """Make an inheritable auto-reset event, by which ipykernel lets itself be interrupted on Windows."""
-    import ctypes
-
-    class SecurityAttributes(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_int), ("descriptor", ctypes.c_void_p), ("inherit", ctypes.c_int))
-
-    attributes = SecurityAttributes(ctypes.sizeof(SecurityAttributes), None, 1)
-    return int(_windows_kernel32().CreateEventA(ctypes.byref(attributes), False, False, b""))
 
 
 def show_as(title: str) -> None:
@@ -3674,10 +3673,10 @@ def show_as(title: str) -> None:
 
 
 def fork_server_main(program: bytes) -> None:
-    """Import ipykernel and what is preloaded, then fork a kernel for each order: a datagram with its stderr.
+    """Import ipykernel and the preloaded modules, then fork a kernel for each order: a datagram with its stderr.
 
-    This process never has a thread, a socket of ZeroMQ or a secret, for all kernels would have it too. A kernel's
-    parent is not this process but the host, which adopts what a dying process leaves.
+    This process has no thread, no ZeroMQ socket and no secret: every kernel would have a copy. The parent of a kernel
+    is not this process but the host, which adopts the children of processes that end.
     """
     import gc
 
@@ -3687,20 +3686,18 @@ def fork_server_main(program: bytes) -> None:
         sys.exit(CANNOT_FORK)
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
-    _prctl(_PR_SET_DUMPABLE, 0)  # no kernel can write into what the next one begins with
+    _prctl(_PR_SET_DUMPABLE, 0)  # so that no kernel can write into the memory of the next
     channel = socket.socket(fileno=descriptor)
     channel.set_inheritable(False)
     places = _preload(lean, preload)
     known, forked = _changes(places), False
     if threading.active_count() > 1:
-        sys.exit(
-            f"There are threads at the start, which no fork would have (use preload=None): {threading.enumerate()}"
-        )
+        sys.exit(f"The preload starts threads, which a fork would lose; use preload=None: {threading.enumerate()}")
     gc.collect()
     getattr(gc, "freeze", int)()
     while channel.recv(1, socket.MSG_PEEK):
         if forked and _changes(places) != known:
-            sys.exit("Packages were installed, or a preloaded file edited.")  # a fresh process is to look at them
+            sys.exit("Packages were installed, or a preloaded file edited.")  # a new fork server will see that
         data, (errors,), _, _ = socket.recv_fds(channel, 2**18, 1)
         order = json.loads(data)
         if middle := _fork_twice(channel, order["kernel"]):
@@ -3712,15 +3709,15 @@ def fork_server_main(program: bytes) -> None:
 
 
 def _preload(lean: bool, names: list[str]) -> list[str]:
-    """Import ipykernel and these modules; return the files and directories whose change makes them old."""
+    """Import ipykernel and these modules; return the files and directories that tell of changes to modules."""
     import importlib
     import site
 
     modules: dict[str, Any] = sys.modules
     places = [*site.getsitepackages(), site.getusersitepackages()]
-    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does, but sooner
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as ipykernel does later
     if lean:
-        modules["debugpy"] = None  # a fifth of a kernel's start; a cell can import it
+        modules["debugpy"] = None  # not imported: it takes a fifth of a kernel's start; cells still can
     for name in FORKED_MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -3742,9 +3739,9 @@ def _changes(places: list[str]) -> list[int]:
 
 
 def _fork_twice(channel: socket.socket, name: str) -> int:
-    """Fork a child of a child, and tell its pid; return 0 here, and in it the pid of the child between."""
+    """Fork a child that forks a kernel and reports its pid; return 0 here, in the kernel the pid of that child."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the threads of a preloaded library, which has to see to them itself
+        warnings.simplefilter("ignore")  # about threads of preloaded libraries, which have to handle a fork themselves
         middle = os.fork()
     if middle:
         if os.waitpid(middle, 0)[1]:
@@ -3762,11 +3759,11 @@ def _fork_twice(channel: socket.socket, name: str) -> int:
 
 
 def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
-    """In a process that was just forked: be what a launched kernel is, and run it."""
+    """Turn this process, which was just forked, into what a launched kernel is, and run it."""
     import ctypes
     import importlib.util
 
-    while os.getppid() == middle:  # until then this is one of the fork server's, to be killed with it
+    while os.getppid() == middle:  # wait until the host is the parent
         time.sleep(0.0005)
     os.setsid()
     os.dup2(errors, 2)
@@ -3777,7 +3774,7 @@ def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
         os._exit(1)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    # The mark is written where /proc shows it: what the kernel forks, even without exec, has it too.
+    # Write the mark where /proc shows it, so that what the kernel forks without exec has it too.
     _libc().getenv.restype = ctypes.c_void_p
     ctypes.memmove(_libc().getenv(_MARKER.encode()), order["mark"].encode(), len(order["mark"]))
     os.environ[_MARKER] = order["mark"]
@@ -3794,7 +3791,7 @@ def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
 
 
 def host_main(program: bytes) -> None:
-    """Be a kernel host on stdin and stdout until the pipe closes, the parent ends or SIGTERM comes."""
+    """Run a kernel host on stdin and stdout until the pipe closes, the parent ends or SIGTERM comes."""
     import shutil
 
     loop = Loop()
@@ -3805,18 +3802,15 @@ def host_main(program: bytes) -> None:
         sys.exit(str(error))
     host = KernelHost(loop, stream, directory, program)
     signal.signal(signal.SIGINT, lambda *_: None)  # SIG_IGN would be inherited by the kernels
-    if os.getpid() != 1:  # as a container's first process it would hear any cell; without a handler it hears none
+    if os.getpid() != 1:  # as a container's first process it must not end by a cell's signal
         signal.signal(signal.SIGTERM, lambda *_: loop.post(host.close))
-    if os.name == "nt":
-        _repeat(loop, 0.05, host.reap)
-    else:
-        signal.signal(signal.SIGHUP, lambda *_: None)
-        signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
-    if hasattr(signal, "pthread_sigmask"):  # what the program has blocked is inherited, by kernels too
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
+    if hasattr(signal, "pthread_sigmask"):  # kernels would inherit what the program has blocked
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
-        # A kernel's daemonised children become ours, to be reaped; forked kernels too.
+        # Adopt the daemons that kernels start, and forked kernels, to reap them.
         host.adopts = _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         _prctl(_PR_SET_DUMPABLE, 0)  # code in a kernel can neither trace this process nor open its descriptors
     _watch_parent(loop, host)
@@ -3826,27 +3820,28 @@ def host_main(program: bytes) -> None:
 
 
 def _own_stdio() -> Stream:
-    """Take stdin and stdout for the pipe alone: no kernel inherits them, no stray print gets into a frame."""
+    """Keep stdin and stdout for the pipe: no kernel inherits them, and no print gets into a frame."""
     read_fd, write_fd, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
-    return as_stream(read_fd, write_fd)
+    return FdStream(read_fd, write_fd)
 
 
 def _watch_parent(loop: Loop, host: KernelHost) -> None:
-    # A forked child of the client may hold the pipe open after the client's end.
+    # A forked child of the client may keep the pipe open after the end of the client.
     parent = os.getppid()
     try:
         loop.on_readable(os.pidfd_open(parent), host.close)
-    except (OSError, AttributeError):  # the Pythons of conda and uv lack it, gVisor and old Linux too, macOS anyway
-        if parent and os.name != "nt":  # a container's first process has none
-            _repeat(loop, 0.5, lambda: None if os.getppid() == parent else host.close())
+    except (OSError, AttributeError):  # missing in conda, uv, gVisor, old Linux and macOS
+        if parent:  # a container's first process has none
+            _check_parent(loop, host, parent)
 
 
-def _repeat(loop: Loop, seconds: float, job: Callable[[], None]) -> None:
-    job()
-    loop.later(seconds, functools.partial(_repeat, loop, seconds, job))
+def _check_parent(loop: Loop, host: KernelHost, parent: int) -> None:
+    if os.getppid() != parent:
+        host.close()
+    loop.later(0.5, functools.partial(_check_parent, loop, host, parent))
 
 
 # ======================================================================================================
@@ -4803,6 +4798,12 @@ def await_server(info: JupyterConnectionInfo, check: Callable[[], None]) -> Jupy
             rest.close()
 
 
+NOT_ON_WINDOWS = (
+    "use WSL, DockerJupyterServer with an engine that is reached over TCP (DOCKER_HOST=tcp://...), or a remote Jupyter "
+    "server by JupyterConnectionInfo"
+)
+
+
 class CommandJupyterServer(HostServer):
     """Kernels at the other end of any command that gives a Python on stdin and stdout.
 
@@ -4822,6 +4823,8 @@ class CommandJupyterServer(HostServer):
         transport: str = "direct",
         **launch: Any,
     ) -> None:
+        if os.name == "nt":  # pipes of Windows cannot be waited for together with sockets
+            raise JupyterExecError(f"{type(self).__name__} does not work on Windows: {NOT_ON_WINDOWS}.")
         super().__init__(transport, launch)
         if isinstance(argv, str) or not argv:
             raise ValueError("argv must be a list of strings: the command and its arguments.")
@@ -4979,14 +4982,6 @@ def _spawn(argv: list[str], **options: Any) -> tuple[socket.socket, subprocess.P
     """Start a process in a session of its own (a Ctrl-C is not for it); return the socket to its stdin and stdout."""
     import subprocess
 
-    if os.name == "nt":
-        flags = subprocess.CREATE_NEW_PROCESS_GROUP  # type: ignore[attr-defined]
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, creationflags=flags, **options)
-        assert process.stdin and process.stdout
-        stream = as_stream(os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno()))
-        process.stdin.close()
-        process.stdout.close()
-        return cast(socket.socket, stream), process
     ours, theirs = socket.socketpair()
     with theirs:
         try:
@@ -5473,6 +5468,8 @@ def docker_client() -> Any:
         import docker
     except ImportError:
         raise SandboxError("The package docker is not installed: pip install docker") from None
+    if (os.environ.get("DOCKER_HOST") or "npipe:" * (os.name == "nt")).startswith("npipe:"):
+        raise SandboxError(f"Docker's named pipe of Windows is no socket, so it cannot be used here: {NOT_ON_WINDOWS}")
     with _engine_errors():
         try:
             client = docker.from_env(timeout=ENGINE_TIMEOUT)
@@ -5787,7 +5784,7 @@ class CallFiles:
         best = best_file(data)
         if best is None:
             return None
-        word, suffix, encode = best
+        _, word, suffix, encode = best
         path = self._folder.path / self.new_name(suffix)
         try:
             if len(self.paths) >= MAX_FILES:
@@ -6926,7 +6923,7 @@ class JupyterCodeExecutor:
                 result = self._kernel.execute(prelude, START_TIMEOUT, silent=True, store_history=False)
                 if result.status != "ok":
                     raise JupyterExecError(
-                        f"The startup code, the functions or the tools failed in the kernel: {result.text}"
+                        f"The tools or functions could not be defined, or the startup code failed, in the kernel: {result.text}"
                     )
                 self._kernel.ready = True
 

@@ -24,6 +24,7 @@ import copy
 import datetime
 import functools
 import gc
+import importlib
 import importlib.util
 import io
 import itertools
@@ -84,6 +85,7 @@ from jupyter_exec import (
     ConnectionClosed,
     DockerJupyterServer,
     ExecutionError,
+    ExecutionResult,
     ExecutionTimeout,
     JsonCodec,
     JupyterCodeExecutor,
@@ -336,6 +338,26 @@ def test_only_zmq_and_docker_are_imported_anywhere() -> None:
     names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} - sys.stdlib_module_names <= {"zmq", "docker"}
+
+
+@functools.cache
+def missing_on_windows() -> dict[int, str]:
+    """Return {line of the module: name that it uses there and Python on Windows does not have}, by typeshed."""
+    command = [sys.executable, "-m", "mypy", "--platform", "win32", "jupyter_exec.py"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=HERE).stdout
+    found = re.findall(r"^jupyter_exec\.py:(\d+): error: (?:Module has no attribute \"(\w+)\")?", said, re.MULTILINE)
+    return {int(line): name for line, name in found}
+
+
+@pytest.mark.slow
+def test_only_what_never_runs_on_windows_uses_names_that_are_missing_there() -> None:
+    places = {(node.lineno, node.end_lineno or 0): node for node in TREE.body if hasattr(node, "name")}
+    guarded = {"FdStream", "Tail", "Folder", "follow_shell"}
+    assert set(missing_on_windows().values()) > {"fork", "killpg", "set_blocking"}
+    for line, name in missing_on_windows().items():
+        place: Any = next((node for (start, end), node in places.items() if start <= line <= end), None)
+        assert name, f"line {line} is wrong on Windows"
+        assert section_of(line) == 8 or (place and place.name in guarded), f"line {line} uses {name}"
 
 
 def test_import_loads_neither_docker_nor_jupyter_client_nor_ssl() -> None:
@@ -712,10 +734,10 @@ def test_pipe_frames_survive_any_chunking(frames: list[list[bytes]], data: st.Da
     ("data", "says"),
     [
         (b"Traceback (most recent call last):", "not a frame"),
-        (b"JX\0\0\0\0\0\0", "not a frame"),
-        (b"JX\0\1\xff\xff\xff\xff", "over the limit"),
-        (b"JX\0\1\0\0\0\2\0\0\0\1ab", "do not add up"),
-        (b"JX\0\2\0\0\0\2\0\0\0\2\0\0\0\1ab", "do not add up"),
+        (b"JX\0\0\0\0", "missing or too long"),
+        (b"JX\xff\xff\xff\xff", "over the limit"),
+        (b"JX\0\0\0\x0a\0\0\0\1\0\0\0\x0bab", "do not fit"),
+        (b"JX\0\0\0\x0e\0\0\0\2\0\0\0\x0e\0\0\0\x0dab", "do not fit"),
     ],
 )
 def test_a_corrupt_pipe_is_noticed(data: bytes, says: str) -> None:
@@ -1602,6 +1624,95 @@ def test_results_raise_what_happened() -> None:
     execution(REPLY, IDLE).result(0).raise_for_error()
 
 
+def shown(*outputs: Any, note: str = "", status: str = "ok") -> ExecutionResult:
+    """A result of such outputs: a string is a stream, bytes are a picture, a dict is a MIME bundle."""
+    made: list[Any] = []
+    for output in outputs:
+        if isinstance(output, str):
+            made.append({"output_type": "stream", "name": "stdout", "text": output})
+            continue
+        picture = {"image/png": base64.b64encode(output).decode()} if isinstance(output, bytes) else output
+        made.append({"output_type": "display_data", "data": {"text/plain": "<Figure>"} | picture, "metadata": {}})
+    return ExecutionResult(status, 0, "intact", note, made)
+
+
+def told(parts: Iterable[Any]) -> list[Any]:
+    return [part["text"] if part["type"] == "text" else base64.b64decode(part["data"]) for part in parts]
+
+
+def test_parts_are_text_and_pictures_in_order() -> None:
+    result = shown("a\n", b"one", "b\n", {"text/plain": "1"}, b"two", note="n")
+    assert told(result.parts()) == ["a\n[a picture]", b"one", "b\n1\n[a picture]", b"two", "n"]
+    assert [image.data for image in result.images] == [b"one", b"two"]
+    assert shown().parts() == []
+
+
+@pytest.mark.parametrize(
+    ("budget", "told_parts"),
+    [
+        ({"max_images": 1}, ["a[a picture]", b"12", "[a picture that is not shown: there are too many]z"]),
+        ({"max_image_bytes": 2}, ["a[a picture]", b"12", "[a picture that is not shown: 3 bytes are too many]z"]),
+        ({"max_images": 0}, ["a" + "[a picture that is not shown: there are too many]" * 2 + "z"]),
+    ],
+)
+def test_a_picture_beyond_the_budget_is_named(budget: dict[str, int], told_parts: list[Any]) -> None:
+    parts = told(shown("a", b"12", b"123", "z").parts(**budget))
+    assert [part.replace("\n", "") if isinstance(part, str) else part for part in parts] == told_parts
+
+
+@given(st.lists(st.one_of(st.text(max_size=30), st.binary(min_size=1, max_size=3)), max_size=8), st.integers(0, 60))
+def test_parts_keep_to_their_characters(outputs: list[Any], limit: int) -> None:
+    result = shown(*outputs)
+    whole = "".join(part for part in told(result.parts(10**6)) if isinstance(part, str))
+    cut = "".join(part for part in told(result.parts(limit)) if isinstance(part, str))
+    missing = len(whole) - limit
+    if missing <= 0:
+        assert cut == whole
+    else:
+        assert cut == whole[: limit // 2] + jupyter_exec.gap_mark(missing) + whole[len(whole) - (limit - limit // 2) :]
+
+
+@pytest.mark.parametrize(
+    ("form", "place"),
+    [
+        ("anthropic", "anthropic.types.tool_result_block_param:Content"),
+        ("openai", "openai.types.responses:ResponseFunctionCallOutputItemParam"),
+        ("openai-chat", "openai.types.chat:ChatCompletionContentPartParam"),
+        ("mcp", "mcp.types:ContentBlock"),
+    ],
+)
+def test_messages_are_what_the_sdks_take(form: str, place: str) -> None:
+    from pydantic import TypeAdapter
+
+    module, name = place.split(":")
+    adapter: Any = TypeAdapter(getattr(importlib.import_module(module), name))
+    blocks = shown("a", b"picture", "z").to_messages(form, max_images=1)
+    assert len(blocks) == 3
+    for block in blocks:
+        kept = adapter.dump_python(adapter.validate_python(block), exclude_unset=True, by_alias=True, warnings="error")
+        assert json.loads(json.dumps(kept)) == block
+    with pytest.raises(ValueError, match="form must be one of anthropic, openai, openai-chat, mcp"):
+        shown("a").to_messages("claude")
+
+
+def test_a_result_is_short_as_repr_and_safe_as_html() -> None:
+    result = shown("<script>" * 100_000, b"picture", {"text/html": "<script>"})
+    assert len(repr(result)) < 400
+    bundle = result._repr_mimebundle_()
+    assert bundle["text/plain"] == repr(result)
+    assert "<script" not in bundle["text/html"]
+    assert f'<img src="data:image/png;base64,{base64.b64encode(b"picture").decode()}">' in bundle["text/html"]
+
+
+def test_text_for_language_models_is_preferred_and_files_need_no_directory() -> None:
+    result = shown(
+        {"text/llm+plain": "for models", "text/plain": "for people"}, {"image/png": "!"}, {"text/html": "<b>"}
+    )
+    assert result.text.startswith("for models")
+    assert [(file.mime_type, file.suffix, file.data) for file in result.files] == [("text/html", ".html", b"<b>")]
+    assert result.images == []
+
+
 # ======================================================================================================
 # 6. Channels
 # ======================================================================================================
@@ -1728,7 +1839,7 @@ def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, mon
         os.close(end)
 
 
-@pytest.mark.parametrize("garbage", [b"Segmentation fault\n", b"JX\0\1\xff\xff\xff\xff"])
+@pytest.mark.parametrize("garbage", [b"Segmentation fault\n", b"JX\xff\xff\xff\xff"])
 def test_pipe_gives_up_on_garbage(pipe_end: PipeEnd, garbage: bytes) -> None:
     pipe_end.socket.sendall(jupyter_exec.PipeCodec.encode([b"good"]) + garbage)
     eventually(lambda: pipe_end.closed, "the pipe is closed")
@@ -2702,7 +2813,7 @@ def test_a_python_that_cannot_fork_kernels_launches_them(tmp_path: Path) -> None
 
 
 def test_a_kernel_of_another_version_than_the_host_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    patch_host(monkeypatch, "cache_tag == {sys.implementation.cache_tag!r}", "cache_tag == 'cpython-39'")
+    patch_host(monkeypatch, "cache_tag == {tag!r}", "cache_tag == 'cpython-39'")
     with LocalJupyterServer(preload=["json"]) as server, JupyterCodeExecutor(server) as executor:
         assert not is_forked(executor)
 
@@ -2972,7 +3083,7 @@ def scripted_host(tmp_path: Path, script: str) -> Iterator[CommandJupyterServer]
     ("script", "says"),
     [
         ("os.write(1, b'Segmentation fault')", "something that is not a frame"),
-        ("os.write(1, b'JX\\0\\1\\xff\\xff\\xff\\xff'); read(10**9)", "over the limit"),
+        ("os.write(1, b'JX\\xff\\xff\\xff\\xff'); read(10**9)", "over the limit"),
         ("os.write(1, frame([b'', b'{'])); read(10**9)", "not JSON"),
         ("os.write(1, frame([b'', b'[]'])); read(10**9)", "not a JSON object"),
         ("sys.exit('last words')", "last words"),
@@ -4482,6 +4593,60 @@ def test_a_python_without_kernel_gateway_says_what_to_install(bare_python: str) 
     ):
         server.get_client()
     assert f"{bare_python} -m pip install jupyter_kernel_gateway" in str(caught.value)
+
+
+# The module in a Python that lacks what Python on Windows lacks; the rest of the standard library is as it is here.
+ON_WINDOWS = """
+    import os, signal, socket, sys, types
+    import jupyter_exec  # and with it all that it imports
+    del sys.modules["jupyter_exec"]
+    real = {"os": os, "signal": signal, "socket": socket}
+    for name, module in real.items():
+        sys.modules[name] = copy = types.ModuleType(name)
+        vars(copy).update({key: value for key, value in vars(module).items() if key not in sys.argv[1].split()})
+    sys.modules["os"].name, sys.modules["os"].supports_dir_fd = "nt", set()
+    import jupyter_exec
+    sys.modules.update(real)
+    del os.environ["DOCKER_HOST"]
+    from jupyter_exec import *
+
+    servers = LocalJupyterServer, lambda: CommandJupyterServer(["ssh"]), lambda: DockerJupyterServer().kernelspecs()
+    for make in servers:
+        try:
+            make()
+        except JupyterExecError as error:
+            print(error)
+    info = JupyterConnectionInfo("127.0.0.1", False, int(sys.argv[2]), sys.argv[3])
+    with RemoteJupyterServer(info) as server, JupyterCodeExecutor(server, output_dir=sys.argv[4]) as executor:
+        picture = "from IPython.display import Image; Image(data=b'GIF89a', format='gif')"
+        result = executor.execute_code_blocks([CodeBlock("print(6 * 7)"), CodeBlock(picture)])
+        print(result.exit_code, result.output[:2], [os.stat(path).st_size for path in result.output_files])
+        print(executor.execute("while True: pass", timeout=0.5).note)
+        executor.save_notebook(sys.argv[4] + "/session.ipynb")
+"""
+
+
+@pytest.mark.slow
+def test_on_windows_remote_servers_work_and_the_others_say_what_to_use(gateway: Peer, tmp_path: Path) -> None:
+    info, guarded = gateway.info, {"TCP_QUICKACK", "register_at_fork", "O_NOFOLLOW", "O_PATH"}
+    lacks = " ".join({*missing_on_windows().values()} | guarded)
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "DOCKER_HOST": ""}
+    result = run_python(
+        ON_WINDOWS, lacks, str(info.port), info.token or "", str(tmp_path), env=environment, cwd=tmp_path
+    )
+    local, command, docker, *cells = result.stdout.splitlines()
+    assert result.stderr == ""
+    assert local.startswith("LocalJupyterServer does not work on Windows: use WSL, DockerJupyterServer")
+    assert command.startswith("CommandJupyterServer does not work on Windows: use WSL")
+    assert "reached over TCP" in docker
+    assert cells == ["0 42 [6]", "Timeout: interrupted after 0.5 s; variables are kept"]
+    assert (tmp_path / "session.ipynb").exists()
+
+
+def test_docker_over_a_named_pipe_says_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "npipe:////./pipe/docker_engine")
+    with pytest.raises(SandboxError, match="named pipe of Windows is no socket"), DockerJupyterServer() as server:
+        server.kernelspecs()
 
 
 def test_a_direct_server_has_no_connection_info() -> None:
