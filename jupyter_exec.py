@@ -6109,9 +6109,7 @@ class ToolCaller:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._serial = itertools.count()
-        self._last: int | None = (
-            None  # number of the last call that the running cell may make; None: no cell is running
-        )
+        self._last: int | None = None  # number of the last call that the cell may make; None: no cell is running
         self._outbox: deque[tuple[str | None, Any, tuple[Any, ...]]] = deque()  # number, future, request
         self._calls: dict[str, Any] = {}  # futures of what was sent, by number
         self._inputs: deque[Any] = deque()  # those of input(), in order
@@ -6155,9 +6153,10 @@ class ToolCaller:
             raise ToolError(
                 f"{name}(): the arguments are {len(text)} characters of JSON; {self._max_size} is the limit."
             )
-        if self._last is None or self._kernel.get_parent("shell")["header"]["session"] != self._client:
+        last = self._last
+        if last is None or self._kernel.get_parent("shell")["header"]["session"] != self._client:
             raise ToolError(f"{name}() was called while no cell of its program was running.")
-        if (number := next(self._serial)) > self._last:
+        if (number := next(self._serial)) > last:
             raise ToolError(f"{name}(): this cell has made {self._max_calls} tool calls, which is the limit.")
         return self._kernel.raw_input(f"{self._tag}{number}:{text}")
 
@@ -6284,10 +6283,13 @@ def tool_signature(function: Callable[..., Any]) -> str:
     import inspect
 
     def checked(value: Any, check: Callable[[str], object], text: str, otherwise: str) -> Any:
+        if value is inspect.Signature.empty:
+            return value
         try:
-            return value if value is inspect.Signature.empty or check(text) is ... else Verbatim(text)
+            check(text)
         except Exception:
-            return Verbatim(otherwise)
+            text = otherwise
+        return Verbatim(text)
 
     def annotation(value: Any) -> Any:
         text = value if isinstance(value, str) else inspect.formatannotation(value, function.__module__)
@@ -6341,15 +6343,16 @@ class Tools:
         import inspect
 
         self.tag = f"jupyter_exec {os.urandom(8).hex()} "
+        functions = functions_source((to_json, tool_stub, define_tools))
         lines, first = inspect.findsource(ToolCaller.__init__)  # to find that of a class, the whole file is parsed
         first = max(number for number in range(first) if lines[number].startswith("class "))
         program = [
-            functions_source((to_json, tool_stub, define_tools)),
+            functions,
             "import contextlib, functools, itertools, json, os, socket, sys, threading",
             "from collections import deque",
             f"class ToolError(Exception): {ToolError.__doc__!r}",
             f"class ToolRefused(ToolError): {ToolRefused.__doc__!r}",
-            *inspect.getblock(lines[first:]),
+            "".join(inspect.getblock(lines[first:])),
             f"define_tools(get_ipython(), {self.tag!r}, {self.max_calls}, {MAX_TOOL_JSON}, {self._heads!r})",
         ]
         scope = "{'__name__': 'tools', 'get_ipython': get_ipython}"
@@ -6359,17 +6362,15 @@ class Tools:
         """Return stubs of the tools for a model, with as much of their docstrings as `limit` characters allow."""
         import textwrap
 
-        text = ""
         for cut in (r".*", r".*?(?=\n\n|\Z)", r".{0,80}?(?=\n|\Z)", ""):
             stubs = []
             for head, documentation in self._heads.values():
                 kept = re.match(f"(?s:{cut})", documentation or "")
                 shown = textwrap.indent(f'"""{kept[0]}"""', "    ") if kept and kept[0] else ""
                 stubs.append(head + ("\n" + shown if shown else " ..."))
-            text = "\n".join(stubs)
-            if len(text) <= limit:
-                break
-        return text
+            if len(text := "\n".join(stubs)) <= limit:
+                return text
+        return ", ".join(self._heads)[: max(0, limit)]
 
     def check_outside(self) -> None:
         """Raise JupyterExecError in a tool whose own cell keeps the kernel busy."""
@@ -6395,15 +6396,15 @@ class ToolCall:
         if not inspect.isawaitable(value):
             return value
 
-        async def waiting() -> Any:
+        async def wait() -> Any:
             if not loop:
                 task, own_loop = asyncio.current_task(), asyncio.get_running_loop()
                 self.cancel = lambda: task and own_loop.call_soon_threadsafe(task.cancel)
             return await value
 
         if not (loop := self.tools.loop):
-            return asyncio.run(waiting())
-        future = asyncio.run_coroutine_threadsafe(waiting(), loop)
+            return asyncio.run(wait())
+        future = asyncio.run_coroutine_threadsafe(wait(), loop)
         self.cancel = future.cancel
         if self.ended:
             future.cancel()
@@ -6923,7 +6924,7 @@ class JupyterCodeExecutor:
                 result = self._kernel.execute(prelude, START_TIMEOUT, silent=True, store_history=False)
                 if result.status != "ok":
                     raise JupyterExecError(
-                        f"The tools or functions could not be defined, or the startup code failed, in the kernel: {result.text}"
+                        f"Tools or functions could not be defined, or the startup code failed, in the kernel: {result.text}"
                     )
                 self._kernel.ready = True
 

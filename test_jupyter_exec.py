@@ -6530,6 +6530,19 @@ def test_tools_work_everywhere(place: Any, tmp_path: Path) -> None:
         assert executor.execute("add(40)").text == "42"
 
 
+def test_the_answer_of_a_tool_survives_a_dropped_connection(remote: Peer) -> None:
+    def cut() -> str:
+        channels: Any = distant._kernel._channels
+        channels._loop.post(lambda: channels._drop("cut by the test"))
+        eventually(lambda: channels._outbox is None, "there is no connection")
+        return "sent later"
+
+    with JupyterCodeExecutor(remote.info, tools=[cut]) as distant:
+        distant.execute("1")
+        result = distant.execute("print(cut())", timeout=PATIENCE)
+        assert (result.text.splitlines()[0], result.status, names_of(result)) == ("sent later", "ok", [("cut", "ok")])
+
+
 def test_a_thousand_calls_sixty_four_at_once(server: LocalJupyterServer) -> None:
     lock, now, most = threading.Lock(), [0], [0]
     first = threading.Barrier(64, timeout=PATIENCE)
@@ -6648,6 +6661,7 @@ def test_the_waiting_of_approve_is_not_the_cells_time(server: LocalJupyterServer
 
     with JupyterCodeExecutor(server, tools=[add], approve=approve) as executor:
         assert executor.execute("add(3)", timeout=0.4).text == "5"
+        assert executor.execute("add(3)", timeout=0.4, on_output=print).text == "5"
         result = executor.execute("add(3)\nwhile True: pass", timeout=0.4)
         assert (result.status, names_of(result)) == ("timeout", [("add", "ok")])
 
@@ -6965,7 +6979,7 @@ def test_what_is_no_tool_is_refused(server: LocalJupyterServer, tools: Any, says
         JupyterCodeExecutor(server, tools=tools)
 
 
-@pytest.mark.parametrize("size", [10, 100, 1000, 5000])
+@pytest.mark.parametrize("size", [10, 100, 5000])
 def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer, size: int) -> None:
     def tool(query: str, limit: int = 10) -> list[dict[str, str]]:
         return [{query: str(limit)}]
@@ -6977,10 +6991,8 @@ def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer,
     with JupyterCodeExecutor(server, tools=tools) as executor:
         text = executor.system_message
         assert len(text) <= 8000
-        stubs = text.partition("def ")[1] + text.partition("def tool")[2]
         assert "def tool_49(query: str, limit: int = 10) -> list[dict[str, str]]:" in text
         assert "First line of it." in text
-        assert stubs
     with JupyterCodeExecutor(server, tools=[add, echo]) as executor:
         stubs = executor.system_message.partition("tells more.\n\n")[2]
         assert stubs == (
