@@ -6311,7 +6311,7 @@ class Tools:
 
     def __init__(
         self,
-        functions: Iterable[Callable[..., Any]],
+        functions: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]],
         approve: ApproveHook | None,
         max_calls: int,
         timeout: float | None,
@@ -6325,8 +6325,8 @@ class Tools:
         self.loop: Any = None  # where coroutines run; None: each in an event loop of its own
         self.tag = ""  # of the requests that are calls
         self._heads: dict[str, tuple[str, str | None]] = {}
-        for function in functions:
-            name = getattr(function, "__name__", "")
+        named: Any = isinstance(functions, Mapping) and functions.items()
+        for name, function in named or ((getattr(function, "__name__", ""), function) for function in functions):
             if not name.isidentifier() or keyword.iskeyword(name):
                 raise ValueError(f"{function!r} cannot be a tool: it has no name, as `def` would give it.")
             if name in {"ToolError", "ToolRefused", *self.functions}:
@@ -6675,10 +6675,10 @@ class JupyterCodeExecutor:
     `functions` (plain ones, with their source at hand) are defined in the kernel whenever it is fresh, and `startup`
     is code that runs there then, unseen.
 
-    `tools` are functions of this program, plain or `async def`, that the code in the kernel calls by their names, in
-    every transport and without a network. Arguments and results are JSON (dataclasses, pydantic models, bytes as
-    base64, dates and sets, too) of at most MAX_TOOL_JSON. Calls run in threads, MAX_TOOLS_AT_ONCE at a time.
-    `approve(name, arguments)` returns True for a call that may run, or the reason why it may not; the cell's clock
+    `tools` are functions of this program, plain or `async def`, that the code in the kernel calls by their names, or by
+    the keys of a dict, in every transport and without a network. Arguments and results are JSON (dataclasses, pydantic
+    models, bytes as base64, dates and sets, too) of at most MAX_TOOL_JSON. Calls run in threads, MAX_TOOLS_AT_ONCE at a
+    time. `approve(name, arguments)` returns True for a call that may run, or the reason why it may not; the cell's time
     stands still meanwhile. A cell may make `max_tool_calls`; one that takes more than `tool_timeout` seconds raises
     TimeoutError in the kernel. A call is part of the cell that runs when it is made; if none does, it fails.
 
@@ -6708,7 +6708,7 @@ class JupyterCodeExecutor:
         max_output: int | None = MAX_OUTPUT,
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
-        tools: Iterable[Callable[..., Any]] = (),
+        tools: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]] = (),
         approve: ApproveHook | None = None,
         max_tool_calls: int = 256,
         tool_timeout: float | None = None,
@@ -6924,7 +6924,7 @@ class JupyterCodeExecutor:
                 result = self._kernel.execute(prelude, START_TIMEOUT, silent=True, store_history=False)
                 if result.status != "ok":
                     raise JupyterExecError(
-                        f"Tools or functions could not be defined, or the startup code failed, in the kernel: {result.text}"
+                        f"Tools or functions could not be defined, or the startup code failed: {result.text}"
                     )
                 self._kernel.ready = True
 

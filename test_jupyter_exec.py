@@ -7001,10 +7001,11 @@ def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer,
         )
 
 
-def readme_program(section: str, number: int) -> str:
-    """Return a Python block of a section of the README."""
+def readme_program(section: str, number: int, after: str = "") -> str:
+    """Return a Python block of a section of the README, counted from some text on."""
     text = (HERE / "README.md").read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    return str(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number])
+    assert after in text
+    return str(re.findall(r"```python\n(.*?)```", text.partition(after)[2] if after else text, re.DOTALL)[number])
 
 
 MCP_SERVER = """
@@ -7096,7 +7097,9 @@ def run_framework(name: str, program: str, tmp_path: Path) -> str:
     python = Path(os.environ.get("JUPYTER_EXEC_FRAMEWORKS", "/nowhere")) / name / "bin" / "python"
     need(name, python.exists())
     environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "AUTOGEN_USE_DOCKER": "0"}
-    command = [str(python), "-c", textwrap.dedent(program)]
+    script = tmp_path / "program.py"  # for frameworks that look for the source of functions
+    script.write_text(textwrap.dedent(program))
+    command = [str(python), str(script)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.rstrip("\n").rpartition("\n")[2]
@@ -7262,6 +7265,269 @@ def test_ag2_one(tmp_path: Path) -> None:
         asyncio.run(main())
     """
     assert run_framework("ag2-1", program, tmp_path) == "all is well"
+
+
+# The README's recipes: as they stand, each with a model that says what is in `CELLS`, and "done" at last.
+
+RECIPE = """
+import asyncio, json, os, warnings
+warnings.simplefilter("ignore")
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+PLOT = {"image/png": PNG, "text/plain": "a plot"}
+CELLS = [f"from IPython.display import display; x = 6; display({PLOT}, raw=True)", "print(x * 7)", "1 / 0"]
+QUESTION = "What is six times seven?"
+seen = []  # what the model got, turn by turn
+"""
+RECIPES = {
+    "smolagents": (
+        """
+        from smolagents import ChatMessage, Model, tool
+
+        CODE = ["x = 6; print(where())", "print('before'); 1 / 0", "final_answer(x * 7)", "final_answer([x, n])"]
+
+        @tool
+        def where() -> int:
+            "Return the process that this is."
+            return os.getpid()
+
+        class Scripted(Model):
+            def generate(self, messages, **options):
+                seen.append(str(messages))
+                return ChatMessage(role="assistant", content=f"<code>{CODE[len(seen) - 1]}</code>")
+
+        model = Scripted()
+        """,
+        """
+        agent.tools["where"] = where
+        assert agent.run("What is six times seven?") == 42
+        assert str(os.getpid()) in seen[1] and "before" in seen[2] and "ZeroDivisionError" in seen[2], seen
+        assert agent.run("And now?", reset=False, additional_args={"n": 5}) == [6, 5]
+        """,
+    ),
+    "DSPy": (
+        """
+        import dspy
+        from dspy.utils import DummyLM
+
+        CODE = ["words = text.split(); print(llm_query('Hello?'))", "1 / 0", "m = dspy.Predict('q -> a')", "SUBMIT(len(words))"]
+        CODE[2] = "class M(dspy.Module):\\n    def __init__(self):\\n        self.p = dspy.Predict('q -> a')\\nprint(M().p(q='?').a)"
+        steps = [{"reasoning": "", "code": code} for code in CODE]
+        model = DummyLM([steps[0], {"response": "of a model"}, steps[1], steps[2], {"a": "of a sub-agent"}, steps[3]])
+        """,
+        """
+        assert answer == 6000, answer
+        script = [{"reasoning": "", "generated_code": "SUBMIT({'answer': 6 * 7})"}, {"reasoning": "", "answer": "42"}]
+        with dspy.context(lm=DummyLM(script)):
+            assert dspy.ProgramOfThought("question -> answer: int")(question="?").answer == 42
+
+        def where() -> int:
+            "Return the process that this is."
+            return os.getpid()
+
+        with dspy.context(lm=DummyLM([{"reasoning": "", "code": "import json; SUBMIT(answer=where())"}])):
+            result = dspy.RLM("question -> answer: int", tools=[where])(question="?")
+        assert result.answer == os.getpid()
+        model = DummyLM([*steps[:1], {"response": "of a model"}, *steps[1:3], {"a": "of a sub-agent"}, steps[3]])
+        with dspy.context(lm=model):
+            trajectory = dspy.RLM("text -> answer: int")(text="a b").trajectory
+        outputs = [step["output"] for step in trajectory]
+        assert "of a model" in outputs[0] and "ZeroDivisionError" in outputs[1] and "of a sub-agent" in outputs[2], outputs
+        """,
+    ),
+    "Pydantic AI": (
+        """
+        from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
+        from pydantic_ai.models.function import FunctionModel
+
+        def answer(messages, info):
+            seen.append(messages[-1].parts)
+            if len(seen) > len(CELLS):
+                return ModelResponse([TextPart("done")])
+            return ModelResponse([ToolCallPart("run_python", {"code": CELLS[len(seen) - 1]})])
+
+        model = FunctionModel(answer)
+        """,
+        """
+        assert agent.run_sync(QUESTION).output == "done"
+        text, picture = seen[1][0].content
+        assert "a plot" in text and (picture.data, picture.media_type) == (base64.b64decode(PNG), "image/png")
+        assert seen[2][0].content == ["42\\n"] and "ZeroDivisionError" in seen[3][0].content[0], seen
+        """,
+    ),
+    "OpenAI Agents SDK": (
+        """
+        from agents import Model, ModelResponse, Runner, Usage, set_tracing_disabled
+        from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
+
+        set_tracing_disabled(True)
+
+        class Scripted(Model):
+            async def get_response(self, system_instructions, input, *args, **options):
+                seen.append(input)
+                text = ResponseOutputText(annotations=[], text="done", type="output_text")
+                said = ResponseOutputMessage(id="1", content=[text], role="assistant", status="completed", type="message")
+                if len(seen) <= len(CELLS):
+                    code = json.dumps({"code": CELLS[len(seen) - 1]})
+                    said = ResponseFunctionToolCall(arguments=code, call_id=str(len(seen)), name="run_python", type="function_call")
+                return ModelResponse(output=[said], usage=Usage(), response_id=None)
+
+            def stream_response(self, *args, **options):
+                raise NotImplementedError
+
+        model = Scripted()
+        """,
+        """
+        assert Runner.run_sync(agent, QUESTION).final_output == "done"
+        outputs = [item["output"] for item in seen[-1] if item.get("type") == "function_call_output"]
+        assert outputs[0][1] == {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}"}, outputs
+        assert outputs[1] == [{"type": "input_text", "text": "42\\n"}] and "ZeroDivisionError" in outputs[2][0]["text"]
+        """,
+    ),
+    "Microsoft Agent Framework": (
+        """
+        from agent_framework import BaseChatClient, ChatResponse, Content, FunctionInvocationLayer, Message
+
+        class Scripted(FunctionInvocationLayer, BaseChatClient):
+            async def _inner_get_response(self, *, messages, stream=False, options=None, **others):
+                seen.append([item for message in messages for item in message.contents])
+                said = Content.from_text("done")
+                if len(seen) <= len(CELLS):
+                    said = Content.from_function_call(str(len(seen)), "run_python", arguments={"code": CELLS[len(seen) - 1]})
+                return ChatResponse(messages=[Message("assistant", [said])])
+
+        model = Scripted()
+        """,
+        """
+        assert str(asyncio.run(agent.run(QUESTION))) == "done"
+        results = [item.items for item in seen[-1] if item.type == "function_result"]
+        assert results[0][1].uri == f"data:image/png;base64,{PNG}", results
+        assert results[1][0].text == "42\\n" and "ZeroDivisionError" in results[2][0].text
+        """,
+    ),
+    "LangChain": (
+        """
+        from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+        from langchain_core.messages import AIMessage
+
+        class Scripted(GenericFakeChatModel):
+            def bind_tools(self, tools, **options):
+                return self
+
+        def call(number, name, **arguments):
+            return AIMessage("", tool_calls=[{"name": name, "args": arguments, "id": str(number)}])
+
+        calls = [call(number, "run_python", code=code) for number, code in enumerate(CELLS)]
+        model = Scripted(messages=iter([*calls, AIMessage("done")]))
+        """,
+        """
+        messages = asyncio.run(agent.ainvoke({"messages": [("user", QUESTION)]}))["messages"]
+        assert messages[-1].content == "done"
+        results = [message.content for message in messages if message.type == "tool"]
+        assert results[0][1] == {"type": "image", "base64": PNG, "mime_type": "image/png"}, results
+        assert results[1] == [{"type": "text", "text": "42\\n"}] and "ZeroDivisionError" in results[2][0]["text"]
+        """,
+    ),
+    "deepagents": (
+        """
+        from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+        from langchain_core.messages import AIMessage
+
+        class Scripted(GenericFakeChatModel):
+            def bind_tools(self, tools, **options):
+                return self
+
+        def call(number, name, **arguments):
+            return AIMessage("", tool_calls=[{"name": name, "args": arguments, "id": str(number)}])
+
+        FILE = os.path.abspath("it's new/answer.txt")
+        model = Scripted(messages=iter([
+            call(1, "write_file", file_path=FILE, content="6 * 7"),
+            call(2, "edit_file", file_path=FILE, old_string="6 * 7", new_string="42"),
+            call(3, "read_file", file_path=FILE),
+            call(4, "execute", command="python -c 'print(6 * 7)'; exit 3"),
+            AIMessage("done"),
+        ]))
+        """,
+        """
+        messages = agent.invoke({"messages": [("user", QUESTION)]})["messages"]
+        assert messages[-1].content == "done", messages
+        results = [message.text for message in messages if message.type == "tool"]
+        assert open(FILE).read() == "42" and "42" in results[2] and "42" in results[3] and "3" in results[3], results
+        backend = KernelSandbox()
+        data = bytes(range(256)) * 2000
+        assert [one.error for one in backend.upload_files([("a b/c", data), ("/proc/no", b"")])][0] is None
+        assert backend.upload_files([("/proc/no", b"")])[0].error
+        found, missing = backend.download_files(["a b/c", "missing"])
+        assert found.content == data and missing.content is None and "No such file" in missing.error
+        """,
+    ),
+    "Google ADK": (
+        """
+        from google.adk.models.base_llm import BaseLlm
+        from google.adk.models.llm_response import LlmResponse
+        from google.adk.runners import InMemoryRunner
+        from google.genai import types
+
+        class Scripted(BaseLlm):
+            async def generate_content_async(self, llm_request, stream=False):
+                seen.append(str(llm_request.contents[-1].parts[-1].text))
+                text = f"```python\\n{CELLS[len(seen) - 1]}\\n```" if len(seen) <= len(CELLS) else "done"
+                yield LlmResponse(content=types.Content(role="model", parts=[types.Part(text=text)]))
+
+        model = Scripted(model="scripted")
+        """,
+        """
+        async def main():
+            runner = InMemoryRunner(agent)
+            events = await runner.run_debug(QUESTION, quiet=True)
+            where = {"app_name": runner.app_name, "user_id": "debug_user_id", "session_id": "debug_session_id"}
+            return events, await runner.artifact_service.load_artifact(filename="cell-1-0.png", **where)
+
+        events, picture = asyncio.run(main())
+        assert events[-1].content.parts[0].text == "done"
+        assert (picture.inline_data.data, picture.inline_data.mime_type) == (base64.b64decode(PNG), "image/png")
+        assert "cell-1-0.png" in seen[1] and "42" in seen[2] and "ZeroDivisionError" in seen[3], seen
+        assert len(executors) == 1
+        """,
+    ),
+    "LlamaIndex": (
+        """
+        from llama_index.core.llms import CompletionResponse, CustomLLM, LLMMetadata
+
+        class Scripted(CustomLLM):
+            @property
+            def metadata(self):
+                return LLMMetadata()
+
+            def complete(self, prompt, **options):
+                seen.append(prompt)
+                text = f"<execute>{CELLS[len(seen) - 1]}</execute>" if len(seen) <= len(CELLS) else "done"
+                return CompletionResponse(text=text, delta=text)
+
+            def stream_complete(self, prompt, **options):
+                yield self.complete(prompt)
+
+        model = Scripted()
+        """,
+        """
+        async def main():
+            return await agent.run(QUESTION)
+
+        assert str(asyncio.run(main())) == "done"
+        assert "a plot" in seen[1] and "42" in seen[2] and "ZeroDivisionError" in seen[3], seen
+        """,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_the_readme(name: str, tmp_path: Path) -> None:
+    model, check = map(textwrap.dedent, RECIPES[name])
+    blocks = [readme_program("In other frameworks", 0, after) for after in ("", f"\n**{name}**")]
+    assert len(blocks[1].splitlines()) <= 45
+    program = "\n".join([RECIPE, model, *blocks, check, "server.stop()", "print('all is well')"])
+    assert run_framework("agents", program, tmp_path) == "all is well"
 
 
 def extract(message: Any) -> list[tuple[str, str]]:
