@@ -267,6 +267,13 @@ def short_path() -> Iterator[Path]:
         yield Path(path)
 
 
+def readme_program(section: str, number: int, after: str = "") -> str:
+    """Return a Python block of a section of the README, counted from some text on."""
+    text = (HERE / "README.md").read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    assert after in text
+    return str(re.findall(r"```python\n(.*?)```", text.partition(after)[2] if after else text, re.DOTALL)[number])
+
+
 v4: Any = nbformat.v4  # whose functions have no types
 
 
@@ -3688,10 +3695,111 @@ def test_podman_by_command(bundled_image: None, podman_server: Callable[..., Doc
     with podman_server() as built:
         built.kernelspecs()
         name = built._image_name
-    limits = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"]
-    with CommandJupyterServer(["podman", "run", "-i", "--rm", "--network=none", *limits, name, "python3"]) as server:
+    argv = readme_command("podman")
+    argv[2:2] = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"]
+    argv[argv.index("quay.io/jupyter/scipy-notebook")] = name
+    with CommandJupyterServer(argv) as server:
         with JupyterCodeExecutor(server) as executor:
             assert run(executor, ATTACKS, "6 * 7").output == "denied\n" * 3 + "\n42"
+
+
+def readme_command(name: str) -> list[str]:
+    """Return the first command of that name of the README's sandboxes."""
+    found: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jupyter_exec, "CommandJupyterServer", found.append)
+        exec(readme_program("In other sandboxes", 0), {})
+    return next(argv for argv in found if argv[0] == name)
+
+
+@pytest.mark.slow
+def test_bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+    need("bwrap", shutil.which("bwrap") and subprocess.run(works).returncode == 0)
+    monkeypatch.setenv("SECRET", "a key")
+    program = f"""
+        import os, socket, sys
+        print([path for path in ({str(tmp_path)!r}, "/etc/passwd", "/home", "/root/.ssh") if os.path.exists(path)])
+        print(os.environ.get("SECRET"), [name for _, name in socket.if_nameindex()])
+        for path in (sys.prefix, "/usr"):
+            try: open(path + "/new", "w")
+            except OSError as error: print(type(error).__name__)
+    """
+    with CommandJupyterServer(readme_command("bwrap")) as server, JupyterCodeExecutor(server, timeout=5) as executor:
+        result = executor.execute(textwrap.dedent(program))
+        assert result.text == "[]\nNone ['lo']\n" + "OSError\n" * 2
+        assert executor.execute_code_blocks(CodeBlock("x=6; echo $((x * 7)); exit 3", "bash")).output.startswith("42\n")
+        assert executor.execute("while True: pass", timeout=1).kernel_state == "intact"
+        assert executor.execute("import os; os.kill(os.getpid(), 9)").exit_code == 137
+        executor.restart()
+        assert run(executor, "6 * 7").output == "42"
+
+
+@pytest.fixture
+def slurm(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Slurm cluster of one node, which is this machine."""
+    programs = [shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("slurmctld", "slurmd", "srun")]
+    need("slurm", os.getuid() == 0 and all(programs))
+    host = socket.gethostname().partition(".")[0]
+    config = short_path / "slurm.conf"
+    config.write_text(
+        f"""
+        ClusterName=test
+        SlurmctldHost={host}(127.0.0.1)
+        SlurmctldPort={free_port()}
+        SlurmdPort={free_port()}
+        AuthType=auth/none
+        CredType=cred/none
+        SlurmUser=root
+        StateSaveLocation={short_path}
+        SlurmdSpoolDir={short_path}
+        SlurmctldPidFile={short_path}/controller.pid
+        SlurmdPidFile={short_path}/node.pid
+        ProctrackType=proctrack/linuxproc
+        TaskPlugin=task/none
+        SelectType=select/cons_tres
+        NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=4096
+        PartitionName=main Nodes=ALL Default=YES
+        """.replace("    ", "")
+    )
+    monkeypatch.setenv("SLURM_CONF", str(config))
+    with contextlib.ExitStack() as stack:
+        for program in programs[:2]:
+            process = subprocess.Popen([str(program), "-D"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+        eventually(lambda: jobs("sinfo", "%t") == "idle", "a node of Slurm is idle")
+        yield
+
+
+def jobs(command: str, form: str) -> str:
+    return subprocess.run([command, "-h", "-o", form], capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.slow
+def test_slurm(slurm: None) -> None:
+    argv = [sys.executable if word.endswith("/python3") else word for word in readme_command("srun")]
+    with CommandJupyterServer(argv) as server, JupyterCodeExecutor(server) as executor:
+        assert executor.execute("import os; os.environ['SLURM_JOB_ID']").text == repr(jobs("squeue", "%i"))
+        assert len(executor.execute("print('x' * 90_000)").text) == 90_001
+        assert executor.execute("while True: pass", timeout=1).kernel_state == "intact"
+        executor.restart()
+        assert run(executor, "6 * 7").output == "42"
+    eventually(lambda: jobs("squeue", "%i") == "", "the job has ended")
+
+
+@pytest.mark.slow
+def test_uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = Path(os.environ.get("JUPYTER_EXEC_FRAMEWORKS", "/nowhere"), "uv", "bin")
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{directory}")
+    need("uv", shutil.which("uv"))
+    (tmp_path / "pyproject.toml").write_text(
+        "[project]\nname = 'other'\nversion = '1'\ndependencies = ['no-such-thing']\n"
+    )
+    with CommandJupyterServer(readme_command("uv"), cwd=str(tmp_path), start_timeout=100) as server:
+        with JupyterCodeExecutor(server) as executor:
+            result = executor.execute("import sys, pandas; print(pandas.Series([40, 2]).sum()); print(sys.prefix)")
+            assert result.text.startswith("42\n") and sys.prefix not in result.text
 
 
 @pytest.fixture
@@ -6999,13 +7107,6 @@ def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer,
             'def add(a: int, b: int = 2) -> int:\n    """Add two numbers.\n\n    They may be large."""\n'
             "async def echo(value: Any, *, times: float = 1) -> Any: ..."
         )
-
-
-def readme_program(section: str, number: int, after: str = "") -> str:
-    """Return a Python block of a section of the README, counted from some text on."""
-    text = (HERE / "README.md").read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    assert after in text
-    return str(re.findall(r"```python\n(.*?)```", text.partition(after)[2] if after else text, re.DOTALL)[number])
 
 
 MCP_SERVER = """
