@@ -3697,7 +3697,7 @@ def test_podman_by_command(bundled_image: None, podman_server: Callable[..., Doc
         name = built._image_name
     argv = readme_command("podman")
     argv[2:2] = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"]
-    argv[argv.index("quay.io/jupyter/scipy-notebook")] = name
+    argv[argv.index("image")] = name
     with CommandJupyterServer(argv) as server:
         with JupyterCodeExecutor(server) as executor:
             assert run(executor, ATTACKS, "6 * 7").output == "denied\n" * 3 + "\n42"
