@@ -7109,6 +7109,13 @@ def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer,
         )
 
 
+def test_a_dict_names_its_tools(server: LocalJupyterServer) -> None:
+    with JupyterCodeExecutor(server, tools={"double": lambda x: 2 * x, "half": lambda x: x / 2}) as executor:
+        assert executor.execute("double(21), half(21)").text == "(42, 10.5)"
+    with pytest.raises(ValueError, match="cannot be a tool"):
+        JupyterCodeExecutor(server, tools={"no name": len})
+
+
 MCP_SERVER = """
 from mcp.server import MCPServer
 server = MCPServer("sums")
