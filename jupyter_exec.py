@@ -6371,7 +6371,7 @@ class Tools:
 
     def __init__(
         self,
-        functions: Iterable[Callable[..., Any]],
+        functions: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]],
         approve: ApproveHook | None,
         max_calls: int,
         timeout: float | None,
@@ -6385,8 +6385,8 @@ class Tools:
         self.loop: Any = None  # where coroutines run; None: each in an event loop of its own
         self.tag = ""  # of the requests that are calls
         self._heads: dict[str, tuple[str, str | None]] = {}
-        for function in functions:
-            name = getattr(function, "__name__", "")
+        named: Any = isinstance(functions, Mapping) and functions.items()
+        for name, function in named or ((getattr(function, "__name__", ""), function) for function in functions):
             if not name.isidentifier() or keyword.iskeyword(name):
                 raise ValueError(f"{function!r} cannot be a tool: it has no name, as `def` would give it.")
             if name in {"ToolError", "ToolRefused", *self.functions}:
@@ -7622,10 +7622,10 @@ class JupyterCodeExecutor(Stoppable):
     With `on_timeout` "detach" a call whose time is over returns what there is so far, with exit code 124 and kernel
     state "busy", and the code goes on: `wait` returns the complete result, other calls say that the kernel is busy.
 
-    `tools` are functions of this program, plain or `async def`, that the code in the kernel calls by their names, in
-    every transport and without a network. Arguments and results are JSON (dataclasses, pydantic models, bytes as
-    base64, dates and sets, too) of at most MAX_TOOL_JSON. Calls run in threads, MAX_TOOLS_AT_ONCE at a time.
-    `approve(name, arguments)` returns True for a call that may run, or the reason why it may not; the cell's clock
+    `tools` are functions of this program, plain or `async def`, that the code in the kernel calls by their names, or by
+    the keys of a dict, in every transport and without a network. Arguments and results are JSON (dataclasses, pydantic
+    models, bytes as base64, dates and sets, too) of at most MAX_TOOL_JSON. Calls run in threads, MAX_TOOLS_AT_ONCE at a
+    time. `approve(name, arguments)` returns True for a call that may run, or the reason why it may not; the cell's time
     stands still meanwhile. A cell may make `max_tool_calls`; one that takes more than `tool_timeout` seconds raises
     TimeoutError in the kernel. A call is part of the cell that runs when it is made; if none does, it fails.
 
@@ -7656,7 +7656,7 @@ class JupyterCodeExecutor(Stoppable):
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
         on_timeout: str = "interrupt",
-        tools: Iterable[Callable[..., Any]] = (),
+        tools: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]] = (),
         approve: ApproveHook | None = None,
         max_tool_calls: int = 256,
         tool_timeout: float | None = None,
@@ -7732,15 +7732,17 @@ class JupyterCodeExecutor(Stoppable):
         """Path of the kernel's connection file, for `jupyter console --existing`; None if it is not on this machine."""
         return self._kernel.connection_file
 
-    def execute_code_blocks(self, code_blocks: Any) -> CodeResult:
+    def execute_code_blocks(self, code_blocks: Any, cancellation_token: None = None) -> CodeResult:
         """Run blocks (objects with `code` and `language`) in order, up to the first that fails; or one, or a string.
 
         Never raises for what the code or the kernel did: `exit_code` and `output` tell (0 ended well, 1 raised,
         124 timeout, 130 interrupted, 128 + N killed by signal N, N exit status of a shell script).
 
         Raises: JupyterExecError after `stop`, also if that came while the call waited for its turn; TypeError for
-        something that is no code block.
+        something that is no code block, or for a token, which says that autogen-agentchat is going to await the result.
         """
+        if cancellation_token is not None:
+            raise TypeError("autogen-agentchat awaits its code executor: give it an AsyncJupyterCodeExecutor instead.")
         result: CodeResult = self._answer(BlocksCall(code_blocks, self._folder, self._max_output))
         return result
 
@@ -8100,6 +8102,12 @@ class JupyterCodeExecutor(Stoppable):
 AsyncHook = Callable[..., Any]  # an OutputHook or InputHook, or a coroutine function of the same arguments
 
 
+@functools.cache
+def _autogen_result_class(theirs: type) -> type[CodeResult]:
+    """Return CodeResult as a subclass of autogen_core's, which its messages insist on."""
+    return type("CodeResult", (CodeResult, theirs), {})
+
+
 class AsyncJob:
     """A Job whose `wait` is awaited."""
 
@@ -8133,8 +8141,7 @@ class AsyncJupyterCodeExecutor(Single):
 
     Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell; variables are kept. Hooks may
     be coroutine functions: they run on the loop of the call, and the cell's outputs wait for them. It serves
-    as a code executor of autogen-agentchat 0.4 and newer (`result_type` is then their CodeResult, if there is a
-    model_client), and as a CodeEnvironment of AG2 1.x.
+    as a code executor of autogen-agentchat 0.4 and newer, and as a CodeEnvironment of AG2 1.x.
     """
 
     supported_languages = ("python", "bash")
@@ -8152,13 +8159,12 @@ class AsyncJupyterCodeExecutor(Single):
         on_output: AsyncHook | None = None,
         on_input: AsyncHook | None = None,
         on_timeout: str = "interrupt",
-        tools: Iterable[Callable[..., Any]] = (),
+        tools: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]] = (),
         approve: ApproveHook | None = None,
         max_tool_calls: int = 256,
         tool_timeout: float | None = None,
-        result_type: Callable[..., Any] = CodeResult,
     ) -> None:
-        tools = list(tools)
+        tools = tools if isinstance(tools, Mapping) else list(tools)
         self._make = functools.partial(
             JupyterCodeExecutor,
             jupyter_server,
@@ -8177,7 +8183,6 @@ class AsyncJupyterCodeExecutor(Single):
             tool_timeout=tool_timeout,
         )
         self._functions, self._tools = functions, Tools(tools, None, 0, None)  # for `system_message`
-        self._result_type = result_type
         self._executor: JupyterCodeExecutor | None = None
         self._starting: Any = None  # a task
         self._guard = threading.Lock()  # of _executor
@@ -8258,8 +8263,11 @@ class AsyncJupyterCodeExecutor(Single):
             if loop.is_closed():
                 answer.close()
 
-    async def execute_code_blocks(self, code_blocks: Any, cancellation_token: Any = None) -> Any:
-        """Like JupyterCodeExecutor.execute_code_blocks. Raises: CancelledError."""
+    async def execute_code_blocks(self, code_blocks: Any, cancellation_token: Any = None) -> CodeResult:
+        """Like JupyterCodeExecutor.execute_code_blocks, with autogen's CodeResult as well where autogen_core is loaded.
+
+        Raises: CancelledError.
+        """
         import asyncio
 
         task = asyncio.ensure_future(self._blocks(code_blocks))
@@ -8270,9 +8278,8 @@ class AsyncJupyterCodeExecutor(Single):
         except asyncio.CancelledError:
             task.cancel()
             raise
-        if self._result_type is CodeResult:
-            return result
-        return self._result_type(exit_code=result.exit_code, output=result.output)
+        theirs = getattr(sys.modules.get("autogen_core.code_executor"), "CodeResult", None)
+        return _autogen_result_class(theirs)(**vars(result)) if theirs else result
 
     async def _blocks(self, code_blocks: Any) -> CodeResult:
         executor = await self._started()

@@ -271,6 +271,13 @@ def short_path() -> Iterator[Path]:
         yield Path(path)
 
 
+def readme_program(section: str, number: int, after: str = "") -> str:
+    """Return a Python block of a section of the README, counted from some text on."""
+    text = (HERE / "README.md").read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    assert after in text
+    return str(re.findall(r"```python\n(.*?)```", text.partition(after)[2] if after else text, re.DOTALL)[number])
+
+
 v4: Any = nbformat.v4  # whose functions have no types
 
 
@@ -3720,10 +3727,111 @@ def test_podman_by_command(bundled_image: None, podman_server: Callable[..., Doc
     with podman_server() as built:
         built.kernelspecs()
         name = built._image_name
-    limits = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"]
-    with CommandJupyterServer(["podman", "run", "-i", "--rm", "--network=none", *limits, name, "python3"]) as server:
+    argv = readme_command("podman")
+    argv[2:2] = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096"]
+    argv[argv.index("image")] = name
+    with CommandJupyterServer(argv) as server:
         with JupyterCodeExecutor(server) as executor:
             assert run(executor, ATTACKS, "6 * 7").output == "denied\n" * 3 + "\n42"
+
+
+def readme_command(name: str) -> list[str]:
+    """Return the first command of that name of the README's sandboxes."""
+    found: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jupyter_exec, "CommandJupyterServer", found.append)
+        exec(readme_program("In other sandboxes", 0), {})
+    return next(argv for argv in found if argv[0] == name)
+
+
+@pytest.mark.slow
+def test_bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+    need("bwrap", shutil.which("bwrap") and subprocess.run(works).returncode == 0)
+    monkeypatch.setenv("SECRET", "a key")
+    program = f"""
+        import os, socket, sys
+        print([path for path in ({str(tmp_path)!r}, "/etc/passwd", "/home", "/root/.ssh") if os.path.exists(path)])
+        print(os.environ.get("SECRET"), [name for _, name in socket.if_nameindex()])
+        for path in (sys.prefix, "/usr"):
+            try: open(path + "/new", "w")
+            except OSError as error: print(type(error).__name__)
+    """
+    with CommandJupyterServer(readme_command("bwrap")) as server, JupyterCodeExecutor(server, timeout=5) as executor:
+        result = executor.execute(textwrap.dedent(program))
+        assert result.text == "[]\nNone ['lo']\n" + "OSError\n" * 2
+        assert executor.execute_code_blocks(CodeBlock("x=6; echo $((x * 7)); exit 3", "bash")).output.startswith("42\n")
+        assert executor.execute("while True: pass", timeout=1).kernel_state == "intact"
+        assert executor.execute("import os; os.kill(os.getpid(), 9)").exit_code == 137
+        executor.restart()
+        assert run(executor, "6 * 7").output == "42"
+
+
+@pytest.fixture
+def slurm(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Slurm cluster of one node, which is this machine."""
+    programs = [shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("slurmctld", "slurmd", "srun")]
+    need("slurm", os.getuid() == 0 and all(programs))
+    host = socket.gethostname().partition(".")[0]
+    config = short_path / "slurm.conf"
+    config.write_text(
+        f"""
+        ClusterName=test
+        SlurmctldHost={host}(127.0.0.1)
+        SlurmctldPort={free_port()}
+        SlurmdPort={free_port()}
+        AuthType=auth/none
+        CredType=cred/none
+        SlurmUser=root
+        StateSaveLocation={short_path}
+        SlurmdSpoolDir={short_path}
+        SlurmctldPidFile={short_path}/controller.pid
+        SlurmdPidFile={short_path}/node.pid
+        ProctrackType=proctrack/linuxproc
+        TaskPlugin=task/none
+        SelectType=select/cons_tres
+        NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=4096
+        PartitionName=main Nodes=ALL Default=YES
+        """.replace("    ", "")
+    )
+    monkeypatch.setenv("SLURM_CONF", str(config))
+    with contextlib.ExitStack() as stack:
+        for program in programs[:2]:
+            process = subprocess.Popen([str(program), "-D"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+        eventually(lambda: jobs("sinfo", "%t") == "idle", "a node of Slurm is idle")
+        yield
+
+
+def jobs(command: str, form: str) -> str:
+    return subprocess.run([command, "-h", "-o", form], capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.slow
+def test_slurm(slurm: None) -> None:
+    argv = [sys.executable if word.endswith("/python3") else word for word in readme_command("srun")]
+    with CommandJupyterServer(argv) as server, JupyterCodeExecutor(server) as executor:
+        assert executor.execute("import os; os.environ['SLURM_JOB_ID']").text == repr(jobs("squeue", "%i"))
+        assert len(executor.execute("print('x' * 90_000)").text) == 90_001
+        assert executor.execute("while True: pass", timeout=1).kernel_state == "intact"
+        executor.restart()
+        assert run(executor, "6 * 7").output == "42"
+    eventually(lambda: jobs("squeue", "%i") == "", "the job has ended")
+
+
+@pytest.mark.slow
+def test_uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = Path(os.environ.get("JUPYTER_EXEC_FRAMEWORKS", "/nowhere"), "uv", "bin")
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{directory}")
+    need("uv", shutil.which("uv"))
+    (tmp_path / "pyproject.toml").write_text(
+        "[project]\nname = 'other'\nversion = '1'\ndependencies = ['no-such-thing']\n"
+    )
+    with CommandJupyterServer(readme_command("uv"), cwd=str(tmp_path), start_timeout=100) as server:
+        with JupyterCodeExecutor(server) as executor:
+            result = executor.execute("import sys, pandas; print(pandas.Series([40, 2]).sum()); print(sys.prefix)")
+            assert result.text.startswith("42\n") and sys.prefix not in result.text
 
 
 @pytest.fixture
@@ -8064,10 +8172,11 @@ def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer,
         )
 
 
-def readme_program(section: str, number: int) -> str:
-    """Return a Python block of a section of the README."""
-    text = (HERE / "README.md").read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    return str(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number])
+def test_a_dict_names_its_tools(server: LocalJupyterServer) -> None:
+    with JupyterCodeExecutor(server, tools={"double": lambda x: 2 * x, "half": lambda x: x / 2}) as executor:
+        assert executor.execute("double(21), half(21)").text == "(42, 10.5)"
+    with pytest.raises(ValueError, match="cannot be a tool"):
+        JupyterCodeExecutor(server, tools={"no name": len})
 
 
 MCP_SERVER = """
@@ -8267,7 +8376,9 @@ def run_framework(name: str, program: str, tmp_path: Path) -> str:
     python = Path(os.environ.get("JUPYTER_EXEC_FRAMEWORKS", "/nowhere")) / name / "bin" / "python"
     need(name, python.exists())
     environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "AUTOGEN_USE_DOCKER": "0"}
-    command = [str(python), "-c", textwrap.dedent(program)]
+    script = tmp_path / "program.py"  # for frameworks that look for the source of functions
+    script.write_text(textwrap.dedent(program))
+    command = [str(python), str(script)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.rstrip("\n").rpartition("\n")[2]
@@ -8370,6 +8481,50 @@ def test_autogen_agentchat(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_autogen_agentchat_with_a_model(tmp_path: Path) -> None:
+    program = """
+        import asyncio, warnings
+        import autogen_core.code_executor as theirs
+        from autogen_agentchat.agents import CodeExecutorAgent
+        from autogen_ext.models.replay import ReplayChatCompletionClient
+        from jupyter_exec import AsyncJupyterCodeExecutor, CodeResult, LocalJupyterServer
+
+        async def main():
+            warnings.simplefilter("ignore")
+            with LocalJupyterServer() as server:
+                async with AsyncJupyterCodeExecutor(server) as executor:
+                    model = ReplayChatCompletionClient(["```python\\nprint(6 * 7)\\n```", "It is 42."])
+                    agent = CodeExecutorAgent("runner", code_executor=executor, model_client=model)
+                    messages = [message async for message in agent.run_stream(task="What is 6 times 7?")]
+            [event] = [message for message in messages if getattr(message, "type", "") == "CodeExecutionEvent"]
+            assert isinstance(event.result, theirs.CodeResult) and isinstance(event.result, CodeResult)
+            assert event.model_dump()["result"] == {"exit_code": 0, "output": "42\\n"}, event
+            assert messages[-1].messages[-1].content == "It is 42."
+            print("all is well")
+
+        asyncio.run(main())
+    """
+    assert run_framework("autogen-0.7", program, tmp_path) == "all is well"
+
+
+@pytest.mark.slow
+def test_autogen_agentchat_with_the_wrong_executor(tmp_path: Path) -> None:
+    program = """
+        import asyncio, warnings
+        from autogen_agentchat.agents import CodeExecutorAgent
+        from jupyter_exec import JupyterCodeExecutor, LocalJupyterServer
+
+        warnings.simplefilter("ignore")
+        with LocalJupyterServer() as server, JupyterCodeExecutor(server) as executor:
+            try:
+                asyncio.run(CodeExecutorAgent("runner", code_executor=executor).run(task="```python\\n1\\n```"))
+            except TypeError as error:
+                print(error)
+    """
+    assert "give it an AsyncJupyterCodeExecutor instead" in run_framework("autogen-0.7", program, tmp_path)
+
+
+@pytest.mark.slow
 def test_ag2_one(tmp_path: Path) -> None:
     program = """
         import asyncio
@@ -8389,6 +8544,269 @@ def test_ag2_one(tmp_path: Path) -> None:
         asyncio.run(main())
     """
     assert run_framework("ag2-1", program, tmp_path) == "all is well"
+
+
+# The README's recipes: as they stand, each with a model that says what is in `CELLS`, and "done" at last.
+
+RECIPE = """
+import asyncio, json, os, warnings
+warnings.simplefilter("ignore")
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+PLOT = {"image/png": PNG, "text/plain": "a plot"}
+CELLS = [f"from IPython.display import display; x = 6; display({PLOT}, raw=True)", "print(x * 7)", "1 / 0"]
+QUESTION = "What is six times seven?"
+seen = []  # what the model got, turn by turn
+"""
+RECIPES = {
+    "smolagents": (
+        """
+        from smolagents import ChatMessage, Model, tool
+
+        CODE = ["x = 6; print(where())", "print('before'); 1 / 0", "final_answer(x * 7)", "final_answer([x, n])"]
+
+        @tool
+        def where() -> int:
+            "Return the process that this is."
+            return os.getpid()
+
+        class Scripted(Model):
+            def generate(self, messages, **options):
+                seen.append(str(messages))
+                return ChatMessage(role="assistant", content=f"<code>{CODE[len(seen) - 1]}</code>")
+
+        model = Scripted()
+        """,
+        """
+        agent.tools["where"] = where
+        assert agent.run("What is six times seven?") == 42
+        assert str(os.getpid()) in seen[1] and "before" in seen[2] and "ZeroDivisionError" in seen[2], seen
+        assert agent.run("And now?", reset=False, additional_args={"n": 5}) == [6, 5]
+        """,
+    ),
+    "DSPy": (
+        """
+        import dspy
+        from dspy.utils import DummyLM
+
+        CODE = ["words = text.split(); print(llm_query('Hello?'))", "1 / 0", "m = dspy.Predict('q -> a')", "SUBMIT(len(words))"]
+        CODE[2] = "class M(dspy.Module):\\n    def __init__(self):\\n        self.p = dspy.Predict('q -> a')\\nprint(M().p(q='?').a)"
+        steps = [{"reasoning": "", "code": code} for code in CODE]
+        model = DummyLM([steps[0], {"response": "of a model"}, steps[1], steps[2], {"a": "of a sub-agent"}, steps[3]])
+        """,
+        """
+        assert answer == 6000, answer
+        script = [{"reasoning": "", "generated_code": "SUBMIT({'answer': 6 * 7})"}, {"reasoning": "", "answer": "42"}]
+        with dspy.context(lm=DummyLM(script)):
+            assert dspy.ProgramOfThought("question -> answer: int")(question="?").answer == 42
+
+        def where() -> int:
+            "Return the process that this is."
+            return os.getpid()
+
+        with dspy.context(lm=DummyLM([{"reasoning": "", "code": "import json; SUBMIT(answer=where())"}])):
+            result = dspy.RLM("question -> answer: int", tools=[where])(question="?")
+        assert result.answer == os.getpid()
+        model = DummyLM([*steps[:1], {"response": "of a model"}, *steps[1:3], {"a": "of a sub-agent"}, steps[3]])
+        with dspy.context(lm=model):
+            trajectory = dspy.RLM("text -> answer: int")(text="a b").trajectory
+        outputs = [step["output"] for step in trajectory]
+        assert "of a model" in outputs[0] and "ZeroDivisionError" in outputs[1] and "of a sub-agent" in outputs[2], outputs
+        """,
+    ),
+    "Pydantic AI": (
+        """
+        from pydantic_ai.messages import ModelResponse, TextPart, ToolCallPart
+        from pydantic_ai.models.function import FunctionModel
+
+        def answer(messages, info):
+            seen.append(messages[-1].parts)
+            if len(seen) > len(CELLS):
+                return ModelResponse([TextPart("done")])
+            return ModelResponse([ToolCallPart("run_python", {"code": CELLS[len(seen) - 1]})])
+
+        model = FunctionModel(answer)
+        """,
+        """
+        assert agent.run_sync(QUESTION).output == "done"
+        text, picture = seen[1][0].content
+        assert "a plot" in text and (picture.data, picture.media_type) == (base64.b64decode(PNG), "image/png")
+        assert seen[2][0].content == ["42\\n"] and "ZeroDivisionError" in seen[3][0].content[0], seen
+        """,
+    ),
+    "OpenAI Agents SDK": (
+        """
+        from agents import Model, ModelResponse, Runner, Usage, set_tracing_disabled
+        from openai.types.responses import ResponseFunctionToolCall, ResponseOutputMessage, ResponseOutputText
+
+        set_tracing_disabled(True)
+
+        class Scripted(Model):
+            async def get_response(self, system_instructions, input, *args, **options):
+                seen.append(input)
+                text = ResponseOutputText(annotations=[], text="done", type="output_text")
+                said = ResponseOutputMessage(id="1", content=[text], role="assistant", status="completed", type="message")
+                if len(seen) <= len(CELLS):
+                    code = json.dumps({"code": CELLS[len(seen) - 1]})
+                    said = ResponseFunctionToolCall(arguments=code, call_id=str(len(seen)), name="run_python", type="function_call")
+                return ModelResponse(output=[said], usage=Usage(), response_id=None)
+
+            def stream_response(self, *args, **options):
+                raise NotImplementedError
+
+        model = Scripted()
+        """,
+        """
+        assert Runner.run_sync(agent, QUESTION).final_output == "done"
+        outputs = [item["output"] for item in seen[-1] if item.get("type") == "function_call_output"]
+        assert outputs[0][1] == {"type": "input_image", "image_url": f"data:image/png;base64,{PNG}"}, outputs
+        assert outputs[1] == [{"type": "input_text", "text": "42\\n"}] and "ZeroDivisionError" in outputs[2][0]["text"]
+        """,
+    ),
+    "Microsoft Agent Framework": (
+        """
+        from agent_framework import BaseChatClient, ChatResponse, Content, FunctionInvocationLayer, Message
+
+        class Scripted(FunctionInvocationLayer, BaseChatClient):
+            async def _inner_get_response(self, *, messages, stream=False, options=None, **others):
+                seen.append([item for message in messages for item in message.contents])
+                said = Content.from_text("done")
+                if len(seen) <= len(CELLS):
+                    said = Content.from_function_call(str(len(seen)), "run_python", arguments={"code": CELLS[len(seen) - 1]})
+                return ChatResponse(messages=[Message("assistant", [said])])
+
+        model = Scripted()
+        """,
+        """
+        assert str(asyncio.run(agent.run(QUESTION))) == "done"
+        results = [item.items for item in seen[-1] if item.type == "function_result"]
+        assert results[0][1].uri == f"data:image/png;base64,{PNG}", results
+        assert results[1][0].text == "42\\n" and "ZeroDivisionError" in results[2][0].text
+        """,
+    ),
+    "LangChain": (
+        """
+        from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+        from langchain_core.messages import AIMessage
+
+        class Scripted(GenericFakeChatModel):
+            def bind_tools(self, tools, **options):
+                return self
+
+        def call(number, name, **arguments):
+            return AIMessage("", tool_calls=[{"name": name, "args": arguments, "id": str(number)}])
+
+        calls = [call(number, "run_python", code=code) for number, code in enumerate(CELLS)]
+        model = Scripted(messages=iter([*calls, AIMessage("done")]))
+        """,
+        """
+        messages = asyncio.run(agent.ainvoke({"messages": [("user", QUESTION)]}))["messages"]
+        assert messages[-1].content == "done"
+        results = [message.content for message in messages if message.type == "tool"]
+        assert results[0][1] == {"type": "image", "base64": PNG, "mime_type": "image/png"}, results
+        assert results[1] == [{"type": "text", "text": "42\\n"}] and "ZeroDivisionError" in results[2][0]["text"]
+        """,
+    ),
+    "deepagents": (
+        """
+        from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+        from langchain_core.messages import AIMessage
+
+        class Scripted(GenericFakeChatModel):
+            def bind_tools(self, tools, **options):
+                return self
+
+        def call(number, name, **arguments):
+            return AIMessage("", tool_calls=[{"name": name, "args": arguments, "id": str(number)}])
+
+        FILE = os.path.abspath("it's new/answer.txt")
+        model = Scripted(messages=iter([
+            call(1, "write_file", file_path=FILE, content="6 * 7"),
+            call(2, "edit_file", file_path=FILE, old_string="6 * 7", new_string="42"),
+            call(3, "read_file", file_path=FILE),
+            call(4, "execute", command="python -c 'print(6 * 7)'; exit 3"),
+            AIMessage("done"),
+        ]))
+        """,
+        """
+        messages = agent.invoke({"messages": [("user", QUESTION)]})["messages"]
+        assert messages[-1].content == "done", messages
+        results = [message.text for message in messages if message.type == "tool"]
+        assert open(FILE).read() == "42" and "42" in results[2] and "42" in results[3] and "3" in results[3], results
+        backend = KernelSandbox()
+        data = bytes(range(256)) * 2000
+        assert [one.error for one in backend.upload_files([("a b/c", data), ("/proc/no", b"")])][0] is None
+        assert backend.upload_files([("/proc/no", b"")])[0].error
+        found, missing = backend.download_files(["a b/c", "missing"])
+        assert found.content == data and missing.content is None and "No such file" in missing.error
+        """,
+    ),
+    "Google ADK": (
+        """
+        from google.adk.models.base_llm import BaseLlm
+        from google.adk.models.llm_response import LlmResponse
+        from google.adk.runners import InMemoryRunner
+        from google.genai import types
+
+        class Scripted(BaseLlm):
+            async def generate_content_async(self, llm_request, stream=False):
+                seen.append(str(llm_request.contents[-1].parts[-1].text))
+                text = f"```python\\n{CELLS[len(seen) - 1]}\\n```" if len(seen) <= len(CELLS) else "done"
+                yield LlmResponse(content=types.Content(role="model", parts=[types.Part(text=text)]))
+
+        model = Scripted(model="scripted")
+        """,
+        """
+        async def main():
+            runner = InMemoryRunner(agent)
+            events = await runner.run_debug(QUESTION, quiet=True)
+            where = {"app_name": runner.app_name, "user_id": "debug_user_id", "session_id": "debug_session_id"}
+            return events, await runner.artifact_service.load_artifact(filename="cell-1-0.png", **where)
+
+        events, picture = asyncio.run(main())
+        assert events[-1].content.parts[0].text == "done"
+        assert (picture.inline_data.data, picture.inline_data.mime_type) == (base64.b64decode(PNG), "image/png")
+        assert "cell-1-0.png" in seen[1] and "42" in seen[2] and "ZeroDivisionError" in seen[3], seen
+        assert len(executors) == 1
+        """,
+    ),
+    "LlamaIndex": (
+        """
+        from llama_index.core.llms import CompletionResponse, CustomLLM, LLMMetadata
+
+        class Scripted(CustomLLM):
+            @property
+            def metadata(self):
+                return LLMMetadata()
+
+            def complete(self, prompt, **options):
+                seen.append(prompt)
+                text = f"<execute>{CELLS[len(seen) - 1]}</execute>" if len(seen) <= len(CELLS) else "done"
+                return CompletionResponse(text=text, delta=text)
+
+            def stream_complete(self, prompt, **options):
+                yield self.complete(prompt)
+
+        model = Scripted()
+        """,
+        """
+        async def main():
+            return await agent.run(QUESTION)
+
+        assert str(asyncio.run(main())) == "done"
+        assert "a plot" in seen[1] and "42" in seen[2] and "ZeroDivisionError" in seen[3], seen
+        """,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_the_readme(name: str, tmp_path: Path) -> None:
+    model, check = map(textwrap.dedent, RECIPES[name])
+    blocks = [readme_program("In other frameworks", 0, after) for after in ("", f"\n**{name}**")]
+    assert len(blocks[1].splitlines()) <= 45
+    program = "\n".join([RECIPE, model, *blocks, check, "server.stop()", "print('all is well')"])
+    assert run_framework("agents", program, tmp_path) == "all is well"
 
 
 def extract(message: Any) -> list[tuple[str, str]]:
