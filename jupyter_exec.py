@@ -134,6 +134,7 @@ RELAY_PIECE = 2**18  # bytes of such output that go at a time, so that other thi
 SLOW_LINK = 1.0  # seconds that output has waited there when an interrupt drops it, since the cell is to end in time
 MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
 MAX_SPILL = 256 * 2**20  # characters of such a file
+MAX_STRAY = 20  # numbered messages that may be missing at a cell's end: of threads in mid-send, to other clients
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
 MAX_KEPT = 128 * 2**20  # bytes of a cell's outputs other than streams that are kept
 MAX_LINE = 2**20  # characters of a line that a carriage return or backspaces can still erase
@@ -1223,6 +1224,36 @@ class ExecutionResult:
             raise JupyterExecError(self.note or "The cell did not end well.")
 
 
+_NUMBERED = re.compile("(.+_[0-9]{1,18}_)([0-9]{1,18})")  # an id of ipykernel's: session, pid, number
+
+
+class Tally:
+    """Counts what a kernel sends during a cell, on all channels, if it numbers its messages as ipykernel does.
+
+    What ZeroMQ drops at the kernel, since this program was stopped or too slow, leaves a gap. Answers to other
+    clients leave one, too, but the idle status after each is for all.
+    """
+
+    def __init__(self) -> None:
+        self._prefix: str | None = None  # of the ids; "": the kernel has others
+        self._first = self._came = 0
+        self._latest = ""  # id; a huge message comes in pieces
+
+    def is_short(self, message: Message, own: bool) -> bool:
+        """Count a message; returns whether it is the cell's idle status and many before it are missing."""
+        msg_id = message.msg_id
+        if self._prefix is None and own and message.channel == "iopub":
+            match = _NUMBERED.fullmatch(msg_id)
+            self._prefix, self._first = (match[1], int(match[2])) if match else ("", 0)
+        if not self._prefix or msg_id == self._latest or not msg_id.startswith(self._prefix):
+            return False
+        self._latest = msg_id
+        idle = message.content.get("execution_state") == "idle"
+        self._came += 1 + idle
+        last = _NUMBERED.fullmatch(msg_id) if own and idle else None
+        return last is not None and int(last[2]) - self._first > self._came + MAX_STRAY
+
+
 class Execution:
     """State machine of one execute_request: messages in, outputs and an outcome out.
 
@@ -1249,6 +1280,7 @@ class Execution:
         self._idle = False
         self._passed: set[str] = set()  # channels on which a fence was answered
         self._clear_next = False
+        self._tally = Tally()
 
     @property
     def half_done(self) -> bool:
@@ -1270,9 +1302,10 @@ class Execution:
         """Take any message from the kernel; return the output to show now, if there is one. It is the caller's."""
         if message.parent_id in self.fences and message.content.get("execution_state") != "busy":
             self._passed.add(message.channel)
-        if message.parent_id != self.msg_id:
+        own = message.parent_id == self.msg_id
+        self.withheld = self._tally.is_short(message, own) or self.withheld or (own and message.lost)
+        if not own:
             return None
-        self.withheld = self.withheld or message.lost
         self.started = self.started or (message.channel == "iopub" and message.msg_type != "status")
         handler = self._HANDLERS.get((message.channel, message.msg_type))
         # "Clients should ignore messages that they do not understand."
@@ -2643,9 +2676,10 @@ class KernelClient:
     def _feed(self, message: Message, execution: Execution, hooks: Hooks) -> None:
         if death := _reported_death(message):
             self._mailbox.put(death)
+        output = execution.feed(message) or self._late_output(message, execution)
         if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
             self._send("stdin", "input_reply", {"value": hooks.answer(message.content)})
-        elif output := execution.feed(message) or self._late_output(message, execution):
+        elif output:
             hooks.show(output)
         if execution.started and execution.interrupted and not execution.signalled:
             self._signal(execution)

@@ -1446,6 +1446,34 @@ def test_malformed_content_does_no_harm(msg_type: str, content: dict[str, Any]) 
     assert "ok" in broken.result(0).text
 
 
+@pytest.mark.parametrize(
+    ("ids", "lost"),
+    [
+        (["s_7_{}"], True),  # ipykernel's: session, pid, number
+        (["{}"], False),
+        (["s_{}"], False),
+        (["s_7_{}x"], False),
+        (["s_7_" + "9" * 5000], False),
+        (["s_7_{}", "t_8_{}"], False),  # restarted in between
+    ],
+)
+def test_a_gap_in_the_numbers_of_a_kernel_is_lost_output(ids: list[str], lost: bool) -> None:
+    def feed(made: jupyter_exec.Execution, number: int, msg_id: str, state: str, parent: str = "m") -> None:
+        header = {"msg_type": "status", "msg_id": msg_id.format(number)}
+        made.feed(jupyter_exec.Message("iopub", header, {"msg_id": parent}, {}, {"execution_state": state}, []))
+
+    made, whole, shared = (jupyter_exec.Execution("m") for _ in range(3))
+    feed(made, 10, ids[0], "busy")
+    feed(made, 100, ids[-1], "idle")
+    assert made.outputs_lost == lost
+    for number in range(10, 100):
+        feed(whole, number, ids[0], "busy" if number < 99 else "idle")
+        feed(shared, 10 + 3 * (number - 10), ids[0], "busy")  # two in three go to others
+        feed(shared, 11 + 3 * (number - 10), ids[0], "idle", "other" if number < 99 else "m")
+    assert not whole.outputs_lost
+    assert not shared.outputs_lost
+
+
 def test_beyond_the_budget_outputs_are_withheld_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_KEPT", 1000)
     made = jupyter_exec.Execution("m")
@@ -5609,10 +5637,10 @@ def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: P
     program = """
         import jupyter_exec
         with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:
-            code = "print('go', flush=True)\\nfor i in range(30_000): display(i)"
+            code = "print('go', flush=True)\\nfor i in range(10_000): display(i)"
             seen = []
-            result = executor.execute(code, timeout=60, on_output=lambda o: print("go", flush=True) if not seen.append(1) and len(seen) == 1 else None)
-            print(result.status, len(result.outputs) == 30_001 or "lost" in result.note, executor.execute("7").text)
+            result = executor.execute(code, timeout=60, on_output=lambda output: seen or (print("go", flush=True), seen.append(1)))
+            print(result.status, (len(result.outputs) == 10_001) != ("lost" in result.note), executor.execute("7").text)
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
@@ -5628,10 +5656,56 @@ def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: P
             time.sleep(0.2)
             return busy[0] == before
 
-        eventually(still, "the flood is over")
-        client.send_signal(signal.SIGCONT)
+        try:
+            eventually(still, "the flood is over")
+        finally:
+            client.send_signal(signal.SIGCONT)
         status, truth, after = client.stdout.readline().split()
     assert (status, truth, after) == ("ok", "True", "7")
+
+
+NOISY = """
+import threading
+from comm import create_comm
+def chatter():
+    while not enough.wait(0.01):
+        display(1), print(2), create_comm(target_name="t").send({})
+enough = threading.Event()
+for _ in range(3): threading.Thread(target=chatter, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "for i in range(50): input()",
+        "import time; time.sleep(100)",
+        "import asyncio; await asyncio.sleep(0.5)",
+        "import os\nfor i in range(50):\n if not os.fork(): print(1, flush=True); os._exit(0)\n os.wait()",
+        "print('x' * 3_000_000)",
+    ],
+)
+def test_what_is_on_the_way_beside_a_cell_is_no_lost_output(
+    code: str, executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[jupyter_exec.Execution] = []
+
+    class Seen(jupyter_exec.Execution):
+        def result(self, duration: float) -> jupyter_exec.ExecutionResult:
+            seen.append(self)
+            return super().result(duration)
+
+    monkeypatch.setattr(jupyter_exec, "Execution", Seen)
+    assert executor.connection_file
+    with JupyterCodeExecutor(executor.connection_file) as other, ThreadPoolExecutor(1) as pool:
+        assert executor.execute(NOISY).status == "ok"
+        asked = pool.submit(lambda: [other.execute("1", timeout=PATIENCE) for _ in range(30)])
+        result = executor.execute(code, timeout=1 if "100" in code else PATIENCE, on_input=lambda *question: "1")
+        assert result.kernel_state == "intact"
+        asked.result(PATIENCE)
+        executor.execute("enough.set()")
+    assert len(seen) == 33
+    assert [vars(made._tally) for made in seen if made.outputs_lost] == []
 
 
 @pytest.mark.slow
