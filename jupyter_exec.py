@@ -4064,10 +4064,14 @@ class RemoteKernelControl:
                 rest.request("POST", f"{self._path}/restart", {}, timeout=self.start_timeout)
             except ServerError:  # the kernel is gone, or the server just restarting it by itself
                 self.kill()
-                rest.request("GET", "/api/kernelspecs")  # if it is the server that is gone, this says so best
         if not self._id:
             body = {"name": self._kernel_name, "env": self._server.env}
-            model = rest.request("POST", "/api/kernels", body, timeout=self.start_timeout)
+            try:
+                model = rest.request("POST", "/api/kernels", body, timeout=self.start_timeout)
+            except ServerError:
+                # If the server is gone, this says so best: a JupyterHub that stands in for it speaks of a wrong token.
+                rest.request("GET", "/api/kernelspecs")
+                raise
             kernel_id = model.get("id") if isinstance(model, dict) else None
             self._id = kernel_id if isinstance(kernel_id, str) else ""
         self._mailbox = mailbox

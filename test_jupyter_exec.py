@@ -4178,6 +4178,91 @@ def test_enterprise_gateway(enterprise_gateway: Peer) -> None:
             assert run(executor, "'x' in dir()").output == "False"
 
 
+HUB_CONFIG = """
+c.JupyterHub.bind_url = "https://127.0.0.1:{port}/"
+c.JupyterHub.ssl_cert, c.JupyterHub.ssl_key = "{cert}", "{key}"  # the proxy's
+c.JupyterHub.hub_port, c.ConfigurableHTTPProxy.api_url = {hub_port}, "http://127.0.0.1:{api_port}"
+c.ConfigurableHTTPProxy.command = ["{home}/node_modules/.bin/configurable-http-proxy"]
+c.JupyterHub.db_url = "sqlite:///:memory:"
+c.JupyterHub.authenticator_class, c.Authenticator.allowed_users = "dummy", {{"ann"}}
+c.JupyterHub.spawner_class = "simple"
+c.Spawner.cmd, c.Spawner.args = ["{home}/bin/jupyterhub-singleuser"], ["--allow-root"]
+c.JupyterHub.services = [dict(name="tests", api_token="{token}")]
+c.JupyterHub.load_roles = [dict(name="tests", services=["tests"], scopes=["admin:servers", "tokens"])]
+"""
+
+
+@contextlib.contextmanager
+def jupyterhub(tmp_path: Path, cert: Path, key: Path) -> Iterator[jupyter_exec.RestClient]:
+    """Run a JupyterHub with its proxy; yields a client of its own interface, for its administrator."""
+    home = os.environ.get("JUPYTER_EXEC_HUB", "")
+    need("hub", os.path.exists(home))
+    port, hub_port, api_port, token = free_port(), free_port(), free_port(), os.urandom(16).hex()
+    config, log = tmp_path / "jupyterhub_config.py", tmp_path / "hub.log"
+    config.write_text(HUB_CONFIG.format(**locals()))
+    command = [f"{home}/bin/jupyterhub", "--config", str(config)]
+    rest = jupyter_exec.RestClient(JupyterConnectionInfo("127.0.0.1", True, port, token, "/hub/api", ca_file=str(cert)))
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path, start_new_session=True)
+    family: set[int] = set()
+
+    def is_up() -> bool:
+        family.update(descendants(process.pid))
+        with contextlib.suppress(JupyterExecError):
+            return bool(rest.request("GET", "/users/ann"))
+        assert process.poll() is None, log.read_text()
+        return False
+
+    try:
+        eventually(is_up, "the hub answers")
+        yield rest
+    finally:
+        rest.close()
+        family |= descendants(process.pid)
+        process.terminate()  # it ends its proxy and its servers
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        for pid in {process.pid, *family} & {process.pid, *descendants(os.getpid())}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(PATIENCE)
+
+
+@pytest.mark.slow
+def test_a_jupyterhub_behind_its_proxy_with_tls(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    with jupyterhub(tmp_path, *certificate) as hub:
+        server = "/users/ann/server"
+        hub.request("POST", server, timeout=PATIENCE)
+        eventually(lambda: hub.request("GET", "/users/ann")["servers"][""]["ready"], "the server runs")
+        token = hub.request("POST", "/users/ann/tokens", {})["token"]
+        info = replace(hub.info, token=token, base_url="/user/ann/")
+        with pytest.raises(ServerError, match="token is missing or wrong"):
+            JupyterCodeExecutor(replace(info, token="wrong"))
+        with JupyterCodeExecutor(info) as executor:
+            assert run(executor, "x = 6", "x * 7").output == "\n42"
+
+            def cut(output: dict[str, Any]) -> None:
+                channels: Any = executor._kernel._channels
+                if output.get("text") == "first\n":
+                    channels._socket.raw.shutdown(socket.SHUT_RDWR)
+
+            code = "import time\nprint('first', flush=True)\ntime.sleep(1)\nprint('last')"
+            result = executor.execute(code, timeout=PATIENCE, on_output=cut)
+            assert (result.status, result.kernel_state) == ("ok", "intact")
+            assert result.text.startswith("first\nlast\n")
+            assert "connection was lost for a moment" in result.note
+            stopping = threading.Thread(target=hub.request, args=("DELETE", server), kwargs={"timeout": PATIENCE})
+
+            def stop(output: dict[str, Any]) -> None:
+                stopping.start()
+
+            result = executor.execute("print('go', flush=True)\nwhile True: pass", timeout=60, on_output=stop)
+            stopping.join()
+            assert (result.status, result.kernel_state) == ("died", "lost")
+            for _ in range(2):
+                assert "server behind this JupyterHub does not run" in run(executor, "1").output
+
+
 def test_enterprise_gateway_tells_why_it_refuses(enterprise_gateway: Peer) -> None:
     with enterprise_gateway.client(env={"KERNEL_USERNAME": "root"}) as server, pytest.raises(ServerError) as caught:
         JupyterCodeExecutor(server)
