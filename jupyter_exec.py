@@ -5452,13 +5452,37 @@ def docker_client() -> Any:
         raise SandboxError("The package docker is not installed: pip install docker") from None
     with _engine_errors():
         try:
-            client = docker.from_env(timeout=ENGINE_TIMEOUT)
+            client = docker.DockerClient(**_engine_in_use(), timeout=ENGINE_TIMEOUT)
         except docker.errors.DockerException as error:
             if "timed out" not in str(error):
                 raise
-            client = docker.from_env(timeout=ENGINE_TIMEOUT)  # a machine under load
+            client = docker.DockerClient(**_engine_in_use(), timeout=ENGINE_TIMEOUT)  # a machine under load
         client.api.timeout = WAIT_TIMEOUT
         return client
+
+
+def _engine_in_use() -> dict[str, Any]:
+    """Return where the docker command would connect to: DOCKER_HOST, or else the context in use."""
+    import docker
+
+    name = os.environ.get("DOCKER_CONTEXT")
+    address: dict[str, Any] = docker.utils.kwargs_from_env()
+    if not address.get("base_url") and name != "default":
+        try:
+            context = docker.ContextAPI.get_context(name)
+            if not context:
+                raise LookupError("it is not found")
+            if context.name != "default":
+                address = {"base_url": context.Host, "tls": context.TLSConfig or False}
+        except Exception as error:  # of any type, for a file that is missing or broken
+            what = f"The Docker context {name}" if name else "The current Docker context"
+            raise SandboxError(f"{what} cannot be used: 'docker context ls' shows what there is ({error})") from None
+    if str(address.get("base_url")).startswith("ssh:"):
+        raise SandboxError(
+            "The SDK cannot attach to containers by ssh: forward the socket, as in 'ssh -nNT -L "
+            "/tmp/docker.sock:/var/run/docker.sock HOST', and set DOCKER_HOST=unix:///tmp/docker.sock"
+        )
+    return address
 
 
 @contextlib.contextmanager

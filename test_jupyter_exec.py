@@ -23,6 +23,7 @@ import contextlib
 import copy
 import functools
 import gc
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -3679,14 +3680,50 @@ def test_docker_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPa
     error = docker.errors.DockerException("Error while fetching server API version: Read timed out. (read timeout=10)")
     asked: list[int] = []
 
-    def stall(timeout: int) -> None:
+    def stall(timeout: int, **address: Any) -> None:
         asked.append(timeout)
         raise error
 
-    monkeypatch.setattr(docker, "from_env", stall)
+    monkeypatch.setattr(docker, "DockerClient", stall)
     with pytest.raises(SandboxError, match="The Docker engine does not answer: try again, restart it"):
         jupyter_exec.docker_client()
     assert asked == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("environment", "engine"),
+    [
+        ({}, "tcp://127.0.0.1:7"),  # `docker context use near` was said
+        ({"DOCKER_HOST": "unix:///other.sock"}, "unix:///other.sock"),
+        ({"DOCKER_CONTEXT": "default"}, None),
+        ({"DOCKER_CONTEXT": "far"}, "cannot attach to containers by ssh: forward the socket"),
+        ({"DOCKER_HOST": "ssh://ann@box"}, "cannot attach to containers by ssh: forward the socket"),
+        (
+            {"DOCKER_CONTEXT": "none"},
+            r"context none cannot be used: 'docker context ls' shows what there is \(it is not",
+        ),
+        ({"DOCKER_CONTEXT": "broken"}, "context broken cannot be used"),
+    ],
+)
+def test_the_engine_is_that_of_the_docker_command(
+    environment: dict[str, str], engine: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"currentContext": "near"}')
+    for name, host in [("near", "tcp://127.0.0.1:7"), ("far", "ssh://ann@box"), ("broken", '"')]:
+        directory = tmp_path / "contexts" / "meta" / hashlib.sha256(name.encode()).hexdigest()
+        directory.mkdir(parents=True)
+        (directory / "meta.json").write_text(
+            f'{{"Name": "{name}", "Metadata": {{}}, "Endpoints": {{"docker": {{"Host": "{host}"}}}}}}'
+        )
+    for variable in ("DOCKER_HOST", "DOCKER_CONTEXT"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in (environment | {"DOCKER_CONFIG": str(tmp_path)}).items():
+        monkeypatch.setenv(variable, value)
+    if engine and "://" not in engine:
+        with pytest.raises(SandboxError, match=engine):
+            jupyter_exec.docker_client()
+    else:
+        assert jupyter_exec._engine_in_use().get("base_url") == engine
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
@@ -3702,7 +3739,7 @@ def test_no_permission_for_docker_says_what_to_do(monkeypatch: pytest.MonkeyPatc
     def refuse(**options: Any) -> None:
         raise docker.errors.DockerException("Error while fetching server API version: [Errno 13] Permission denied")
 
-    monkeypatch.setattr(docker, "from_env", refuse)
+    monkeypatch.setattr(docker, "DockerClient", refuse)
     with pytest.raises(SandboxError, match="No permission to use Docker: add yourself to the group docker"):
         JupyterCodeExecutor(DockerJupyterServer())
 
