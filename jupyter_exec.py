@@ -5366,7 +5366,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         own = str(config.get("User") or "")
         info = client.info() if self._bind_dir else {}
         if self._bind_dir and info.get("OperatingSystem") != "Docker Desktop":
-            if any("rootless" in option for option in info.get("SecurityOptions") or ()):
+            # Docker says it among the security options, Podman in a field of its own.
+            if info.get("Rootless") or any("rootless" in option for option in info.get("SecurityOptions") or ()):
                 return "0:0"  # is the caller, outside
             with contextlib.suppress(OSError):  # on another host: nothing to see from here
                 return _owner_of(self._bind_dir)

@@ -3417,6 +3417,18 @@ def test_as_whom_code_runs_in_a_bind_dir(tmp_path: Path, owner: tuple[int, int],
     tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize(
+    ("info", "user"), [({"SecurityOptions": ["name=rootless"]}, "0:0"), ({"Rootless": True}, "0:0"), ({}, "1007:1007")]
+)
+def test_root_of_a_rootless_engine_is_the_owner_of_a_bind_dir(info: Any, user: str, tmp_path: Path) -> None:
+    class Engine:
+        def info(self) -> Any:
+            return info
+
+    os.chown(tmp_path, 1007, 1007)
+    assert docker_server(bind_dir=tmp_path)._user(Engine(), {}) == user
+
+
 @pytest.mark.slow
 def test_docker_work_dir_that_is_not_in_the_image_is_writable(containers: Any) -> None:
     with docker_server(work_dir="/elsewhere/deep") as server, JupyterCodeExecutor(server) as executor:
