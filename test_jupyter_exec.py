@@ -4479,15 +4479,16 @@ def test_answers_of_wrong_shapes_are_our_errors(replies: list[bytes], use: str) 
     assert str(caught.value).isprintable()
 
 
-def test_a_hub_whose_server_was_stopped_is_told_at_the_next_start() -> None:
+@pytest.mark.parametrize(("kernel", "refusals"), [("x", 3), (None, 1)])  # restart, delete, start; or start alone
+def test_a_hub_whose_server_was_stopped_is_told_at_the_next_start(kernel: str | None, refusals: int) -> None:
     # A Hub refuses the POST for another reason: only a GET tells.
     refused, moved = (
         http("403 Forbidden", "xsrf"),
         http("302 Found", "", "x", "Location: /hub/user/ann/api/kernelspecs"),
     )
-    with scripted_server(refused, refused, moved) as server:
+    with scripted_server(*[refused] * refusals, moved) as server:
         control = jupyter_exec.RemoteKernelControl(server, "python3", None)
-        control._id = "x"
+        control._id = kernel
         with pytest.raises(ServerError, match="JupyterHub does not run") as caught:
             control.start(jupyter_exec.Mailbox())
     assert caught.value.method == "GET"
