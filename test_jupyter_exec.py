@@ -403,6 +403,38 @@ def test_a_module_that_is_loaded_by_hand_or_without_source_works(suffix: str, tm
     assert (result.stdout, result.stderr) == ("42\n", "")
 
 
+STRICT = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "2"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        STRICT,
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "HOME": None, "PATH": None},
+        {"HOME": "/nonexistent", "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": "1"},
+    ],
+)
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_worker_process_with_an_odd_environment(changes: dict[str, str | None], method: str, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(
+        "import multiprocessing, sys, jupyter_exec\n"
+        "def work():\n"
+        "    with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:\n"
+        "        cell = executor.execute('while True: pass', timeout=0.5)\n"
+        "        print(cell.kernel_state, ascii(executor.execute('print(\"\\u00e9\")').text))\n"
+        "if __name__ == '__main__':\n"
+        "    worker = multiprocessing.get_context(sys.argv[1]).Process(target=work)\n"
+        "    worker.start()\n"
+        "    worker.join()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)} | changes
+    command = [sys.executable, str(tmp_path / "worker.py"), method]
+    kept = {name: value for name, value in environment.items() if value is not None}
+    result = subprocess.run(command, env=kept, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    assert (result.stdout, result.stderr) == ("intact '\\xe9\\n'\n", "")
+
+
 def test_bytecode_that_the_host_cannot_read_is_not_sent(tmp_path: Path) -> None:
     py_compile.compile(str(MODULE), str(tmp_path / "by_hand.pyc"))
     program = BY_HAND.replace("    with", "    print(module.own_program('00'))\n    with")
