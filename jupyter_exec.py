@@ -146,6 +146,7 @@ RELAY_PIECE = 2**18  # bytes of such output that go at a time, so that other thi
 SLOW_LINK = 1.0  # seconds that output has waited there when an interrupt drops it, since the cell is to end in time
 MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
 MAX_SPILL = 256 * 2**20  # characters of such a file
+MAX_STRAY = 20  # numbered messages that may be missing at a cell's end: of threads in mid-send, to other clients
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
 MAX_KEPT = 128 * 2**20  # bytes of a cell's outputs other than streams that are kept
 MAX_LINE = 2**20  # characters of a line that a carriage return or backspaces can still erase
@@ -1603,6 +1604,36 @@ class ExecutionResult:
             raise JupyterExecError(self.note or "The cell did not end well.")
 
 
+_NUMBERED = re.compile("(.+_[0-9]{1,18}_)([0-9]{1,18})")  # an id of ipykernel's: session, pid, number
+
+
+class Tally:
+    """Counts what a kernel sends during a cell, on all channels, if it numbers its messages as ipykernel does.
+
+    What ZeroMQ drops at the kernel, since this program was stopped or too slow, leaves a gap. Answers to other
+    clients leave one, too, but the idle status after each is for all.
+    """
+
+    def __init__(self) -> None:
+        self._prefix: str | None = None  # of the ids; "": the kernel has others
+        self._first = self._came = 0
+        self._latest = ""  # id; a huge message comes in pieces
+
+    def is_short(self, message: Message, own: bool) -> bool:
+        """Count a message; returns whether it is the cell's idle status and many before it are missing."""
+        msg_id = message.msg_id
+        if self._prefix is None and own and message.channel == "iopub":
+            match = _NUMBERED.fullmatch(msg_id)
+            self._prefix, self._first = (match[1], int(match[2])) if match else ("", 0)
+        if not self._prefix or msg_id == self._latest or not msg_id.startswith(self._prefix):
+            return False
+        self._latest = msg_id
+        idle = message.content.get("execution_state") == "idle"
+        self._came += 1 + idle
+        last = _NUMBERED.fullmatch(msg_id) if own and idle else None
+        return last is not None and int(last[2]) - self._first > self._came + MAX_STRAY
+
+
 class Execution:
     """State machine of one execute_request: messages in, outputs and an outcome out.
 
@@ -1630,6 +1661,7 @@ class Execution:
         self._idle = False
         self._passed: set[str] = set()  # channels on which a fence was answered
         self._clear_next = False
+        self._tally = Tally()
 
     @property
     def half_done(self) -> bool:
@@ -1651,9 +1683,10 @@ class Execution:
         """Take a message from the kernel; return the output to show now, if any. The caller may change it."""
         if message.parent_id in self.fences and message.content.get("execution_state") != "busy":
             self._passed.add(message.channel)
-        if message.parent_id != self.msg_id:
+        own = message.parent_id == self.msg_id
+        self.withheld = self._tally.is_short(message, own) or self.withheld or (own and message.lost)
+        if not own:
             return None
-        self.withheld = self.withheld or message.lost
         self.started |= message.channel == "iopub" and (self._silent or message.msg_type != "status")
         handler = self._HANDLERS.get((message.channel, message.msg_type))
         # "Clients should ignore messages that they do not understand."
@@ -2944,11 +2977,12 @@ class KernelClient:
         execution = cell.execution
         if death := _reported_death(message):
             self._mailbox.put(death)
+        output = cell.feed(message) or self._late_output(message, execution)
         if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
             prompt = text_of(message.content.get("prompt"))
             if not (cell.hooks.on_request and cell.hooks.on_request(prompt, self._reply, pause=cell.pause)):
                 self._reply(cell.hooks.answer(message.content))
-        elif output := cell.feed(message) or self._late_output(message, execution):
+        elif output:
             cell.hooks.show(output)
         if execution.started and execution.interrupted and not execution.signalled:
             self._signal(execution)
@@ -4529,10 +4563,14 @@ class RemoteKernelControl:
                 rest.request("POST", f"{self._path}/restart", {}, timeout=self.start_timeout)
             except ServerError:  # the kernel is gone, or the server just restarting it by itself
                 self.kill()
-                rest.request("GET", "/api/kernelspecs")  # if it is the server that is gone, this says so best
         if not self._id:
             body = {"name": self._kernel_name, "env": self._server.env}
-            model = rest.request("POST", "/api/kernels", body, timeout=self.start_timeout)
+            try:
+                model = rest.request("POST", "/api/kernels", body, timeout=self.start_timeout)
+            except ServerError:
+                # If the server is gone, this says so best: a JupyterHub that stands in for it speaks of a wrong token.
+                rest.request("GET", "/api/kernelspecs")
+                raise
             kernel_id = model.get("id") if isinstance(model, dict) else None
             self._id = kernel_id if isinstance(kernel_id, str) else ""
         self._mailbox = mailbox
@@ -5870,7 +5908,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         own = str(config.get("User") or "")
         info = client.info() if self._bind_dir else {}
         if self._bind_dir and info.get("OperatingSystem") != "Docker Desktop":
-            if any("rootless" in option for option in info.get("SecurityOptions") or ()):
+            # Docker says it among the security options, Podman in a field of its own.
+            if info.get("Rootless") or any("rootless" in option for option in info.get("SecurityOptions") or ()):
                 return "0:0"  # is the caller, outside
             with contextlib.suppress(OSError):  # on another host: nothing to see from here
                 return _owner_of(self._bind_dir)
@@ -5958,13 +5997,37 @@ def docker_client() -> Any:
         raise SandboxError(f"Docker's named pipe of Windows is no socket, so it cannot be used here: {NOT_ON_WINDOWS}")
     with _engine_errors():
         try:
-            client = docker.from_env(timeout=ENGINE_TIMEOUT)
+            client = docker.DockerClient(**_engine_in_use(), timeout=ENGINE_TIMEOUT)
         except docker.errors.DockerException as error:
             if "timed out" not in str(error):
                 raise
-            client = docker.from_env(timeout=ENGINE_TIMEOUT)  # a machine under load
+            client = docker.DockerClient(**_engine_in_use(), timeout=ENGINE_TIMEOUT)  # a machine under load
         client.api.timeout = WAIT_TIMEOUT
         return client
+
+
+def _engine_in_use() -> dict[str, Any]:
+    """Return where the docker command would connect to: DOCKER_HOST, or else the context in use."""
+    import docker
+
+    name = os.environ.get("DOCKER_CONTEXT")
+    address: dict[str, Any] = docker.utils.kwargs_from_env()
+    if not address.get("base_url") and name != "default":
+        try:
+            context = docker.ContextAPI.get_context(name)
+            if not context:
+                raise LookupError("it is not found")
+            if context.name != "default":
+                address = {"base_url": context.Host, "tls": context.TLSConfig or False}
+        except Exception as error:  # of any type, for a file that is missing or broken
+            what = f"The Docker context {name}" if name else "The current Docker context"
+            raise SandboxError(f"{what} cannot be used: 'docker context ls' shows what there is ({error})") from None
+    if str(address.get("base_url")).startswith("ssh:"):
+        raise SandboxError(
+            "The SDK cannot attach to containers by ssh: forward the socket, as in 'ssh -nNT -L "
+            "/tmp/docker.sock:/var/run/docker.sock HOST', and set DOCKER_HOST=unix:///tmp/docker.sock"
+        )
+    return address
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ import copy
 import datetime
 import functools
 import gc
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -443,6 +444,38 @@ def test_a_module_that_is_loaded_by_hand_or_without_source_works(suffix: str, tm
     shutil.copy(MODULE, path) if suffix == ".py" else py_compile.compile(str(MODULE), str(path))
     result = run_python(BY_HAND, str(path), cwd=tmp_path)
     assert (result.stdout, result.stderr) == ("42\n", "")
+
+
+STRICT = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "2"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        STRICT,
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "HOME": None, "PATH": None},
+        {"HOME": "/nonexistent", "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": "1"},
+    ],
+)
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_worker_process_with_an_odd_environment(changes: dict[str, str | None], method: str, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(
+        "import multiprocessing, sys, jupyter_exec\n"
+        "def work():\n"
+        "    with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:\n"
+        "        cell = executor.execute('while True: pass', timeout=0.5)\n"
+        "        print(cell.kernel_state, ascii(executor.execute('print(\"\\u00e9\")').text))\n"
+        "if __name__ == '__main__':\n"
+        "    worker = multiprocessing.get_context(sys.argv[1]).Process(target=work)\n"
+        "    worker.start()\n"
+        "    worker.join()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)} | changes
+    command = [sys.executable, str(tmp_path / "worker.py"), method]
+    kept = {name: value for name, value in environment.items() if value is not None}
+    result = subprocess.run(command, env=kept, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
+    assert (result.stdout, result.stderr) == ("intact '\\xe9\\n'\n", "")
 
 
 def test_bytecode_that_the_host_cannot_read_is_not_sent(tmp_path: Path) -> None:
@@ -1489,6 +1522,34 @@ def test_malformed_content_does_no_harm(msg_type: str, content: dict[str, Any]) 
     )
     assert broken.done
     assert "ok" in broken.result(0).text
+
+
+@pytest.mark.parametrize(
+    ("ids", "lost"),
+    [
+        (["s_7_{}"], True),  # ipykernel's: session, pid, number
+        (["{}"], False),
+        (["s_{}"], False),
+        (["s_7_{}x"], False),
+        (["s_7_" + "9" * 5000], False),
+        (["s_7_{}", "t_8_{}"], False),  # restarted in between
+    ],
+)
+def test_a_gap_in_the_numbers_of_a_kernel_is_lost_output(ids: list[str], lost: bool) -> None:
+    def feed(made: jupyter_exec.Execution, number: int, msg_id: str, state: str, parent: str = "m") -> None:
+        header = {"msg_type": "status", "msg_id": msg_id.format(number)}
+        made.feed(jupyter_exec.Message("iopub", header, {"msg_id": parent}, {}, {"execution_state": state}, []))
+
+    made, whole, shared = (jupyter_exec.Execution("m") for _ in range(3))
+    feed(made, 10, ids[0], "busy")
+    feed(made, 100, ids[-1], "idle")
+    assert made.outputs_lost == lost
+    for number in range(10, 100):
+        feed(whole, number, ids[0], "busy" if number < 99 else "idle")
+        feed(shared, 10 + 3 * (number - 10), ids[0], "busy")  # two in three go to others
+        feed(shared, 11 + 3 * (number - 10), ids[0], "idle", "other" if number < 99 else "m")
+    assert not whole.outputs_lost
+    assert not shared.outputs_lost
 
 
 def test_beyond_the_budget_outputs_are_withheld_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3540,6 +3601,18 @@ def test_as_whom_code_runs_in_a_bind_dir(tmp_path: Path, owner: tuple[int, int],
     tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize(
+    ("info", "user"), [({"SecurityOptions": ["name=rootless"]}, "0:0"), ({"Rootless": True}, "0:0"), ({}, "1007:1007")]
+)
+def test_root_of_a_rootless_engine_is_the_owner_of_a_bind_dir(info: Any, user: str, tmp_path: Path) -> None:
+    class Engine:
+        def info(self) -> Any:
+            return info
+
+    os.chown(tmp_path, 1007, 1007)
+    assert docker_server(bind_dir=tmp_path)._user(Engine(), {}) == user
+
+
 @pytest.mark.slow
 def test_docker_work_dir_that_is_not_in_the_image_is_writable(containers: Any) -> None:
     with docker_server(work_dir="/elsewhere/deep") as server, JupyterCodeExecutor(server) as executor:
@@ -3904,14 +3977,50 @@ def test_docker_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPa
     error = docker.errors.DockerException("Error while fetching server API version: Read timed out. (read timeout=10)")
     asked: list[int] = []
 
-    def stall(timeout: int) -> None:
+    def stall(timeout: int, **address: Any) -> None:
         asked.append(timeout)
         raise error
 
-    monkeypatch.setattr(docker, "from_env", stall)
+    monkeypatch.setattr(docker, "DockerClient", stall)
     with pytest.raises(SandboxError, match="The Docker engine does not answer: try again, restart it"):
         jupyter_exec.docker_client()
     assert asked == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("environment", "engine"),
+    [
+        ({}, "tcp://127.0.0.1:7"),  # `docker context use near` was said
+        ({"DOCKER_HOST": "unix:///other.sock"}, "unix:///other.sock"),
+        ({"DOCKER_CONTEXT": "default"}, None),
+        ({"DOCKER_CONTEXT": "far"}, "cannot attach to containers by ssh: forward the socket"),
+        ({"DOCKER_HOST": "ssh://ann@box"}, "cannot attach to containers by ssh: forward the socket"),
+        (
+            {"DOCKER_CONTEXT": "none"},
+            r"context none cannot be used: 'docker context ls' shows what there is \(it is not",
+        ),
+        ({"DOCKER_CONTEXT": "broken"}, "context broken cannot be used"),
+    ],
+)
+def test_the_engine_is_that_of_the_docker_command(
+    environment: dict[str, str], engine: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"currentContext": "near"}')
+    for name, host in [("near", "tcp://127.0.0.1:7"), ("far", "ssh://ann@box"), ("broken", '"')]:
+        directory = tmp_path / "contexts" / "meta" / hashlib.sha256(name.encode()).hexdigest()
+        directory.mkdir(parents=True)
+        (directory / "meta.json").write_text(
+            f'{{"Name": "{name}", "Metadata": {{}}, "Endpoints": {{"docker": {{"Host": "{host}"}}}}}}'
+        )
+    for variable in ("DOCKER_HOST", "DOCKER_CONTEXT"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in (environment | {"DOCKER_CONFIG": str(tmp_path)}).items():
+        monkeypatch.setenv(variable, value)
+    if engine and "://" not in engine:
+        with pytest.raises(SandboxError, match=engine):
+            jupyter_exec.docker_client()
+    else:
+        assert jupyter_exec._engine_in_use().get("base_url") == engine
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
@@ -3927,7 +4036,7 @@ def test_no_permission_for_docker_says_what_to_do(monkeypatch: pytest.MonkeyPatc
     def refuse(**options: Any) -> None:
         raise docker.errors.DockerException("Error while fetching server API version: [Errno 13] Permission denied")
 
-    monkeypatch.setattr(docker, "from_env", refuse)
+    monkeypatch.setattr(docker, "DockerClient", refuse)
     with pytest.raises(SandboxError, match="No permission to use Docker: add yourself to the group docker"):
         JupyterCodeExecutor(DockerJupyterServer())
 
@@ -4403,6 +4512,91 @@ def test_enterprise_gateway(enterprise_gateway: Peer) -> None:
             assert run(executor, "'x' in dir()").output == "False"
 
 
+HUB_CONFIG = """
+c.JupyterHub.bind_url = "https://127.0.0.1:{port}/"
+c.JupyterHub.ssl_cert, c.JupyterHub.ssl_key = "{cert}", "{key}"  # the proxy's
+c.JupyterHub.hub_port, c.ConfigurableHTTPProxy.api_url = {hub_port}, "http://127.0.0.1:{api_port}"
+c.ConfigurableHTTPProxy.command = ["{home}/node_modules/.bin/configurable-http-proxy"]
+c.JupyterHub.db_url = "sqlite:///:memory:"
+c.JupyterHub.authenticator_class, c.Authenticator.allowed_users = "dummy", {{"ann"}}
+c.JupyterHub.spawner_class = "simple"
+c.Spawner.cmd, c.Spawner.args = ["{home}/bin/jupyterhub-singleuser"], ["--allow-root"]
+c.JupyterHub.services = [dict(name="tests", api_token="{token}")]
+c.JupyterHub.load_roles = [dict(name="tests", services=["tests"], scopes=["admin:servers", "tokens"])]
+"""
+
+
+@contextlib.contextmanager
+def jupyterhub(tmp_path: Path, cert: Path, key: Path) -> Iterator[jupyter_exec.RestClient]:
+    """Run a JupyterHub with its proxy; yields a client of its own interface, for its administrator."""
+    home = os.environ.get("JUPYTER_EXEC_HUB", "")
+    need("hub", os.path.exists(home))
+    port, hub_port, api_port, token = free_port(), free_port(), free_port(), os.urandom(16).hex()
+    config, log = tmp_path / "jupyterhub_config.py", tmp_path / "hub.log"
+    config.write_text(HUB_CONFIG.format(**locals()))
+    command = [f"{home}/bin/jupyterhub", "--config", str(config)]
+    rest = jupyter_exec.RestClient(JupyterConnectionInfo("127.0.0.1", True, port, token, "/hub/api", ca_file=str(cert)))
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path, start_new_session=True)
+    family: set[int] = set()
+
+    def is_up() -> bool:
+        family.update(descendants(process.pid))
+        with contextlib.suppress(JupyterExecError):
+            return bool(rest.request("GET", "/users/ann"))
+        assert process.poll() is None, log.read_text()
+        return False
+
+    try:
+        eventually(is_up, "the hub answers")
+        yield rest
+    finally:
+        rest.close()
+        family |= descendants(process.pid)
+        process.terminate()  # it ends its proxy and its servers
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        for pid in {process.pid, *family} & {process.pid, *descendants(os.getpid())}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(PATIENCE)
+
+
+@pytest.mark.slow
+def test_a_jupyterhub_behind_its_proxy_with_tls(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    with jupyterhub(tmp_path, *certificate) as hub:
+        server = "/users/ann/server"
+        hub.request("POST", server, timeout=PATIENCE)
+        eventually(lambda: hub.request("GET", "/users/ann")["servers"][""]["ready"], "the server runs")
+        token = hub.request("POST", "/users/ann/tokens", {})["token"]
+        info = replace(hub.info, token=token, base_url="/user/ann/")
+        with pytest.raises(ServerError, match="token is missing or wrong"):
+            JupyterCodeExecutor(replace(info, token="wrong"))
+        with JupyterCodeExecutor(info) as executor:
+            assert run(executor, "x = 6", "x * 7").output == "\n42"
+
+            def cut(output: dict[str, Any]) -> None:
+                channels: Any = executor._kernel._channels
+                if output.get("text") == "first\n":
+                    channels._socket.raw.shutdown(socket.SHUT_RDWR)
+
+            code = "import time\nprint('first', flush=True)\ntime.sleep(1)\nprint('last')"
+            result = executor.execute(code, timeout=PATIENCE, on_output=cut)
+            assert (result.status, result.kernel_state) == ("ok", "intact")
+            assert result.text.startswith("first\nlast\n")
+            assert "connection was lost for a moment" in result.note
+            stopping = threading.Thread(target=hub.request, args=("DELETE", server), kwargs={"timeout": PATIENCE})
+
+            def stop(output: dict[str, Any]) -> None:
+                stopping.start()
+
+            result = executor.execute("print('go', flush=True)\nwhile True: pass", timeout=60, on_output=stop)
+            stopping.join()
+            assert (result.status, result.kernel_state) == ("died", "lost")
+            for _ in range(2):
+                assert "server behind this JupyterHub does not run" in run(executor, "1").output
+
+
 def test_enterprise_gateway_tells_why_it_refuses(enterprise_gateway: Peer) -> None:
     with enterprise_gateway.client(env={"KERNEL_USERNAME": "root"}) as server, pytest.raises(ServerError) as caught:
         JupyterCodeExecutor(server)
@@ -4570,15 +4764,16 @@ def test_answers_of_wrong_shapes_are_our_errors(replies: list[bytes], use: str) 
     assert str(caught.value).isprintable()
 
 
-def test_a_hub_whose_server_was_stopped_is_told_at_the_next_start() -> None:
+@pytest.mark.parametrize(("kernel", "refusals"), [("x", 3), (None, 1)])  # restart, delete, start; or start alone
+def test_a_hub_whose_server_was_stopped_is_told_at_the_next_start(kernel: str | None, refusals: int) -> None:
     # A Hub refuses the POST for another reason: only a GET tells.
     refused, moved = (
         http("403 Forbidden", "xsrf"),
         http("302 Found", "", "x", "Location: /hub/user/ann/api/kernelspecs"),
     )
-    with scripted_server(refused, refused, moved) as server:
+    with scripted_server(*[refused] * refusals, moved) as server:
         control = jupyter_exec.RemoteKernelControl(server, "python3", None)
-        control._id = "x"
+        control._id = kernel
         with pytest.raises(ServerError, match="JupyterHub does not run") as caught:
             control.start(jupyter_exec.Mailbox())
     assert caught.value.method == "GET"
@@ -6832,10 +7027,10 @@ def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: P
     program = """
         import jupyter_exec
         with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:
-            code = "print('go', flush=True)\\nfor i in range(30_000): display(i)"
+            code = "print('go', flush=True)\\nfor i in range(10_000): display(i)"
             seen = []
-            result = executor.execute(code, timeout=60, on_output=lambda o: print("go", flush=True) if not seen.append(1) and len(seen) == 1 else None)
-            print(result.status, len(result.outputs) == 30_001 or "lost" in result.note, executor.execute("7").text)
+            result = executor.execute(code, timeout=60, on_output=lambda output: seen or (print("go", flush=True), seen.append(1)))
+            print(result.status, (len(result.outputs) == 10_001) != ("lost" in result.note), executor.execute("7").text)
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
@@ -6851,10 +7046,56 @@ def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: P
             time.sleep(0.2)
             return busy[0] == before
 
-        eventually(still, "the flood is over")
-        client.send_signal(signal.SIGCONT)
+        try:
+            eventually(still, "the flood is over")
+        finally:
+            client.send_signal(signal.SIGCONT)
         status, truth, after = client.stdout.readline().split()
     assert (status, truth, after) == ("ok", "True", "7")
+
+
+NOISY = """
+import threading
+from comm import create_comm
+def chatter():
+    while not enough.wait(0.01):
+        display(1), print(2), create_comm(target_name="t").send({})
+enough = threading.Event()
+for _ in range(3): threading.Thread(target=chatter, daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "for i in range(50): input()",
+        "import time; time.sleep(100)",
+        "import asyncio; await asyncio.sleep(0.5)",
+        "import os\nfor i in range(50):\n if not os.fork(): print(1, flush=True); os._exit(0)\n os.wait()",
+        "print('x' * 3_000_000)",
+    ],
+)
+def test_what_is_on_the_way_beside_a_cell_is_no_lost_output(
+    code: str, executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[jupyter_exec.Execution] = []
+
+    class Seen(jupyter_exec.Execution):
+        def result(self, duration: float) -> jupyter_exec.ExecutionResult:
+            seen.append(self)
+            return super().result(duration)
+
+    monkeypatch.setattr(jupyter_exec, "Execution", Seen)
+    assert executor.connection_file
+    with JupyterCodeExecutor(executor.connection_file) as other, ThreadPoolExecutor(1) as pool:
+        assert executor.execute(NOISY).status == "ok"
+        asked = pool.submit(lambda: [other.execute("1", timeout=PATIENCE) for _ in range(30)])
+        result = executor.execute(code, timeout=1 if "100" in code else PATIENCE, on_input=lambda *question: "1")
+        assert result.kernel_state == "intact"
+        asked.result(PATIENCE)
+        executor.execute("enough.set()")
+    assert len(seen) == 33
+    assert [vars(made._tally) for made in seen if made.outputs_lost] == []
 
 
 @pytest.mark.slow
