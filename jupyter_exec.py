@@ -18,16 +18,20 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
     2  Messages       pure   Message, KernelConnection
     3  Codecs         pure   ZmqCodec (multipart + HMAC), PipeCodec (the host's pipe), JsonCodec and V1Codec
     4  WebSocket      pure   the client's side of RFC 6455
-    5  Execution      pure   state machine of one cell; folding and rendering of outputs
-    6  Channels              Deadline, Loop, Pipe, the ways to reach a kernel
-    7  Kernel client         one cell at a time: replies, outputs, deadline, interrupt, death
-    8  Kernel host           kernelspecs, launch, watch, relay; runs at the other end of a pipe
-    9  Jupyter servers       JupyterConnectionInfo, RemoteJupyterServer: REST and WebSockets
-    10 Hosted servers        the link to a kernel host, CommandJupyterServer, LocalJupyterServer
-    11 Docker                DockerJupyterServer
-    12 Code executor         CodeBlock, CodeResult, MarkdownCodeExtractor, JupyterCodeExecutor and its async face
-    13 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
-    14 License
+    5  Text           pure   what a terminal would show; MIME types to files
+    6  Files                 Folder, CallFiles: what is written on this machine
+    7  Execution      pure   state machine of one cell; its outputs within one budget; results
+    8  I/O thread            Deadline, Loop, Pipe, Mailbox, ZeroMQ
+    9  Kernel client         one cell at a time: replies, outputs, deadline, interrupt, death
+    10 Kernel host           kernelspecs, launch, watch, relay, files; runs at the other end of a pipe
+    11 Jupyter servers       JupyterConnectionInfo, RemoteJupyterServer: REST and WebSockets
+    12 Hosted servers        the link to a kernel host, CommandJupyterServer, LocalJupyterServer
+    13 Docker                DockerJupyterServer
+    14 Host tools            functions of this program that code in a kernel calls
+    15 Files and variables   of a kernel, in and out
+    16 Code executor         code blocks, jobs, JupyterCodeExecutor and its async face
+    17 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
+    18 License
 
 Where the kernels live: a server object starts a Python process, sends it this very source over stdin, and
 the process becomes the *kernel host* that starts, watches and kills kernels. When your program ends, however it
@@ -41,6 +45,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import contextvars
+import copy
+import errno
 import functools
 import heapq
 import io
@@ -53,6 +59,7 @@ import re
 import selectors
 import signal
 import socket
+import stat
 import string
 import struct
 import sys
@@ -61,25 +68,28 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, overload
 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
+    import asyncio
     import hmac
+    import inspect
     import subprocess
 
 __version__ = "0.1.0"
 
-__all__ = ["CODE_WRITER_SYSTEM_MESSAGE", "AsyncJupyterCodeExecutor", "CodeBlock", "CodeResult"]
+__all__ = ["CODE_WRITER_SYSTEM_MESSAGE", "AsyncJob", "AsyncJupyterCodeExecutor", "CodeBlock", "CodeResult"]
 __all__ += ["CommandJupyterServer", "ConnectionClosed", "DockerJupyterServer", "ExecutionError", "ExecutionResult"]
-__all__ += ["ExecutionTimeout", "IPythonCodeResult", "InputHook", "JupyterCodeExecutor", "JupyterConnectionInfo"]
-__all__ += ["JupyterExecError", "JupyterServer", "KernelClient", "KernelConnection", "KernelDied", "KernelError"]
-__all__ += ["KernelSpecNotFound", "KernelStartFailed", "LocalJupyterServer", "MarkdownCodeExtractor", "OutputFile"]
-__all__ += ["OutputHook", "ProtocolError", "RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError"]
-__all__ += ["ToolError", "ToolRefused", "tool_call_ended"]
+__all__ += ["ExecutionTimeout", "FarFile", "FileTransferError", "IPythonCodeResult", "InputHook", "Job"]
+__all__ += ["JupyterCodeExecutor", "JupyterConnectionInfo", "JupyterExecError", "JupyterServer", "KernelClient"]
+__all__ += ["KernelConnection", "KernelDied", "KernelError", "KernelSpecNotFound", "KernelStartFailed"]
+__all__ += ["LocalJupyterServer", "MarkdownCodeExtractor", "OutputFile", "OutputHook", "ProtocolError"]
+__all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError", "ToolError", "ToolRefused"]
+__all__ += ["VariableError", "tool_call_ended"]
 
 PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
@@ -144,8 +154,20 @@ TEXT_PIECE = 4096  # characters of a stream up to which what follows is joined a
 MAX_MODEL_IMAGE = 4 * 2**20  # bytes of a picture for a language model; in base64 a third more
 MAX_FILES = 500  # files of one call
 MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
+HOOK_RUNS_CELL = "A cell is running: its hooks cannot run another one."
+STREAM_AHEAD = 100  # outputs that wait for who iterates over `stream`, before the cell's outputs do
+STILL_RUNNING = "the code is still running; wait() returns the rest"
+MAX_DOWNLOAD = 2**28  # bytes of a file that is brought here, unless a call says otherwise
+MAX_LISTED = 10_000  # entries of a directory that is listed
+TRANSFER_PIECE = 2**18  # bytes of a file that go at a time, so that other things get their turn
+TRANSFER_WINDOW = 4  # pieces on their way to or from a kernel host
+CELL_PIECE = 2**20  # bytes that go at a time to or from a kernel without a host, in a silent cell
+TRANSFER_TIMEOUT = 30.0  # seconds without an answer after which a transfer is given up
+TRANSFER_CHECK = 0.2  # seconds between looks whether it is still wanted
 TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
 STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
+RAW_STDERR_TAIL = 2**16  # bytes of a stderr before the stack that Python wrote there at its death is shortened
+DUMP_TIME = 0.2  # seconds that a kernel which is to be killed has to write its stack
 MAX_TOOL_JSON = 4 * 2**20  # characters of JSON of a tool call's arguments, or of its result
 MAX_TOOLS_AT_ONCE = 64  # tool calls of one cell that run at the same time; the others wait
 MAX_TOOLS_TEXT = 8000  # characters of a system_message with tools in it
@@ -153,6 +175,7 @@ PAUSE_POLL = 0.2  # seconds between looks whether a stopped clock goes on
 PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between choosing and binding them
 
 Json = dict[str, Any]
+AnyPath = str | os.PathLike[str]
 logger = logging.getLogger("jupyter_exec")
 logger.addHandler(logging.NullHandler())
 build_logger = logger.getChild("build")  # of images: minutes of work, whose progress the command line shows
@@ -267,6 +290,34 @@ class KernelDied(KernelError):
 
 
 @dataclass(eq=False)
+class FileTransferError(JupyterExecError, OSError):
+    """A file that could not be brought to where a kernel runs, or from there; `path` is the one at fault."""
+
+    path: str = ""
+    reason: str = ""
+    code: str = ""  # the name of an errno, such as ENOENT; "" if it was none
+    here: bool = False  # `path` is one of this machine
+
+    @property
+    def errno(self) -> int | None:  # type: ignore[override]
+        return getattr(errno, self.code, None)
+
+    def __str__(self) -> str:
+        return f"The file {self.path!r} {'here' if self.here else 'at the kernel'}: {self.reason}"
+
+
+@dataclass(eq=False)
+class VariableError(JupyterExecError, ValueError):
+    """A variable that could not be set in a kernel, or had from it."""
+
+    name: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"The variable {self.name!r}: {self.reason}"
+
+
+@dataclass(eq=False)
 class ServerError(JupyterExecError):
     """A Jupyter server refuses a request, or gives an answer that no Jupyter server would give."""
 
@@ -374,8 +425,15 @@ def new_message(channel: str, msg_type: str, content: Json, *, session: str, msg
     return Message(channel, header, {}, {}, content, [])
 
 
-def execute_content(code: str, *, silent: bool = False, store_history: bool = True, allow_stdin: bool = False) -> Json:
-    """Return the content of an execute_request.
+def execute_content(
+    code: str,
+    *,
+    silent: bool = False,
+    store_history: bool = True,
+    allow_stdin: bool = False,
+    expression: str | None = None,
+) -> Json:
+    """Return the content of an execute_request. The value of `expression` comes with the reply.
 
     Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html#execute
     """
@@ -385,7 +443,7 @@ def execute_content(code: str, *, silent: bool = False, store_history: bool = Tr
         "code": code,
         "silent": silent,
         "store_history": store_history,
-        "user_expressions": {},
+        "user_expressions": {} if expression is None else {"value": expression},
         "allow_stdin": allow_stdin,
         "stop_on_error": False,  # with True, a kernel under load has aborted the next cell
     }
@@ -916,7 +974,7 @@ class WebSocket:
 
 
 # ======================================================================================================
-# 5. Execution (pure)
+# 5. Text (pure)
 # ======================================================================================================
 
 # What a terminal takes for a command: CSI (colours, cursor), strings with an end (titles, clipboard), two characters
@@ -929,6 +987,98 @@ _CONTROLS = re.compile(
 )
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*m|\r")
 _DEFAULT_REPR = re.compile(r"<[^\n]*>\Z")  # <Figure size 640x480 with 1 Axes>, <IPython.core.display.HTML object>
+
+
+def clean_text(text: str, colours: bool = False) -> str:
+    """Remove what a terminal would take for a command; newlines and tabs stay.
+
+    With `colours`, for output to a terminal, colours and carriage returns stay too.
+    """
+    text = text.replace("\r\n", "\n")
+    return _CONTROLS.sub(lambda found: found[0] if colours and _COLOUR.fullmatch(found[0]) else "", text)
+
+
+class Line:
+    """The last line of a terminal, without what carriage returns and backspaces have erased."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self._returned = False  # the next text overwrites the line
+        self.size = 0  # about how many characters it has
+
+    def add(self, text: str) -> str:
+        """Take text; return the lines that are finished, with their newlines."""
+        lines = text.split("\n") if self._returned or "\r" in text or "\b" in text else [*text.rpartition("\n")[::2]]
+        if "\n" not in text:
+            lines = lines[-1:]
+        finished = []
+        for line in lines[:-1]:
+            self._type(line)
+            finished += [self.take(), "\n"]
+        self._type(lines[-1])
+        return "".join(finished)
+
+    def _type(self, text: str) -> None:
+        left = text.rstrip("\r")
+        if left and (self._returned or "\r" in left):
+            self.take()
+            left = left.rpartition("\r")[2]
+        self._returned = len(text) > len(text.rstrip("\r")) or (self._returned and not text)
+        for piece in re.findall(r"\x08+|[^\x08]+", left) if "\b" in left else filter(None, [left]):
+            if piece[0] == "\b":
+                self._erase(len(piece))
+            else:
+                self.pieces.append(piece)
+                self.size += len(piece)
+
+    def _erase(self, count: int) -> None:
+        while count and self.pieces:
+            last = self.pieces.pop()
+            if len(last) > 2 * LINE_PIECE:  # cut once, so that each character is copied a few times at most
+                self.pieces += [last[i : i + LINE_PIECE] for i in range(0, len(last), LINE_PIECE)]
+                continue
+            left = last[:-count]
+            self.pieces += [left] * bool(left)
+            self.size -= len(last) - len(left)
+            count -= len(last) - len(left)
+
+    def take(self) -> str:
+        """Return the line as it stands, and begin a new one."""
+        text, self.pieces, self._returned, self.size = "".join(self.pieces), [], False, 0
+        return text
+
+
+def gap_mark(missing: int, where: str = "") -> str:
+    """Return the mark for `missing` characters in a text; `where` says where to find them."""
+    return f"\n[{missing} characters are missing here{'; ' * bool(where)}{where}]\n"
+
+
+def shorten(text: str, limit: int | None, gaps: Sequence[int], where: str) -> str:
+    """Return head and tail of `text`, `limit` characters in all, with one mark between that says `where` the rest is.
+
+    `gaps` lists the numbers of missing characters for which the text has a mark already.
+    """
+    if limit is None or len(text) <= limit:
+        for missing in gaps:
+            text = text.replace(gap_mark(missing), gap_mark(missing, where), 1)
+        return text
+    head, tail = text[: limit // 2], text[max(limit // 2, len(text) - limit // 2) :]
+    missing = len(text) - len(head) - len(tail) + sum(gap - len(gap_mark(gap)) for gap in gaps)
+    return f"{head}{gap_mark(missing, where)}{tail}"
+
+
+def _shorten_all(texts: list[str], limit: int) -> list[str]:
+    """Return texts that follow each other, with head and tail of all, `limit` characters, left of them."""
+    total = sum(map(len, texts))
+    if total <= limit:
+        return texts
+    head, tail, at = limit // 2, total - (limit - limit // 2), 0
+    shortened = []
+    for text in texts:
+        gap = gap_mark(total - limit) if at <= head < at + len(text) else ""
+        shortened.append(text[: max(0, head - at)] + gap + text[max(0, tail - at) :])
+        at += len(text)
+    return shortened
 
 
 def _as_text(content: Any) -> bytes:
@@ -978,82 +1128,204 @@ FILE_TYPES: dict[str, tuple[str, str, Callable[[Any], bytes]]] = {
 _VEGA = re.compile(r"application/vnd\.vega(lite)?\.v\d+(\.\d+)*\+json")
 
 
-def clean_text(text: str, colours: bool = False) -> str:
-    """Remove what a terminal would take for a command; newlines and tabs stay.
+def best_file(data: Json) -> tuple[str, str, str, Callable[[], bytes]] | None:
+    """Return (MIME type, word, suffix, encode) of the representation that belongs into a file, None if there is none.
 
-    With `colours`, for output to a terminal, colours and carriage returns stay too.
+    `encode()` returns the bytes of the file. Raises: ValueError for content that cannot be such a file.
     """
-    text = text.replace("\r\n", "\n")
-    return _CONTROLS.sub(lambda found: found[0] if colours and _COLOUR.fullmatch(found[0]) else "", text)
+    data = {_VEGA.sub("application/vnd.vega+json", mime): content for mime, content in data.items()}
+    for mime, (word, suffix, encode) in FILE_TYPES.items():
+        if data.get(mime) is not None:
+            return mime, word, suffix, functools.partial(encode, data[mime])
+    return None
 
 
-class Line:
-    """The last line of a terminal, without what carriage returns and backspaces have erased."""
+@dataclass(frozen=True)
+class OutputFile:
+    """A representation of an output that belongs into a file, such as a picture."""
 
-    def __init__(self) -> None:
-        self._pieces: list[str] = []
-        self._returned = False  # the next text overwrites the line
-        self.size = 0  # about how many characters it has
-
-    def add(self, text: str) -> str:
-        """Take text; return the lines that are finished, with their newlines."""
-        lines = text.split("\n") if self._returned or "\r" in text or "\b" in text else [*text.rpartition("\n")[::2]]
-        if "\n" not in text:
-            lines = lines[-1:]
-        finished = []
-        for line in lines[:-1]:
-            self._type(line)
-            finished += [self.take(), "\n"]
-        self._type(lines[-1])
-        return "".join(finished)
-
-    def _type(self, text: str) -> None:
-        left = text.rstrip("\r")
-        if left and (self._returned or "\r" in left):
-            self.take()
-            left = left.rpartition("\r")[2]
-        self._returned = len(text) > len(text.rstrip("\r")) or (self._returned and not text)
-        for piece in re.findall(r"\x08+|[^\x08]+", left) if "\b" in left else filter(None, [left]):
-            if piece[0] == "\b":
-                self._erase(len(piece))
-            else:
-                self._pieces.append(piece)
-                self.size += len(piece)
-
-    def _erase(self, count: int) -> None:
-        while count and self._pieces:
-            last = self._pieces.pop()
-            if len(last) > 2 * LINE_PIECE:  # cut once, so that each character is copied a few times at most
-                self._pieces += [last[i : i + LINE_PIECE] for i in range(0, len(last), LINE_PIECE)]
-                continue
-            left = last[:-count]
-            self._pieces += [left] * bool(left)
-            self.size -= len(last) - len(left)
-            count -= len(last) - len(left)
-
-    def take(self) -> str:
-        """Return the line as it stands, and begin a new one."""
-        text, self._pieces, self._returned, self.size = "".join(self._pieces), [], False, 0
-        return text
+    mime_type: str
+    suffix: str
+    data: bytes = field(repr=False)
 
 
-def gap_mark(missing: int, where: str = "") -> str:
-    """Return the mark for `missing` characters in a text; `where` says where to find them."""
-    return f"\n[{missing} characters are missing here{'; ' * bool(where)}{where}]\n"
+def _output_file(data: Json) -> OutputFile | None:
+    best = best_file(data)
+    with contextlib.suppress(ValueError, RecursionError):  # it cannot be such a file
+        return OutputFile(best[0], best[2], best[3]()) if best else None
+    return None
 
 
-def shorten(text: str, limit: int | None, gaps: Sequence[int], where: str) -> str:
-    """Return head and tail of `text`, `limit` characters in all, with one mark between that says `where` the rest is.
+def render(outputs: Iterable[Json], note: str, save: Callable[[Json], str | None]) -> str:
+    """Return outputs as the text of one block: streams as they were printed, everything else on lines of its own.
 
-    `gaps` lists the numbers of missing characters for which the text has a mark already.
+    `save(data)` may save the best representation of a MIME bundle to a file; it returns a line that says so, or None.
     """
-    if limit is None or len(text) <= limit:
-        for missing in gaps:
-            text = text.replace(gap_mark(missing), gap_mark(missing, where), 1)
-        return text
-    head, tail = text[: limit // 2], text[max(limit // 2, len(text) - limit // 2) :]
-    missing = len(text) - len(head) - len(tail) + sum(gap - len(gap_mark(gap)) for gap in gaps)
-    return f"{head}{gap_mark(missing, where)}{tail}"
+    pieces: list[str] = []
+    line_open = False  # the last piece is no stream: what follows begins a new line
+    for output in outputs:
+        is_stream = output["output_type"] == "stream"
+        piece = clean_text(output["text"]) if is_stream else "\n".join(map(clean_text, _lines(output, save)))
+        if not piece:
+            continue
+        if pieces and not pieces[-1].endswith("\n") and (line_open or not is_stream):
+            pieces.append("\n")
+        pieces.append(piece)
+        line_open = not is_stream
+    if note:
+        pieces += ["\n"] * bool(pieces and not pieces[-1].endswith("\n")) + [clean_text(note)]
+    return "".join(pieces)
+
+
+def no_file(data: Json) -> None:
+    """A `save` of `render` for which everything is text."""
+
+
+def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
+    if output["output_type"] == "error":
+        yield f"{output['ename']}: {output['evalue']}"
+        yield from output["traceback"]
+        return
+    data = output["data"]
+    saved = save(data)
+    # Show text/plain, unless it is only an object's default repr and there is something better.
+    texts = [data.get(mime) for mime in ("text/plain", "text/markdown", "text/latex")]
+    texts[0] = data.get("text/llm+plain") or texts[0]
+    plain, *others = [text if isinstance(text, str) else "" for text in texts]
+    if not plain or _DEFAULT_REPR.match(plain):
+        plain = "" if saved else next(filter(None, others), plain)
+    if not plain and not saved and data:
+        plain = f"[an output that is not shown, of type {', '.join(map(str, data))[:500]}]"
+    yield from filter(None, (plain, saved))
+
+
+# ======================================================================================================
+# 6. Files
+# ======================================================================================================
+
+
+class Folder:
+    """A directory that is held open: what is written into it is in it, whatever has taken the place of its path.
+
+    Code in a sandbox may share it, and plant links. Raises: ValueError if it does not exist; OSError in each method.
+    """
+
+    def __init__(self, path: AnyPath) -> None:
+        self.path = Path(path).absolute()
+        if not self.path.is_dir():
+            raise ValueError(f"Output directory {path} does not exist.")
+        self._at: Json = {}
+        self.close: Callable[[], object] = bool
+        if os.open in os.supports_dir_fd:  # not on Windows
+            descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
+            self._at = {"dir_fd": descriptor}
+            self.close = weakref.finalize(self, os.close, descriptor)
+
+    def _name(self, name: str) -> str:
+        return name if self._at else str(self.path / name)
+
+    def create(self, name: str) -> IO[bytes]:
+        """Make a new file; one that is there, or a link, is an error."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        return open(os.open(self._name(name), flags, 0o666, **self._at), "wb")
+
+    @contextlib.contextmanager
+    def replace(self, name: str) -> Iterator[IO[bytes]]:
+        """Give a file to write to, which takes the place of `name` once it is complete."""
+        new = f"{os.urandom(16).hex()}.part"
+        ends = {"src_dir_fd": self._at["dir_fd"], "dst_dir_fd": self._at["dir_fd"]} if self._at else {}
+        try:
+            with self.create(new) as file:
+                yield file
+            os.replace(self._name(new), self._name(name), **ends)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(self._name(new), **self._at)
+            raise
+
+
+class CallFiles:
+    """What one call writes: its pictures and other files, and its whole text if that is too long to be returned."""
+
+    def __init__(self, folder: Folder, limit: int | None) -> None:
+        """`limit`: characters of text that are kept in memory, None for all."""
+        self._folder, self._limit = folder, limit
+        self.paths: list[str] = []
+        self._room = MAX_FILE_BYTES
+        self._text: list[str] = []  # not written yet
+        self._size = 0  # characters of all text
+        self._file: IO[bytes] | None = None
+        self._text_path = ""
+        self._trouble = ""
+
+    def new_name(self, suffix: str) -> str:
+        return f"{os.urandom(16).hex()}{suffix}"
+
+    def save(self, data: Json) -> str | None:
+        """Write the best representation of a MIME bundle that belongs into a file, under a name of our own.
+
+        Returns the line that names the file, or says what went wrong; None if text is the best there is.
+        """
+        best = best_file(data)
+        if best is None:
+            return None
+        _, word, suffix, encode = best
+        path = self._folder.path / self.new_name(suffix)
+        try:
+            if len(self.paths) >= MAX_FILES:
+                raise ValueError(f"a call may write {MAX_FILES} files")
+            written = encode()
+            if len(written) > self._room:
+                raise ValueError(f"a call may write {MAX_FILE_BYTES // 2**20} MB")
+            with self._folder.replace(path.name) as file:
+                file.write(written)
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{word} data could not be saved: {error}"
+        self._room -= len(written)
+        self.paths.append(str(path))
+        return f"{word} data saved to {path}"
+
+    def record(self, output: Json) -> None:
+        """Take the text of an output as it comes; an OutputHook."""
+        if self._limit is not None and output["output_type"] not in ("clear_output", "update_display_data"):
+            is_stream = output["output_type"] == "stream"
+            text = output["text"].replace("\r\n", "\n").replace("\r", "\n") if is_stream else ""
+            self._add(clean_text(text) if is_stream else render([output], "", no_file) + "\n")
+
+    def _add(self, text: str) -> None:
+        before, self._size = self._size, self._size + len(text)
+        if before >= MAX_SPILL or self._trouble:
+            return
+        self._text.append(text[: MAX_SPILL - before])
+        if self._size > (self._limit or 0):
+            try:
+                self._flush()
+            except OSError as error:
+                self._trouble = str(error)
+
+    def _flush(self) -> None:
+        if self._file is None:
+            name = f"{os.urandom(16).hex()}.txt"
+            self._file, self._text_path = self._folder.create(name), str(self._folder.path / name)
+        self._file.write("".join(self._text).encode("utf-8", "replace"))
+        self._file.flush()
+        self._text.clear()
+
+    def close(self) -> str:
+        """Say where the whole text is, for the mark in what is returned."""
+        if self._file:
+            self.paths.append(self._text_path)
+            with contextlib.suppress(OSError):
+                self._file.close()
+        if self._trouble:
+            return f"the full text could not be saved: {self._trouble}"
+        beyond = f" (its first {MAX_SPILL} characters)" if self._size > MAX_SPILL else ""
+        return f"the full text is in {self._text_path}{beyond}" if self._file else ""
+
+
+# ======================================================================================================
+# 7. Execution (pure)
+# ======================================================================================================
 
 
 class Outputs:
@@ -1161,15 +1433,6 @@ def _append_text(outputs: list[Json] | deque[Json], name: str, text: str) -> Non
         outputs.append({"output_type": "stream", "name": name, "text": text})
 
 
-@dataclass(frozen=True)
-class OutputFile:
-    """A representation of an output that belongs into a file, such as a picture."""
-
-    mime_type: str
-    suffix: str
-    data: bytes = field(repr=False)
-
-
 _MODEL_IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # that language models take
 
 
@@ -1216,12 +1479,13 @@ _BLOCKS = {"anthropic": _anthropic_block, "openai": _openai_block, "openai-chat"
 class ExecutionResult:
     """What one cell did.
 
-    `status` is "ok", "error", "timeout", "interrupted", "died" or "exited"; `kernel_state` is "intact", "lost"
-    (all variables are gone) or "busy"; `note` is the sentence about it, empty when all is well. `outputs` are
-    dicts in the shape of nbformat 4 (stream, execute_result, display_data, error); `missing` is how many characters
-    of streams are not in them, since there were more than `max_output`. `calls` are the tool calls, in order: dicts of
-    name, arguments (a dict), seconds, and status: "ok", "error", "refused", "timeout", "unanswered" (it was running
-    when the cell ended) or "not run".
+    `status` is "ok", "error", "timeout", "running" (its time is over; the executor's `wait` has the rest),
+    "interrupted", "died" or "exited"; `kernel_state` is "intact", "lost" (all variables are gone) or "busy"; `note` is
+    the sentence about it, empty when all is well. `outputs` are dicts in the shape of nbformat 4 (stream,
+    execute_result, display_data, error); `missing` is how many characters of streams are not in them, since there
+    were more than `max_output`.
+    `calls` are the tool calls, in order: dicts of name, arguments (a dict), seconds, and status: "ok", "error",
+    "refused", "timeout", "unanswered" (it was running when the cell ended) or "not run".
     """
 
     status: str
@@ -1234,6 +1498,7 @@ class ExecutionResult:
     death: KernelDied | None = None
     missing: int = 0
     calls: list[Json] = field(default_factory=list)
+    value: Any = field(default=None, repr=False)  # what the reply says of the expression that was sent with it
 
     @property
     def truncated(self) -> bool:
@@ -1315,9 +1580,19 @@ class ExecutionResult:
             raise ValueError(f"form must be one of {', '.join(_BLOCKS)}, not {form!r}.")
         return list(map(_BLOCKS[form], self.parts(**budget)))
 
+    def save(self, directory: AnyPath) -> list[str]:
+        """Write `files` into a directory, under names of our own; return their paths.
+
+        Raises: ValueError if the directory does not exist.
+        """
+        saved = CallFiles(Folder(directory), None)
+        for output in self.outputs:
+            saved.save(output.get("data") or {})
+        return saved.paths
+
     def raise_for_error(self) -> None:
         """Raise ExecutionError, ExecutionTimeout, KernelDied or JupyterExecError unless the cell ended well."""
-        if self.status == "timeout":
+        if self.status in ("timeout", "running"):
             raise ExecutionTimeout(self.note)
         if self.death and self.status == "died":
             raise self.death
@@ -1336,9 +1611,10 @@ class Execution:
     in `fences` is answered first, which shows that the lost one will not come any more.
     """
 
-    def __init__(self, msg_id: str, limit: int | None = None) -> None:
-        """`limit` is how many characters of its streams are kept, None for all."""
+    def __init__(self, msg_id: str, limit: int | None = None, silent: bool = False) -> None:
+        """`limit` is how many characters of its streams are kept, None for all. Of a `silent` one none are."""
         self.msg_id = msg_id
+        self._silent = silent
         self._outputs = Outputs(limit)
         self.execution_count: int | None = None
         self.timed_out: float | None = None  # seconds, once the deadline has passed
@@ -1378,7 +1654,7 @@ class Execution:
         if message.parent_id != self.msg_id:
             return None
         self.withheld = self.withheld or message.lost
-        self.started = self.started or (message.channel == "iopub" and message.msg_type != "status")
+        self.started |= message.channel == "iopub" and (self._silent or message.msg_type != "status")
         handler = self._HANDLERS.get((message.channel, message.msg_type))
         # "Clients should ignore messages that they do not understand."
         return handler(self, message.content, message.size) if handler else None
@@ -1487,7 +1763,11 @@ class Execution:
             # The error came with the reply only, or there was no room for it.
             outputs.append(self._on_error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply, 0))
         missing, count = self._outputs.missing, self.execution_count
-        return ExecutionResult(status, exit_code, state, note, outputs, count, duration, self.death, missing)
+        values = (self._reply or {}).get("user_expressions")
+        value = values.get("value") if isinstance(values, dict) else None
+        return ExecutionResult(
+            status, exit_code, state, note, outputs, count, duration, self.death, missing, value=value
+        )
 
     def _outcome(self) -> tuple[str, int, str, str]:
         if self.timed_out is not None:
@@ -1505,6 +1785,8 @@ class Execution:
             return "ok", 0, "intact", self._loss_note
         if self._reply:
             return "error", 1, "intact", self._loss_note
+        if not self.done:
+            return "running", 124, "busy", STILL_RUNNING
         if self.reconnected and not self.started:
             return "error", 1, "intact", "The connection was lost; nobody knows whether the code ran"
         return "error", 1, "intact", "The kernel gave up the code, or its reply was lost"
@@ -1538,84 +1820,8 @@ def _bundle(content: Json) -> Json:
     return {"data": data if isinstance(data, dict) else {}, "metadata": metadata if isinstance(metadata, dict) else {}}
 
 
-def render(outputs: Iterable[Json], note: str, save: Callable[[Json], str | None]) -> str:
-    """Return outputs as the text of one block: streams as they were printed, everything else on lines of its own.
-
-    `save(data)` may save the best representation of a MIME bundle to a file; it returns a line that says so, or None.
-    """
-    pieces: list[str] = []
-    line_open = False  # the last piece is no stream: what follows begins a new line
-    for output in outputs:
-        is_stream = output["output_type"] == "stream"
-        piece = clean_text(output["text"]) if is_stream else "\n".join(map(clean_text, _lines(output, save)))
-        if not piece:
-            continue
-        if pieces and not pieces[-1].endswith("\n") and (line_open or not is_stream):
-            pieces.append("\n")
-        pieces.append(piece)
-        line_open = not is_stream
-    if note:
-        pieces += ["\n"] * bool(pieces and not pieces[-1].endswith("\n")) + [clean_text(note)]
-    return "".join(pieces)
-
-
-def no_file(data: Json) -> None:
-    """A `save` of `render` for which everything is text."""
-
-
-def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
-    if output["output_type"] == "error":
-        yield f"{output['ename']}: {output['evalue']}"
-        yield from output["traceback"]
-        return
-    data = output["data"]
-    saved = save(data)
-    # Show text/plain, unless it is only an object's default repr and there is something better.
-    texts = [data.get(mime) for mime in ("text/plain", "text/markdown", "text/latex")]
-    texts[0] = data.get("text/llm+plain") or texts[0]
-    plain, *others = [text if isinstance(text, str) else "" for text in texts]
-    if not plain or _DEFAULT_REPR.match(plain):
-        plain = "" if saved else next(filter(None, others), plain)
-    if not plain and not saved and data:
-        plain = f"[an output that is not shown, of type {', '.join(map(str, data))[:500]}]"
-    yield from filter(None, (plain, saved))
-
-
-def best_file(data: Json) -> tuple[str, str, str, Callable[[], bytes]] | None:
-    """Return (MIME type, word, suffix, encode) of the representation that belongs into a file, None if there is none.
-
-    `encode()` returns the bytes of the file. Raises: ValueError for content that cannot be such a file.
-    """
-    data = {_VEGA.sub("application/vnd.vega+json", mime): content for mime, content in data.items()}
-    for mime, (word, suffix, encode) in FILE_TYPES.items():
-        if data.get(mime) is not None:
-            return mime, word, suffix, functools.partial(encode, data[mime])
-    return None
-
-
-def _output_file(data: Json) -> OutputFile | None:
-    best = best_file(data)
-    with contextlib.suppress(ValueError, RecursionError):  # it cannot be such a file
-        return OutputFile(best[0], best[2], best[3]()) if best else None
-    return None
-
-
-def _shorten_all(texts: list[str], limit: int) -> list[str]:
-    """Return texts that follow each other, with head and tail of all, `limit` characters, left of them."""
-    total = sum(map(len, texts))
-    if total <= limit:
-        return texts
-    head, tail, at = limit // 2, total - (limit - limit // 2), 0
-    shortened = []
-    for text in texts:
-        gap = gap_mark(total - limit) if at <= head < at + len(text) else ""
-        shortened.append(text[: max(0, head - at)] + gap + text[max(0, tail - at) :])
-        at += len(text)
-    return shortened
-
-
 # ======================================================================================================
-# 6. Channels
+# 8. I/O thread
 # ======================================================================================================
 
 
@@ -1926,7 +2132,9 @@ class Outbox:
 class Tail:
     """Reads a pipe, such as the stderr of a process, and keeps the end of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = STDERR_TAIL) -> None:
+        """`limit`: bytes that are kept."""
+        self._limit = limit
         self._descriptor, self.writer = os.pipe()  # whoever gives `writer` to a process closes it
         os.set_blocking(self._descriptor, False)
         self._data = bytearray()
@@ -1951,7 +2159,7 @@ class Tail:
         except BlockingIOError:
             return True
         self._data += data
-        del self._data[:-STDERR_TAIL]
+        del self._data[: -self._limit]
         if not data and self._loop:
             self._loop.on_readable(self._descriptor, None)
         return bool(data)
@@ -2107,6 +2315,10 @@ class Channels(Protocol):
     def close(self) -> None: ...
 
 
+# Sends an order of `far_step`, with bytes of a file; `then(answer)` is called once, in any thread.
+AskFar = Callable[[Json, bytes, Callable[[Json], None]], None]
+
+
 class KernelControl(Protocol):
     """What can be done to a kernel besides sending it messages; implemented by the servers."""
 
@@ -2125,17 +2337,23 @@ class KernelControl(Protocol):
         Return False, and do nothing, if the kernel wants an interrupt_request instead.
         """
 
-    def kill(self) -> None:
-        """Kill the kernel, if it is ours; the mailbox gets its KernelDied."""
+    def kill(self, dump: bool = False) -> None:
+        """Kill the kernel, if it is ours; the mailbox gets its KernelDied.
+
+        With `dump` it writes its Python stack to its stderr before, where that can be.
+        """
 
     def abandon(self) -> None:
         """Give up the host that did not answer to `kill`; the next start makes a new one."""
+
+    def files(self) -> AskFar | None:
+        """Return the way to the files where the kernel runs, if there is one beside its cells."""
 
     def close(self) -> None:
         """Free what `start` made, except the channels."""
 
 
-def read_connection_file(path: str | os.PathLike[str]) -> KernelConnection:
+def read_connection_file(path: AnyPath) -> KernelConnection:
     """Read a connection file. Raises: ProtocolError if it is broken, or if others than its owner may read it."""
     try:
         with open(path, "rb") as file:
@@ -2331,165 +2549,39 @@ class PipeChannels:
         pass  # the pipe serves other kernels too
 
 
-Dial = Callable[[Deadline], "tuple[socket.socket, str | None]"]
-
-
-class WebSocketChannels:
-    """The channels of a kernel behind a Jupyter server; the loop's thread owns the socket.
-
-    A lost connection is made again, as the same session: the server repeats what it has kept, and what waits here is
-    sent then. Nothing is sent twice. `dial(deadline)` opens a WebSocket and returns its socket and subprotocol.
-
-    Spec: https://jupyter-server.readthedocs.io/en/stable/developers/websocket-protocols.html
-    """
-
-    def __init__(self, loop: Loop, dial: Dial, mailbox: Mailbox) -> None:
-        """Connect. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
-        self._loop, self._dial, self._mailbox = loop, dial, mailbox
-        self._backlog: list[str | bytes] = []  # to send when there is a connection again
-        self._outbox: Outbox | None = None  # None while there is no connection
-        self._heard_at = 0.0
-        self._closed = False
-        self._connect(Deadline(START_TIMEOUT))
-        loop.post(self._take_over)
-
-    def _connect(self, deadline: Deadline) -> None:
-        sock, subprotocol = self._dial(deadline)
-        sock.settimeout(0)
-        self._socket, self._websocket = NetStream(sock), WebSocket(functools.partial(os.urandom, 4), MAX_MESSAGE)
-        self._codec: V1Codec | JsonCodec = V1Codec() if subprotocol else JsonCodec()
-
-    def _take_over(self) -> None:
-        if self._closed:
-            self._socket.close()
-            return
-        if self._heard_at:
-            self._mailbox.put(Reconnected())
-        else:
-            self._loop.later(PING_INTERVAL, self._ping)
-        self._heard_at = time.monotonic()
-        self._outbox = Outbox(self._loop, self._socket, self._drop)
-        self._loop.on_readable(self._socket.fileno(), self._read)
-        backlog, self._backlog = self._backlog, []
-        for data in backlog:
-            self._send(data)
-        self._read()  # TLS may have decrypted frames already, so the descriptor does not tell of them
-
-    def _read(self) -> None:
-        reason = ""
-        try:
-            data = self._socket.recv(2**18)
-            self._heard_at = time.monotonic()
-            for message in self._websocket.receive(data):
-                self._mailbox.put(("WebSocket", message))
-            if not data or self._websocket.closed:
-                reason = "the server closed the connection"
-        except BlockingIOError:
-            return
-        except (OSError, ProtocolError) as error:
-            reason = str(error)
-        self._answer()
-        if reason:
-            self._drop(reason)
-
-    def _answer(self) -> None:
-        # A server that pings and does not read must not fill the outbox: it gets an answer when it has read.
-        if self._outbox and not self._outbox.busy:
-            answers = self._websocket.data_to_send()
-            if not answers and not self._websocket.closed and not hasattr(socket, "TCP_QUICKACK"):
-                answers = self._websocket.pong()  # it carries the acknowledgement, which would be delayed
-            if answers:
-                self._outbox.send(answers)
-
-    def _ping(self) -> None:
-        """Keep proxies from closing the connection, and notice when it is dead."""
-        if self._closed:
-            return
-        if time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
-            self._drop("the server is silent")
-        self._answer()
-        if self._outbox and not self._outbox.busy:
-            self._outbox.send(self._websocket.ping())
-        self._loop.later(PING_INTERVAL, self._ping)
-
-    def _drop(self, reason: str) -> None:
-        if self._outbox and not self._closed:
-            self._close_socket()
-            # In a thread of its own, so that other kernels of the server need not wait.
-            threading.Thread(target=self._dial_again, args=(reason,), daemon=True).start()
-
-    def _close_socket(self) -> None:
-        if self._outbox:
-            self._loop.on_readable(self._socket.fileno(), None)
-            self._outbox.close()
-            self._outbox = None
-            self._socket.close()
-
-    def _dial_again(self, reason: str) -> None:
-        deadline = Deadline(RECONNECT_TIMEOUT)
-        while not self._closed:
-            time.sleep(RECONNECT_DELAY)  # a server that accepts and closes is not asked without pause
-            try:
-                self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
-                self._loop.post(self._take_over)
-                if self._closed:  # the loop may have ended before the job
-                    self._socket.close()
-                return
-            except JupyterExecError as error:
-                if deadline.expired or (isinstance(error, ServerError) and error.status < 500):
-                    cause = f"the connection to its server was lost: {reason}; {error}"
-                    self._loop.post(functools.partial(self._mailbox.put, KernelDied(cause=cause)))
-                    return
-
-    def send(self, message: Message) -> None:
-        data = self._codec.encode(message)
-        if len(data) > MAX_WEBSOCKET_MESSAGE:
-            raise ProtocolError(f"{len(data)} bytes are over the server's limit of {MAX_WEBSOCKET_MESSAGE} a message.")
-        self._loop.post(functools.partial(self._send, data))
-
-    def _send(self, data: str | bytes) -> None:
-        if self._outbox:
-            self._outbox.send(self._websocket.send(data))
-        else:
-            self._backlog.append(data)
-
-    def decode(self, raw: RawMessage) -> Iterator[Message]:
-        return self._codec.decode(raw[1])
-
-    def close(self) -> None:
-        self._loop.post(self._close)
-
-    def _close(self) -> None:
-        self._closed = True
-        if self._outbox:
-            with contextlib.suppress(OSError):
-                self._socket.send(memoryview(self._websocket.close()))
-        self._close_socket()
-
-
 # ======================================================================================================
-# 7. Kernel client
+# 9. Kernel client
 # ======================================================================================================
 
 OutputHook = Callable[[Json], None]
 InputHook = Callable[[str, bool], str]
+ResultHook = Callable[[ExecutionResult], None]
 Pause = Callable[[], contextlib.AbstractContextManager[None]]
 RequestHook = Callable[..., bool]  # (prompt, reply, pause)
 
 
 class Hooks:
-    """What a caller wants to hear of a cell while it runs. What raises in them costs a warning in the log."""
+    """What a caller wants to hear of a cell while it runs. What raises in them costs a warning in the log.
+
+    `record` gets every output before `on_output` does, and is quick. `on_timeout(so_far)`, with the result so far,
+    is called instead of an interrupt when the time is over: the cell goes on. `on_result` gets the result even if
+    Ctrl-C ends the call.
+    """
 
     def __init__(
         self,
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
+        *,
         record: OutputHook | None = None,
         on_request: RequestHook | None = None,
+        on_timeout: ResultHook | None = None,
+        on_result: ResultHook | None = None,
     ) -> None:
-        self._on_output, self._on_input, self._record, self.on_request = on_output, on_input, record, on_request
+        self._on_output, self.on_input, self._record, self.on_request = on_output, on_input, record, on_request
+        self.on_timeout, self.on_result = on_timeout, on_result
         self.slow = bool(on_output or on_input)  # code of others, which may take its time
-        self.muted = False  # it took too much
+        self.muted = False  # it took too much, or the call is at its end
 
     def show(self, output: Json) -> None:
         if self._record:
@@ -2502,9 +2594,9 @@ class Hooks:
 
     def answer(self, content: Json) -> str:
         """Return the answer to an input_request; "\x04" is the end of input: the cell gets EOFError."""
-        if self._on_input:
+        if self.on_input and not self.muted:
             try:
-                answer = self._on_input(text_of(content.get("prompt")), bool(content.get("password")))
+                answer = self.on_input(text_of(content.get("prompt")), bool(content.get("password")))
                 if isinstance(answer, str):
                     return answer
                 if answer is not None:
@@ -2514,48 +2606,111 @@ class Hooks:
                 pass
             except Exception:
                 logger.warning("on_input raised; the cell gets EOFError", exc_info=True)
-        return "\x04" if self._on_input or self.on_request else ""
+        return "\x04" if self.on_input or self.on_request else ""
 
 
-class Watch:
-    """What a running cell has time for, and by when what is due."""
+class Cell:
+    """A cell that runs: what has come of it, who is to hear of that, and by when what is due."""
 
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
-        self.deadline = Deadline(seconds)
-        self.reading: Deadline | None = None  # of slow hooks, after a cell's end
-        self.grace: Deadline | None = None  # of an interrupted cell to end by itself
+    def __init__(self, execution: Execution, seconds: float | None, hooks: Hooks) -> None:
+        self.execution, self.hooks = execution, hooks
+        self.started = time.monotonic()
+        self.result: ExecutionResult | None = None  # once it has ended
+        self.reading: Deadline | None = None  # of slow hooks, after its end
+        self.grace: Deadline | None = None  # to end by itself, once interrupted
         self.overdue: Deadline | None = None  # of the missing one of reply and idle
-        self._lock = threading.Lock()
+        self.detached = False  # its time is over, and it goes on
+        self.lock = threading.Lock()  # of all that
         self._pauses = 0  # how many threads keep the clock stopped,
         self._paused_at = 0.0  # and since when
+        self.allow(seconds)
 
-    def wait(self, half_done: bool) -> float | None:
-        """Return how long to wait for a message."""
+    def allow(self, seconds: float | None) -> None:
+        """Give it so many seconds from now; None is no limit."""
+        self.seconds, self.deadline = seconds, Deadline(seconds)
+
+    @property
+    def wait(self) -> float | None:
+        """How long to wait for a message, in seconds."""
         if self._pauses and not self.grace:
             return PAUSE_POLL
         limit = self.grace or self.deadline
-        return limit.within(FENCE_DELAY) if half_done else limit.remaining
+        return limit.within(FENCE_DELAY) if self.execution.half_done else limit.remaining
 
     @property
     def due(self) -> bool:
         """Whether the time of the cell, or that of its grace, is over."""
-        with self._lock:
+        with self.lock:
             return self.grace.expired if self.grace else not self._pauses and self.deadline.expired
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Stop the clock of the cell meanwhile, in any thread."""
-        with self._lock:
+        with self.lock:
             self._paused_at = self._paused_at if self._pauses else time.monotonic()
             self._pauses += 1
         try:
             yield
         finally:
-            with self._lock:
+            with self.lock:
                 self._pauses -= 1
                 if not self._pauses:
                     self.deadline.extend(time.monotonic() - self._paused_at)
+
+    def feed(self, message: Message) -> Json | None:
+        with self.lock:
+            return self.execution.feed(message)
+
+    def so_far(self) -> ExecutionResult:
+        """Return the result, or what there is of it by now; from any thread."""
+        with self.lock:
+            if self.result:
+                return self.result
+            copied = copy.deepcopy(self.execution)  # a result sums up once
+        return copied.result(time.monotonic() - self.started)
+
+    def finish(self) -> ExecutionResult:
+        with self.lock:
+            self.result = result = self.execution.result(time.monotonic() - self.started)
+        if self.hooks.on_result:
+            self.hooks.on_result(result)
+        return result
+
+
+_OWN_FRAME = re.compile(r"(?:Cell |Input )?In ?\[(\d+)\]|<ipython-input-(\d+)-|[/\\]ipykernel_\d+[/\\]\d+\.py")
+_LINE = re.compile(r"\], line (\d+)|^-+> ?(\d+)", re.MULTILINE)
+_DUMPED_FRAME = re.compile(r'^  File "([^"\n]*)", line (\d{1,9}) in (.{1,200})$', re.MULTILINE)
+
+
+def place_of(result: ExecutionResult, code: str) -> str:
+    """Return "; it was at line N: ..." for a cell that was ended, if its traceback or its kernel's stderr tells."""
+    where = ""
+    if result.death:
+        frames = _DUMPED_FRAME.findall(result.death.stderr)
+        own = [frame for frame in frames if _OWN_FRAME.search(frame[0])]
+        lines = [int(line) for path, line, _ in own if path == own[-1][0]]  # the outermost frame is the cell's own
+        called = frames[: frames.index(own[0])][:3] if own else []
+        where = "".join(f", in {name} ({os.path.basename(path)}:{line})" for path, line, name in called)
+    else:
+        lines = _traced_lines(result)[::-1]
+    # IPython does not count the empty lines at the start.
+    start = code[: len(code) - len(code.lstrip())].count("\n")
+    texts = code.splitlines()[start:]
+    if not lines or not 0 < lines[0] <= len(texts):
+        return ""
+    return clean_text(f"; it was at line {start + lines[0]}: {texts[lines[0] - 1].strip()[:200]}{where}")
+
+
+def _traced_lines(result: ExecutionResult) -> list[int]:
+    """Return the numbers of the cell's own lines in the traceback of its error, outermost first."""
+    found = []
+    error = result.error or {"ename": "", "traceback": []}
+    for frame in error["traceback"][:1000] if error["ename"] in ("KeyboardInterrupt", "CancelledError") else ():
+        head, _, body = clean_text(frame[:20_000]).partition("\n")
+        own, line = _OWN_FRAME.search(head), _LINE.search(head) or _LINE.search(body)
+        if own and line and (own[1] or own[2] or str(result.execution_count)) == str(result.execution_count):
+            found.append(int((line[1] or line[2])[:9]))
+    return found
 
 
 class KernelClient:
@@ -2571,7 +2726,7 @@ class KernelClient:
         self._session = ""
         self._serial = itertools.count(1)
         self.ready = False
-        self._running: Execution | None = None
+        self._running: Cell | None = None
         self._nudges: set[str] = set()  # interrupts whose effect is not yet known to be over
         self._death: KernelDied | None = None
         self._closing = False
@@ -2588,6 +2743,10 @@ class KernelClient:
         """The name of the language that the kernel speaks, as it said; "" before it is ready."""
         info = self.kernel_info.get("language_info")
         return text_of(info.get("name")) if isinstance(info, dict) else ""
+
+    def files(self) -> AskFar | None:
+        """Return the way to the files where the kernel runs, if there is one beside its cells."""
+        return self._control.files()
 
     @property
     def alive(self) -> bool:
@@ -2657,114 +2816,117 @@ class KernelClient:
         self,
         code: str,
         timeout: float | None,
+        hooks: Hooks | None = None,
         *,
         silent: bool = False,
         store_history: bool = True,
+        expression: str | None = None,
         max_output: int | None = None,
-        on_output: OutputHook | None = None,
-        on_input: InputHook | None = None,
-        record: OutputHook | None = None,
-        on_request: RequestHook | None = None,
-        on_result: Callable[[ExecutionResult], None] | None = None,
+        on_start: Callable[[Cell], None] | None = None,
     ) -> ExecutionResult:
         """Run one cell and return what it did; `timeout` is the wall clock in seconds, None for no limit.
 
-        `max_output` is how many characters of its streams are kept, None for all. `record` gets every output before
-        `on_output` does, and is quick. `on_request(prompt, reply, pause)` may take an input_request, and is quick, too:
-        if it returns true, `reply(value)` is called later, in any thread; `with pause()` stops the cell's clock.
-        `on_result` gets the result even if Ctrl-C ends this call.
+        `max_output` is how many characters of its streams are kept, None for all. `on_start` gets what tells of the
+        cell while it runs, before it does.
 
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
         if self._running:
-            raise JupyterExecError("A cell is running: its hooks cannot run another one.")
-        asks = on_input is not None or on_request is not None
-        content = execute_content(code, silent=silent, store_history=store_history, allow_stdin=asks)
+            raise JupyterExecError(HOOK_RUNS_CELL)
+        hooks = hooks or Hooks()
+        asks = bool(hooks.on_input or hooks.on_request)
+        options: Json = {"silent": silent, "store_history": store_history, "expression": expression}
+        content = execute_content(code, allow_stdin=asks, **options)
         request = self._message("shell", "execute_request", content)
-        execution = Execution(request.msg_id, max_output)
-        started, watch = time.monotonic(), Watch(timeout)
-        hooks = Hooks(on_output, on_input, record, on_request and functools.partial(on_request, pause=watch.pause))
-
-        def finish() -> ExecutionResult:
-            self._ended = execution.ended_session
-            result = execution.result(time.monotonic() - started)
-            if on_result:
-                on_result(result)
-            return result
-
-        self._settle(execution, hooks)
-        self._running = execution
+        cell = Cell(Execution(request.msg_id, max_output, silent), timeout, hooks)
+        self._settle(cell)
+        self._running = cell
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
         has_timer = hooks.slow and timeout is not None and timeout < threading.TIMEOUT_MAX
-        timer = threading.Timer(timeout or 0, self._time_out, (execution, watch)) if has_timer else None
+        timer = threading.Timer(timeout or 0, self._time_out, (cell,)) if has_timer else None
         try:
+            if on_start:
+                on_start(cell)
             if timer:
                 timer.daemon = True
                 timer.start()
-            if not execution.death:
+            if not cell.execution.death:
                 self._post(request)
-            self._run(execution, watch, hooks)
+            self._run(cell)
         except JupyterExecError:
             raise
         except BaseException:  # Ctrl-C, or a signal handler that raises
-            self._stop_cell(execution)
-            self._run(execution, Watch(INTERRUPT_GRACE), Hooks(record=record))
-            finish()
+            self._stop_cell(cell.execution)
+            cell.allow(INTERRUPT_GRACE)
+            hooks.muted, hooks.on_timeout = True, None
+            self._run(cell)
+            self._finish(cell)
             raise
         finally:
             if timer:
                 timer.cancel()
             self._running = None
-        return finish()
+        return self._finish(cell)
 
-    def _run(self, execution: Execution, watch: Watch, hooks: Hooks) -> None:
+    def _finish(self, cell: Cell) -> ExecutionResult:
+        self._ended = cell.execution.ended_session
+        return cell.finish()
+
+    def _run(self, cell: Cell) -> None:
         """Read messages until the cell is done; climb the ladder interrupt, kill as deadlines pass."""
-        while not execution.done:
-            item = self._mailbox.get(watch.wait(execution.half_done))
-            for _ in self._take(item, execution, hooks):
-                if not self._climb(execution, watch, hooks):
+        while not cell.execution.done:
+            for _ in self._take(self._mailbox.get(cell.wait), cell):
+                if not self._climb(cell):
                     return
 
-    def _climb(self, execution: Execution, watch: Watch, hooks: Hooks) -> bool:
+    def _climb(self, cell: Cell) -> bool:
         """Do what is due by now; returns whether to go on."""
+        execution = cell.execution
         if not execution.half_done:
-            watch.overdue = None
+            cell.overdue = None
         if execution.done:
             return True
         if self._death:  # taken by whoever stopped the kernel in the meantime
             execution.death = self._death
-        elif watch.overdue is None and execution.half_done:
-            watch.overdue = Deadline(FENCE_DELAY)
-        elif watch.overdue and watch.overdue.expired:
+        elif cell.overdue is None and execution.half_done:
+            cell.overdue = Deadline(FENCE_DELAY)
+        elif cell.overdue and cell.overdue.expired:
             self._fence(execution)
-            watch.overdue = Deadline(FENCE_DELAY)
-        elif not watch.due:
+            cell.overdue = Deadline(FENCE_DELAY)
+        elif not cell.due:
             pass
         elif self._mailbox.answered:  # the cell has ended; a slow hook kept this thread from seeing it
-            watch.reading = watch.reading or Deadline(INTERRUPT_GRACE)
-            hooks.muted = watch.reading.expired
-        elif watch.grace is None:
-            self._time_out(execution, watch)
+            cell.reading = cell.reading or Deadline(INTERRUPT_GRACE)
+            cell.hooks.muted = cell.reading.expired
+        elif cell.grace is None:
+            self._time_out(cell)
         elif not self._control.owned:
             return False
         else:
-            self._kill(execution)
+            self._kill(cell)
         return True
 
-    def _time_out(self, execution: Execution, watch: Watch) -> None:
-        """Interrupt a cell whose time is over; in the caller's thread or that of a timer."""
-        if execution.done or not watch.due:
+    def _time_out(self, cell: Cell) -> None:
+        """Interrupt a cell whose time is over, or let go of it; in the caller's thread or that of a timer."""
+        if cell.execution.done or self._mailbox.answered or not cell.due:  # it has ended in time, or its clock stood
             return
-        if self._mailbox.answered:  # it has ended in time
+        if cell.hooks.on_timeout:
+            with cell.lock:
+                if cell.detached:
+                    return
+                cell.detached = True
+                cell.allow(None)
+            cell.hooks.on_timeout(cell.so_far())
             return
-        execution.timed_out = watch.seconds
-        self._stop_cell(execution)
-        watch.grace = watch.grace or Deadline(INTERRUPT_GRACE)
+        cell.execution.timed_out = cell.seconds
+        self._stop_cell(cell.execution)
+        cell.grace = cell.grace or Deadline(INTERRUPT_GRACE)
 
-    def _take(self, item: MailItem | None, execution: Execution, hooks: Hooks) -> Iterator[None]:
+    def _take(self, item: MailItem | None, cell: Cell) -> Iterator[None]:
         """Take an item from the mailbox, in pieces: yields after each, and once if there is nothing."""
+        execution = cell.execution
         if isinstance(item, KernelDied):
-            self._drain(execution, hooks)
+            self._drain(cell)
             self._death = execution.death = item
         elif isinstance(item, Reconnected):
             if self._running:
@@ -2773,20 +2935,21 @@ class KernelClient:
         elif item:
             execution.withheld, self._mailbox.dropped = execution.withheld or self._mailbox.dropped, False
             for message in self._decode(item):
-                self._feed(message, execution, hooks)
+                self._feed(message, cell)
                 yield
             return
         yield
 
-    def _feed(self, message: Message, execution: Execution, hooks: Hooks) -> None:
+    def _feed(self, message: Message, cell: Cell) -> None:
+        execution = cell.execution
         if death := _reported_death(message):
             self._mailbox.put(death)
         if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
             prompt = text_of(message.content.get("prompt"))
-            if not (hooks.on_request and hooks.on_request(prompt, self._reply)):
-                self._reply(hooks.answer(message.content))
-        elif output := execution.feed(message) or self._late_output(message, execution):
-            hooks.show(output)
+            if not (cell.hooks.on_request and cell.hooks.on_request(prompt, self._reply, pause=cell.pause)):
+                self._reply(cell.hooks.answer(message.content))
+        elif output := cell.feed(message) or self._late_output(message, execution):
+            cell.hooks.show(output)
         if execution.started and execution.interrupted and not execution.signalled:
             self._signal(execution)
 
@@ -2797,22 +2960,23 @@ class KernelClient:
         output = Execution(message.parent_id).feed(message) if message.channel == "iopub" else None
         return output and output | {"late": True}
 
-    def _drain(self, execution: Execution, hooks: Hooks) -> None:
+    def _drain(self, cell: Cell) -> None:
         """Take what a dead kernel had sent: it may arrive after the news of its death."""
         deadline = Deadline(FENCE_DELAY)
         while (item := self._mailbox.get(DEATH_DRAIN)) is not None:
             if not isinstance(item, KernelDied):
-                for _ in self._take(item, execution, hooks):
+                for _ in self._take(item, cell):
                     if deadline.expired:
                         return
 
-    def _kill(self, execution: Execution) -> None:
+    def _kill(self, cell: Cell) -> None:
         """Kill a kernel that ignores the interrupt and start it anew; its variables are lost."""
-        execution.killed = True
-        self._control.kill()
+        execution = cell.execution
+        execution.killed = cell.hooks.muted = True
+        self._control.kill(dump=True)
         deadline = Deadline(SHUTDOWN_GRACE)
         while not execution.death:
-            for _ in self._take(self._mailbox.get(deadline.remaining), execution, Hooks()):
+            for _ in self._take(self._mailbox.get(deadline.remaining), cell):
                 if deadline.expired and not execution.death:
                     self._control.abandon()
                     self._death = execution.death = self._death or KernelDied(cause="it was killed")
@@ -2825,10 +2989,11 @@ class KernelClient:
         except JupyterExecError:
             self._death = death  # the next call tries again and reports
 
-    def interrupt(self) -> None:
-        """Interrupt the running cell, from any thread; without effect while none runs."""
-        if running := self._running:
-            self._stop_cell(running)
+    def interrupt(self, cell: Cell | None = None) -> None:
+        """Interrupt the running cell, from any thread; without effect while none, or not this one, runs."""
+        running = self._running
+        if running and cell in (None, running):
+            self._stop_cell(running.execution)
 
     def _stop_cell(self, execution: Execution) -> None:
         execution.interrupted = True
@@ -2854,14 +3019,14 @@ class KernelClient:
         execution.fences.add(fence.msg_id)
         self._post(fence)
 
-    def _settle(self, execution: Execution, hooks: Hooks) -> None:
+    def _settle(self, cell: Cell) -> None:
         """Wait until no earlier interrupt can hit this cell, and see whether the kernel has died since the last."""
         deadline = Deadline(INTERRUPT_GRACE)
         if self._mailbox.dropped:
             logger.warning("Output that came between two cells was dropped: there was too much of it")
             self._mailbox.dropped = False
-        while (self._nudges or self._mailbox.ended) and not execution.death:
-            for _ in self._take(self._mailbox.get(deadline.remaining), execution, hooks):
+        while (self._nudges or self._mailbox.ended) and not cell.execution.death:
+            for _ in self._take(self._mailbox.get(deadline.remaining), cell):
                 if deadline.expired:
                     self._nudges.clear()
                     return
@@ -2899,6 +3064,7 @@ class KernelClient:
         """Kill the kernel, if it is ours, and disconnect."""
         self.abort()
         self.close()
+        self._mailbox.put(KernelDied(cause="nobody refers to its executor any more"))
 
     def _wait_exit(self, seconds: float) -> None:
         deadline = Deadline(seconds)
@@ -2980,11 +3146,14 @@ class AttachedKernelControl:
     def interrupt(self, sent: Callable[[], None]) -> bool:
         return False
 
-    def kill(self) -> None:
+    def kill(self, dump: bool = False) -> None:
         pass
 
     def abandon(self) -> None:
         pass
+
+    def files(self) -> None:
+        return None
 
     def close(self) -> None:
         if self._loop:
@@ -2993,7 +3162,7 @@ class AttachedKernelControl:
             self._loop = None
 
 
-def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelClient:
+def attach_kernel(target: KernelConnection | AnyPath) -> KernelClient:
     """Connect to a running kernel by its connection file, or by the contents of one.
 
     Raises: ProtocolError for a broken file.
@@ -3006,7 +3175,7 @@ def attach_kernel(target: KernelConnection | str | os.PathLike[str]) -> KernelCl
 
 
 # ======================================================================================================
-# 8. Kernel host
+# 10. Kernel host
 #
 # Runs at the other end of a pipe, in a process that was started with BOOTSTRAP and got this module over its stdin, on
 # Linux and macOS. Only the relay needs more than the standard library. It has one thread with one Loop.
@@ -3039,14 +3208,30 @@ os.write(1, ("NONCE %d %d %s %d %d\\n" % (sys.version_info[:2] + (magic,) + who)
 module = {"__name__": "jupyter_exec_host"}
 kind, size = read(1), read(8)
 program = read(int(size))
-exec(marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec>", "exec"), module)
-module["MAIN"](kind + size + program)
+code = marshal.loads(program) if kind == b"c" else compile(program, "<jupyter_exec>", "exec")
+exec(code, module)
+program = marshal.dumps(code)
+module["MAIN"](b"c%08d" % len(program) + program)
 """
 
 # Modules that ipykernel imports when a kernel starts.
 FORKED_MODULES = ["IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect", "encodings.idna"]
 FORKED_MODULES += ["IPython.extensions.storemagic", "faulthandler", "ipykernel.debugger", "ipykernel.kernelapp"]
 FORKED_MODULES += ["tornado.platform.asyncio", "tornado.queues"]
+# `-m ipykernel_launcher` with the stack of a crash on stderr itself: what is written to 2 ipykernel will read.
+LAUNCHER = """\
+import sys
+path = sys.path
+sys.path = [place for place in path if place]
+import os, runpy
+try:
+    import faulthandler
+    faulthandler.enable(os.dup(2))
+except ImportError:
+    pass
+sys.path = path
+runpy.run_module("ipykernel_launcher", None, "__main__", True)
+"""
 CANNOT_FORK = 75  # exit status of a fork server whose Python cannot fork kernels for this host
 _PYTHON = re.compile(r"python[0-9.]*\Z")
 # A kernel for a program needs no history database and no pause after each cell. In, Out and %history work without.
@@ -3203,6 +3388,78 @@ def has_ended(name: str) -> bool:
     return process_name(int(found[1])) not in ("", name)
 
 
+# The far side of file transfers: in the kernel host or, where that is none, in a kernel, to which this source is sent.
+# A path is the caller's own. It is opened with the rights of the code that runs there, and links are followed to what
+# is read, but what is written takes the place of a link.
+
+
+def far_step(order: Json, start: str) -> Json:
+    """Take one step of a transfer: {"step", "path"} and what the step needs; a relative path begins at `start`.
+
+    Returns what the step gives, or {"error": sentence, "code": name of an errno}.
+    """
+    steps = {"read": far_read, "write": far_write, "finish": far_end, "drop": far_end, "list": far_list}
+    try:
+        return steps[order["step"]](os.path.join(start, order["path"]), order)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        code = errno.errorcode.get(getattr(error, "errno", None) or 0, "")
+        return {"error": getattr(error, "strerror", None) or str(error), "code": code}
+
+
+def far_open(path: str, flags: int) -> IO[bytes]:
+    """Open a regular file, and never wait for a pipe's other end, a lease or a terminal."""
+    for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    descriptor = os.open(path, flags, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        is_directory = stat.S_ISDIR(mode)
+        raise OSError(*((errno.EISDIR, "Is a directory") if is_directory else (errno.EINVAL, "Is no regular file")))
+    return open(descriptor, "wb" if flags & os.O_WRONLY else "rb")
+
+
+def far_read(path: str, order: Json) -> Json:
+    with far_open(path, os.O_RDONLY) as file:
+        status = os.fstat(file.fileno())
+        file.seek(order["offset"])
+        return {"size": status.st_size, "file": [status.st_dev, status.st_ino], "bytes": file.read(order["size"])}
+
+
+def far_write(path: str, order: Json) -> Json:
+    """Write a piece into a new file beside `path`; directories above it are made."""
+    directory, is_first = os.path.dirname(path), order["offset"] == 0
+    if is_first:
+        if os.path.isdir(path):
+            raise OSError(errno.EISDIR, "Is a directory")
+        with contextlib.suppress(FileExistsError):  # if it is no directory, the next line says so
+            os.makedirs(directory, exist_ok=True)
+    flags = os.O_CREAT | os.O_EXCL if is_first else getattr(os, "O_NOFOLLOW", 0)
+    with far_open(os.path.join(directory, order["part"]), os.O_WRONLY | flags) as file:
+        file.seek(order["offset"])
+        file.write(order["bytes"])
+    return {}
+
+
+def far_end(path: str, order: Json) -> Json:
+    """Let the new file take the place of `path`, or remove it."""
+    part = os.path.join(os.path.dirname(path), order["part"])
+    os.replace(part, path) if order["step"] == "finish" else os.unlink(part)
+    return {}
+
+
+def far_list(path: str, order: Json) -> Json:
+    entries: list[Any] = []
+    with os.scandir(path) as found:
+        for entry in found:
+            if len(entries) >= order["limit"]:
+                raise OSError(errno.E2BIG, f"The directory has more than {order['limit']} entries")
+            with contextlib.suppress(FileNotFoundError):  # it has just gone
+                status = entry.stat(follow_symlinks=False)
+                entries.append([entry.name, status.st_mode, status.st_size, status.st_mtime])
+    return {"entries": entries}
+
+
 class ChildProcess:
     """A process that the host has started: a kernel, a fork server or a gateway."""
 
@@ -3233,6 +3490,7 @@ class KernelHost:
         self._directory = directory
         self._program = program  # this module, as it was received
         self._kernels: dict[str, ChildProcess] = {}
+        self._parts: set[str] = set()  # of files that are on their way here
         self._serial = itertools.count()
         self._unforkable: set[str] = set()  # interpreters that cannot have a fork server
         self.adopts = False  # the children of processes that end, as forked kernels need it
@@ -3244,6 +3502,9 @@ class KernelHost:
     def _on_closed(self, reason: str) -> None:
         for kernel in self._kernels.values():
             self._end(kernel)
+        for part in self._parts:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
         for _ in range(10):  # what left its kernel's session and environment is now a child of this process
             _kill_all(_children())
         signal.set_wakeup_fd(-1)  # before the loop closes that descriptor
@@ -3255,7 +3516,7 @@ class KernelHost:
 
     def _on_parts(self, parts: list[bytes]) -> None:
         if parts[0] == b"":
-            self._on_request(json_object(parts[1], "control request"))
+            self._on_request(json_object(parts[1], "control request") | {"bytes": b"".join(parts[2:])})
             return
         name, _, channel = parts[0].decode("ascii", "replace").partition("/")
         kernel = self._kernels.get(name)
@@ -3263,14 +3524,17 @@ class KernelHost:
             kernel.sockets.send(channel, parts[1:])
 
     def _on_request(self, request: Json) -> None:
+        lane, data = "", b""
         try:
             result = self._OPERATIONS[request["op"]](self, request)
+            if request["op"] == "file":  # takes turns with the kernels' output, all else goes before
+                lane, data = "file", (result or {}).pop("bytes", b"")
             answer = {"id": request["id"], "result": result}
         except KernelError as error:
             answer = {"id": request["id"], "error": error.__class__.__name__, "data": vars(error)}
         except Exception as error:  # a bug, or a strange environment: tell the client
             answer = {"id": request["id"], "error": "JupyterExecError", "data": f"{error.__class__.__name__}: {error}"}
-        self._pipe.send([b"", dump_json(answer)])
+        self._pipe.send([b"", dump_json(answer), data], lane)
 
     def _on_kernelspecs(self, request: Json) -> Json:
         return find_kernelspecs(os.environ, request["own_python3"])
@@ -3359,12 +3623,13 @@ class KernelHost:
         import subprocess
 
         # No pipe for stdout: nobody would read it, and 64 KB from a subprocess would stop the kernel.
-        stderr = kernel.stderr = Tail()
+        stderr = kernel.stderr = Tail(RAW_STDERR_TAIL)
         options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr.writer}
         if sys.platform == "linux":
             # If this host is killed, its kernels are too. preexec_fn is safe here: the host has one thread.
             options["preexec_fn"] = functools.partial(_prctl, _PR_SET_PDEATHSIG, signal.SIGKILL)
         argv, env = kernel.argv, kernel.env
+        argv = [argv[0], "-c", LAUNCHER, *argv[3:]] if argv[1:3] == ["-m", "ipykernel_launcher"] else argv
         try:
             process = subprocess.Popen(argv, env=env, start_new_session=True, pass_fds=pass_fds, **options)
         except OSError as error:
@@ -3379,7 +3644,7 @@ class KernelHost:
     def _fork(self, kernel: ChildProcess) -> None:
         """Order a kernel from the fork server of its interpreter; its pid comes with the answer."""
         server = self._kernels.get(kernel.argv[0]) or self._start_fork_server(kernel)
-        kernel.stderr = Tail()
+        kernel.stderr = Tail(RAW_STDERR_TAIL)
         order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": kernel.argv[3:]}
         assert server.channel
         with contextlib.suppress(OSError):  # it has ended: _end_fork_server starts the kernel in another way
@@ -3502,10 +3767,13 @@ class KernelHost:
     def _on_kill(self, request: Json) -> None:
         self._hurry(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
-            if kernel.pid:
-                _kill_all([kernel.pid])  # Popen.kill would collect the exit, which then nobody reports
-            else:
+            if not kernel.pid:
                 self._report_exit(kernel)
+            elif request.get("dump") and _is_ipykernel(kernel.argv):
+                _abort(kernel.pid)
+                self._loop.later(DUMP_TIME, functools.partial(self._on_kill, request | {"dump": False}))
+            else:  # Popen.kill would collect the exit, which then nobody reports
+                _kill_all([kernel.pid])
 
     def reap(self) -> None:
         """Collect the processes that have ended: kernels, and adopted children of them."""
@@ -3533,7 +3801,7 @@ class KernelHost:
                 self._end_fork_server(kernel, kernel.channel)
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
-            event |= {"preload_failed": kernel.preload_failed, "stderr": str(kernel.stderr or "")}
+            event |= {"preload_failed": kernel.preload_failed, "stderr": without_machinery(str(kernel.stderr or ""))}
             oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
             event["out_of_memory"] = self._oom_kills > oom_kills
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
@@ -3558,6 +3826,15 @@ class KernelHost:
                     continue
             self._report_exit(kernel)
 
+    def _on_file(self, request: Json) -> Json:
+        part = os.path.join(os.path.dirname(request["path"]), request.get("part", ""))
+        answer = far_step(request, os.getcwd())
+        if request["step"] == "write":
+            self._parts.add(part)
+        elif request["step"] == "drop" or "error" not in answer:
+            self._parts.discard(part)
+        return answer
+
     def _end(self, kernel: ChildProcess) -> None:
         """Kill what is left of a kernel, and free what belongs to it."""
         if kernel.pid:  # and its session, and what left the session but has its mark
@@ -3581,6 +3858,7 @@ class KernelHost:
         "spawn": _on_spawn,
         "interrupt": _on_interrupt,
         "kill": _on_kill,
+        "file": _on_file,
     }
 
 
@@ -3630,6 +3908,33 @@ def _kill_all(pids: Iterable[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _abort(pid: int) -> None:
+    """End a Python with its stack on stderr, written by its faulthandler, whatever it is at; without a core file."""
+    import resource
+
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not on macOS
+        hard = resource.prlimit(pid, resource.RLIMIT_CORE)[1]
+        # Linux takes 1 for "not even through a pipe", and writes no file of one byte.
+        resource.prlimit(pid, resource.RLIMIT_CORE, (0 if hard == 0 else 1, hard))
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGABRT)
+
+
+_CELL_FILE = re.compile(r".*([/\\]ipykernel_\d+[/\\]\d+\.py|<ipython-input-)")
+
+
+def without_machinery(stderr: str) -> str:
+    """Shorten the stack that Python wrote when it died to the frames of the cell and of what that had called."""
+    before, mark, dump = stderr.rpartition("Fatal Python error: ")
+    for thread in reversed(dump.split("\n\n") if mark else []):  # the main thread is the last
+        frames = [line for line in thread.splitlines() if line.startswith("  File ")]
+        if own := [frame for frame in frames if _CELL_FILE.match(frame)]:
+            called = frames[: frames.index(own[0])]
+            reason = dump.partition("\n")[0]
+            return "\n".join([before[-STDERR_TAIL // 2 :] + mark + reason, *called[:5], *own[:5], *own[5:][-1:]])
+    return stderr[-STDERR_TAIL:]
 
 
 def _family(session: int, marker: bytes) -> Iterator[int]:
@@ -3761,6 +4066,7 @@ def _fork_twice(channel: socket.socket, name: str) -> int:
 def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
     """Turn this process, which was just forked, into what a launched kernel is, and run it."""
     import ctypes
+    import faulthandler
     import importlib.util
 
     while os.getppid() == middle:  # wait until the host is the parent
@@ -3768,6 +4074,7 @@ def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
     os.setsid()
     os.dup2(errors, 2)
     os.close(errors)
+    faulthandler.enable(os.dup(2))  # what is written to 2 ipykernel will read
     _prctl(_PR_SET_DUMPABLE, 1)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != host:
@@ -3845,7 +4152,7 @@ def _check_parent(loop: Loop, host: KernelHost, parent: int) -> None:
 
 
 # ======================================================================================================
-# 9. Jupyter servers
+# 11. Jupyter servers
 # ======================================================================================================
 
 
@@ -4065,6 +4372,142 @@ def _explanation(text: str) -> str:
     return " ".join(re.sub(r"(?s)<(style|script|head)\b.*?</\1>|<[^<>]*>", " ", text[:10_000]).split())
 
 
+Dial = Callable[[Deadline], "tuple[socket.socket, str | None]"]
+
+
+class WebSocketChannels:
+    """The channels of a kernel behind a Jupyter server; the loop's thread owns the socket.
+
+    A lost connection is made again, as the same session: the server repeats what it has kept, and what waits here is
+    sent then. Nothing is sent twice. `dial(deadline)` opens a WebSocket and returns its socket and subprotocol.
+
+    Spec: https://jupyter-server.readthedocs.io/en/stable/developers/websocket-protocols.html
+    """
+
+    def __init__(self, loop: Loop, dial: Dial, mailbox: Mailbox) -> None:
+        """Connect. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
+        self._loop, self._dial, self._mailbox = loop, dial, mailbox
+        self._backlog: list[str | bytes] = []  # to send when there is a connection again
+        self._outbox: Outbox | None = None  # None while there is no connection
+        self._heard_at = 0.0
+        self._closed = False
+        self._connect(Deadline(START_TIMEOUT))
+        loop.post(self._take_over)
+
+    def _connect(self, deadline: Deadline) -> None:
+        sock, subprotocol = self._dial(deadline)
+        sock.settimeout(0)
+        self._socket, self._websocket = NetStream(sock), WebSocket(functools.partial(os.urandom, 4), MAX_MESSAGE)
+        self._codec: V1Codec | JsonCodec = V1Codec() if subprotocol else JsonCodec()
+
+    def _take_over(self) -> None:
+        if self._closed:
+            self._socket.close()
+            return
+        if self._heard_at:
+            self._mailbox.put(Reconnected())
+        else:
+            self._loop.later(PING_INTERVAL, self._ping)
+        self._heard_at = time.monotonic()
+        self._outbox = Outbox(self._loop, self._socket, self._drop)
+        self._loop.on_readable(self._socket.fileno(), self._read)
+        backlog, self._backlog = self._backlog, []
+        for data in backlog:
+            self._send(data)
+        self._read()  # TLS may have decrypted frames already, so the descriptor does not tell of them
+
+    def _read(self) -> None:
+        reason = ""
+        try:
+            data = self._socket.recv(2**18)
+            self._heard_at = time.monotonic()
+            for message in self._websocket.receive(data):
+                self._mailbox.put(("WebSocket", message))
+            if not data or self._websocket.closed:
+                reason = "the server closed the connection"
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError) as error:
+            reason = str(error)
+        self._answer()
+        if reason:
+            self._drop(reason)
+
+    def _answer(self) -> None:
+        # A server that pings and does not read must not fill the outbox: it gets an answer when it has read.
+        if self._outbox and not self._outbox.busy:
+            answers = self._websocket.data_to_send()
+            if not answers and not self._websocket.closed and not hasattr(socket, "TCP_QUICKACK"):
+                answers = self._websocket.pong()  # it carries the acknowledgement, which would be delayed
+            if answers:
+                self._outbox.send(answers)
+
+    def _ping(self) -> None:
+        """Keep proxies from closing the connection, and notice when it is dead."""
+        if self._closed:
+            return
+        if time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
+            self._drop("the server is silent")
+        self._answer()
+        if self._outbox and not self._outbox.busy:
+            self._outbox.send(self._websocket.ping())
+        self._loop.later(PING_INTERVAL, self._ping)
+
+    def _drop(self, reason: str) -> None:
+        if self._outbox and not self._closed:
+            self._close_socket()
+            # In a thread of its own, so that other kernels of the server need not wait.
+            threading.Thread(target=self._dial_again, args=(reason,), daemon=True).start()
+
+    def _close_socket(self) -> None:
+        if self._outbox:
+            self._loop.on_readable(self._socket.fileno(), None)
+            self._outbox.close()
+            self._outbox = None
+            self._socket.close()
+
+    def _dial_again(self, reason: str) -> None:
+        deadline = Deadline(RECONNECT_TIMEOUT)
+        while not self._closed:
+            time.sleep(RECONNECT_DELAY)  # a server that accepts and closes is not asked without pause
+            try:
+                self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
+                self._loop.post(self._take_over)
+                if self._closed:  # the loop may have ended before the job
+                    self._socket.close()
+                return
+            except JupyterExecError as error:
+                if deadline.expired or (isinstance(error, ServerError) and error.status < 500):
+                    cause = f"the connection to its server was lost: {reason}; {error}"
+                    self._loop.post(functools.partial(self._mailbox.put, KernelDied(cause=cause)))
+                    return
+
+    def send(self, message: Message) -> None:
+        data = self._codec.encode(message)
+        if len(data) > MAX_WEBSOCKET_MESSAGE:
+            raise ProtocolError(f"{len(data)} bytes are over the server's limit of {MAX_WEBSOCKET_MESSAGE} a message.")
+        self._loop.post(functools.partial(self._send, data))
+
+    def _send(self, data: str | bytes) -> None:
+        if self._outbox:
+            self._outbox.send(self._websocket.send(data))
+        else:
+            self._backlog.append(data)
+
+    def decode(self, raw: RawMessage) -> Iterator[Message]:
+        return self._codec.decode(raw[1])
+
+    def close(self) -> None:
+        self._loop.post(self._close)
+
+    def _close(self) -> None:
+        self._closed = True
+        if self._outbox:
+            with contextlib.suppress(OSError):
+                self._socket.send(memoryview(self._websocket.close()))
+        self._close_socket()
+
+
 class RemoteKernelControl:
     """KernelControl of a kernel on a Jupyter server, which starts it anew when it ends by itself."""
 
@@ -4114,7 +4557,7 @@ class RemoteKernelControl:
         sent()
         return True
 
-    def kill(self) -> None:
+    def kill(self, dump: bool = False) -> None:
         if self._id:
             with contextlib.suppress(JupyterExecError):
                 self._server.rest.request("DELETE", self._path, timeout=INTERRUPT_GRACE)
@@ -4123,6 +4566,9 @@ class RemoteKernelControl:
 
     def abandon(self) -> None:
         pass  # the server is asked again
+
+    def files(self) -> None:
+        return None
 
     def _report(self, cause: str) -> None:
         if self._mailbox:
@@ -4134,6 +4580,7 @@ class RemoteKernelControl:
 
 
 _S = TypeVar("_S")
+_T = TypeVar("_T")
 
 
 class JupyterServer(Protocol):
@@ -4152,7 +4599,17 @@ class JupyterServer(Protocol):
     def __exit__(self, *exc_info: object) -> None: ...
 
 
-class Stoppable:
+class Single:
+    """Copies of it are itself: frameworks copy their tools, and with them what must stay one."""
+
+    def __copy__(self: _T) -> _T:
+        return self
+
+    def __deepcopy__(self: _T, memo: dict[int, Any]) -> _T:
+        return self
+
+
+class Stoppable(Single):
     """What all servers have in common: used until `stop`, or until a `with` is left."""
 
     def __init__(self) -> None:
@@ -4171,6 +4628,24 @@ class Stoppable:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+    async def __aenter__(self: _S) -> _S:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await aside(self.stop)
+
+
+async def aside(function: Callable[[], _T]) -> _T:
+    """Call a function in a thread of its own, so that it does not block the loop; it goes on if that is cancelled."""
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(1, "jupyter_exec")
+    try:
+        return await asyncio.shield(asyncio.wrap_future(pool.submit(function)))
+    finally:
+        pool.shutdown(wait=False)
 
 
 class RemoteJupyterServer(Stoppable):
@@ -4265,7 +4740,7 @@ class RemoteJupyterServer(Stoppable):
 
 
 # ======================================================================================================
-# 10. Hosted servers
+# 12. Hosted servers
 # ======================================================================================================
 
 
@@ -4310,7 +4785,7 @@ class HostLink:
             self._context = self._context or new_context()
             return self._context
 
-    def call(self, op: str, **parameters: object) -> Any:
+    def call(self, op: str, **parameters: Any) -> Any:
         """Ask the host and return its result.
 
         Raises: what the host reports; ConnectionClosed if it is gone or, having not answered, is given up.
@@ -4326,18 +4801,22 @@ class HostLink:
             raise _host_error(answer)
         return answer.get("result")
 
-    def ask(self, op: str, then: Callable[[Json], None], **parameters: object) -> None:
-        """Send a request without waiting; `then(answer)` is called in the loop's thread."""
+    def ask_far(self, order: Json, data: bytes, then: Callable[[Json], None]) -> None:
+        """Ask for a step of a file transfer: see `far_step`."""
+        self.ask("file", then, data, **order)
+
+    def ask(self, op: str, then: Callable[[Json], None], data: bytes = b"", **parameters: object) -> None:
+        """Send a request, and bytes, without waiting; `then(answer)` is called in the loop's thread."""
         if self.lost is not None:
             then({"error": "ConnectionClosed", "data": self.lost})
             return
         number = next(self._serial)
-        frame = [b"", dump_json({"id": number, "op": op} | parameters)]
-        self.loop.post(functools.partial(self._ask, number, then, frame))
+        frame = [b"", dump_json({"id": number, "op": op} | parameters), data]
+        self.loop.post(functools.partial(self._ask, number, then, frame, "file" * (op == "file")))
 
-    def _ask(self, number: int, then: Callable[[Json], None], frame: list[bytes]) -> None:
+    def _ask(self, number: int, then: Callable[[Json], None], frame: list[bytes], lane: str) -> None:
         self._answers[number] = then
-        self._pipe.send(frame)
+        self._pipe.send(frame, lane)
         if self.lost is not None:
             self._fail_answers()
 
@@ -4356,7 +4835,7 @@ class HostLink:
         if parts[0]:
             self._on_relayed(parts)
             return
-        message = json_object(b"".join(parts[1:]), "control message")
+        message = json_object(b"".join(parts[1:2]), "control message") | {"bytes": b"".join(parts[2:])}
         kernel, event = text_of(message.get("kernel")), message.get("event")
         if event in ("loss", "exit"):
             self._begun.pop(kernel, None)
@@ -4458,9 +4937,13 @@ def own_program(magic: str) -> bytes:
     def code() -> bytes:
         return marshal.dumps(loader.get_code(name)) if magic == importlib.util.MAGIC_NUMBER.hex() else b""
 
-    # Code first, but of no loader that rewrites what it loads: the host may not have what the new code wants.
+    # Code first, if it need not be compiled, which would stop all threads for half a second; but of no loader that
+    # rewrites what it loads: the host may not have what the new code wants.
+    has_code = type(loader) is importlib.machinery.SourceFileLoader and os.path.exists(
+        globals().get("__cached__") or ""
+    )
     ways: list[tuple[bytes, Callable[[], bytes]]] = [
-        (b"c", lambda: code() if type(loader) is importlib.machinery.SourceFileLoader else b""),
+        (b"c", lambda: code() if has_code else b""),
         (b"s", lambda: loader.get_source(name).encode("utf-8")),  # a zip has it too
         (b"s", lambda: Path(re.sub(r"\.pyc\Z", ".py", __file__)).read_bytes()),
         (b"c", code),  # a program without sources: only .pyc, or frozen
@@ -4591,13 +5074,16 @@ class HostedKernelControl:
             self._link.ask("interrupt", lambda answer: sent(), kernel=self._name)
         return not self._by_message
 
-    def kill(self) -> None:
+    def kill(self, dump: bool = False) -> None:
         if self._link:
-            self._link.ask("kill", lambda answer: None, kernel=self._name)
+            self._link.ask("kill", lambda answer: None, kernel=self._name, dump=dump)
 
     def abandon(self) -> None:
         if self._link:
             self._link.close("the kernel host did not answer 'kill' in time")
+
+    def files(self) -> AskFar:
+        return self._server.link().ask_far
 
     def close(self) -> None:
         pass  # the server has the link
@@ -4891,13 +5377,13 @@ class LocalJupyterServer(CommandJupyterServer):
         ip: str | None = None,
         port: int | None = None,
         token: str | _GenerateToken | None = None,
-        log_file: str | os.PathLike[str] | None = None,
+        log_file: AnyPath | None = None,
         log_level: str = "INFO",
         log_max_bytes: int = 2**20,
         log_backup_count: int = 3,
         *,
-        python: str | os.PathLike[str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
+        python: AnyPath | None = None,
+        cwd: AnyPath | None = None,
         env: Mapping[str, str | None] | None = None,
         transport: str | None = None,
         **launch: Any,
@@ -5010,7 +5496,7 @@ def _describe_end(process: subprocess.Popen[Any], errors: Tail) -> str:
 
 
 # ======================================================================================================
-# 11. Docker
+# 13. Docker
 # ======================================================================================================
 
 
@@ -5137,7 +5623,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         base_image: str | None = None,
         packages: Sequence[str] = (),
         network: str | None = None,
-        bind_dir: str | os.PathLike[str] | None = None,
+        bind_dir: AnyPath | None = None,
         work_dir: str = "/workspace",
         transport: str | None = None,
         hardened: bool = False,
@@ -5604,438 +6090,8 @@ def _openings(options: Mapping[str, Any], bind_dir: str | None) -> Iterator[str]
 
 
 # ======================================================================================================
-# 12. Code executor
+# 14. Host tools: functions of this program that code in a kernel calls
 # ======================================================================================================
-
-
-@dataclass
-class CodeBlock:
-    """A piece of code and the language that its fence named; "" is the kernel's own."""
-
-    code: str
-    language: str = ""
-
-
-@dataclass
-class CodeResult:
-    """What a list of code blocks did, in AutoGen's shape.
-
-    `output` is the text of the blocks joined with newlines, `output_files` absolute paths; `kernel_state` says
-    whether the variables survived: "intact", "lost", or "busy" (the code still runs).
-    """
-
-    exit_code: int
-    output: str
-    output_files: list[str] = field(default_factory=list)
-    kernel_state: str = "intact"
-
-    def __str__(self) -> str:
-        return f"exit_code={self.exit_code} output={self.output!r} output_files={self.output_files!r}"
-
-
-IPythonCodeResult = CodeResult
-
-_FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)")
-_LIST_ITEM = re.compile(r" *(?:[-+*]|\d{1,9}[.)]) {1,4}(?=\S)")
-_LANGUAGE = re.compile(r"[{.\s]*([^\s,{}]*)")  # also Pandoc's {.python .numberLines}
-
-
-class MarkdownCodeExtractor:
-    """Finds the fenced code blocks of a message."""
-
-    def extract_code_blocks(self, message: str | Sequence[Mapping[str, Any]] | None) -> list[CodeBlock]:
-        """Return the blocks in order; `message` is text, a list of message parts, or None.
-
-        The language is the first word of the info string. Without one it is guessed, as AutoGen does: "sh" for what
-        begins with pip or python, "python" for what compiles, else "".
-
-        Raises: ValueError for a part of unknown type.
-
-        Spec: https://spec.commonmark.org/0.31.2/#fenced-code-blocks
-        """
-        return [block for text in _message_texts(message) for _, _, block in fenced_blocks(text)]
-
-
-def _message_texts(message: str | Sequence[Mapping[str, Any]] | None) -> Iterator[str]:
-    if message is None or isinstance(message, str):
-        yield message or ""
-        return
-    for part in message:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind in ("text", "input_text"):
-            yield str(part.get("text") or "")
-        elif kind not in ("image_url", "input_image", "image", "function", "tool_call", "tool_calls"):
-            raise ValueError(f"Wrong content format: unknown type {kind} within the content")
-
-
-def fenced_blocks(text: str) -> Iterator[tuple[int, str, CodeBlock]]:
-    """Yield (number of the line at which the code begins, info string, block) of each fenced block of a text."""
-    lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
-    offset = 0  # column at which the content of the list item around begins
-    for number, line in lines:
-        line = line.expandtabs(4)
-        while item := _LIST_ITEM.match(line):
-            offset = item.end()
-            line = " " * offset + line[offset:]
-        indent = len(line) - len(line.lstrip(" "))
-        if line.strip() and indent < offset:
-            offset = 0
-        opening = _FENCE.fullmatch(line)
-        # "... preceded by up to three spaces of indentation"
-        if opening and indent - offset <= 3:
-            code = "\n".join(_fenced_lines(lines, opening["fence"], indent, offset))
-            language = _LANGUAGE.match(opening["info"])
-            yield number + 1, opening["info"], CodeBlock(code, (language and language[1]) or _guessed_language(code))
-
-
-def _guessed_language(code: str) -> str:
-    if code.startswith(("python ", "python3 ", "pip")):
-        return "sh"
-    try:
-        compile(code, "<block>", "exec", dont_inherit=True)
-    except Exception:  # by hostile text also MemoryError, RecursionError
-        return ""
-    return "python"
-
-
-def _fenced_lines(lines: Iterator[tuple[int, str]], fence: str, indent: int, offset: int) -> Iterator[str]:
-    # "... until a closing code fence of the same type as the code block began with ..., and with at least as
-    # many backticks or tildes"; "If the end of the containing block (or document) is reached ..., the code
-    # block contains all of the lines after the opening code fence until the end"
-    closing = re.compile(rf" {{0,{offset + 3}}}{fence[0]}{{{len(fence)},}}[ \t]*")
-    for _, line in lines:
-        if closing.fullmatch(line):
-            return
-        # "If the leading code fence is preceded by N spaces of indentation, then up to N spaces of indentation
-        # are removed from each line of the content"
-        yield _dedent(line, indent)
-
-
-def _dedent(line: str, columns: int) -> str:
-    """Remove up to `columns` columns of white space; of a tab that reaches farther, the rest stays as spaces."""
-    column = position = 0
-    while column < columns and line[position : position + 1] in (" ", "\t"):
-        column += 4 - column % 4 if line[position] == "\t" else 1
-        position += 1
-    return " " * (column - columns) + line[position:]
-
-
-class Folder:
-    """A directory that is held open: what is written into it is in it, whatever has taken the place of its path.
-
-    Code in a sandbox may share it, and plant links. Raises: ValueError if it does not exist; OSError in each method.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).absolute()
-        if not self.path.is_dir():
-            raise ValueError(f"Output directory {path} does not exist.")
-        self._at: Json = {}
-        if os.open in os.supports_dir_fd:  # not on Windows
-            descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
-            self._at = {"dir_fd": descriptor}
-            weakref.finalize(self, os.close, descriptor)
-
-    def _name(self, name: str) -> str:
-        return name if self._at else str(self.path / name)
-
-    def create(self, name: str) -> IO[bytes]:
-        """Make a new file; one that is there, or a link, is an error."""
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        return open(os.open(self._name(name), flags, 0o666, **self._at), "wb")
-
-    @contextlib.contextmanager
-    def replace(self, name: str) -> Iterator[IO[bytes]]:
-        """Give a file to write to, which takes the place of `name` once it is complete."""
-        new = f"{os.urandom(16).hex()}.part"
-        ends = {"src_dir_fd": self._at["dir_fd"], "dst_dir_fd": self._at["dir_fd"]} if self._at else {}
-        try:
-            with self.create(new) as file:
-                yield file
-            os.replace(self._name(new), self._name(name), **ends)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(self._name(new), **self._at)
-            raise
-
-
-class CallFiles:
-    """What one call writes: its pictures and other files, and its whole text if that is too long to be returned."""
-
-    def __init__(self, folder: Folder, limit: int | None) -> None:
-        """`limit`: characters of text that are kept in memory, None for all."""
-        self._folder, self._limit = folder, limit
-        self.paths: list[str] = []
-        self._room = MAX_FILE_BYTES
-        self._text: list[str] = []  # not written yet
-        self._size = 0  # characters of all text
-        self._file: IO[bytes] | None = None
-        self._text_path = ""
-        self._trouble = ""
-
-    def new_name(self, suffix: str) -> str:
-        return f"{os.urandom(16).hex()}{suffix}"
-
-    def save(self, data: Json) -> str | None:
-        """Write the best representation of a MIME bundle that belongs into a file, under a name of our own.
-
-        Returns the line that names the file, or says what went wrong; None if text is the best there is.
-        """
-        best = best_file(data)
-        if best is None:
-            return None
-        _, word, suffix, encode = best
-        path = self._folder.path / self.new_name(suffix)
-        try:
-            if len(self.paths) >= MAX_FILES:
-                raise ValueError(f"a call may write {MAX_FILES} files")
-            written = encode()
-            if len(written) > self._room:
-                raise ValueError(f"a call may write {MAX_FILE_BYTES // 2**20} MB")
-            with self._folder.replace(path.name) as file:
-                file.write(written)
-        except (OSError, ValueError, RecursionError) as error:
-            return f"{word} data could not be saved: {error}"
-        self._room -= len(written)
-        self.paths.append(str(path))
-        return f"{word} data saved to {path}"
-
-    def record(self, output: Json) -> None:
-        """Take the text of an output as it comes; an OutputHook."""
-        if self._limit is not None and output["output_type"] not in ("clear_output", "update_display_data"):
-            is_stream = output["output_type"] == "stream"
-            text = output["text"].replace("\r\n", "\n").replace("\r", "\n") if is_stream else ""
-            self._add(clean_text(text) if is_stream else render([output], "", no_file) + "\n")
-
-    def _add(self, text: str) -> None:
-        before, self._size = self._size, self._size + len(text)
-        if before >= MAX_SPILL or self._trouble:
-            return
-        self._text.append(text[: MAX_SPILL - before])
-        if self._size > (self._limit or 0):
-            try:
-                self._flush()
-            except OSError as error:
-                self._trouble = str(error)
-
-    def _flush(self) -> None:
-        if self._file is None:
-            name = f"{os.urandom(16).hex()}.txt"
-            self._file, self._text_path = self._folder.create(name), str(self._folder.path / name)
-        self._file.write("".join(self._text).encode("utf-8", "replace"))
-        self._file.flush()
-        self._text.clear()
-
-    def close(self) -> str:
-        """Say where the whole text is, for the mark in what is returned."""
-        if self._file:
-            self.paths.append(self._text_path)
-            with contextlib.suppress(OSError):
-                self._file.close()
-        if self._trouble:
-            return f"the full text could not be saved: {self._trouble}"
-        beyond = f" (its first {MAX_SPILL} characters)" if self._size > MAX_SPILL else ""
-        return f"the full text is in {self._text_path}{beyond}" if self._file else ""
-
-
-class Journal:
-    """The cells of a session, kept on disk for `save_notebook`: one line of JSON each."""
-
-    def __init__(self) -> None:
-        self._file: IO[bytes] | None = None
-        self._size = 0
-        self._trouble = ""  # why cells are missing
-
-    def add(self, code: str, result: ExecutionResult) -> None:
-        """Keep a cell. A full disk, or an output that cannot be written, costs its place here, not its result."""
-        try:
-            line = self._line(code, result.execution_count, list(map(_notebook_output, result.outputs)), result.note)
-            if self._size + len(line) > MAX_FILE_BYTES:
-                line = self._line(code, result.execution_count, [], "The outputs of this cell were not kept: too large")
-            if self._file is None:
-                import tempfile
-
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
-                weakref.finalize(self, self._file.close)
-            self._file.seek(self._size)
-            self._file.write(line)
-            self._file.flush()
-            self._size += len(line)
-        except (OSError, ValueError, RecursionError) as error:
-            self._trouble = str(error)
-            logger.warning("A cell is not kept for the notebook: %s", error)
-
-    def _line(self, code: str, count: int | None, outputs: list[Json], note: str) -> bytes:
-        outputs += [{"output_type": "stream", "name": "stderr", "text": note}] * bool(note)
-        cell = {"cell_type": "code", "id": os.urandom(4).hex(), "metadata": {}, "source": code, "outputs": outputs}
-        return dump_json(cell | {"execution_count": count}) + b"\n"
-
-    def write(self, file: IO[bytes], metadata: Json) -> None:
-        """Write a notebook. Spec: https://nbformat.readthedocs.io/en/latest/format_description.html"""
-        head = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata}
-        file.write(dump_json(head)[:-1] + b',"cells":[\n')
-        left, comma = self._size, b""
-        if self._file:
-            self._file.seek(0)
-            while left > 0:
-                line = self._file.readline()
-                file.write(comma + line)
-                left, comma = left - len(line), b","
-        if self._trouble:
-            source = f"Cells are missing here, since they could not be kept: {self._trouble}"
-            cell = {"cell_type": "markdown", "id": "missing", "metadata": {}, "source": source}
-            file.write(comma + dump_json(cell))
-        file.write(b"]}\n")
-
-
-def _notebook_output(output: Json) -> Json:
-    """Return an output as nbformat allows it: a MIME value is a string unless the type is JSON."""
-    if "data" not in output:
-        return output
-    data = {
-        mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
-        for mime, value in output["data"].items()
-    }
-    return output | {"data": data}
-
-
-_PYTHON_NAMES = re.compile(r"i?py(thon)?[\d.]*")
-_SHELLS = {"bash": "bash", "shell": "bash", "sh": "sh"}
-_QUIET = "-qq --disable-pip-version-check"  # errors stay visible
-# A line of IPython that runs pip; passed over is what may look like one: strings, comments, other shell lines.
-_PIP_LINE = re.compile(
-    r"""(?xms)
-    ^(?P<indent>[ \t]*)[!%][ \t]*pip3?[ \t]+install\b
-    | ^[ \t]*(?:!|%\w)[^\n]*
-    | (?P<quotes>\'{3}|"{3})(?:\\.|.)*?(?:(?P=quotes)|\Z)
-    | \'(?:\\.|[^\'\\\n])*
-    | "(?:\\.|[^"\\\n])*"?
-    | \#[^\n]*
-    """
-)
-_STOPPED = "The executor was stopped: make a new one."
-_FRESH = "The kernel was restarted while this call waited: it is fresh, all earlier variables are lost"
-_TEXT_CELL = re.compile(r"\s*%%(?!time|capture)")  # %%writefile, %%html, ...: what follows is no Python
-
-
-def _silence_pip(code: str) -> str:
-    def silent(line: re.Match[str]) -> str:
-        if line["indent"] is None:
-            return line[0]
-        return f"""{line["indent"]}!"{{__import__('sys').executable}}" -m pip install {_QUIET}"""
-
-    return _PIP_LINE.sub(silent, code) if "pip" in code and not _TEXT_CELL.match(code) else code
-
-
-def run_shell(shell: str, script: str, pip_options: str) -> None:
-    """Run a script in the kernel, to which this source is sent: IPython's %%bash as it should be.
-
-    Raises: CalledProcessError with the exit status, without a traceback.
-    """
-    import os
-    import subprocess
-    import sys
-    import tempfile
-
-    silent = '{0}() {{ [ "${{1-}}" != install ] || set -- "$@" {1}; command {0} "$@"; }}; '
-    command = "".join(silent.format(pip, pip_options) for pip in ("pip", "pip3")) + '. "$0"'
-    path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
-    with tempfile.TemporaryFile() as file:  # an argument ends at 128 KB, and of stdin the script's commands would read
-        file.write(script.encode("utf-8", "replace"))
-        file.seek(0)
-        try:
-            process = subprocess.Popen(
-                [shell, "-c", command, f"/dev/fd/{file.fileno()}"],
-                env={**os.environ, "PATH": path},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=[file.fileno()],
-                start_new_session=True,
-            )
-            status = follow_shell(process)
-        except FileNotFoundError:
-            print(f"There is no {shell} where the kernel runs.", file=sys.stderr)
-            status = 127
-    if status:
-        error = subprocess.CalledProcessError(status, shell)
-        vars(error)["_render_traceback_"] = list  # IPython asks for it
-        raise error
-
-
-def follow_shell(process: subprocess.Popen[bytes]) -> int:
-    """Show both streams as they come, and return the exit status when the script ends; sent with `run_shell`.
-
-    An interrupt ends all that the script has started. What it has left in the background goes on, with its output.
-    """
-    import codecs
-    import contextlib
-    import os
-    import selectors
-    import signal
-    import sys
-    import threading
-    import time
-
-    selector = selectors.DefaultSelector()
-    for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        selector.register(pipe or 0, selectors.EVENT_READ, (decoder, stream, pipe))
-
-    def show(seconds: float, in_background: bool = False) -> None:
-        end, last = time.monotonic() + seconds, False
-        while selector.get_map() and not last:
-            # What the script wrote before its end is in the pipe, and one read takes all that a pipe holds.
-            last = not in_background and (process.poll() is not None or time.monotonic() > end)
-            for key, _ in selector.select(0 if last else 0.05):
-                decoder, stream, pipe = key.data
-                data = os.read(key.fd, 65536)
-                stream.write(decoder.decode(data, not data))
-                stream.flush()
-                if not data:
-                    selector.unregister(pipe)
-                    pipe.close()
-
-    try:
-        show(float("inf"))
-        process.wait()
-    except KeyboardInterrupt:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)
-            show(0.5)
-    if selector.get_map():
-        threading.Thread(target=show, args=(0, True), daemon=True).start()
-    else:
-        selector.close()
-    status = process.poll()
-    return 130 if status is None else status if status >= 0 else 128 - status
-
-
-def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, str]:
-    """Return the cell that runs a code block in a kernel of that name and language, and what a notebook says of it.
-
-    These are the same but for a shell script.
-
-    Raises: ValueError for a language that the kernel does not speak.
-    """
-    code, language = str(block.code), str(block.language or "").strip().lower()
-    kernel_language = kernel_language or "python"  # a kernel that does not say
-    speaks_python = kernel_language.lower() == "python"
-    if speaks_python and language in _SHELLS and code.lstrip()[:1] not in ("!", "%"):
-        shell, script = _SHELLS[language], code.replace("\r\n", "\n")
-        shown = f"%%{shell}\n{script}"
-        try:
-            program = f"{functions_source((follow_shell, run_shell))}\nrun_shell({shell!r}, {script!r}, {_QUIET!r})"
-        except ValueError:  # a frozen program without source files: IPython's own way, with its flaws
-            return shown, shown
-        return f"exec({program!r}, {{}})", shown
-    own = {"", kernel_language.lower(), kernel_name.lower(), *(_SHELLS if speaks_python else ())}
-    if language in own or (speaks_python and _PYTHON_NAMES.fullmatch(language)):
-        cell = _silence_pip(code) if speaks_python else code
-        return cell, cell
-    others = " or bash" if speaks_python else ""
-    raise ValueError(f"The kernel runs {kernel_language}{others}, not {block.language}: the block was not run.")
 
 
 def functions_source(functions: Iterable[Callable[..., Any]]) -> str:
@@ -6056,8 +6112,6 @@ def function_source(function: Callable[..., Any]) -> str:
         raise ValueError(f"{function!r} cannot be sent to a kernel: it must be a plain function without closure.")
     return source
 
-
-# Tools: functions of this program that code in the kernel calls
 
 ApproveHook = Callable[[str, Json], Any]
 # The tool calls that the running code is part of, the innermost last.
@@ -6277,10 +6331,16 @@ class Verbatim(str):
     __repr__ = str.__str__
 
 
-def tool_signature(function: Callable[..., Any]) -> str:
-    """Return a function's signature as Python that needs no names: `(city: str, days: int = 3) -> list[str]`."""
+def tool_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return a function's signature, which as text needs no names: `(city: str, days: int = 3) -> list[str]`."""
     import ast
     import inspect
+
+    options: Json = {}
+    if sys.version_info >= (3, 14):
+        import annotationlib  # annotations may name what is not there at run time
+
+        options = {"annotation_format": annotationlib.Format.STRING}
 
     def checked(value: Any, check: Callable[[str], object], text: str, otherwise: str) -> Any:
         if value is inspect.Signature.empty:
@@ -6295,7 +6355,7 @@ def tool_signature(function: Callable[..., Any]) -> str:
         text = value if isinstance(value, str) else inspect.formatannotation(value, function.__module__)
         return checked(value, lambda text: compile(text, "", "eval", dont_inherit=True), text, repr(text))
 
-    signature = inspect.signature(function)
+    signature = inspect.signature(function, **options)
     parameters = [
         parameter.replace(
             annotation=annotation(parameter.annotation),
@@ -6303,7 +6363,7 @@ def tool_signature(function: Callable[..., Any]) -> str:
         )
         for parameter in signature.parameters.values()
     ]
-    return str(signature.replace(parameters=parameters, return_annotation=annotation(signature.return_annotation)))
+    return signature.replace(parameters=parameters, return_annotation=annotation(signature.return_annotation))
 
 
 class Tools:
@@ -6320,7 +6380,7 @@ class Tools:
         import inspect
         import keyword
 
-        self.functions: dict[str, Callable[..., Any]] = {}
+        self.functions: dict[str, tuple[Callable[..., Any], inspect.Signature]] = {}
         self.approve, self.max_calls, self.timeout = approve, max_calls, timeout
         self.loop: Any = None  # where coroutines run; None: each in an event loop of its own
         self.tag = ""  # of the requests that are calls
@@ -6332,11 +6392,11 @@ class Tools:
             if name in {"ToolError", "ToolRefused", *self.functions}:
                 raise ValueError(f"There are two tools of the name {name}.")
             try:
-                head = f"def {name}{tool_signature(function)}:"
+                self.functions[name] = function, tool_signature(function)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{name} cannot be a tool: {error}.") from None
-            self.functions[name] = function
-            self._heads[name] = "async " * inspect.iscoroutinefunction(function) + head, inspect.getdoc(function)
+            head = "async " * inspect.iscoroutinefunction(function) + f"def {name}{self.functions[name][1]}:"
+            self._heads[name] = head, inspect.getdoc(function)
 
     def prelude(self) -> str:
         """Return a cell that defines the tools in a kernel that has just started."""
@@ -6424,7 +6484,7 @@ class ToolCall:
 
     def run(self) -> str:
         """Return the result as JSON."""
-        value = self.result(self.tools.functions[self.name](*self.bound.args, **self.bound.kwargs))
+        value = self.result(self.tools.functions[self.name][0](*self.bound.args, **self.bound.kwargs))
         try:
             text = json.dumps(value, default=to_json)
         except (ValueError, TypeError, RecursionError) as error:
@@ -6440,7 +6500,9 @@ def tool_failure(error: BaseException, tool: str) -> Json:
     """Return what the kernel is told of an exception: a built-in one keeps its type, its text is bounded."""
     import builtins
 
-    kind, message = type(error), str(error.args[0] if len(error.args) == 1 else error)
+    kind, message = type(error), ""
+    with contextlib.suppress(Exception):  # whatever its __str__ does
+        message = str(error.args[0] if len(error.args) == 1 else error)
     known = getattr(builtins, kind.__name__, None) is kind and issubclass(kind, (Exception, KeyboardInterrupt))
     if known or kind in (ToolError, ToolRefused):
         return {"error": kind.__name__, "message": message[:LARGE_PART], "tool": tool}
@@ -6486,18 +6548,14 @@ class CellTools:
         return True
 
     def _bind(self, text: str, answer: Callable[[Json | str], None]) -> ToolCall:
-        import inspect
-
         self._weight += json_weight(text)
         if len(text) > MAX_TOOL_JSON or self._weight > MAX_JSON:
             raise ToolError("The arguments of this cell's tool calls are too large.")
         request = json_object(text, "call of a tool")
-        name, args, kwargs = request.get("name"), request.get("args"), request.get("kwargs")
-        known = isinstance(name, str) and name in self._tools.functions
-        if not (known and isinstance(args, list) and isinstance(kwargs, dict)):
+        name, args, kwargs = text_of(request.get("name")), request.get("args"), request.get("kwargs")
+        if not (name in self._tools.functions and isinstance(args, list) and isinstance(kwargs, dict)):
             raise ToolError("There is no such tool.")
-        bound = inspect.signature(self._tools.functions[str(name)]).bind(*args, **kwargs)
-        return ToolCall(self._tools, str(name), bound, answer)
+        return ToolCall(self._tools, name, self._tools.functions[name][1].bind(*args, **kwargs), answer)
 
     def _serve(self, call: ToolCall, pause: Pause) -> None:
         _CALLS.set((*_CALLS.get(), call))
@@ -6549,15 +6607,623 @@ def calls_note(calls: Sequence[Json]) -> str:
     """Return a sentence about the tool calls of a cell, so that nobody makes them twice."""
     import reprlib
 
-    shown: dict[str, list[str]] = {}
+    counts: dict[str, dict[str, int]] = {}  # of each call, by status
     for call in calls:
         arguments = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in call["arguments"].items())
-        shown.setdefault(call["status"], []).append(f"{call['name']}({arguments})")
-    parts = [
-        f"{status}: {', '.join(some[:20])}" + f" and {len(some) - 20} more" * (len(some) > 20)
-        for status, some in shown.items()
-    ]
+        text, same = f"{call['name']}({arguments})", counts.setdefault(call["status"], {})
+        same[text] = same.get(text, 0) + 1
+    parts = []
+    for status, same in counts.items():
+        shown = [text + f" ({count} times)" * (count > 1) for text, count in same.items()]
+        parts.append(f"{status}: {', '.join(shown[:20])}" + f" and {len(shown) - 20} more" * (len(shown) > 20))
     return f"Tool calls of this cell: {'; '.join(parts)}" if parts else ""
+
+
+# ======================================================================================================
+# 15. Files and variables of a kernel
+# ======================================================================================================
+
+
+@dataclass(frozen=True)
+class FarFile:
+    """An entry of a directory where a kernel runs; its name is whatever code there has chosen, so no path of yours."""
+
+    name: str
+    size: int  # bytes
+    modified: float  # seconds since 1970
+    kind: str  # "file", "directory", "link" or "other"
+
+
+Progress = Callable[[int, "int | None"], object]
+_STRANGE = "The other side gives a strange answer."
+_KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
+
+
+def kernel_step(order: Json, data: str, names: Json) -> str:
+    """Take a step in a kernel, to which this source is sent; returns JSON and bytes, both in base64."""
+    order["bytes"] = base64.b64decode(data)
+    start = sys.modules["IPython"].get_ipython().starting_dir
+    answer = variable_step(order, names) if order["step"] in ("set", "get") else far_step(order, start)
+    more = answer.pop("bytes", b"")
+    return " ".join(base64.b64encode(part).decode() for part in (json.dumps(answer).encode(), more))
+
+
+def variable_step(order: Json, names: Json) -> Json:
+    """Take in a piece of {name: value} in JSON, or hand out one of a value; what is left is kept until the next."""
+    kept = vars(sys).setdefault("_jupyter_exec", {})
+    key, offset, size = order["key"], order["offset"], order["size"]
+    is_last = True
+    try:
+        if order["step"] == "set":
+            text = kept[key] = kept[key] if offset else bytearray()
+            text += order["bytes"]
+            is_last = len(text) >= size
+            if is_last:
+                names.update(json.loads(text.decode("utf-8", "surrogatepass")))
+            return {}
+        if not offset:
+            if order["name"] not in names:
+                return {"error": "the kernel has none of that name"}
+            kept[key] = json.dumps(names[order["name"]], ensure_ascii=False).encode("utf-8", "surrogatepass")
+        text = kept[key]
+        is_last = offset + size >= len(text) or len(text) > order["limit"]
+        return {"size": len(text), "bytes": bytes(text[offset : offset + size])}
+    except Exception as error:
+        return {"error": f"it is no JSON in the kernel. {type(error).__name__}: {error}"}
+    finally:
+        if is_last:
+            kept.pop(key, None)
+            kept or vars(sys).pop("_jupyter_exec", None)
+
+
+@functools.cache  # it is read from the file
+def _kernel_program() -> str:
+    steps: list[Callable[..., Any]] = [kernel_step, variable_step]
+    steps += [far_step, far_open, far_read, far_write, far_end, far_list]
+    try:
+        return f"{functions_source(steps)}\nimport base64, contextlib, errno, json, os, stat, sys"
+    except ValueError:
+        raise JupyterExecError("This program is frozen, without the source that the kernel would need.") from None
+
+
+def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: OutputHook | None) -> Json:
+    """Take a step in an idle Python kernel, by an expression that leaves no trace there; returns its answer.
+
+    `on_output` hears what threads of earlier cells print meanwhile.
+
+    Raises: JupyterExecError.
+    """
+    if kernel.language.lower() not in ("", "python"):
+        raise JupyterExecError(f"The kernel runs {kernel.language}, and only Python kernels can do this.")
+    program = _kernel_program()
+    arguments = f"{order!r}, {base64.b64encode(data).decode()!r}, names"
+    # Whatever names the user has given to other things: this uses none.
+    builtins = "().__reduce_ex__(2)[0].__globals__['__builtins__']"
+    run = f"(lambda built, own, names: built['exec']({program!r}, own) or own['kernel_step']({arguments}))"
+    expression = f"{run}({builtins}, {{'__builtins__': {builtins}}}, (lambda: 0).__globals__)"
+    hooks = Hooks(on_output)
+    result = kernel.execute("", TRANSFER_TIMEOUT, hooks, silent=True, store_history=False, expression=expression)
+    if result.status != "ok":
+        raise JupyterExecError(result.note or "The kernel did not answer.")
+    value = result.value if isinstance(result.value, dict) else {}
+    shown = value.get("data")
+    text = shown.get("text/plain") if isinstance(shown, dict) else None
+    found = re.fullmatch(r"'([A-Za-z0-9+/=]*) ([A-Za-z0-9+/=]*)'", text) if isinstance(text, str) else None
+    if not found:
+        raise JupyterExecError(f"The kernel did not do it. {clean_text(text_of(value.get('evalue')))[:STDERR_TAIL]}")
+    try:
+        head, data = (base64.b64decode(part, validate=True) for part in found.groups())
+    except ValueError:
+        raise ProtocolError(_STRANGE) from None
+    return json_object(head, "answer of the kernel") | {"bytes": data}
+
+
+class FarFiles:
+    """The files where a kernel runs; `far_step` is the other side. Paths are those of the kernel.
+
+    `ask` sends an order, `check()` raises if a transfer is no longer wanted. Raises: FileTransferError in each method.
+    """
+
+    def __init__(self, ask: AskFar, piece: int, window: int, check: Callable[[], None]) -> None:
+        self._ask, self._check = ask, check
+        self.piece, self._window = piece, window  # bytes; how many on their way
+
+    def _send(self, step: str, path: str, data: bytes = b"", **parameters: object) -> queue.SimpleQueue[Json]:
+        self._check()
+        answers: queue.SimpleQueue[Json] = queue.SimpleQueue()
+        self._ask({"step": step, "path": path, **parameters}, data, answers.put)
+        return answers
+
+    def _take(self, path: str, answers: queue.SimpleQueue[Json]) -> Json:
+        """Wait for the answer to an order."""
+        deadline = Deadline(TRANSFER_TIMEOUT)
+        while not deadline.expired:
+            with contextlib.suppress(queue.Empty):
+                answer = answers.get(timeout=deadline.within(TRANSFER_CHECK))
+                if "error" in answer:
+                    raise _host_error(answer)
+                result = answer.get("result")
+                if not isinstance(result, dict):
+                    raise ProtocolError(_STRANGE)
+                if "error" in result:
+                    code = _text(result.get("code"))
+                    raise FileTransferError(path, clean_text(_text(result["error"])), code)
+                return result | {"bytes": answer.get("bytes", b"")}
+            self._check()
+        raise FileTransferError(path, f"nothing was heard for {TRANSFER_TIMEOUT:g} s")
+
+    def write(self, path: str, pieces: Iterable[bytes], done: Callable[[int], None]) -> None:
+        """Make a file of pieces; it appears when it is complete. `done(size)` is called for each that has arrived."""
+        part = f".{os.urandom(16).hex()}.part"
+        waiting: deque[tuple[queue.SimpleQueue[Json], int]] = deque()
+
+        def settle(count: int) -> None:
+            while len(waiting) > count:
+                answers, size = waiting.popleft()
+                self._take(path, answers)
+                done(size)
+
+        try:
+            offset = 0
+            for piece in pieces:
+                waiting.append((self._send("write", path, piece, part=part, offset=offset), len(piece)))
+                offset += len(piece)
+                settle(self._window - 1)
+            settle(0)
+            self._take(path, self._send("finish", path, part=part))
+        except BaseException:
+            self._check = lambda: None
+            with contextlib.suppress(JupyterExecError):  # if nobody is there, there is nothing to remove
+                self._send("drop", path, part=part)
+            raise
+
+    def read(self, path: str, max_bytes: int) -> Iterator[tuple[bytes, int]]:
+        """Yield a file in pieces, each with the size of the whole as known then."""
+        waiting: deque[queue.SimpleQueue[Json]] = deque()
+        asked = got = size = 0
+        identity, is_end = None, False
+        while not is_end:
+            while not waiting or (len(waiting) < self._window and asked < size):
+                waiting.append(self._send("read", path, offset=asked, size=self.piece))
+                asked += self.piece
+            answer = self._take(path, waiting.popleft())
+            piece, now, identity = answer["bytes"], answer.get("size"), identity or answer.get("file")
+            if not isinstance(now, int) or now < 0 or len(piece) > self.piece:
+                raise ProtocolError(_STRANGE)
+            if answer.get("file") != identity:
+                raise FileTransferError(path, "it was replaced by another while it was read")
+            got, is_end = got + len(piece), len(piece) < self.piece
+            size = max(size, now, got)
+            if size > max_bytes:
+                raise FileTransferError(path, f"it is larger than max_bytes={max_bytes}", "EFBIG")
+            if is_end and size > got:
+                raise FileTransferError(path, "it became shorter while it was read")
+            yield piece, size
+
+    def entries(self, path: str) -> list[FarFile]:
+        entries = self._take(path, self._send("list", path, limit=MAX_LISTED)).get("entries")
+        if not isinstance(entries, list) or len(entries) > MAX_LISTED:
+            raise ProtocolError(_STRANGE)
+        return sorted(map(_far_file, entries), key=lambda entry: entry.name)
+
+
+def _far_file(entry: Any) -> FarFile:
+    if not isinstance(entry, list) or list(map(type, entry)) != [str, int, int, float]:
+        raise ProtocolError(_STRANGE)
+    name, mode, size, modified = entry
+    if not (0 <= mode < 2**32 and 0 <= size < 2**64 and abs(modified) < 2**64):
+        raise ProtocolError(_STRANGE)
+    return FarFile(name, size, modified, _KINDS.get(stat.S_IFMT(mode), "other"))
+
+
+def _value_size(name: str, answer: Json, limit: int) -> int:
+    size = answer.get("size")
+    if not isinstance(size, int):
+        raise ProtocolError(_STRANGE)
+    if size > limit:
+        raise VariableError(name, f"its JSON has {size} bytes, more than max_bytes={limit}")
+    return size
+
+
+@contextlib.contextmanager
+def transfer_errors(far: str, here: Any = "") -> Iterator[None]:
+    """Make one kind of error of all that can go wrong with a transfer."""
+    try:
+        yield
+    except FileTransferError:
+        raise
+    except JupyterExecError as error:
+        raise FileTransferError(far, str(error)) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in a path, a file that is closed
+        number, says = getattr(error, "errno", None), getattr(error, "strerror", None)
+        path, code = str(here or "as given"), errno.errorcode.get(number or 0, "")
+        raise FileTransferError(path, says or str(error), code, True) from error
+
+
+def file_pieces(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """Yield what a binary file has, at least one piece. Raises: TypeError for a file of text."""
+    is_first = True
+    while (piece := file.read(size)) or is_first:
+        if not isinstance(piece, bytes):
+            raise TypeError("source must be a path, bytes or a binary file that waits for its data.")
+        yield piece
+        is_first = False
+
+
+def source_file(source: Any) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Open what is to be uploaded. Raises: TypeError, OSError."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    if hasattr(source, "read"):
+        return contextlib.nullcontext(source)
+    return open(os.fspath(source), "rb")
+
+
+@contextlib.contextmanager
+def target_file(target: AnyPath) -> Iterator[IO[bytes]]:
+    """Give a file to write to, which takes the place of `target` once it is complete. Raises: OSError."""
+    path = Path(target).absolute()
+    if path.exists() and not path.is_file():
+        number = errno.EISDIR if path.is_dir() else errno.EINVAL
+        raise OSError(number, "Is a directory: name the file" if path.is_dir() else "Is no regular file")
+    if not path.parent.is_dir():
+        raise OSError(errno.ENOENT, f"There is no directory {path.parent}")
+    with contextlib.closing(Folder(path.parent)) as folder, folder.replace(path.name) as file:
+        yield file
+
+
+def write_all(file: Any, data: bytes) -> None:
+    """Write to a file, a raw one included."""
+    view = memoryview(data)
+    while view:
+        written = file.write(view)
+        view = view[len(view) if written is None else written :]
+
+
+class Meter:
+    """Tells a hook how far a transfer is."""
+
+    def __init__(self, hook: Progress | None, total: int | None) -> None:
+        self._hook, self.total, self._done = hook, total, 0
+
+    def add(self, size: int) -> None:
+        self._done += size
+        if self._hook:
+            try:
+                self._hook(self._done, self.total)
+            except Exception:
+                logger.warning("on_progress raised; the transfer goes on", exc_info=True)
+
+
+# ======================================================================================================
+# 16. Code executor
+# ======================================================================================================
+
+
+@dataclass
+class CodeBlock:
+    """A piece of code and the language that its fence named; "" is the kernel's own."""
+
+    code: str
+    language: str = ""
+
+
+@dataclass
+class CodeResult:
+    """What a list of code blocks did, in AutoGen's shape.
+
+    `output` is the text of the blocks joined with newlines, `output_files` absolute paths; `kernel_state` says
+    whether the variables survived: "intact", "lost", or "busy" (the code still runs). `status` and `note` are those of
+    the last block that ran: see ExecutionResult.
+    """
+
+    exit_code: int
+    output: str
+    output_files: list[str] = field(default_factory=list)
+    kernel_state: str = "intact"
+    status: str = "ok"
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"exit_code={self.exit_code} output={self.output!r} output_files={self.output_files!r}"
+
+
+IPythonCodeResult = CodeResult
+
+_FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)")
+_LIST_ITEM = re.compile(r" *(?:[-+*]|\d{1,9}[.)]) {1,4}(?=\S)")
+_LANGUAGE = re.compile(r"[{.\s]*([^\s,{}]*)")  # also Pandoc's {.python .numberLines}
+
+
+class MarkdownCodeExtractor:
+    """Finds the fenced code blocks of a message."""
+
+    def extract_code_blocks(self, message: str | Sequence[Mapping[str, Any]] | None) -> list[CodeBlock]:
+        """Return the blocks in order; `message` is text, a list of message parts, or None.
+
+        The language is the first word of the info string. Without one it is guessed, as AutoGen does: "sh" for what
+        begins with pip or python, "python" for what compiles, else "".
+
+        Raises: ValueError for a part of unknown type.
+
+        Spec: https://spec.commonmark.org/0.31.2/#fenced-code-blocks
+        """
+        return [block for text in _message_texts(message) for _, _, block in fenced_blocks(text)]
+
+
+def _message_texts(message: str | Sequence[Mapping[str, Any]] | None) -> Iterator[str]:
+    if message is None or isinstance(message, str):
+        yield message or ""
+        return
+    for part in message:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in ("text", "input_text"):
+            yield str(part.get("text") or "")
+        elif kind not in ("image_url", "input_image", "image", "function", "tool_call", "tool_calls"):
+            raise ValueError(f"Wrong content format: unknown type {kind} within the content")
+
+
+def fenced_blocks(text: str) -> Iterator[tuple[int, str, CodeBlock]]:
+    """Yield (number of the line at which the code begins, info string, block) of each fenced block of a text."""
+    lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
+    offset = 0  # column at which the content of the list item around begins
+    for number, line in lines:
+        line = line.expandtabs(4)
+        while item := _LIST_ITEM.match(line):
+            offset = item.end()
+            line = " " * offset + line[offset:]
+        indent = len(line) - len(line.lstrip(" "))
+        if line.strip() and indent < offset:
+            offset = 0
+        opening = _FENCE.fullmatch(line)
+        # "... preceded by up to three spaces of indentation"
+        if opening and indent - offset <= 3:
+            code = "\n".join(_fenced_lines(lines, opening["fence"], indent, offset))
+            language = _LANGUAGE.match(opening["info"])
+            yield number + 1, opening["info"], CodeBlock(code, (language and language[1]) or _guessed_language(code))
+
+
+def _guessed_language(code: str) -> str:
+    if code.startswith(("python ", "python3 ", "pip")):
+        return "sh"
+    try:
+        compile(code, "<block>", "exec", dont_inherit=True)
+    except Exception:  # by hostile text also MemoryError, RecursionError
+        return ""
+    return "python"
+
+
+def _fenced_lines(lines: Iterator[tuple[int, str]], fence: str, indent: int, offset: int) -> Iterator[str]:
+    # "... until a closing code fence of the same type as the code block began with ..., and with at least as
+    # many backticks or tildes"; "If the end of the containing block (or document) is reached ..., the code
+    # block contains all of the lines after the opening code fence until the end"
+    closing = re.compile(rf" {{0,{offset + 3}}}{fence[0]}{{{len(fence)},}}[ \t]*")
+    for _, line in lines:
+        if closing.fullmatch(line):
+            return
+        # "If the leading code fence is preceded by N spaces of indentation, then up to N spaces of indentation
+        # are removed from each line of the content"
+        yield _dedent(line, indent)
+
+
+def _dedent(line: str, columns: int) -> str:
+    """Remove up to `columns` columns of white space; of a tab that reaches farther, the rest stays as spaces."""
+    column = position = 0
+    while column < columns and line[position : position + 1] in (" ", "\t"):
+        column += 4 - column % 4 if line[position] == "\t" else 1
+        position += 1
+    return " " * (column - columns) + line[position:]
+
+
+class Journal:
+    """The cells of a session, kept on disk for `save_notebook`: one line of JSON each."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._size = 0
+        self._trouble = ""  # why cells are missing
+        self._lock = threading.Lock()
+
+    def add(self, code: str, result: ExecutionResult) -> None:
+        """Keep a cell. A full disk, or an output that cannot be written, costs its place here, not its result."""
+        with self._lock:
+            self._add(code, result)
+
+    def _add(self, code: str, result: ExecutionResult) -> None:
+        try:
+            line = self._line(code, result.execution_count, list(map(_notebook_output, result.outputs)), result.note)
+            if self._size + len(line) > MAX_FILE_BYTES:
+                line = self._line(code, result.execution_count, [], "The outputs of this cell were not kept: too large")
+            if self._file is None:
+                import tempfile
+
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
+                weakref.finalize(self, self._file.close)
+            self._file.seek(self._size)
+            self._file.write(line)
+            self._file.flush()
+            self._size += len(line)
+        except (OSError, ValueError, RecursionError) as error:
+            self._trouble = str(error)
+            logger.warning("A cell is not kept for the notebook: %s", error)
+
+    def _line(self, code: str, count: int | None, outputs: list[Json], note: str) -> bytes:
+        outputs += [{"output_type": "stream", "name": "stderr", "text": note}] * bool(note)
+        cell = {"cell_type": "code", "id": os.urandom(4).hex(), "metadata": {}, "source": code, "outputs": outputs}
+        return dump_json(cell | {"execution_count": count}) + b"\n"
+
+    def write(self, file: IO[bytes], metadata: Json) -> None:
+        """Write a notebook. Spec: https://nbformat.readthedocs.io/en/latest/format_description.html"""
+        with self._lock:
+            self._write(file, metadata)
+
+    def _write(self, file: IO[bytes], metadata: Json) -> None:
+        head = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata}
+        file.write(dump_json(head)[:-1] + b',"cells":[\n')
+        left, comma = self._size, b""
+        if self._file:
+            self._file.seek(0)
+            while left > 0:
+                line = self._file.readline()
+                file.write(comma + line)
+                left, comma = left - len(line), b","
+        if self._trouble:
+            source = f"Cells are missing here, since they could not be kept: {self._trouble}"
+            cell = {"cell_type": "markdown", "id": "missing", "metadata": {}, "source": source}
+            file.write(comma + dump_json(cell))
+        file.write(b"]}\n")
+
+
+def _notebook_output(output: Json) -> Json:
+    """Return an output as nbformat allows it: a MIME value is a string unless the type is JSON."""
+    if "data" not in output:
+        return output
+    data = {
+        mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
+        for mime, value in output["data"].items()
+    }
+    return output | {"data": data}
+
+
+_PYTHON_NAMES = re.compile(r"i?py(thon)?[\d.]*")
+_SHELLS = {"bash": "bash", "shell": "bash", "sh": "sh"}
+_QUIET = "-qq --disable-pip-version-check"  # errors stay visible
+# A line of IPython that runs pip; passed over is what may look like one: strings, comments, other shell lines.
+_PIP_LINE = re.compile(
+    r"""(?xms)
+    ^(?P<indent>[ \t]*)[!%][ \t]*pip3?[ \t]+install\b
+    | ^[ \t]*(?:!|%\w)[^\n]*
+    | (?P<quotes>\'{3}|"{3})(?:\\.|.)*?(?:(?P=quotes)|\Z)
+    | \'(?:\\.|[^\'\\\n])*
+    | "(?:\\.|[^"\\\n])*"?
+    | \#[^\n]*
+    """
+)
+_STOPPED = "The executor was stopped: make a new one."
+_BUSY = "The kernel is busy: an earlier cell is still running, so this code was not run; wait() waits for that cell"
+_NOT_BEGUN = "Interrupted before it began: the code was not run"
+_FRESH = "The kernel was restarted while this call waited: it is fresh, all earlier variables are lost"
+_TEXT_CELL = re.compile(r"\s*%%(?!time|capture)")  # %%writefile, %%html, ...: what follows is no Python
+
+
+def _silence_pip(code: str) -> str:
+    def silent(line: re.Match[str]) -> str:
+        if line["indent"] is None:
+            return line[0]
+        return f"""{line["indent"]}!"{{__import__('sys').executable}}" -m pip install {_QUIET}"""
+
+    return _PIP_LINE.sub(silent, code) if "pip" in code and not _TEXT_CELL.match(code) else code
+
+
+def run_shell(shell: str, script: str, pip_options: str) -> None:
+    """Run a script in the kernel, to which this source is sent: IPython's %%bash as it should be.
+
+    Raises: CalledProcessError with the exit status, without a traceback.
+    """
+    import os
+    import subprocess
+    import sys
+    import tempfile
+
+    silent = '{0}() {{ [ "${{1-}}" != install ] || set -- "$@" {1}; command {0} "$@"; }}; '
+    command = "".join(silent.format(pip, pip_options) for pip in ("pip", "pip3")) + '. "$0"'
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
+    with tempfile.TemporaryFile() as file:  # an argument ends at 128 KB, and of stdin the script's commands would read
+        file.write(script.encode("utf-8", "replace"))
+        file.seek(0)
+        try:
+            process = subprocess.Popen(
+                [shell, "-c", command, f"/dev/fd/{file.fileno()}"],
+                env={**os.environ, "PATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[file.fileno()],
+                start_new_session=True,
+            )
+            status = follow_shell(process)
+        except FileNotFoundError:
+            print(f"There is no {shell} where the kernel runs.", file=sys.stderr)
+            status = 127
+    if status:
+        error = subprocess.CalledProcessError(status, shell)
+        vars(error)["_render_traceback_"] = list  # IPython asks for it
+        raise error
+
+
+def follow_shell(process: subprocess.Popen[bytes]) -> int:
+    """Show both streams as they come, and return the exit status when the script ends; sent with `run_shell`.
+
+    An interrupt ends all that the script has started. What it has left in the background goes on, with its output.
+    """
+    import codecs
+    import contextlib
+    import os
+    import selectors
+    import signal
+    import sys
+    import threading
+    import time
+
+    selector = selectors.DefaultSelector()
+    for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        selector.register(pipe or 0, selectors.EVENT_READ, (decoder, stream, pipe))
+
+    def show(seconds: float, in_background: bool = False) -> None:
+        end, last = time.monotonic() + seconds, False
+        while selector.get_map() and not last:
+            # What the script wrote before its end is in the pipe, and one read takes all that a pipe holds.
+            last = not in_background and (process.poll() is not None or time.monotonic() > end)
+            for key, _ in selector.select(0 if last else 0.05):
+                decoder, stream, pipe = key.data
+                data = os.read(key.fd, 65536)
+                stream.write(decoder.decode(data, not data))
+                stream.flush()
+                if not data:
+                    selector.unregister(pipe)
+                    pipe.close()
+
+    try:
+        show(float("inf"))
+        process.wait()
+    except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+            show(0.5)
+    if selector.get_map():
+        threading.Thread(target=show, args=(0, True), daemon=True).start()
+    else:
+        selector.close()
+    status = process.poll()
+    return 130 if status is None else status if status >= 0 else 128 - status
+
+
+def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, str]:
+    """Return the cell that runs a code block in a kernel of that name and language, and what a notebook says of it.
+
+    These are the same but for a shell script.
+
+    Raises: ValueError for a language that the kernel does not speak.
+    """
+    code, language = str(block.code), str(block.language or "").strip().lower()
+    kernel_language = kernel_language or "python"  # a kernel that does not say
+    speaks_python = kernel_language.lower() == "python"
+    if speaks_python and language in _SHELLS and code.lstrip()[:1] not in ("!", "%"):
+        shell, script = _SHELLS[language], code.replace("\r\n", "\n")
+        shown = f"%%{shell}\n{script}"
+        try:
+            program = f"{functions_source((follow_shell, run_shell))}\nrun_shell({shell!r}, {script!r}, {_QUIET!r})"
+        except ValueError:  # a frozen program without source files: IPython's own way, with its flaws
+            return shown, shown
+        return f"exec({program!r}, {{}})", shown
+    own = {"", kernel_language.lower(), kernel_name.lower(), *(_SHELLS if speaks_python else ())}
+    if language in own or (speaks_python and _PYTHON_NAMES.fullmatch(language)):
+        cell = _silence_pip(code) if speaks_python else code
+        return cell, cell
+    others = " or bash" if speaks_python else ""
+    raise ValueError(f"The kernel runs {kernel_language}{others}, not {block.language}: the block was not run.")
 
 
 CODE_WRITER_SYSTEM_MESSAGE = """\
@@ -6576,6 +7242,21 @@ These functions are there, too. They run outside of the kernel: arguments and re
 """
 
 
+def system_message_for(functions: Sequence[Callable[..., Any]], tools: Tools) -> str:
+    """Return CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of functions and tools."""
+    import inspect
+
+    lines = [
+        f"    {function.__name__}{inspect.signature(function)}: {inspect.getdoc(function) or ''}".rstrip(" :")
+        for function in functions
+    ]
+    text = "\n".join([CODE_WRITER_SYSTEM_MESSAGE + "These functions are defined already:" * bool(lines), *lines])
+    if not tools.functions:
+        return text
+    text = f"{text.rstrip()}\n{TOOLS_MESSAGE}"
+    return text + tools.describe(MAX_TOOLS_TEXT - len(text))
+
+
 class _UserCapability:
     """AutoGen 0.2.13 to 0.2.18: tells an agent how to write code for the executor."""
 
@@ -6586,6 +7267,10 @@ class _UserCapability:
         agent.update_system_message(agent.system_message + self._message)
 
 
+class KernelBusy(JupyterExecError):
+    """A cell whose time was over is still running, and this call does not wait for it."""
+
+
 class Turns:
     """A re-entrant lock that lets threads in by the order in which they came; but one that evicts comes next."""
 
@@ -6593,51 +7278,90 @@ class Turns:
         """`check()` raises for who must not wait, since the thread that is in waits for it."""
         self._check = check
         self._changed = threading.Condition(threading.Lock())
-        self._queue: list[int] = []  # thread ids; the first one is in
+        self._queue: list[int] = []  # thread ids, or tickets; the first one is in
+        self._tickets = itertools.count(-1, -1)
         self._depth = 0
         self.evictions = 0  # how many have come that evict
         self.overtaken = False  # whether one of them came before the thread that is in, while that one waited
-        self.closed = False  # nobody waits any more, except to evict
+        self.detached = False  # the thread that is in does not count as one to wait for
+        self.closed = False  # nobody comes in any more, except to evict
 
     @contextlib.contextmanager
-    def turn(self, evict: Callable[[], None] | None = None, since: int | None = None) -> Iterator[None]:
-        """Wait until it is the caller's turn.
+    def turn(self, evict: Callable[[], None] | None = None, job: Job | None = None) -> Iterator[None]:
+        """Wait until it is the caller's turn. With `evict` it is the next one: called until the one that is in leaves.
 
-        With `evict` it is the next one: called again and again until the thread that is in leaves. `since` is the
-        number of evictions when the waiting began, if that was before.
-
-        Raises: JupyterExecError if it was closed while the caller waited.
+        Raises: JupyterExecError if it is closed; KernelBusy if the one that is in was detached.
         """
-        self._enter(evict, since)
+        self._enter(evict, job)
         try:
             yield
         finally:
             with self._changed:
                 self._depth -= 1
                 if not self._depth:
-                    self._queue.pop(0)
-                    self._changed.notify_all()
+                    self._leave(self._queue[0])
 
-    def _enter(self, evict: Callable[[], None] | None, since: int | None) -> None:
+    @property
+    def mine(self) -> bool:
+        """Whether the calling thread is in."""
+        return self._queue[:1] == [threading.get_ident()]
+
+    def ticket(self) -> tuple[int, int]:
+        """Queue for a thread that will come; returns its place, and how many evictions there were."""
+        self._check()
+        with self._changed:
+            self._queue.append(next(self._tickets))
+            return self._queue[-1], self.evictions
+
+    def give_back(self, ticket: int) -> None:
+        with self._changed:
+            self._leave(ticket)
+
+    def detach(self, job: Job) -> bool:
+        """Have nobody wait for a job any more that is in, if it is."""
+        with self._changed:
+            is_in = self._queue[:1] == [job.thread]
+            self.detached = self.detached or is_in
+            self._changed.notify_all()
+        return is_in
+
+    def wake(self) -> None:
+        """Have those that wait look whether they still want to."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        self.closed = True
+        self.wake()
+
+    def _enter(self, evict: Callable[[], None] | None, job: Job | None) -> None:
         me = threading.get_ident()
         if not evict:
             self._check()
         with self._changed:
             if self._queue[:1] != [me]:
-                self._queue.insert(1 if evict else len(self._queue), me)
                 self.evictions += evict is not None
-                since = self.evictions if since is None or evict else since
+                since = job.since if job else self.evictions
+                if job:
+                    self._queue[self._queue.index(job.ticket)] = job.thread = me
+                else:
+                    self._queue.insert(1 if evict else len(self._queue), me)
                 try:
-                    self._wait(me, evict)
+                    self._wait(me, evict, job)
                 except BaseException:
-                    self._queue.remove(me)
-                    self._changed.notify_all()
+                    self._leave(me)
                     raise
                 self.overtaken = since != self.evictions
             self._depth += 1
 
-    def _wait(self, me: int, evict: Callable[[], None] | None) -> None:
-        while self._queue[0] != me:
+    def _leave(self, place: int) -> None:
+        if self._queue[0] == place:
+            self.detached = False
+        self._queue.remove(place)
+        self._changed.notify_all()
+
+    def _wait(self, me: int, evict: Callable[[], None] | None, job: Job | None) -> None:
+        while self._queue[0] != me or (self.closed and not evict):
             if evict:
                 self._changed.release()
                 try:
@@ -6647,13 +7371,234 @@ class Turns:
                 self._changed.wait_for(lambda: self._queue[0] == me, EVICTION_RETRY)
             elif self.closed:
                 raise JupyterExecError(_STOPPED)
+            elif job and job.interrupted:
+                raise JupyterExecError(_NOT_BEGUN)
+            elif self.detached and not (job and job.patient):
+                raise KernelBusy(_BUSY)
             else:
                 self._changed.wait()
 
-    def close(self) -> None:
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
+
+def _not_begun() -> ExecutionResult:
+    return ExecutionResult("interrupted", 130, "intact", _NOT_BEGUN, [])
+
+
+class CellCall:
+    """A call that runs one cell; `timeout` and hooks that are None are the executor's."""
+
+    def __init__(
+        self,
+        code: str,
+        timeout: float | None = None,
+        on_output: OutputHook | None = None,
+        on_input: InputHook | None = None,
+    ) -> None:
+        if not isinstance(code, str):
+            raise TypeError("code must be a string; execute_code_blocks takes code blocks.")
+        self._code, self._timeout, self._on_output, self._on_input = code, timeout, on_output, on_input
+        self.last: ExecutionResult | None = None
+
+    def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
+        executor._make_ready()
+        code, timeout = self._code, self._timeout
+        self.last = result = executor._run_cell(code, code, timeout, self._on_output, self._on_input, job=job)
+        return result
+
+    def so_far(self, result: ExecutionResult) -> ExecutionResult:
+        """Return what the call has done by now; `result` is that of its running cell."""
+        return result
+
+    def text(self, result: ExecutionResult | None) -> str:
+        """Return the text so far; `result` is that of its latest cell."""
+        return render(result.outputs, result.note * (result.status != "running"), lambda data: None) if result else ""
+
+    def not_run(self, result: ExecutionResult) -> ExecutionResult:
+        self.last = result
+        return result
+
+
+class BlocksCall:
+    """A call that runs code blocks, up to the first that fails, and makes their results one."""
+
+    def __init__(self, code_blocks: Any, folder: Folder, limit: int | None, timeout: float | None = None) -> None:
+        if isinstance(code_blocks, str) or hasattr(code_blocks, "code"):
+            code_blocks = [CodeBlock(code_blocks) if isinstance(code_blocks, str) else code_blocks]
+        self._blocks = list(code_blocks)
+        if not all(hasattr(block, "code") and hasattr(block, "language") for block in self._blocks):
+            raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
+        self._folder, self._limit, self._timeout = folder, limit, timeout
+        self._files = CallFiles(folder, limit)
+        self._ended: tuple[list[str], ExecutionResult | None] = [], None  # texts of the blocks, and the last's result
+        self._gaps: list[int] = []
+
+    def run(self, executor: JupyterCodeExecutor, job: Job | None) -> CodeResult:
+        for block in self._blocks:
+            result = executor._run_block(block, self._timeout, self._files.record, job)
+            self._add(result)
+            if result.status != "ok":
+                break
+        return self._total(self._files.close())
+
+    def _add(self, result: ExecutionResult) -> None:
+        note = "" if result.note == TRUNCATED else result.note  # the mark says more
+        text = render(result.outputs, note, self._files.save)
+        self._gaps += [result.missing] * result.truncated
+        self._ended = [*self._ended[0], text], result  # at once: another thread may be reading it
+
+    def _total(self, where: str) -> CodeResult:
+        texts, last = self._ended
+        text = shorten("\n".join(texts), self._limit, self._gaps, where)
+        if last is None:
+            return CodeResult(0, text, self._files.paths)
+        return CodeResult(last.exit_code, text, self._files.paths, last.kernel_state, last.status, last.note)
+
+    def so_far(self, result: ExecutionResult) -> CodeResult:
+        """Return what the call has done by now; `result` is that of its running cell."""
+        copied = BlocksCall([], self._folder, self._limit)
+        copied._ended, copied._gaps, copied._files.paths = self._ended, self._gaps[:], self._files.paths[:]
+        copied._add(result)
+        return copied._total("")
+
+    def text(self, result: ExecutionResult | None) -> str:
+        texts, last = self._ended
+        return "\n".join([*texts, *[CellCall("").text(result)] * (result is not last)])
+
+    def not_run(self, result: ExecutionResult) -> CodeResult:
+        self._add(result)
+        return self._total("")
+
+    @property
+    def last(self) -> ExecutionResult | None:
+        """The result of the last block that has ended."""
+        return self._ended[1]
+
+
+class Job:
+    """Code that runs in a thread of its own: what `submit` of an executor returns. It ends with its executor.
+
+    `wait(seconds)` returns the result of the call once it has ended, else None.
+    """
+
+    def __init__(self, executor: JupyterCodeExecutor, call: CellCall | BlocksCall, *, patient: bool = False) -> None:
+        """`patient`: it waits for its turn even while the cell of a detached job runs."""
+        self.patient, self.interrupted = patient, False
+        self.thread = 0
+        self._call, self._limit = call, executor._max_output
+        self._kernel, self._turns = executor._kernel, executor._turns
+        self._cell: Cell | None = None  # the latest
+        self._answer: Any = None
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self.answered, self.ended = threading.Event(), threading.Event()  # `answered` also if it was detached
+        self._on_event: list[Callable[[], object]] = []
+        self.ticket, self.since = self._turns.ticket()
+        thread = threading.Thread(target=self._run, args=(executor._worker(),), name="jupyter_exec job", daemon=True)
+        try:
+            thread.start()
+        except BaseException:
+            self._turns.give_back(self.ticket)
+            raise
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self.ended.is_set()
+
+    @property
+    def detached(self) -> bool:
+        """Whether its time was over before it had ended."""
+        return self._answer is not None
+
+    @property
+    def status(self) -> str:
+        """One of "waiting" (for its turn or the kernel), "running", "done", "failed" (there was no kernel for it),
+        and as in a result "interrupted", "timeout", "died", "exited".
+        """
+        if not self.done:
+            return "running" if self._cell else "waiting"
+        status = "failed" if self._error else self._call.last.status if self._call.last else "ok"
+        return {"ok": "done", "error": "done"}.get(status, status)
+
+    @property
+    def output(self) -> str:
+        """The text so far, as it will stand in the result; head and tail of what is over `max_output` characters."""
+        if isinstance(self._result, CodeResult):
+            return self._result.output
+        if isinstance(self._result, ExecutionResult):
+            return shorten(self._result.text, self._limit, (), "")
+        cell = self._cell
+        return shorten(self._call.text(cell.so_far() if cell else None), self._limit, (), "")
+
+    def wait(self, seconds: float | None = None) -> Any:
+        """Return the result (of a string an ExecutionResult, of blocks a CodeResult), None if it takes longer.
+
+        May be called from many threads, and again and again. Raises: as `execute` of the executor.
+        """
+        if not self.ended.wait(None if seconds is None else max(0, min(seconds, threading.TIMEOUT_MAX))):
+            return None
+        if self._error:
+            raise self._error
+        return self._result
+
+    def interrupt(self) -> None:
+        """Interrupt it, from any thread; if it is not its turn yet, it will not run."""
+        self.interrupted = True
+        self._turns.wake()
+        if cell := self._cell:
+            self._kernel.interrupt(cell)
+
+    def begin(self, cell: Cell) -> None:
+        self._cell = cell
+        if self.interrupted:
+            self._kernel.interrupt(cell)
+
+    def detach(self, so_far: ExecutionResult) -> None:
+        """Answer whoever waits for it by what there is by now: its time is over."""
+        answer = self._call.so_far(so_far)
+        if self._turns.detach(self) and not self.answered.is_set():
+            self._answer = answer
+            self._tell(self.answered)
+
+    def answer(self) -> Any:
+        """Return the result, or what there was when it was detached; None before. Raises: as `wait`."""
+        return self._answer if self.detached else self.wait(0)
+
+    def _run(self, executor: JupyterCodeExecutor) -> None:
+        try:
+            with self._turns.turn(job=self):
+                self._result = self._call.run(executor, self)
+        except KernelBusy as error:
+            self._result = self._call.not_run(ExecutionResult("error", 1, "busy", str(error), []))
+        except BaseException as error:
+            if self.interrupted and str(error) == _NOT_BEGUN:
+                self._result = self._call.not_run(_not_begun())
+            else:
+                self._error = error
+        del executor
+        self._tell(self.ended)
+        self._tell(self.answered)
+
+    def _tell(self, event: threading.Event) -> None:
+        event.set()
+        for listener in list(self._on_event):
+            with contextlib.suppress(RuntimeError):  # its loop is closed
+                listener()
+
+    async def until(self, is_so: Callable[[], bool], seconds: float | None = None) -> None:
+        """Wait on a loop, no longer than some seconds."""
+        import asyncio
+
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        listener = functools.partial(loop.call_soon_threadsafe, changed.set)
+        self._on_event.append(listener)
+        try:
+            with contextlib.suppress(asyncio.TimeoutError):
+                deadline = Deadline(seconds)
+                while not is_so():
+                    await asyncio.wait_for(changed.wait(), deadline.remaining)
+                    changed.clear()
+        finally:
+            self._on_event.remove(listener)
 
 
 def _end_forgotten(kernel: KernelClient) -> None:
@@ -6663,7 +7608,7 @@ def _end_forgotten(kernel: KernelClient) -> None:
         threading.Thread(target=kernel.give_up, daemon=True).start()
 
 
-class JupyterCodeExecutor:
+class JupyterCodeExecutor(Stoppable):
     """Runs code blocks in a Jupyter kernel of its own, whose variables live from block to block and call to call.
 
     `jupyter_server` is a server object of this module, a JupyterConnectionInfo or an object that has one, or the
@@ -6674,13 +7619,16 @@ class JupyterCodeExecutor:
     than `max_output` characters a call returns head and tail, and names the file with the whole; None is no limit.
     `functions` (plain ones, with their source at hand) are defined in the kernel whenever it is fresh, and `startup`
     is code that runs there then, unseen.
+    With `on_timeout` "detach" a call whose time is over returns what there is so far, with exit code 124 and kernel
+    state "busy", and the code goes on: `wait` returns the complete result, other calls say that the kernel is busy.
 
-    `tools` are functions of this program, plain or `async def`, that the code in the kernel calls by their names, or by
-    the keys of a dict, in every transport and without a network. Arguments and results are JSON (dataclasses, pydantic
-    models, bytes as base64, dates and sets, too) of at most MAX_TOOL_JSON. Calls run in threads, MAX_TOOLS_AT_ONCE at a
-    time. `approve(name, arguments)` returns True for a call that may run, or the reason why it may not; the cell's time
-    stands still meanwhile. A cell may make `max_tool_calls`; one that takes more than `tool_timeout` seconds raises
-    TimeoutError in the kernel. A call is part of the cell that runs when it is made; if none does, it fails.
+    `tools` are functions of this program, plain or `async def`, that the code in the kernel calls by their names, or
+    by the keys of a dict, in every transport and without a network. Arguments and results are JSON (dataclasses,
+    pydantic models, bytes as base64, dates and sets, too) of at most MAX_TOOL_JSON. Calls run in threads,
+    MAX_TOOLS_AT_ONCE at a time. `approve(name, arguments)` returns True for a call that may run, or the reason why it
+    may not; the cell's clock stands still meanwhile. A cell may make `max_tool_calls`; one that takes more than
+    `tool_timeout` seconds raises TimeoutError in the kernel. A call is part of the cell that runs when it is made; if
+    none does, it fails.
 
     It may be called from any thread: cells run one after another. `stop`, or leaving a `with`, ends the kernel.
     What a hook raises ends nothing: the logger `jupyter_exec` tells of it as a warning, so listen to that.
@@ -6693,21 +7641,22 @@ class JupyterCodeExecutor:
     UserCapability = _UserCapability
     CODE_WRITER_SYSTEM_MESSAGE = CODE_WRITER_SYSTEM_MESSAGE
 
-    _SLOTS = "_folder", "_functions", "_hooks", "_journal", "_kernel", "_output_dir", "_own_server", "_server"
-    __slots__ = ("__dict__", "__weakref__", "_tools", "_turns", *_SLOTS)
+    __slots__: tuple[str, ...] = "_folder", "_functions", "_hooks", "_job", "_journal", "_kernel", "_output_dir"
+    __slots__ += "_own_server", "_server", "_tools", "_turns"
 
     def __init__(
         self,
         jupyter_server: Any,
         kernel_name: str = "python3",
         timeout: float = 60,
-        output_dir: str | os.PathLike[str] = ".",
+        output_dir: AnyPath = ".",
         *,
         functions: Sequence[Callable[..., Any]] = (),
         startup: str = "",
         max_output: int | None = MAX_OUTPUT,
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
+        on_timeout: str = "interrupt",
         tools: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]] = (),
         approve: ApproveHook | None = None,
         max_tool_calls: int = 256,
@@ -6715,11 +7664,14 @@ class JupyterCodeExecutor:
     ) -> None:
         if not timeout >= 1:
             raise ValueError("Timeout must be greater than or equal to 1.")
+        if on_timeout not in ("interrupt", "detach"):
+            raise ValueError(f'on_timeout must be "interrupt" or "detach", not {on_timeout!r}.')
         self._output_dir = Path(output_dir)
         self._folder = Folder(self._output_dir)
         self._timeout = timeout
         self._kernel_name = kernel_name
         self._max_output = max_output
+        self._on_timeout = on_timeout
         self._functions = tuple(functions)
         self._startup = startup
         self._tools = Tools(tools, approve, max_tool_calls, tool_timeout)
@@ -6729,7 +7681,7 @@ class JupyterCodeExecutor:
         self._turns = Turns(self._tools.check_outside)
         self._server = jupyter_server
         self._own_server: RemoteJupyterServer | None = None  # made here, for a JupyterConnectionInfo
-        self._stopped = False
+        self._job: Job | None = None  # the last that was submitted or detached
         self._kernel = self._new_kernel()
         weakref.finalize(self, _end_forgotten, self._kernel).atexit = False
 
@@ -6761,28 +7713,20 @@ class JupyterCodeExecutor:
     @property
     def system_message(self) -> str:
         """CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of the installed functions and tools."""
-        import inspect
-
-        lines = [
-            f"    {function.__name__}{inspect.signature(function)}: {inspect.getdoc(function) or ''}".rstrip(" :")
-            for function in self._functions
-        ]
-        text = "\n".join([CODE_WRITER_SYSTEM_MESSAGE + "These functions are defined already:" * bool(lines), *lines])
-        if not self._tools.functions:
-            return text
-        text = f"{text.rstrip()}\n{TOOLS_MESSAGE}"
-        return text + self._tools.describe(MAX_TOOLS_TEXT - len(text))
+        return system_message_for(self._functions, self._tools)
 
     @property
     def user_capability(self) -> _UserCapability:
         return _UserCapability(self.system_message)
 
     def _prelude(self) -> str:
-        parts = [self._tools.prelude()] if self._tools.functions else []
+        program = []
         if self._functions:
             source = functions_source(self._functions)
-            parts.append(f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())")
-        return "\n".join([*parts, self._startup] if self._startup else parts)
+            program.append(f"exec(compile({source!r}, '<functions>', 'exec', dont_inherit=True), globals())")
+        if self._tools.functions:
+            program.append(self._tools.prelude())
+        return "\n".join([*program, *([self._startup] if self._startup else [])])
 
     @property
     def connection_file(self) -> str | None:
@@ -6800,58 +7744,20 @@ class JupyterCodeExecutor:
         """
         if cancellation_token is not None:
             raise TypeError("autogen-agentchat awaits its code executor: give it an AsyncJupyterCodeExecutor instead.")
-        if isinstance(code_blocks, str) or hasattr(code_blocks, "code"):
-            code_blocks = [CodeBlock(code_blocks) if isinstance(code_blocks, str) else code_blocks]
-        code_blocks = list(code_blocks)
-        if not all(hasattr(block, "code") and hasattr(block, "language") for block in code_blocks):
-            raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
-        texts: list[str] = []
-        exit_code, state = 0, "intact"
-        files = CallFiles(self._folder, self._max_output)
-        gaps: list[int] = []
-        with self._turns.turn():
-            self._check_usable()
-            for block in code_blocks:
-                result = self.execute_block(block, record=files.record)
-                note = "" if result.note == TRUNCATED else result.note  # the mark says more
-                texts.append(render(result.outputs, note, files.save))
-                gaps += [result.missing] * result.truncated
-                exit_code, state = result.exit_code, result.kernel_state
-                if result.status != "ok":
-                    break
-        text = shorten("\n".join(texts), self._max_output, gaps, files.close())
-        return CodeResult(exit_code, text, files.paths, state)
+        result: CodeResult = self._answer(BlocksCall(code_blocks, self._folder, self._max_output))
+        return result
 
     def execute_block(
-        self,
-        block: Any,
-        *,
-        record: OutputHook | None = None,
-        on_result: Callable[[ExecutionResult], None] | None = None,
+        self, block: Any, *, on_result: Callable[[ExecutionResult], None] | None = None
     ) -> ExecutionResult:
         """Run one code block in its language. Like `execute`, but never raises for what the kernel did.
 
-        `record` gets each output before the executor's hook does, and must be quick. `on_result` gets the result of a
-        block that was run even if Ctrl-C ends this call.
+        `on_result` gets the result of a block that was run even if Ctrl-C ends this call.
 
         Raises: JupyterExecError after `stop`.
         """
         with self._turns.turn():
-            self._check_usable()
-            try:
-                self._make_ready()
-                cell, shown = cell_of(block, self._kernel_name, self._kernel.language)
-                result = self._run_cell(cell, shown, self._timeout, *self._hooks, record, on_result)
-            except (JupyterExecError, ValueError) as error:
-                if self._kernel.alive and self._kernel.ready:  # too large for the server, not its language: not run
-                    return ExecutionResult("error", 1, "intact", str(error), [])
-                return ExecutionResult("died", 1, "lost", _STOPPED if self._stopped else str(error), [])
-        raised = result.error if cell != shown else None
-        if raised and (status := re.search(r" exit status (\d{1,3})\.\Z", raised["evalue"])):
-            result.outputs.remove(raised)
-            if result.status == "error":
-                result.exit_code = int(status[1])
-        return result
+            return self._run_block(block, on_result=on_result)
 
     def execute(
         self,
@@ -6865,51 +7771,127 @@ class JupyterCodeExecutor:
 
         Raises: KernelError if no kernel could be had, ConnectionClosed if the server is gone.
         """
-        with self._turns.turn():
-            self._check_usable()
+        result: ExecutionResult = self._answer(CellCall(code, timeout, on_output, on_input))
+        return result
+
+    def submit(self, code: Any, *, timeout: float | None = None) -> Job:
+        """Begin with a cell (a string) or with code blocks, and return at once.
+
+        Jobs and other calls run one after another, in the order in which they came. `timeout` as in `execute`
+        (math.inf is no limit). Keep the executor: a job ends with it.
+
+        Raises: TypeError for something that is no code.
+        """
+        is_cell = isinstance(code, str)
+        call = CellCall(code, timeout) if is_cell else BlocksCall(code, self._folder, self._max_output, timeout)
+        self._job = job = Job(self, call, patient=True)
+        return job
+
+    def wait(self, seconds: float | None = None) -> Any:
+        """Return the complete result of the last call that was detached or submitted, None if it takes longer.
+
+        Raises: JupyterExecError if there is none; else as that call.
+        """
+        return self._waited_for().wait(seconds)
+
+    def _waited_for(self) -> Job:
+        if self._job is None:
+            raise JupyterExecError("There is nothing to wait for: no call was detached or submitted.")
+        return self._job
+
+    def _answer(self, call: CellCall | BlocksCall) -> Any:
+        """Return what a call gives; one that may be detached has a thread of its own."""
+        if self._on_timeout == "interrupt" or self._turns.mine:
+            with self._turns.turn():
+                return call.run(self, None)
+        job = Job(self, call)
+        try:
+            while not job.answered.wait(1.0):  # a signal does not end it, if another thread was given that
+                pass
+        except BaseException:  # Ctrl-C, or a signal handler that raises
+            job.interrupt()
+            job.answered.wait(INTERRUPT_GRACE)
+            raise
+        self._job = job if job.detached else self._job
+        return job.answer()
+
+    def _worker(self) -> JupyterCodeExecutor:
+        """Return the same executor for a job's thread, which must not keep this object from being collected."""
+        worker = object.__new__(type(self))
+        worker.__dict__ = self.__dict__
+        for name in JupyterCodeExecutor.__slots__:
+            setattr(worker, name, getattr(self, name))
+        return worker
+
+    def _run_block(
+        self,
+        block: Any,
+        timeout: float | None = None,
+        record: OutputHook | None = None,
+        job: Job | None = None,
+        on_result: Callable[[ExecutionResult], None] | None = None,
+    ) -> ExecutionResult:
+        try:
             self._make_ready()
-            seconds = self._timeout if timeout is None else timeout
-            return self._run_cell(code, code, seconds, on_output or self._hooks[0], on_input or self._hooks[1])
+            cell, shown = cell_of(block, self._kernel_name, self._kernel.language)
+            result = self._run_cell(cell, shown, timeout, record=record, job=job, on_result=on_result)
+        except (JupyterExecError, ValueError) as error:
+            if self._kernel.alive and self._kernel.ready:  # too large for the server, not its language: not run
+                return ExecutionResult("error", 1, "intact", str(error), [])
+            return ExecutionResult("died", 1, "lost", _STOPPED if self._turns.closed else str(error), [])
+        raised = result.error if cell != shown else None
+        if raised and (status := re.search(r" exit status (\d{1,3})\.\Z", raised["evalue"])):
+            result.outputs.remove(raised)
+            if result.status == "error":
+                result.exit_code = int(status[1])
+        return result
 
     def _run_cell(
         self,
         code: str,
         shown: str,
-        timeout: float,
-        on_output: OutputHook | None,
-        on_input: InputHook | None,
+        timeout: float | None,
+        on_output: OutputHook | None = None,
+        on_input: InputHook | None = None,
+        *,
         record: OutputHook | None = None,
         on_result: Callable[[ExecutionResult], None] | None = None,
+        job: Job | None = None,
     ) -> ExecutionResult:
         """Run a cell, which stands in the notebook as `shown`."""
+        if job and job.interrupted:
+            return _not_begun()
         evictions = self._turns.evictions
         calls = CellTools(self._tools)
 
         def keep(result: ExecutionResult) -> None:
             result.calls = calls.close()
             if result.status == "died" and self._turns.evictions != evictions:
-                what = "executor was stopped" if self._stopped else "kernel was restarted"
+                what = "executor was stopped" if self._turns.closed else "kernel was restarted"
                 result.note = f"The {what} while the code ran; all variables are lost"
             if self._turns.overtaken:
                 self._turns.overtaken = False
                 result.note = "\n".join(filter(None, (_FRESH, result.note)))
+            if result.status == "timeout" and code == shown:  # no shell script
+                result.note += place_of(result, code)
             if result.status != "ok":
                 result.note = "\n".join(filter(None, (result.note, calls_note(result.calls))))
             self._journal.add(shown, result)
             if on_result:
                 on_result(result)
 
+        hooks = Hooks(
+            on_output or self._hooks[0],
+            on_input or self._hooks[1],
+            record=record,
+            on_request=calls.take if self._tools.functions else None,
+            on_timeout=job.detach if job and self._on_timeout == "detach" else None,
+            on_result=keep,
+        )
+        seconds = self._timeout if timeout is None else timeout
+        on_start = job.begin if job else None
         try:
-            return self._kernel.execute(
-                code,
-                timeout,
-                max_output=self._max_output,
-                on_output=on_output,
-                on_input=on_input,
-                record=record,
-                on_request=calls.take if self._tools.functions else None,
-                on_result=keep,
-            )
+            return self._kernel.execute(code, seconds, hooks, max_output=self._max_output, on_start=on_start)
         finally:
             calls.close()
 
@@ -6923,28 +7905,173 @@ class JupyterCodeExecutor:
                 self._kernel.ready = False  # until it has run, whatever ends this
                 result = self._kernel.execute(prelude, START_TIMEOUT, silent=True, store_history=False)
                 if result.status != "ok":
-                    raise JupyterExecError(
-                        f"Tools or functions could not be defined, or the startup code failed: {result.text}"
-                    )
+                    what = "Functions or tools could not be defined, or the startup code failed, in the kernel"
+                    raise JupyterExecError(f"{what}: {result.text}")
                 self._kernel.ready = True
 
-    def save_notebook(self, path: str | os.PathLike[str]) -> None:
+    @contextlib.contextmanager
+    def _far_files(self) -> Iterator[FarFiles]:
+        """Give the way to the kernel's files; one that leads through the kernel itself is had by turns."""
+        self._check_usable()
+        if ask := self._kernel.files():
+            yield FarFiles(ask, TRANSFER_PIECE, TRANSFER_WINDOW, self._check_usable)
+            return
+
+        def ask_by_cell(order: Json, data: bytes, then: Callable[[Json], None]) -> None:
+            answer = ask_kernel(self._kernel, order, data, self._hooks[0])
+            then({"bytes": answer.pop("bytes"), "result": answer})
+
+        with self._turns.turn():
+            self._make_ready()
+            yield FarFiles(ask_by_cell, CELL_PIECE, 1, self._check_usable)
+
+    def upload(
+        self, source: AnyPath | bytes | IO[bytes], path: AnyPath | None = None, *, on_progress: Progress | None = None
+    ) -> str:
+        """Bring a file, bytes or what a binary file has to where the kernel runs; return its path there.
+
+        A relative `path` begins in the kernel's first directory; None stands for the name of the source. Directories
+        above it are made, and what has that name is replaced at the end, a link too. `on_progress(done, total)` gets
+        bytes, None for a total that is unknown. A running cell does not matter, unless the kernel is on a Jupyter
+        server or attached: then the file goes through the kernel, which has to be one of Python, between cells.
+
+        Raises: FileTransferError; TypeError for a source that is none, or has no name.
+        """
+        here = source if isinstance(source, str | os.PathLike) else None
+        if path is None and here is None:
+            raise TypeError("path is needed: bytes and files have no name of their own.")
+        name = os.path.basename(os.path.abspath(here or "")) if path is None else os.fspath(path)
+        with transfer_errors(name, here), source_file(source) as file, self._far_files() as files:
+            total = os.stat(here).st_size if here else memoryview(source).nbytes if isinstance(source, bytes) else None
+            files.write(name, file_pieces(file, files.piece), Meter(on_progress, total).add)
+        return name
+
+    @overload
+    def download(self, path: AnyPath, *, max_bytes: int = ..., on_progress: Progress | None = ...) -> bytes: ...
+
+    @overload
+    def download(
+        self, path: AnyPath, target: AnyPath | IO[bytes], *, max_bytes: int = ..., on_progress: Progress | None = ...
+    ) -> None: ...
+
+    def download(
+        self, path: Any, target: Any = None, *, max_bytes: int = MAX_DOWNLOAD, on_progress: Progress | None = None
+    ) -> bytes | None:
+        """Return a file from where the kernel runs as bytes, or write it to `target`: a path, or a binary file.
+
+        A target path has the whole file or is as before; a link there is replaced. A link over there is followed. As to
+        `path`, `on_progress` and running cells see `upload`.
+
+        Raises: FileTransferError, also for a file of more than `max_bytes`.
+        """
+        path, here = os.fspath(path), target if isinstance(target, str | os.PathLike) else None
+        memory, meter = io.BytesIO(), Meter(on_progress, None)
+        with transfer_errors(path, here), contextlib.ExitStack() as stack:
+            files = stack.enter_context(self._far_files())
+            file = stack.enter_context(target_file(here)) if here else memory if target is None else target
+            for piece, meter.total in files.read(path, max_bytes):
+                write_all(file, piece)
+                meter.add(len(piece))
+        return memory.getvalue() if target is None else None
+
+    def list_files(self, path: AnyPath = ".") -> list[FarFile]:
+        """Return what is in a directory where the kernel runs, by name; links are not followed.
+
+        As to `path` and running cells see `upload`. Raises: FileTransferError, also for more than MAX_LISTED entries.
+        """
+        path = os.fspath(path)
+        with transfer_errors(path), self._far_files() as files:
+            return files.entries(path)
+
+    def set_variables(self, /, **values: Any) -> None:
+        """Give variables of the kernel values that can be written as JSON, all or none; tuples arrive as lists.
+
+        NaN and the infinities are allowed, as Python's JSON has them. Python kernels only, between cells.
+
+        Raises: VariableError.
+        """
+        import keyword
+
+        texts = []
+        for name, value in values.items():
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise VariableError(name, "it is no name of a variable")
+            try:
+                texts.append(f"{json.dumps(name)}:{json.dumps(value, ensure_ascii=False)}")
+            except (TypeError, ValueError, RecursionError) as error:
+                raise VariableError(name, f"it is no JSON here. {type(error).__name__}: {error}") from None
+        data = f"{{{','.join(texts)}}}".encode("utf-8", "surrogatepass")
+        self._exchange(", ".join(values), "set", data, len(data))
+
+    def get_variable(self, name: str, *, max_bytes: int = MAX_JSON) -> Any:
+        """Return the value of a variable of the kernel, if it can be written as JSON; tuples come as lists.
+
+        `max_bytes` limits the JSON. Python kernels only, between cells.
+
+        Raises: VariableError.
+        """
+        if not name.isidentifier():
+            raise VariableError(name, "it is no name of a variable")
+        data = self._exchange(name, "get", b"", max_bytes)
+        try:
+            text = data.decode("utf-8", "surrogatepass")
+            if len(text) > LARGE_PART and json_weight(text) > 4 * max(max_bytes, LARGE_PART):
+                raise ValueError("it has too many parts for its max_bytes")
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise VariableError(name, f"what came is no JSON. {error}") from None
+
+    def _exchange(self, name: str, step: str, data: bytes, limit: int) -> bytes:
+        """Send JSON of variables in pieces, or return that of one."""
+        # What an earlier call has left, when Ctrl-C ended it, had the same key.
+        order: Json = {"step": step, "name": name, "key": f"{os.getpid()} {id(self)}", "limit": limit}
+        received = bytearray()
+        with self._turns.turn():
+            try:
+                self._make_ready()
+                offset, size = 0, len(data) or 1
+                while offset < size:
+                    self._check_usable()
+                    order |= {"offset": offset, "size": len(data) or CELL_PIECE}
+                    answer = ask_kernel(self._kernel, order, data[offset : offset + CELL_PIECE], self._hooks[0])
+                    if "error" in answer:
+                        raise VariableError(name, clean_text(_text(answer["error"])))
+                    offset += CELL_PIECE
+                    if step == "get":
+                        received += answer["bytes"]
+                        size = _value_size(name, answer, limit)
+                        if len(received) != min(size, offset):
+                            raise ProtocolError(_STRANGE)
+            except VariableError:
+                raise
+            except JupyterExecError as error:
+                raise VariableError(name, str(error)) from error
+        return bytes(received)
+
+    def save_notebook(self, path: AnyPath) -> None:
         """Write the session so far as a notebook: each cell with its outputs, failed and timed-out ones too.
+
+        It waits for cells that have begun or wait for their turn, but not for one that was detached.
 
         Raises: OSError; ValueError if the directory does not exist.
         """
-        with self._turns.turn():
-            metadata: Json = {"kernelspec": {"name": self._kernel_name, "display_name": self._kernel_name}}
-            if self._kernel.language:
-                metadata["language_info"] = {"name": self._kernel.language}
-            path = Path(path).absolute()
-            if path.parent == Path("/dev"):  # not to be replaced
-                with open(path, "wb") as file:
-                    self._journal.write(file, metadata)
-                return
-            folder = self._folder if path.parent == self._folder.path else Folder(path.parent)
-            with folder.replace(path.name) as file:
+        with contextlib.suppress(JupyterExecError), self._turns.turn():
+            pass
+        metadata: Json = {"kernelspec": {"name": self._kernel_name, "display_name": self._kernel_name}}
+        if self._kernel.language:
+            metadata["language_info"] = {"name": self._kernel.language}
+        path = Path(path).absolute()
+        if path.parent == Path("/dev"):  # not to be replaced
+            with open(path, "wb") as file:
                 self._journal.write(file, metadata)
+            return
+        folder = self._folder if path.parent == self._folder.path else Folder(path.parent)
+        with folder.replace(path.name) as file:
+            self._journal.write(file, metadata)
+
+    def _check_usable(self) -> None:
+        if self._turns.closed:
+            raise JupyterExecError(_STOPPED)
 
     def interrupt(self) -> None:
         """Interrupt the running cell, from any thread; its variables are kept."""
@@ -6966,28 +8093,42 @@ class JupyterCodeExecutor:
 
         It ends the running cell; calls that wait for their turn raise JupyterExecError at once.
         """
-        self._stopped = True
         self._turns.close()
         with self._turns.turn(self._kernel.abort if self._kernel.owned else self._kernel.interrupt):
             self._kernel.shutdown()
             if self._own_server:
                 self._own_server.stop()
 
-    def _check_usable(self) -> None:
-        if self._stopped:
-            raise JupyterExecError(_STOPPED)
 
-    def __enter__(self) -> JupyterCodeExecutor:
-        return self
+AsyncHook = Callable[..., Any]  # an OutputHook or InputHook, or a coroutine function of the same arguments
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
 
-    def __copy__(self) -> JupyterCodeExecutor:
-        return self
+class AsyncJob:
+    """A Job whose `wait` is awaited."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> JupyterCodeExecutor:
-        return self  # frameworks copy their tools, and with them what must stay one kernel
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.interrupt = job.interrupt
+
+    @property
+    def done(self) -> bool:
+        """As of a Job."""
+        return self._job.done
+
+    @property
+    def status(self) -> str:
+        """As of a Job."""
+        return self._job.status
+
+    @property
+    def output(self) -> str:
+        """As of a Job."""
+        return self._job.output
+
+    async def wait(self, seconds: float | None = None) -> Any:
+        """Like Job.wait; leaving it does not end the job."""
+        await self._job.until(self._job.ended.is_set, seconds)
+        return self._job.wait(0)
 
 
 @functools.cache
@@ -6996,88 +8137,141 @@ def _autogen_result_class(theirs: type) -> type[CodeResult]:
     return type("CodeResult", (CodeResult, theirs), {})
 
 
-class AsyncJupyterCodeExecutor:
-    """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, cells run in a thread of its own.
+class AsyncJupyterCodeExecutor(Single):
+    """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, nothing blocks the loop.
 
-    Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell; variables are kept. It serves
+    Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell; variables are kept. Hooks may
+    be coroutine functions: they run on the loop of the call, and the cell's outputs wait for them. It serves
     as a code executor of autogen-agentchat 0.4 and newer, and as a CodeEnvironment of AG2 1.x.
     """
 
     supported_languages = ("python", "bash")
 
-    def __init__(self, jupyter_server: Any, *args: Any, **options: Any) -> None:
-        self._make = functools.partial(JupyterCodeExecutor, jupyter_server, *args, **options)
+    def __init__(
+        self,
+        jupyter_server: Any,
+        kernel_name: str = "python3",
+        timeout: float = 60,
+        output_dir: AnyPath = ".",
+        *,
+        functions: Sequence[Callable[..., Any]] = (),
+        startup: str = "",
+        max_output: int | None = MAX_OUTPUT,
+        on_output: AsyncHook | None = None,
+        on_input: AsyncHook | None = None,
+        on_timeout: str = "interrupt",
+        tools: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]] = (),
+        approve: ApproveHook | None = None,
+        max_tool_calls: int = 256,
+        tool_timeout: float | None = None,
+    ) -> None:
+        tools = tools if isinstance(tools, Mapping) else list(tools)
+        self._make = functools.partial(
+            JupyterCodeExecutor,
+            jupyter_server,
+            kernel_name,
+            timeout,
+            output_dir,
+            functions=functions,
+            startup=startup,
+            max_output=max_output,
+            on_output=self._hook(on_output),
+            on_input=self._hook(on_input),
+            on_timeout=on_timeout,
+            tools=tools,
+            approve=approve,
+            max_tool_calls=max_tool_calls,
+            tool_timeout=tool_timeout,
+        )
+        self._functions, self._tools = functions, Tools(tools, None, 0, None)  # for `system_message`
         self._executor: JupyterCodeExecutor | None = None
-        self._pool: Any = None
-        self._running: object = None  # what the thread of the pool is at
-        self._guard = threading.Lock()  # of _running
+        self._starting: Any = None  # a task
+        self._guard = threading.Lock()  # of _executor
+        self._loop: Any = None  # of the latest call
+        self._pending: Any = None  # what a hook in the cells' thread waits for
+        self._in_hook = contextvars.ContextVar("in_hook", default=False)
+
+    @property
+    def system_message(self) -> str:
+        """Like JupyterCodeExecutor.system_message."""
+        return system_message_for(self._functions, self._tools)
+
+    @property
+    def connection_file(self) -> str | None:
+        """Like JupyterCodeExecutor.connection_file; None before the start, too."""
+        return self._executor.connection_file if self._executor else None
 
     async def start(self) -> None:
         """Ask for the kernel. Raises what JupyterCodeExecutor raises."""
-        await self._in_thread(lambda executor: None)
+        await self._started()
 
-    async def _in_thread(self, function: Callable[[JupyterCodeExecutor], Any]) -> Any:
-        """Call a function with the executor in the thread for cells, one after another."""
+    async def _started(self) -> JupyterCodeExecutor:
         import asyncio
-        from concurrent.futures import ThreadPoolExecutor
 
-        me, loop = object(), asyncio.get_running_loop()
-        if self._executor:
-            self._executor._tools.check_outside()
-        since = self._executor._turns.evictions if self._executor else None
+        self._loop = asyncio.get_running_loop()
+        while not self._executor:
+            if not self._starting or self._starting.done() or self._starting.get_loop() is not self._loop:
+                self._starting = asyncio.ensure_future(aside(self._made))
+            await asyncio.shield(self._starting)
+        self._executor._tools.loop = self._loop
+        return self._executor
 
-        def work() -> Any:
-            self._begin(me)
-            try:
-                self._executor = executor = self._executor or self._make()
-                executor._tools.loop = loop
-                with executor._turns.turn(since=since):
-                    return function(executor)
-            finally:
-                self._begin(None)
-
-        self._pool = self._pool or ThreadPoolExecutor(1, "jupyter_exec cells")
-        future = asyncio.wrap_future(submitted := self._pool.submit(work))
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError:
-            while not submitted.cancel() and not submitted.done():  # it has begun: its cell has, or will soon
-                self._interrupt(me)
-                with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
-                    await asyncio.sleep(INTERRUPT_RETRY)
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks
-            raise
-        return future.result()
-
-    def _begin(self, work: object) -> None:
+    def _made(self) -> None:
         with self._guard:
-            self._running = work
+            self._executor = self._executor or self._make()
 
-    def _interrupt(self, work: object) -> None:
-        with self._guard:  # so that no other cell begins meanwhile
-            if self._running is work:
-                self.interrupt()
-
-    @staticmethod
-    async def _aside(function: Callable[[], Any]) -> None:
-        """Call a function in a thread of its own, since it is to overtake the cells."""
+    async def _answer(self, call: CellCall | BlocksCall) -> Any:
+        """Return what a call gives; cancelled, it is interrupted, and has ended when this returns."""
         import asyncio
-        from concurrent.futures import ThreadPoolExecutor
 
-        pool = ThreadPoolExecutor(1, "jupyter_exec")
+        if self._in_hook.get():
+            raise JupyterExecError(HOOK_RUNS_CELL)
+        executor = await self._started()
+        job = Job(executor, call)
         try:
-            await asyncio.shield(asyncio.wrap_future(pool.submit(function)))
-        finally:
-            pool.shutdown(wait=False)
+            await job.until(job.answered.is_set)
+        except asyncio.CancelledError:
+            job.interrupt()
+            while not job.done:
+                if self._pending:
+                    self._pending.cancel()
+                with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
+                    await job.until(job.ended.is_set, INTERRUPT_RETRY)
+            raise
+        executor._job = job if job.detached else executor._job
+        return job.answer()
 
-    async def execute_code_blocks(self, code_blocks: Iterable[Any], cancellation_token: Any = None) -> CodeResult:
+    def _hook(self, hook: AsyncHook | None) -> AsyncHook | None:
+        """Return a hook for the thread of the cells that has a coroutine run on the loop, and waits for it."""
+        return functools.partial(self._call_hook, hook) if hook else None
+
+    def _call_hook(self, hook: AsyncHook, *arguments: Any) -> Any:
+        import asyncio
+        from concurrent.futures import wait
+
+        self._in_hook.set(True)  # for what follows in this thread, and what it has the loop do
+        answer, loop = hook(*arguments), self._loop
+        if not asyncio.iscoroutine(answer):
+            return answer
+        try:
+            self._pending = future = asyncio.run_coroutine_threadsafe(answer, loop)
+            while not wait([future], 1.0).done:
+                if loop.is_closed():
+                    break
+            return future.result(0)
+        finally:
+            self._pending = None
+            if loop.is_closed():
+                answer.close()
+
+    async def execute_code_blocks(self, code_blocks: Any, cancellation_token: Any = None) -> CodeResult:
         """Like JupyterCodeExecutor.execute_code_blocks, with autogen's CodeResult as well where autogen_core is loaded.
 
         Raises: CancelledError.
         """
         import asyncio
 
-        task = asyncio.ensure_future(self._in_thread(lambda executor: executor.execute_code_blocks(code_blocks)))
+        task = asyncio.ensure_future(self._blocks(code_blocks))
         if cancellation_token is not None:
             cancellation_token.link_future(task)
         try:
@@ -7088,45 +8282,158 @@ class AsyncJupyterCodeExecutor:
         theirs = getattr(sys.modules.get("autogen_core.code_executor"), "CodeResult", None)
         return _autogen_result_class(theirs)(**vars(result)) if theirs else result
 
-    async def execute(self, code: str, **options: Any) -> ExecutionResult:
-        """Like JupyterCodeExecutor.execute."""
-        result: ExecutionResult = await self._in_thread(lambda executor: executor.execute(code, **options))
+    async def _blocks(self, code_blocks: Any) -> CodeResult:
+        executor = await self._started()
+        result: CodeResult = await self._answer(BlocksCall(code_blocks, executor._folder, executor._max_output))
         return result
+
+    async def execute(
+        self,
+        code: str,
+        *,
+        timeout: float | None = None,
+        on_output: AsyncHook | None = None,
+        on_input: AsyncHook | None = None,
+    ) -> ExecutionResult:
+        """Like JupyterCodeExecutor.execute."""
+        result: ExecutionResult = await self._answer(
+            CellCall(code, timeout, self._hook(on_output), self._hook(on_input))
+        )
+        return result
+
+    async def stream(
+        self, code: str, *, timeout: float | None = None, on_input: AsyncHook | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """Run one cell; yield its outputs as they come (see `on_output`), and last its ExecutionResult.
+
+        Leaving the iteration interrupts the cell; `contextlib.aclosing` makes certain that this is at once.
+        """
+        import asyncio
+
+        outputs: asyncio.Queue[Any] = asyncio.Queue(STREAM_AHEAD)
+        left = False
+
+        async def show(output: Any) -> None:
+            if not left:
+                await outputs.put(output)
+
+        async def run() -> None:
+            try:
+                await show(await self.execute(code, timeout=timeout, on_output=show, on_input=on_input))
+            except Exception as error:
+                await show(error)
+
+        running = asyncio.ensure_future(run())
+        try:
+            output: Any = None
+            while not isinstance(output, ExecutionResult):
+                output = await outputs.get()
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+        finally:
+            left = True
+            running.cancel()
+            await asyncio.wait([running])
 
     async def run(self, code: str, language: str = "python", *, context: Any = None) -> CodeResult:
         """Run one block: the CodeEnvironment of AG2 1.x."""
-        block = CodeBlock(code, language)
-        result: CodeResult = await self._in_thread(lambda executor: executor.execute_code_blocks([block]))
-        return result
+        return await self._blocks([CodeBlock(code, language)])
+
+    async def submit(self, code: Any, *, timeout: float | None = None) -> AsyncJob:
+        """Like JupyterCodeExecutor.submit."""
+        return AsyncJob((await self._started()).submit(code, timeout=timeout))
+
+    async def wait(self, seconds: float | None = None) -> Any:
+        """Like JupyterCodeExecutor.wait."""
+        return await AsyncJob((await self._started())._waited_for()).wait(seconds)
+
+    async def upload(
+        self, source: AnyPath | bytes | IO[bytes], path: AnyPath | None = None, *, on_progress: Progress | None = None
+    ) -> str:
+        """Like JupyterCodeExecutor.upload. Cancelling ends it; `on_progress` is called in a thread."""
+
+        def work(executor: JupyterCodeExecutor, progress: Progress) -> str:
+            return executor.upload(source, path, on_progress=progress)
+
+        return await self._transfer(work, on_progress)
+
+    @overload
+    async def download(self, path: AnyPath, *, max_bytes: int = ..., on_progress: Progress | None = ...) -> bytes: ...
+
+    @overload
+    async def download(
+        self, path: AnyPath, target: AnyPath | IO[bytes], *, max_bytes: int = ..., on_progress: Progress | None = ...
+    ) -> None: ...
+
+    async def download(
+        self, path: Any, target: Any = None, *, max_bytes: int = MAX_DOWNLOAD, on_progress: Progress | None = None
+    ) -> bytes | None:
+        """Like JupyterCodeExecutor.download. Cancelling ends it; `on_progress` is called in a thread."""
+
+        def work(executor: JupyterCodeExecutor, progress: Progress) -> bytes | None:
+            return executor.download(path, target, max_bytes=max_bytes, on_progress=progress)
+
+        return await self._transfer(work, on_progress)
+
+    async def list_files(self, path: AnyPath = ".") -> list[FarFile]:
+        """Like JupyterCodeExecutor.list_files."""
+        return await self._transfer(lambda executor, progress: executor.list_files(path), None)
+
+    async def _transfer(
+        self, work: Callable[[JupyterCodeExecutor, Progress], _Result], hook: Progress | None
+    ) -> _Result:
+        """Do it beside the cells; once nobody waits for it any more, it ends at its next piece."""
+        import asyncio
+
+        executor, wanted = await self._started(), True
+
+        def progress(done: int, total: int | None) -> None:
+            if not wanted:
+                raise asyncio.CancelledError
+            if hook:
+                hook(done, total)
+
+        try:
+            return await aside(lambda: work(executor, progress))
+        finally:
+            wanted = False
+
+    async def set_variables(self, /, **values: Any) -> None:
+        """Like JupyterCodeExecutor.set_variables."""
+        executor = await self._started()
+        await aside(lambda: executor.set_variables(**values))
+
+    async def get_variable(self, name: str, *, max_bytes: int = MAX_JSON) -> Any:
+        """Like JupyterCodeExecutor.get_variable."""
+        executor = await self._started()
+        return await aside(lambda: executor.get_variable(name, max_bytes=max_bytes))
 
     async def restart(self) -> None:
         """Like JupyterCodeExecutor.restart."""
         if self._executor:
-            await self._aside(self._executor.restart)
+            await aside(self._executor.restart)
         else:
             await self.start()
 
     def interrupt(self) -> None:
+        """Like JupyterCodeExecutor.interrupt."""
         if self._executor:
             self._executor.interrupt()
 
-    async def save_notebook(self, path: str | os.PathLike[str]) -> None:
-        await self._in_thread(lambda executor: executor.save_notebook(path))
+    async def save_notebook(self, path: AnyPath) -> None:
+        """Like JupyterCodeExecutor.save_notebook."""
+        await aside(functools.partial((await self._started()).save_notebook, path))
 
     async def stop(self) -> None:
-        """End the kernel and the thread. May be called more than once."""
-        pool, self._pool = self._pool, None
-        if pool:
-            made = pool.submit(lambda: None)
+        """End the kernel. May be called more than once."""
 
-            def end() -> None:
-                if not self._executor:
-                    made.result()
+        def end() -> None:
+            with self._guard:
                 if self._executor:
                     self._executor.stop()
 
-            pool.shutdown(wait=False)
-            await self._aside(end)
+        await aside(end)
 
     async def __aenter__(self) -> AsyncJupyterCodeExecutor:
         await self.start()
@@ -7135,15 +8442,9 @@ class AsyncJupyterCodeExecutor:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.stop()
 
-    def __copy__(self) -> AsyncJupyterCodeExecutor:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AsyncJupyterCodeExecutor:
-        return self
-
 
 # ======================================================================================================
-# 13. Command line
+# 17. Command line
 # ======================================================================================================
 
 
@@ -7489,6 +8790,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--unlabelled", action="store_true", help="run blocks of a .md file that name no language, too")
     run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
+    run.add_argument(
+        "--put", nargs="+", action="extend", default=[], metavar="FILE", help="bring it to the kernel first"
+    )
+    run.add_argument("--get", nargs="+", action="extend", default=[], metavar="PATH", help="bring it to DIR at the end")
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
     for command in (run, kernels):
         where = command.add_mutually_exclusive_group()
@@ -7599,6 +8904,9 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     notebook = Path(options.notebook) if options.notebook else None
     if notebook and not notebook.parent.is_dir():
         raise ValueError(f"There is no directory for {notebook}.")
+    names = list(map(os.path.basename, options.get))
+    if {"", ".", ".."} & set(names) or len(set(names)) < len(names):
+        raise ValueError("--get must name files, each with another last part, by which it is called here.")
     with _server_of(options) as server, contextlib.ExitStack() as stack:
         specs = server.kernelspecs()
         language = str(specs.get(kernel_among(kernel_name, specs) or "", {}).get("language") or "python")
@@ -7625,7 +8933,16 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             if notebook:
                 document.save(notebook)
 
-        return _run_steps(executor, document, steps, printer, options, save)
+        for source in options.put:
+            executor.upload(source)
+        status = _run_steps(executor, document, steps, printer, options, save)
+        for path, name in zip(options.get, names, strict=True):
+            try:
+                executor.download(path, Path(options.output_dir, name))
+            except FileTransferError as error:
+                put(sys.stderr, f"jupyter-exec: {error}")
+                status = status or 2
+        return status
 
 
 def _runnable(steps: Iterable[Step], kernel_name: str, language: str) -> Iterator[Step]:
@@ -7708,7 +9025,7 @@ if __name__ == "__main__":
     sys.exit(main())
 
 # ======================================================================================================
-# 14. License
+# 18. License
 # ======================================================================================================
 #
 # MIT License
