@@ -9579,23 +9579,21 @@ README_BLOCKS = [
     ("Run code", 1, ""),
     ("Files in and out", 0, "b'x,y\\n1,2\\n3,4\\n'\n['x', 'y'] ['in.csv']\n"),
     ("In Docker", 0, "3\n\n"),
-    ("On a Jupyter server", 0, ""),
+    ("On a Jupyter server", 0, "42\n"),
 ]
 
 
 @pytest.mark.parametrize(("section", "number", "shown"), README_BLOCKS)
 def test_the_readmes_blocks(
-    section: str, number: int, shown: str, tmp_path: Path, request: pytest.FixtureRequest
+    section: str, number: int, shown: str, tmp_path: Path, gateway: Peer, request: pytest.FixtureRequest
 ) -> None:
     program = readme_program(section, number)
-    prelude = IN_THIS_ENVIRONMENT.replace("BASE", repr(os.environ.get("BASE_IMAGE")))
     if section == "In Docker":
         request.getfixturevalue("engine")
     if section == "On a Jupyter server":
-        info = f"JupyterConnectionInfo(**{vars(request.getfixturevalue('gateway').info)!r})"
-        program = re.sub("(?m)^info = .*", f"info = {info}", program)
+        program = re.sub("(?m)^info = .*", f"info = JupyterConnectionInfo(**{vars(gateway.info)!r})", program)
         program += "print(executor.execute('6 * 7').text)\nexecutor.stop()\n"
-        shown = "42\n"
+    prelude = IN_THIS_ENVIRONMENT.replace("BASE", repr(os.environ.get("BASE_IMAGE")))
     result = run_python(prelude + program, cwd=tmp_path)
     assert (result.stdout, result.stderr) == (shown, "")
 
