@@ -5804,22 +5804,25 @@ def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: P
     program = """
         import jupyter_exec
         with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:
-            code = "print('go', flush=True)\\nfor i in range(10_000): display(i)"
+            code = "print('go', flush=True)\\nshow = get_ipython().display_pub.publish\\n"
+            code += "for i in range(10_000): show({'text/plain': 'x' * 500})\\n"
+            code += "import os, time\\nwhile not os.path.exists('GATE'): time.sleep(0.5)"  # so that idle is not lost, too
             seen = []
             result = executor.execute(code, timeout=60, on_output=lambda output: seen or (print("go", flush=True), seen.append(1)))
             print(result.status, (len(result.outputs) == 10_001) != ("lost" in result.note), executor.execute("7").text)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
+    command = [sys.executable, "-c", textwrap.dedent(program.replace("GATE", str(tmp_path / "gate")))]
     environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as client:
         assert client.stdout
         assert client.stdout.readline() == "go\n"
         client.send_signal(signal.SIGSTOP)
-        kernel = max(descendants(client.pid))
+        family = descendants(client.pid)
         busy = [-1.0]
 
         def still() -> bool:  # the kernel has nothing to do any more, or nobody to do it for
-            before, busy[0] = busy[0], sum(map(float, Path(f"/proc/{kernel}/stat").read_text().split()[13:15]))
+            stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in family]
+            before, busy[0] = busy[0], sum(float(stat[11]) + float(stat[12]) for stat in stats)
             time.sleep(0.2)
             return busy[0] == before
 
@@ -5827,6 +5830,7 @@ def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: P
             eventually(still, "the flood is over")
         finally:
             client.send_signal(signal.SIGCONT)
+            (tmp_path / "gate").touch()
         status, truth, after = client.stdout.readline().split()
     assert (status, truth, after) == ("ok", "True", "7")
 
