@@ -26,7 +26,7 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
     10 Hosted servers        the link to a kernel host, CommandJupyterServer, LocalJupyterServer
     11 Docker                DockerJupyterServer
     12 Code executor         code blocks, tools, jobs, JupyterCodeExecutor and its async face
-    13 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
+    13 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``, ``jupyter-exec mcp``
     14 License
 
 Where the kernels live: a server object starts a Python process, sends it this very source over stdin, and
@@ -64,7 +64,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, overload
@@ -8771,7 +8771,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--get", nargs="+", action="extend", default=[], metavar="PATH", help="bring it to DIR at the end")
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
-    for command in (run, kernels):
+    mcp = commands.add_parser(
+        "mcp", help="serve run_code and other tools to a language model by MCP, on stdin and stdout"
+    )
+    for command in (run, kernels, mcp):
         where = command.add_mutually_exclusive_group()
         where.add_argument("--python", metavar="PATH", help="the local interpreter that python3 means")
         where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (give FILE first)")
@@ -8848,7 +8851,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
     try:
-        return _run(options, words[at + 1 :]) if options.command == "run" else _list_kernels(options)
+        if options.command == "run":
+            return _run(options, words[at + 1 :])
+        return _serve_mcp(options) if options.command == "mcp" else _list_kernels(options)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our stdout has left
@@ -8994,6 +8999,234 @@ def _list_kernels(options: argparse.Namespace) -> int:
         for name, spec in sorted(server.kernelspecs().items()):
             fields = (name, spec.get("display_name", ""), spec.get("resource_dir", ""))
             put(sys.stdout, "\t".join(re.sub(r"\s", " ", str(field)) for field in fields))
+    return 0
+
+
+MCP_PATIENCE = 45.0  # seconds until a tool answers in any case: clients give up after a minute
+MCP_SESSIONS = 16  # kernels of one server
+MCP_OUTPUT = 20_000  # characters of text in an answer
+MCP_FILE = 2**24  # bytes of a file that read_file takes
+_IMAGE_HEADS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
+_MCP_INSTRUCTIONS = """\
+Code runs in Jupyter kernels, one for each session; variables and imports stay from call to call. Use the session
+"default" unless you need several kernels at once. An error costs only the code that raised it."""
+
+
+class BlockCall(CellCall):
+    """A call that runs one code block, and saves no files."""
+
+    def __init__(self, block: CodeBlock, timeout: float) -> None:
+        super().__init__(block.code, timeout)
+        self._block = block
+
+    def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
+        self.last = result = executor._run_block(self._block, self._timeout, job=job)
+        return result
+
+
+@dataclass
+class McpSession:
+    name: str
+    executor: AsyncJupyterCodeExecutor
+    job: Job | None = None  # the latest
+
+    async def begin(self, block: CodeBlock, timeout: float, deadline: Deadline) -> None:
+        """Run a block when all earlier ones have ended. Raises: ValueError if that takes too long."""
+        executor = await _soon(self.executor._started(), deadline)
+        while self.job and not self.job.done:
+            if deadline.expired:
+                advice = "Wait for that, interrupt it, or use another session."
+                raise ValueError(f"Session {self.name!r} still runs earlier code, so this code was not run. {advice}")
+            await self.job.until(self.job.ended.is_set, deadline.remaining)
+        self.job = Job(executor, BlockCall(block, timeout), patient=True)
+
+    async def answer(self, deadline: Deadline) -> list[Json]:
+        """Return what the latest code has shown, or that it still runs. Who cancels this interrupts the code."""
+        import asyncio
+
+        job = self.job
+        if job is None:
+            raise ValueError(f"No code was run in session {self.name!r}, or not since its restart.")
+        try:
+            await job.until(job.ended.is_set, deadline.remaining)
+        except asyncio.CancelledError:
+            job.interrupt()
+            raise
+        if not job.done:
+            text = f"The code is still running in session {self.name!r}: call wait for the rest, or interrupt."
+            output = job.output[-MCP_OUTPUT // 10 :]
+            return [
+                _mcp_text(f"{text} {'The last of its output so far:' if output else 'No output so far.'}\n{output}")
+            ]
+        result: ExecutionResult = job.wait(0)
+        if result.status == "died" and result.death is None:
+            raise JupyterExecError(result.note)
+        if result.status == "error" and not result.error:
+            result.note = result.note or f"exit status {result.exit_code}"
+        result.note = "" if result.note == TRUNCATED else result.note  # the mark says more
+        return result.to_messages("mcp", max_chars=MCP_OUTPUT) or [
+            _mcp_text("The code has ended well, without output.")
+        ]
+
+
+def _mcp_text(text: str) -> Json:
+    return {"type": "text", "text": shorten(text, MCP_OUTPUT, (), "")}
+
+
+async def _soon(awaitable: Awaitable[_T], deadline: Deadline) -> _T:
+    """Wait for something. Raises: ValueError if it takes too long."""
+    import asyncio
+
+    try:
+        return await asyncio.wait_for(awaitable, deadline.remaining)
+    except asyncio.TimeoutError:
+        advice = "If code runs in this session, wait for it or interrupt it; else try again later."
+        raise ValueError(f"This was not done within {MCP_PATIENCE:g} s. {advice}") from None
+
+
+class McpTools:
+    """The tools of `jupyter-exec mcp`, by their names; their docstrings are for the language model."""
+
+    def __init__(self, server: JupyterServer) -> None:
+        self._server = server
+        self.sessions: dict[str, McpSession] = {}
+
+    def _session(self, name: str) -> McpSession:
+        if name not in self.sessions:
+            if len(self.sessions) >= MCP_SESSIONS:
+                raise ValueError(
+                    f"There can be no more than {MCP_SESSIONS} sessions. Use one of {list(self.sessions)}."
+                )
+            executor = AsyncJupyterCodeExecutor(self._server, max_output=MCP_OUTPUT * 9 // 10)
+            self.sessions[name] = McpSession(name, executor)
+        return self.sessions[name]
+
+    def _known(self, name: str) -> McpSession:
+        if name not in self.sessions:
+            raise ValueError(f"There is no session {name!r}; there are {list(self.sessions)}.")
+        return self.sessions[name]
+
+    async def run_code(
+        self, code: str, language: str = "python", timeout: float | None = None, session: str = "default"
+    ) -> list[Json]:
+        """Run code and return what it prints, its last value, its pictures, and the traceback if it raises.
+
+        Variables stay for the next call in the same session; each session is a kernel of its own. Plots that are shown
+        come back as images. Besides the kernel's language (python) "bash" works, too. `timeout`: seconds after
+        which the code is interrupted, variables are kept; without it the code may run as long as it needs. After
+        45 seconds this returns "still running", and the code goes on: call `wait` for the rest. Of more than 20,000
+        characters of output you get the beginning and the end. input() raises: nobody answers it.
+        """
+        deadline, this = Deadline(MCP_PATIENCE), self._session(session)
+        await this.begin(CodeBlock(code, language), float("inf") if timeout is None else timeout, deadline)
+        return await this.answer(deadline)
+
+    async def wait(self, session: str = "default", seconds: float = 45) -> list[Json]:
+        """Wait for the latest code of a session, 45 seconds at most, and return all that run_code would have returned.
+
+        If the code takes longer, this says so, and you may call it again.
+        """
+        return await self._known(session).answer(Deadline(max(0, min(seconds, MCP_PATIENCE))))
+
+    async def interrupt(self, session: str = "default") -> list[Json]:
+        """Interrupt the code that runs in a session, and return what it has shown; variables are kept."""
+        this = self._known(session)
+        if this.job is None or this.job.done:
+            raise ValueError(f"No code is running in session {session!r}.")
+        this.job.interrupt()
+        return await this.answer(Deadline(MCP_PATIENCE))
+
+    async def restart(self, session: str = "default") -> list[Json]:
+        """Give a session a fresh kernel: ends its code, all its variables are lost, files stay."""
+        this = self._session(session)
+        await _soon(this.executor.restart(), Deadline(MCP_PATIENCE))
+        this.job = None
+        return [_mcp_text(f"Session {session!r} has a fresh kernel; all its variables are lost.")]
+
+    async def read_file(self, path: str, session: str = "default") -> list[Json]:
+        """Return a file from where the code runs: text (20,000 characters of it), an image, or else base64.
+
+        A relative path begins in the directory in which the session's kernel was started.
+        """
+        executor = self._session(session).executor
+        data = await _soon(executor.download(path, max_bytes=MCP_FILE), Deadline(MCP_PATIENCE))
+        for head, mime_type in _IMAGE_HEADS.items():
+            if data.startswith(head):
+                bundle = {"data": {mime_type: base64.b64encode(data).decode("ascii")}, "metadata": {}}
+                shown = ExecutionResult("ok", 0, "intact", "", [{"output_type": "display_data"} | bundle])
+                return shown.to_messages("mcp", max_chars=MCP_OUTPUT)
+        try:
+            return [_mcp_text(data.decode("utf-8") or "The file is empty.")]
+        except UnicodeDecodeError:
+            return [_mcp_text(f"No text: {len(data)} bytes, in base64:\n{base64.b64encode(data).decode('ascii')}")]
+
+    async def write_file(self, path: str, text: str = "", base64: str = "", session: str = "default") -> list[Json]:
+        """Write a file where the code runs, from text (as UTF-8) or, for any other bytes, from base64.
+
+        A relative path begins in the directory in which the session's kernel was started. Directories are made, and a
+        file of that name is replaced.
+        """
+        if text and base64:
+            raise ValueError("Give text or base64, not both.")
+        data = text.encode("utf-8", "replace") or _bytes_of(base64)
+        await _soon(self._session(session).executor.upload(data, path), Deadline(MCP_PATIENCE))
+        return [_mcp_text(f"{len(data)} bytes were written to {path}.")]
+
+    async def list_files(self, path: str = ".", session: str = "default") -> list[Json]:
+        """List a directory where the code runs: size in bytes, time of the last change (UTC), name."""
+        files = await _soon(self._session(session).executor.list_files(path), Deadline(MCP_PATIENCE))
+        lines = []
+        for file in files:
+            name = file.name if file.name.isprintable() else repr(file.name)
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(file.modified))
+            lines.append(f"{file.size:>10}  {when}  {name}{'/' * (file.kind == 'directory')}")
+        return [_mcp_text("\n".join(lines) or "The directory is empty.")]
+
+
+def _bytes_of(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)  # its error is a ValueError
+
+
+def _serve_mcp(options: argparse.Namespace) -> int:
+    """Serve until the end of stdin, or a signal."""
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    try:
+        from mcp.server import MCPServer
+        from mcp.types import CallToolResult
+    except ImportError:
+        raise ValueError("This needs the MCP SDK, which is not here: pip install 'mcp>=2'.") from None
+
+    def add(tool: Callable[..., Awaitable[list[Json]]]) -> None:
+        @functools.wraps(tool)
+        async def answer(*arguments: Any, **named: Any) -> CallToolResult:
+            # What code did is no error of the tool: clients take no pictures beside one.
+            failed = False
+            try:
+                content = await tool(*arguments, **named)
+            except (JupyterExecError, ValueError) as error:
+                content, failed = [_mcp_text(clean_text(str(error)))], True
+            return CallToolResult.model_validate({"content": content, "isError": failed})
+
+        mcp.add_tool(answer, structured_output=False)
+
+    mcp = MCPServer("jupyter-exec", version=__version__, instructions=_MCP_INSTRUCTIONS, log_level="WARNING")
+    logger.propagate = False  # the SDK has given the root logger a handler, on stderr like ours
+    with _server_of(options) as server:
+        tools = McpTools(server)
+        for name in ("run_code", "wait", "interrupt", "restart", "read_file", "write_file", "list_files"):
+            add(getattr(tools, name))
+        # In a thread that is not waited for: the SDK's reading of stdin would keep a signal from ending the program.
+        serving = threading.Thread(target=lambda: asyncio.run(mcp.run_stdio_async()), daemon=True)
+        serving.start()
+        try:
+            while serving.is_alive():
+                serving.join(1.0)
+        finally:
+            executors = [made for session in tools.sessions.values() if (made := session.executor._executor)]
+            with ThreadPoolExecutor(MCP_SESSIONS) as pool:
+                list(pool.map(JupyterCodeExecutor.stop, executors))
     return 0
 
 
