@@ -9002,10 +9002,11 @@ def _list_kernels(options: argparse.Namespace) -> int:
     return 0
 
 
-MCP_PATIENCE = 45.0  # seconds until a tool answers in any case: clients give up after a minute
+MCP_PATIENCE = 45.0  # seconds until a tool answers, whatever happens: clients give up after a minute
 MCP_SESSIONS = 16  # kernels of one server
 MCP_OUTPUT = 20_000  # characters of text in an answer
 MCP_FILE = 2**24  # bytes of a file that read_file takes
+MCP_END = 5.0  # seconds for the end of all kernels
 _IMAGE_HEADS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
 _MCP_INSTRUCTIONS = """\
 Code runs in Jupyter kernels, one for each session; variables and imports stay from call to call. Use the session
@@ -9015,73 +9016,51 @@ Code runs in Jupyter kernels, one for each session; variables and imports stay f
 class BlockCall(CellCall):
     """A call that runs one code block, and saves no files."""
 
-    def __init__(self, block: CodeBlock, timeout: float) -> None:
-        super().__init__(block.code, timeout)
-        self._block = block
+    language = ""
 
     def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
-        self.last = result = executor._run_block(self._block, self._timeout, job=job)
+        self.last = result = executor._run_block(CodeBlock(self._code, self.language), self._timeout, job=job)
         return result
 
 
-@dataclass
-class McpSession:
-    name: str
-    executor: AsyncJupyterCodeExecutor
-    job: Job | None = None  # the latest
-
-    async def begin(self, block: CodeBlock, timeout: float, deadline: Deadline) -> None:
-        """Run a block when all earlier ones have ended. Raises: ValueError if that takes too long."""
-        executor = await _soon(self.executor._started(), deadline)
-        while self.job and not self.job.done:
-            if deadline.expired:
-                advice = "Wait for that, interrupt it, or use another session."
-                raise ValueError(f"Session {self.name!r} still runs earlier code, so this code was not run. {advice}")
-            await self.job.until(self.job.ended.is_set, deadline.remaining)
-        self.job = Job(executor, BlockCall(block, timeout), patient=True)
-
-    async def answer(self, deadline: Deadline) -> list[Json]:
-        """Return what the latest code has shown, or that it still runs. Who cancels this interrupts the code."""
-        import asyncio
-
-        job = self.job
-        if job is None:
-            raise ValueError(f"No code was run in session {self.name!r}, or not since its restart.")
-        try:
-            await job.until(job.ended.is_set, deadline.remaining)
-        except asyncio.CancelledError:
-            job.interrupt()
-            raise
-        if not job.done:
-            text = f"The code is still running in session {self.name!r}: call wait for the rest, or interrupt."
-            output = job.output[-MCP_OUTPUT // 10 :]
-            return [
-                _mcp_text(f"{text} {'The last of its output so far:' if output else 'No output so far.'}\n{output}")
-            ]
-        result: ExecutionResult = job.wait(0)
-        if result.status == "died" and result.death is None:
-            raise JupyterExecError(result.note)
-        if result.status == "error" and not result.error:
-            result.note = result.note or f"exit status {result.exit_code}"
-        result.note = "" if result.note == TRUNCATED else result.note  # the mark says more
-        return result.to_messages("mcp", max_chars=MCP_OUTPUT) or [
-            _mcp_text("The code has ended well, without output.")
-        ]
+def _mcp_text(text: str) -> list[Json]:
+    return [{"type": "text", "text": shorten(text, MCP_OUTPUT, (), "")}]
 
 
-def _mcp_text(text: str) -> Json:
-    return {"type": "text", "text": shorten(text, MCP_OUTPUT, (), "")}
+def _mcp_result(result: ExecutionResult) -> list[Json]:
+    if result.status == "died" and result.death is None:  # there was no kernel
+        raise JupyterExecError(result.note)
+    if result.status == "error" and not result.error:
+        result.note = result.note or f"exit status {result.exit_code}"
+    result.note = "" if result.note == TRUNCATED else result.note  # the mark says more
+    return result.to_messages("mcp", max_chars=MCP_OUTPUT) or _mcp_text("The code has ended well, without output.")
 
 
-async def _soon(awaitable: Awaitable[_T], deadline: Deadline) -> _T:
+async def _mcp_answer(job: Job, seconds: float) -> list[Json]:
+    """Return what code has shown, or that it still runs. Who cancels this interrupts the code."""
+    import asyncio
+
+    try:
+        await job.until(job.ended.is_set, seconds)
+    except asyncio.CancelledError:
+        job.interrupt()
+        raise
+    if job.done:
+        return _mcp_result(job.wait(0))
+    end = job.output[-MCP_OUTPUT // 10 :]
+    says = f"The last of its output so far:\n{end}" if end else "It has shown nothing so far."
+    return _mcp_text(f"The code is still running: call wait for the rest, or interrupt. {says}")
+
+
+async def _soon(awaitable: Awaitable[_T], seconds: float) -> _T:
     """Wait for something. Raises: ValueError if it takes too long."""
     import asyncio
 
     try:
-        return await asyncio.wait_for(awaitable, deadline.remaining)
+        return await asyncio.wait_for(awaitable, seconds)
     except asyncio.TimeoutError:
-        advice = "If code runs in this session, wait for it or interrupt it; else try again later."
-        raise ValueError(f"This was not done within {MCP_PATIENCE:g} s. {advice}") from None
+        why = "the kernel is still being started, or runs code that has to be waited for or interrupted"
+        raise ValueError(f"Not done within {MCP_PATIENCE:g} s: {why}. Try again.") from None
 
 
 class McpTools:
@@ -9089,22 +9068,20 @@ class McpTools:
 
     def __init__(self, server: JupyterServer) -> None:
         self._server = server
-        self.sessions: dict[str, McpSession] = {}
+        self._executors: dict[str, AsyncJupyterCodeExecutor] = {}
+        self._jobs: dict[str, Job] = {}  # the latest of each session
 
-    def _session(self, name: str) -> McpSession:
-        if name not in self.sessions:
-            if len(self.sessions) >= MCP_SESSIONS:
-                raise ValueError(
-                    f"There can be no more than {MCP_SESSIONS} sessions. Use one of {list(self.sessions)}."
-                )
-            executor = AsyncJupyterCodeExecutor(self._server, max_output=MCP_OUTPUT * 9 // 10)
-            self.sessions[name] = McpSession(name, executor)
-        return self.sessions[name]
+    def _executor(self, session: str) -> AsyncJupyterCodeExecutor:
+        if session not in self._executors:
+            if len(self._executors) >= MCP_SESSIONS:
+                raise ValueError(f"There are {MCP_SESSIONS} sessions, and can be no more: {list(self._executors)}.")
+            self._executors[session] = AsyncJupyterCodeExecutor(self._server, max_output=MCP_OUTPUT * 9 // 10)
+        return self._executors[session]
 
-    def _known(self, name: str) -> McpSession:
-        if name not in self.sessions:
-            raise ValueError(f"There is no session {name!r}; there are {list(self.sessions)}.")
-        return self.sessions[name]
+    def _job(self, session: str) -> Job:
+        if session not in self._jobs:
+            raise ValueError(f"No code was run in session {session!r}, or not since its restart.")
+        return self._jobs[session]
 
     async def run_code(
         self, code: str, language: str = "python", timeout: float | None = None, session: str = "default"
@@ -9112,121 +9089,128 @@ class McpTools:
         """Run code and return what it prints, its last value, its pictures, and the traceback if it raises.
 
         Variables stay for the next call in the same session; each session is a kernel of its own. Plots that are shown
-        come back as images. Besides the kernel's language (python) "bash" works, too. `timeout`: seconds after
-        which the code is interrupted, variables are kept; without it the code may run as long as it needs. After
-        45 seconds this returns "still running", and the code goes on: call `wait` for the rest. Of more than 20,000
-        characters of output you get the beginning and the end. input() raises: nobody answers it.
+        come back as images. `language` is "python" or "bash". After `timeout` seconds the code is interrupted, and
+        variables are kept; without it the code may run as long as it needs. After 45 seconds this returns "still
+        running", and the code goes on: call `wait` for the rest. Of more than 20,000 characters of output you get the
+        beginning and the end. Nobody answers input().
         """
-        deadline, this = Deadline(MCP_PATIENCE), self._session(session)
-        await this.begin(CodeBlock(code, language), float("inf") if timeout is None else timeout, deadline)
-        return await this.answer(deadline)
+        deadline = Deadline(MCP_PATIENCE)
+        executor = await _soon(self._executor(session)._started(), MCP_PATIENCE)
+        while (job := self._jobs.get(session)) and not job.done:
+            if deadline.expired:
+                advice = "Wait for that, interrupt it, or use another session."
+                raise ValueError(f"Session {session!r} still runs earlier code, so this code was not run. {advice}")
+            await job.until(job.ended.is_set, deadline.remaining)
+        call = BlockCall(code, float("inf") if timeout is None else timeout)
+        call.language = language
+        self._jobs[session] = job = Job(executor, call, patient=True)
+        return await _mcp_answer(job, deadline.within(MCP_PATIENCE))
 
     async def wait(self, session: str = "default", seconds: float = 45) -> list[Json]:
         """Wait for the latest code of a session, 45 seconds at most, and return all that run_code would have returned.
 
         If the code takes longer, this says so, and you may call it again.
         """
-        return await self._known(session).answer(Deadline(max(0, min(seconds, MCP_PATIENCE))))
+        return await _mcp_answer(self._job(session), max(0, min(seconds, MCP_PATIENCE)))
 
     async def interrupt(self, session: str = "default") -> list[Json]:
         """Interrupt the code that runs in a session, and return what it has shown; variables are kept."""
-        this = self._known(session)
-        if this.job is None or this.job.done:
-            raise ValueError(f"No code is running in session {session!r}.")
-        this.job.interrupt()
-        return await this.answer(Deadline(MCP_PATIENCE))
+        self._job(session).interrupt()
+        return await _mcp_answer(self._job(session), MCP_PATIENCE)
 
     async def restart(self, session: str = "default") -> list[Json]:
-        """Give a session a fresh kernel: ends its code, all its variables are lost, files stay."""
-        this = self._session(session)
-        await _soon(this.executor.restart(), Deadline(MCP_PATIENCE))
-        this.job = None
-        return [_mcp_text(f"Session {session!r} has a fresh kernel; all its variables are lost.")]
+        """Give a session a fresh kernel: its code is ended, all its variables are lost, files stay."""
+        self._jobs.pop(session, None)
+        await _soon(self._executor(session).restart(), MCP_PATIENCE)
+        return _mcp_text(f"Session {session!r} has a fresh kernel; all its variables are lost.")
 
     async def read_file(self, path: str, session: str = "default") -> list[Json]:
         """Return a file from where the code runs: text (20,000 characters of it), an image, or else base64.
 
         A relative path begins in the directory in which the session's kernel was started.
         """
-        executor = self._session(session).executor
-        data = await _soon(executor.download(path, max_bytes=MCP_FILE), Deadline(MCP_PATIENCE))
+        data = await _soon(self._executor(session).download(path, max_bytes=MCP_FILE), MCP_PATIENCE)
+        coded = base64.b64encode(data).decode("ascii")
         for head, mime_type in _IMAGE_HEADS.items():
             if data.startswith(head):
-                bundle = {"data": {mime_type: base64.b64encode(data).decode("ascii")}, "metadata": {}}
-                shown = ExecutionResult("ok", 0, "intact", "", [{"output_type": "display_data"} | bundle])
-                return shown.to_messages("mcp", max_chars=MCP_OUTPUT)
+                output = {"output_type": "display_data", "data": {mime_type: coded}, "metadata": {}}
+                return _mcp_result(ExecutionResult("ok", 0, "intact", "", [output]))
         try:
-            return [_mcp_text(data.decode("utf-8") or "The file is empty.")]
+            return _mcp_text(data.decode("utf-8") or "The file is empty.")
         except UnicodeDecodeError:
-            return [_mcp_text(f"No text: {len(data)} bytes, in base64:\n{base64.b64encode(data).decode('ascii')}")]
+            return _mcp_text(f"No text: {len(data)} bytes, in base64:\n{coded}")
 
-    async def write_file(self, path: str, text: str = "", base64: str = "", session: str = "default") -> list[Json]:
-        """Write a file where the code runs, from text (as UTF-8) or, for any other bytes, from base64.
+    async def write_file(
+        self, path: str, content: str, is_base64: bool = False, session: str = "default"
+    ) -> list[Json]:
+        """Write a file where the code runs: text (as UTF-8), or with `is_base64` any bytes.
 
         A relative path begins in the directory in which the session's kernel was started. Directories are made, and a
         file of that name is replaced.
         """
-        if text and base64:
-            raise ValueError("Give text or base64, not both.")
-        data = text.encode("utf-8", "replace") or _bytes_of(base64)
-        await _soon(self._session(session).executor.upload(data, path), Deadline(MCP_PATIENCE))
-        return [_mcp_text(f"{len(data)} bytes were written to {path}.")]
+        data = base64.b64decode(content, validate=True) if is_base64 else content.encode("utf-8", "replace")
+        await _soon(self._executor(session).upload(data, path), MCP_PATIENCE)
+        return _mcp_text(f"{len(data)} bytes were written to {path}.")
 
     async def list_files(self, path: str = ".", session: str = "default") -> list[Json]:
         """List a directory where the code runs: size in bytes, time of the last change (UTC), name."""
-        files = await _soon(self._session(session).executor.list_files(path), Deadline(MCP_PATIENCE))
         lines = []
-        for file in files:
+        for file in await _soon(self._executor(session).list_files(path), MCP_PATIENCE):
             name = file.name if file.name.isprintable() else repr(file.name)
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(file.modified))
             lines.append(f"{file.size:>10}  {when}  {name}{'/' * (file.kind == 'directory')}")
-        return [_mcp_text("\n".join(lines) or "The directory is empty.")]
+        return _mcp_text("\n".join(lines) or "The directory is empty.")
 
+    def end(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
 
-def _bytes_of(text: str) -> bytes:
-    return base64.b64decode(text, validate=True)  # its error is a ValueError
+        executors = [made for executor in self._executors.values() if (made := executor._executor)]
+        with ThreadPoolExecutor(MCP_SESSIONS) as pool:
+            list(pool.map(JupyterCodeExecutor.stop, executors))
+        self._server.stop()
 
 
 def _serve_mcp(options: argparse.Namespace) -> int:
     """Serve until the end of stdin, or a signal."""
     import asyncio
-    from concurrent.futures import ThreadPoolExecutor
 
     try:
         from mcp.server import MCPServer
         from mcp.types import CallToolResult
     except ImportError:
         raise ValueError("This needs the MCP SDK, which is not here: pip install 'mcp>=2'.") from None
+    tools = McpTools(_server_of(options))
+    mcp = MCPServer("jupyter-exec", version=__version__, instructions=_MCP_INSTRUCTIONS, log_level="WARNING")
+    logger.propagate = False  # the SDK has given the root logger a handler, on stderr like ours
 
     def add(tool: Callable[..., Awaitable[list[Json]]]) -> None:
         @functools.wraps(tool)
         async def answer(*arguments: Any, **named: Any) -> CallToolResult:
-            # What code did is no error of the tool: clients take no pictures beside one.
-            failed = False
+            failed = False  # what code did is no error of the tool: beside one, models may get no pictures
             try:
                 content = await tool(*arguments, **named)
             except (JupyterExecError, ValueError) as error:
-                content, failed = [_mcp_text(clean_text(str(error)))], True
+                content, failed = _mcp_text(clean_text(str(error))), True
             return CallToolResult.model_validate({"content": content, "isError": failed})
 
         mcp.add_tool(answer, structured_output=False)
 
-    mcp = MCPServer("jupyter-exec", version=__version__, instructions=_MCP_INSTRUCTIONS, log_level="WARNING")
-    logger.propagate = False  # the SDK has given the root logger a handler, on stderr like ours
-    with _server_of(options) as server:
-        tools = McpTools(server)
-        for name in ("run_code", "wait", "interrupt", "restart", "read_file", "write_file", "list_files"):
-            add(getattr(tools, name))
-        # In a thread that is not waited for: the SDK's reading of stdin would keep a signal from ending the program.
-        serving = threading.Thread(target=lambda: asyncio.run(mcp.run_stdio_async()), daemon=True)
-        serving.start()
+    for name in ("run_code", "wait", "interrupt", "restart", "read_file", "write_file", "list_files"):
+        add(getattr(tools, name))
+    # In threads that nobody has to wait for: no signal ends the SDK's reading of stdin, or the start of a kernel.
+    serving = threading.Thread(target=lambda: asyncio.run(mcp.run_stdio_async()), daemon=True)
+    ending = threading.Thread(target=tools.end, daemon=True)
+    serving.start()
+    try:
+        while serving.is_alive():
+            serving.join(1.0)
+    finally:
         try:
-            while serving.is_alive():
-                serving.join(1.0)
+            ending.start()
+            ending.join(MCP_END)
         finally:
-            executors = [made for session in tools.sessions.values() if (made := session.executor._executor)]
-            with ThreadPoolExecutor(MCP_SESSIONS) as pool:
-                list(pool.map(JupyterCodeExecutor.stop, executors))
+            if ending.is_alive():  # whatever was begun ends with this process
+                os._exit(1)
     return 0
 
 
