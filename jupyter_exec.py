@@ -30,7 +30,7 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
     14 Host tools            functions of this program that code in a kernel calls
     15 Files and variables   of a kernel, in and out
     16 Code executor         code blocks, jobs, JupyterCodeExecutor and its async face
-    17 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``
+    17 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``, ``jupyter-exec mcp``
     18 License
 
 Where the kernels live: a server object starts a Python process, sends it this very source over stdin, and
@@ -68,7 +68,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, overload
@@ -8857,7 +8857,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--get", nargs="+", action="extend", default=[], metavar="PATH", help="bring it to DIR at the end")
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
-    for command in (run, kernels):
+    mcp = commands.add_parser(
+        "mcp", help="serve run_code and other tools to a language model by MCP, on stdin and stdout"
+    )
+    for command in (run, kernels, mcp):
         where = command.add_mutually_exclusive_group()
         where.add_argument("--python", metavar="PATH", help="the local interpreter that python3 means")
         where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (give FILE first)")
@@ -8934,7 +8937,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
     try:
-        return _run(options, words[at + 1 :]) if options.command == "run" else _list_kernels(options)
+        if options.command == "run":
+            return _run(options, words[at + 1 :])
+        return _serve_mcp(options) if options.command == "mcp" else _list_kernels(options)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our stdout has left
@@ -9080,6 +9085,218 @@ def _list_kernels(options: argparse.Namespace) -> int:
         for name, spec in sorted(server.kernelspecs().items()):
             fields = (name, spec.get("display_name", ""), spec.get("resource_dir", ""))
             put(sys.stdout, "\t".join(re.sub(r"\s", " ", str(field)) for field in fields))
+    return 0
+
+
+MCP_PATIENCE = 45.0  # seconds until a tool answers, whatever happens: clients give up after a minute
+MCP_SESSIONS = 16  # kernels of one server
+MCP_OUTPUT = 20_000  # characters of text in an answer
+MCP_FILE = 2**24  # bytes of a file that read_file takes
+MCP_END = 5.0  # seconds for the end of all kernels
+_IMAGE_HEADS = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
+_MCP_INSTRUCTIONS = """\
+Code runs in Jupyter kernels, one for each session; variables and imports stay from call to call. Use the session
+"default" unless you need several kernels at once. An error costs only the code that raised it."""
+
+
+class BlockCall(CellCall):
+    """A call that runs one code block, and saves no files."""
+
+    language = ""
+
+    def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
+        self.last = result = executor._run_block(CodeBlock(self._code, self.language), self._timeout, job=job)
+        return result
+
+
+def _mcp_text(text: str) -> list[Json]:
+    return [{"type": "text", "text": shorten(text, MCP_OUTPUT, (), "")}]
+
+
+def _mcp_result(result: ExecutionResult) -> list[Json]:
+    if result.status == "died" and result.death is None:  # there was no kernel
+        raise JupyterExecError(result.note)
+    if result.status == "error" and not result.error:
+        result.note = result.note or f"exit status {result.exit_code}"
+    result.note = "" if result.note == TRUNCATED else result.note  # the mark says more
+    return result.to_messages("mcp", max_chars=MCP_OUTPUT) or _mcp_text("The code has ended well, without output.")
+
+
+async def _mcp_answer(job: Job, seconds: float) -> list[Json]:
+    """Return what code has shown, or that it still runs. Who cancels this interrupts the code."""
+    import asyncio
+
+    try:
+        await job.until(job.ended.is_set, seconds)
+    except asyncio.CancelledError:
+        job.interrupt()
+        raise
+    if job.done:
+        return _mcp_result(job.wait(0))
+    end = job.output[-MCP_OUTPUT // 10 :]
+    says = f"The last of its output so far:\n{end}" if end else "It has shown nothing so far."
+    return _mcp_text(f"The code is still running: call wait for the rest, or interrupt. {says}")
+
+
+async def _soon(awaitable: Awaitable[_T], seconds: float) -> _T:
+    """Wait for something. Raises: ValueError if it takes too long."""
+    import asyncio
+
+    try:
+        return await asyncio.wait_for(awaitable, seconds)
+    except asyncio.TimeoutError:
+        why = "the kernel is still being started, or runs code that has to be waited for or interrupted"
+        raise ValueError(f"Not done within {MCP_PATIENCE:g} s: {why}. Try again.") from None
+
+
+class McpTools:
+    """The tools of `jupyter-exec mcp`, by their names; their docstrings are for the language model."""
+
+    def __init__(self, server: JupyterServer) -> None:
+        self._server = server
+        self._executors: dict[str, AsyncJupyterCodeExecutor] = {}
+        self._jobs: dict[str, Job] = {}  # the latest of each session
+
+    def _executor(self, session: str) -> AsyncJupyterCodeExecutor:
+        if session not in self._executors:
+            if len(self._executors) >= MCP_SESSIONS:
+                raise ValueError(f"There are {MCP_SESSIONS} sessions, and can be no more: {list(self._executors)}.")
+            self._executors[session] = AsyncJupyterCodeExecutor(self._server, max_output=MCP_OUTPUT * 9 // 10)
+        return self._executors[session]
+
+    def _job(self, session: str) -> Job:
+        if session not in self._jobs:
+            raise ValueError(f"No code was run in session {session!r}, or not since its restart.")
+        return self._jobs[session]
+
+    async def run_code(
+        self, code: str, language: str = "python", timeout: float | None = None, session: str = "default"
+    ) -> list[Json]:
+        """Run code and return what it prints, its last value, its pictures, and the traceback if it raises.
+
+        Variables stay for the next call in the same session; each session is a kernel of its own. Plots that are shown
+        come back as images. `language` is "python" or "bash". After `timeout` seconds the code is interrupted, and
+        variables are kept; without it the code may run as long as it needs. After 45 seconds this returns "still
+        running", and the code goes on: call `wait` for the rest. Of more than 20,000 characters of output you get the
+        beginning and the end. Nobody answers input().
+        """
+        deadline = Deadline(MCP_PATIENCE)
+        executor = await _soon(self._executor(session)._started(), MCP_PATIENCE)
+        while (job := self._jobs.get(session)) and not job.done:
+            if deadline.expired:
+                advice = "Wait for that, interrupt it, or use another session."
+                raise ValueError(f"Session {session!r} still runs earlier code, so this code was not run. {advice}")
+            await job.until(job.ended.is_set, deadline.remaining)
+        call = BlockCall(code, float("inf") if timeout is None else timeout)
+        call.language = language
+        self._jobs[session] = job = Job(executor, call, patient=True)
+        return await _mcp_answer(job, deadline.within(MCP_PATIENCE))
+
+    async def wait(self, session: str = "default", seconds: float = 45) -> list[Json]:
+        """Wait for the latest code of a session, 45 seconds at most, and return all that run_code would have returned.
+
+        If the code takes longer, this says so, and you may call it again.
+        """
+        return await _mcp_answer(self._job(session), max(0, min(seconds, MCP_PATIENCE)))
+
+    async def interrupt(self, session: str = "default") -> list[Json]:
+        """Interrupt the code that runs in a session, and return what it has shown; variables are kept."""
+        self._job(session).interrupt()
+        return await _mcp_answer(self._job(session), MCP_PATIENCE)
+
+    async def restart(self, session: str = "default") -> list[Json]:
+        """Give a session a fresh kernel: its code is ended, all its variables are lost, files stay."""
+        self._jobs.pop(session, None)
+        await _soon(self._executor(session).restart(), MCP_PATIENCE)
+        return _mcp_text(f"Session {session!r} has a fresh kernel; all its variables are lost.")
+
+    async def read_file(self, path: str, session: str = "default") -> list[Json]:
+        """Return a file from where the code runs: text (20,000 characters of it), an image, or else base64.
+
+        A relative path begins in the directory in which the session's kernel was started.
+        """
+        data = await _soon(self._executor(session).download(path, max_bytes=MCP_FILE), MCP_PATIENCE)
+        coded = base64.b64encode(data).decode("ascii")
+        for head, mime_type in _IMAGE_HEADS.items():
+            if data.startswith(head):
+                output = {"output_type": "display_data", "data": {mime_type: coded}, "metadata": {}}
+                return _mcp_result(ExecutionResult("ok", 0, "intact", "", [output]))
+        try:
+            return _mcp_text(data.decode("utf-8") or "The file is empty.")
+        except UnicodeDecodeError:
+            return _mcp_text(f"No text: {len(data)} bytes, in base64:\n{coded}")
+
+    async def write_file(
+        self, path: str, content: str, is_base64: bool = False, session: str = "default"
+    ) -> list[Json]:
+        """Write a file where the code runs: text (as UTF-8), or with `is_base64` any bytes.
+
+        A relative path begins in the directory in which the session's kernel was started. Directories are made, and a
+        file of that name is replaced.
+        """
+        data = base64.b64decode(content, validate=True) if is_base64 else content.encode("utf-8", "replace")
+        await _soon(self._executor(session).upload(data, path), MCP_PATIENCE)
+        return _mcp_text(f"{len(data)} bytes were written to {path}.")
+
+    async def list_files(self, path: str = ".", session: str = "default") -> list[Json]:
+        """List a directory where the code runs: size in bytes, time of the last change (UTC), name."""
+        lines = []
+        for file in await _soon(self._executor(session).list_files(path), MCP_PATIENCE):
+            name = file.name if file.name.isprintable() else repr(file.name)
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(file.modified))
+            lines.append(f"{file.size:>10}  {when}  {name}{'/' * (file.kind == 'directory')}")
+        return _mcp_text("\n".join(lines) or "The directory is empty.")
+
+    def end(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        executors = [made for executor in self._executors.values() if (made := executor._executor)]
+        with ThreadPoolExecutor(MCP_SESSIONS) as pool:
+            list(pool.map(JupyterCodeExecutor.stop, executors))
+        self._server.stop()
+
+
+def _serve_mcp(options: argparse.Namespace) -> int:
+    """Serve until the end of stdin, or a signal."""
+    import asyncio
+
+    try:
+        from mcp.server import MCPServer
+        from mcp.types import CallToolResult
+    except ImportError:
+        raise ValueError("This needs the MCP SDK, which is not here: pip install 'mcp>=2'.") from None
+    tools = McpTools(_server_of(options))
+    mcp = MCPServer("jupyter-exec", version=__version__, instructions=_MCP_INSTRUCTIONS, log_level="WARNING")
+    logger.propagate = False  # the SDK has given the root logger a handler, on stderr like ours
+
+    def add(tool: Callable[..., Awaitable[list[Json]]]) -> None:
+        @functools.wraps(tool)
+        async def answer(*arguments: Any, **named: Any) -> CallToolResult:
+            failed = False  # what code did is no error of the tool: beside one, models may get no pictures
+            try:
+                content = await tool(*arguments, **named)
+            except (JupyterExecError, ValueError) as error:
+                content, failed = _mcp_text(clean_text(str(error))), True
+            return CallToolResult.model_validate({"content": content, "isError": failed})
+
+        mcp.add_tool(answer, structured_output=False)
+
+    for name in ("run_code", "wait", "interrupt", "restart", "read_file", "write_file", "list_files"):
+        add(getattr(tools, name))
+    # In threads that nobody has to wait for: no signal ends the SDK's reading of stdin, or the start of a kernel.
+    serving = threading.Thread(target=lambda: asyncio.run(mcp.run_stdio_async()), daemon=True)
+    ending = threading.Thread(target=tools.end, daemon=True)
+    serving.start()
+    try:
+        while serving.is_alive():
+            serving.join(1.0)
+    finally:
+        try:
+            ending.start()
+            ending.join(MCP_END)
+        finally:
+            if ending.is_alive():  # whatever was begun ends with this process
+                os._exit(1)
     return 0
 
 

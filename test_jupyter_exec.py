@@ -347,14 +347,15 @@ def test_only_the_standard_library_is_imported_at_module_level() -> None:
     assert imported <= sys.stdlib_module_names
 
 
-def test_only_zmq_and_docker_are_imported_anywhere() -> None:
+def test_only_zmq_docker_and_mcp_are_imported_anywhere() -> None:
     names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in names} - sys.stdlib_module_names <= {
         "zmq",
         "docker",
-        "annotationlib",
-    }  # the last is of Python 3.14
+        "mcp",  # for the command of that name
+        "annotationlib",  # of Python 3.14
+    }
 
 
 @functools.cache
@@ -9570,6 +9571,234 @@ def test_runs_as_a_module_too() -> None:
     command = [sys.executable, "-m", "jupyter_exec", "run", "-c", "print(__name__)"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=MODULE.parent)
     assert (result.stdout, result.stderr) == ("__main__\n", "")
+
+
+MCP_PROGRAM = (
+    "import sys, jupyter_exec; jupyter_exec.MCP_PATIENCE = float(sys.argv.pop(1)); sys.exit(jupyter_exec.main())"
+)
+
+
+def mcp_run(main: Callable[[Any], Any], *options: str, patience: float = PATIENCE, mode: str = "auto") -> str:
+    """Run `main(call)` beside a `jupyter-exec mcp`; `await call(tool, **arguments)` returns its result. Returns stderr."""
+    from mcp import Client
+    from mcp.client.stdio import StdioServerParameters, stdio_client
+
+    arguments = ["-W", "error", "-c", MCP_PROGRAM, str(patience), "mcp", *options]
+    environment = {"PYTHONPATH": str(MODULE.parent), "TMPDIR": tempfile.gettempdir()}
+    parameters = StdioServerParameters(
+        command=sys.executable, args=arguments, env=environment, cwd=tempfile.gettempdir()
+    )
+
+    async def serve(errors: Any) -> None:
+        async with Client(stdio_client(parameters, errors), mode=mode) as client:
+            await main(lambda tool, **arguments: client.call_tool(tool, arguments))
+
+    with tempfile.TemporaryFile("w+") as errors:
+        asyncio.run(asyncio.wait_for(serve(errors), 60))
+        errors.seek(0)
+        return errors.read()
+
+
+def mcp_text(result: Any) -> str:
+    assert result.structured_content is None
+    return "".join(f"<{block.mime_type}>" if block.type == "image" else block.text for block in result.content)
+
+
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABpfZFQAAAAABJRU5ErkJggg=="
+MCP_CALLS: list[tuple[str, dict[str, Any], bool, str]] = [
+    ("run_code", {"code": "x = 20\nprint('out')\nx + 1"}, False, "out\n21"),
+    ("run_code", {"code": "x = 30"}, False, "The code has ended well, without output."),
+    ("run_code", {"code": "1/0"}, False, r"ZeroDivisionError: division by zero\n.*line 1.*"),
+    ("run_code", {"code": "echo a; exit 3", "language": "bash"}, False, "a\nexit status 3"),
+    ("run_code", {"code": "1", "language": "cobol"}, False, "The kernel runs python or bash, not cobol: .*"),
+    ("run_code", {"code": "print('y' * 10**6)"}, False, rf"y{{9000}}\n\[{10**6 + 1 - 18_000} characters are missing here\]\ny{{8999}}\n"),
+    ("run_code", {"code": "while True: pass", "timeout": 1}, False, "KeyboardInterrupt.*Timeout: interrupted after 1 s; .*"),
+    ("run_code", {"code": f"from IPython.display import Image; Image(__import__('base64').b64decode({PNG!r}))"}, False, r"\[a picture\]<image/png>"),
+    ("run_code", {}, True, ".*code.*Field required.*"),
+    ("wait", {}, False, r"\[a picture\]<image/png>"),
+    ("wait", {"session": "other"}, True, "No code was run in session 'other', or not since its restart."),
+    ("interrupt", {}, False, r"\[a picture\]<image/png>"),
+    ("write_file", {"path": "mcp/a.json", "content": '{"a": 1}\r\n'}, False, "10 bytes were written to mcp/a.json."),
+    ("read_file", {"path": "mcp/a.json"}, False, '{"a": 1}\r\n'),
+    ("write_file", {"path": "mcp/b", "content": "/wAB", "is_base64": True}, False, "3 bytes were written to mcp/b."),
+    ("read_file", {"path": "mcp/b"}, False, "No text: 3 bytes, in base64:\n/wAB"),
+    ("write_file", {"path": "mcp/c.txt", "content": PNG, "is_base64": True}, False, "70 bytes were written to mcp/c.txt."),
+    ("read_file", {"path": "mcp/c.txt"}, False, r"\[a picture\]<image/png>"),
+    ("write_file", {"path": "mcp/c", "content": "%", "is_base64": True}, True, ".*base64.*"),
+    ("list_files", {"path": "mcp"}, False, r" +10  .* a.json\n +3  .*  b\n +70 .*  c.txt"),
+    ("list_files", {"path": "mcp/none"}, True, "The file 'mcp/none' at the kernel: No such file or directory"),
+    ("run_code", {"code": "import shutil; shutil.rmtree('mcp'); __import__('os').kill(__import__('os').getpid(), 9)"}, False, "The kernel died .*all variables are lost"),
+    ("run_code", {"code": "print('x' in vars())"}, False, "False\n"),
+    ("restart", {}, False, "Session 'default' has a fresh kernel; all its variables are lost."),
+    ("wait", {}, True, "No code was run in session 'default', or not since its restart."),
+    ("sing", {}, True, "Unknown tool: sing"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+def test_mcp_tools_answer(mode: str) -> None:
+    async def main(call: Any) -> None:
+        for tool, arguments, is_error, expected in MCP_CALLS:
+            result = await call(tool, **arguments)
+            assert re.fullmatch(expected, mcp_text(result), re.DOTALL), (tool, arguments, mcp_text(result)[-2000:])
+            assert result.is_error is is_error, (tool, arguments)
+
+    assert mcp_run(main, mode=mode) == ""
+
+
+def test_mcp_sessions_run_at_once_and_their_calls_in_order(tmp_path: Path) -> None:
+    wait = "import os, time\nopen({!r}, 'w')\nwhile not os.path.exists({!r}): time.sleep(0.01)\nx = {}"
+    here, there = str(tmp_path / "here"), str(tmp_path / "there")
+
+    async def main(call: Any) -> None:
+        calls = [call("run_code", code=wait.format(here, there, 1)), call("run_code", code="print(x)\nx = 5")]
+        calls += [call("run_code", code=wait.format(there, here, 2), session="b"), call("run_code", code="x")]
+        texts = [mcp_text(result) for result in await asyncio.gather(*calls)]
+        assert texts[1:] == ["1\n", texts[0], "5"]
+        assert mcp_text(await call("run_code", code="x", session="b")) == "2"
+
+    assert mcp_run(main, "--cwd", str(tmp_path)) == ""
+
+
+def test_mcp_code_that_takes_long_is_waited_for(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    code = f"import os, time\nprint('begun')\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\nprint('ended')"
+
+    async def main(call: Any) -> None:
+        text = mcp_text(await call("run_code", code=code))
+        while "begun" not in text:  # a kernel takes its time to start
+            assert "still running" in text
+            text = mcp_text(await call("wait"))
+        for result in (await call("wait"), await call("wait", seconds=0)):
+            assert re.search(r"still running.*\nbegun\n\Z", mcp_text(result))
+        busy = await call("run_code", code="open('never', 'w')")
+        assert busy.is_error and "still runs earlier code, so this code was not run" in mcp_text(busy)
+        gate.touch()
+        while "still running" in (text := mcp_text(await call("wait"))):
+            pass
+        assert text == "begun\nended\n"
+        assert "still running" in mcp_text(await call("run_code", code="while True: pass"))
+        assert re.search(
+            r"KeyboardInterrupt.*\nInterrupted; variables are kept\Z", mcp_text(await call("interrupt")), re.DOTALL
+        )
+        assert "still running" in mcp_text(await call("run_code", code="while True: pass"))
+        assert "fresh kernel" in mcp_text(await call("restart"))
+        assert not (tmp_path / "never").exists()
+
+    assert mcp_run(main, "--cwd", str(tmp_path), patience=1) == ""
+
+
+@pytest.mark.parametrize("mode", ["auto", pytest.param("legacy", marks=pytest.mark.slow)])
+def test_mcp_a_cancelled_request_interrupts_its_code(mode: str, tmp_path: Path) -> None:
+    code = "import time\nx = 1\ntry:\n    open('begun', 'w')\n    time.sleep(1000)\nfinally: x = 2"
+
+    async def main(call: Any) -> None:
+        request = asyncio.ensure_future(call("run_code", code=code))
+        while not (tmp_path / "begun").exists():
+            await asyncio.sleep(0.01)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert mcp_text(await call("run_code", code="x")) == "2"
+        assert mcp_text(await call("run_code", code="x", session="b")).startswith("NameError")
+
+    assert mcp_run(main, "--cwd", str(tmp_path), mode=mode) == ""
+
+
+@pytest.mark.parametrize("way", ["the end of stdin", "SIGTERM"])
+def test_mcp_leaves_nothing(way: str, tmp_path: Path) -> None:
+    marker = f"MCP={os.urandom(8).hex()}"
+    client = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+    child = "import subprocess\nsubprocess.Popen(['sleep', '1000'])\nopen('begun', 'w')\nwhile True: pass"
+    messages: list[dict[str, Any]] = [
+        {"id": 0, "method": "initialize", "params": client},
+        {"method": "notifications/initialized"},
+        {"id": 1, "method": "tools/call", "params": {"name": "run_code", "arguments": {"code": child}}},
+    ]
+    environment = os.environ | dict([marker.split("=")])
+    process = subprocess.Popen(
+        [sys.executable, MODULE, "mcp"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, env=environment
+    )
+    with process:
+        assert process.stdin and process.stdout
+        process.stdin.write(b"".join(json.dumps({"jsonrpc": "2.0"} | message).encode() + b"\n" for message in messages))
+        process.stdin.flush()
+        eventually((tmp_path / "begun").exists, "the code runs")
+        assert len(marked_processes(marker)) >= 3
+        if way == "SIGTERM":
+            process.terminate()
+        else:
+            process.stdin.close()
+        assert process.wait(PATIENCE) == (143 if way == "SIGTERM" else 0)
+        assert all(json.loads(line)["jsonrpc"] == "2.0" for line in process.stdout)
+    eventually(lambda: marked_processes(marker) == [], "all processes are gone")
+
+
+@pytest.mark.slow
+def test_mcp_makes_only_so_many_kernels(tmp_path: Path) -> None:
+    async def main(call: Any) -> None:
+        results = await asyncio.gather(*(call("run_code", code="1", session=str(i)) for i in range(17)))
+        assert [mcp_text(result) for result in results[:16]] == ["1"] * 16
+        assert results[16].is_error and "16 sessions, and can be no more" in mcp_text(results[16])
+
+    assert mcp_run(main) == ""
+
+
+@pytest.mark.slow
+def test_mcp_in_docker_without_a_network(engine: Any) -> None:
+    names = []
+
+    async def main(call: Any) -> None:
+        result = await call("run_code", code="import socket; print(socket.if_nameindex(), socket.gethostname())")
+        *shown, name = mcp_text(result).split()
+        assert shown == ["[(1,", "'lo')]"]
+        names.append(name)
+        assert engine.containers.get(name).status == "running"
+        assert not (await call("write_file", path="a.txt", content="a")).is_error
+        assert mcp_text(await call("run_code", code="cat a.txt; pwd", language="bash")) == "a/workspace\n"
+
+    errors = mcp_run(
+        main, "--docker", "--network", "none", "--base-image", os.environ.get("BASE_IMAGE", "python:3.13-slim")
+    )
+    assert "Traceback" not in errors
+    eventually(lambda: not engine.containers.list(all=True, filters={"id": names[0]}), "the container is gone")
+
+
+def test_mcp_tells_of_trouble() -> None:
+    absent = "import sys; sys.modules['mcp'] = None; import jupyter_exec; sys.exit(jupyter_exec.main(['mcp']))"
+    result = run_python(absent)
+    says = "jupyter-exec: This needs the MCP SDK, which is not here: pip install 'mcp>=2'.\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", says)
+    result = cli("mcp", "--network", "none")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "jupyter-exec: --network works only with --docker.\n"
+
+
+@pytest.mark.slow
+def test_mcp_ends_while_a_kernel_is_being_started(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nexec cat >/dev/null")
+    python.chmod(0o755)
+
+    async def main(call: Any) -> None:
+        for tool, arguments in [("run_code", {"code": "1"}), ("list_files", {}), ("restart", {})]:
+            result = await call(tool, **arguments)
+            assert result.is_error and "Not done within 0.5 s: the kernel is still being started" in mcp_text(result)
+
+    assert mcp_run(main, "--python", str(python), patience=0.5) == ""
+    assert (tmp_path / "begun").exists()
+    os.rmdir(jupyter_exec.make_directory())  # this removes what an abrupt end has left
+
+
+@pytest.mark.slow
+def test_mcp_says_why_there_is_no_kernel() -> None:
+    async def main(call: Any) -> None:
+        for _ in range(2):
+            result = await call("run_code", code="1")
+            assert result.is_error and "no-such-python" in mcp_text(result)
+
+    mcp_run(main, "--python", "/no-such-python")
 
 
 # The README's other Python blocks, each in a directory of its own; the environment of the test stands for the reader's.
