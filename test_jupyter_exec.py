@@ -9707,24 +9707,29 @@ def test_mcp_a_cancelled_request_interrupts_its_code(mode: str, tmp_path: Path) 
     assert mcp_run(main, "--cwd", str(tmp_path), mode=mode) == ""
 
 
-@pytest.mark.parametrize("way", ["the end of stdin", "SIGTERM"])
-def test_mcp_leaves_nothing(way: str, tmp_path: Path) -> None:
-    marker = f"MCP={os.urandom(8).hex()}"
+def mcp_process(code: str, *options: str, patience: float = PATIENCE, **popen: Any) -> subprocess.Popen[bytes]:
+    """Start a `jupyter-exec mcp` that was told to run code, without the official client: that would end it by force."""
     client = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
-    child = "import subprocess\nsubprocess.Popen(['sleep', '1000'])\nopen('begun', 'w')\nwhile True: pass"
     messages: list[dict[str, Any]] = [
         {"id": 0, "method": "initialize", "params": client},
         {"method": "notifications/initialized"},
-        {"id": 1, "method": "tools/call", "params": {"name": "run_code", "arguments": {"code": child}}},
+        {"id": 1, "method": "tools/call", "params": {"name": "run_code", "arguments": {"code": code}}},
     ]
-    environment = os.environ | dict([marker.split("=")])
-    process = subprocess.Popen(
-        [sys.executable, MODULE, "mcp"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path, env=environment
-    )
-    with process:
+    command = [sys.executable, "-c", MCP_PROGRAM, str(patience), "mcp", *options]
+    popen["env"] = os.environ | {"PYTHONPATH": str(MODULE.parent)} | popen.pop("env", {})
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **popen)
+    assert process.stdin
+    process.stdin.write(b"".join(json.dumps({"jsonrpc": "2.0"} | message).encode() + b"\n" for message in messages))
+    process.stdin.flush()
+    return process
+
+
+@pytest.mark.parametrize("way", ["the end of stdin", "SIGTERM"])
+def test_mcp_leaves_nothing(way: str, tmp_path: Path) -> None:
+    marker = os.urandom(8).hex()
+    child = "import subprocess\nsubprocess.Popen(['sleep', '1000'])\nopen('begun', 'w')\nwhile True: pass"
+    with mcp_process(child, cwd=tmp_path, env={"MARKER": marker}) as process:
         assert process.stdin and process.stdout
-        process.stdin.write(b"".join(json.dumps({"jsonrpc": "2.0"} | message).encode() + b"\n" for message in messages))
-        process.stdin.flush()
         eventually((tmp_path / "begun").exists, "the code runs")
         assert len(marked_processes(marker)) >= 3
         if way == "SIGTERM":
@@ -9734,6 +9739,20 @@ def test_mcp_leaves_nothing(way: str, tmp_path: Path) -> None:
         assert process.wait(PATIENCE) == (143 if way == "SIGTERM" else 0)
         assert all(json.loads(line)["jsonrpc"] == "2.0" for line in process.stdout)
     eventually(lambda: marked_processes(marker) == [], "all processes are gone")
+
+
+@pytest.mark.slow
+def test_mcp_ends_while_a_kernel_is_being_started(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec cat >/dev/null")
+    python.chmod(0o755)
+    with mcp_process("1", "--python", str(python), patience=0.5) as process:
+        assert process.stdin and process.stdout
+        process.stdout.readline()
+        assert b"Not done within 0.5 s: the kernel is still being started" in process.stdout.readline()
+        process.stdin.close()
+        assert process.wait(PATIENCE) == 1
+    os.rmdir(jupyter_exec.make_directory())  # this removes what an abrupt end has left
 
 
 @pytest.mark.slow
@@ -9774,22 +9793,6 @@ def test_mcp_tells_of_trouble() -> None:
     result = cli("mcp", "--network", "none")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "jupyter-exec: --network works only with --docker.\n"
-
-
-@pytest.mark.slow
-def test_mcp_ends_while_a_kernel_is_being_started(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nexec cat >/dev/null")
-    python.chmod(0o755)
-
-    async def main(call: Any) -> None:
-        for tool, arguments in [("run_code", {"code": "1"}), ("list_files", {}), ("restart", {})]:
-            result = await call(tool, **arguments)
-            assert result.is_error and "Not done within 0.5 s: the kernel is still being started" in mcp_text(result)
-
-    assert mcp_run(main, "--python", str(python), patience=0.5) == ""
-    assert (tmp_path / "begun").exists()
-    os.rmdir(jupyter_exec.make_directory())  # this removes what an abrupt end has left
 
 
 @pytest.mark.slow
