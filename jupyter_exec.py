@@ -243,6 +243,8 @@ class KernelSpecNotFound(KernelError, ValueError):
         hint = f"Available: {', '.join(self.available) or 'none'}."
         if self.name in ("python", "python3"):
             hint = f"Install it with: {self.python or 'python3'} -m pip install ipykernel. {hint}"
+        elif self.available:
+            hint += " Another one of these may do (kernel_name=, --kernel)."
         return f"Kernel {self.name} is not installed. {hint} Searched: {', '.join(self.searched)}"
 
 
@@ -1352,6 +1354,14 @@ class Outputs:
         self._room = MAX_KEPT
         self.missing = 0  # characters between head and tail
 
+    def copied(self) -> Outputs:
+        """Return a copy, of which `all` may be asked; what the outputs show is shared, however deep it is nested."""
+        other, other_line = copy.copy(self), copy.copy(self._line)
+        other._head, other._middle = list(map(dict, self._head)), list(map(dict, self._middle))
+        other._tail, other._displays = deque(map(dict, self._tail)), dict(self._displays)
+        other._line, other_line.pieces = other_line, self._line.pieces[:]
+        return other
+
     def write(self, name: str, text: str) -> None:
         """Take text of a stream."""
         if name != self._name:
@@ -1787,6 +1797,12 @@ class Execution:
     def _exits(self) -> list[Any]:
         # Deviation: IPython reads exit(3) as exit(keep_kernel=3), everybody else as an exit status.
         return [entry.get("keepkernel") for entry in self._payload if entry.get("source") == "ask_exit"]
+
+    def copied(self) -> Execution:
+        """Return a copy, of which `result` may be asked while this one goes on."""
+        other = copy.copy(self)
+        other._outputs = self._outputs.copied()
+        return other
 
     def result(self, duration: float) -> ExecutionResult:
         """Return the result; call it once. `duration` is in seconds. README's table of failures lists the sentences."""
@@ -2654,6 +2670,7 @@ class Cell:
         self.overdue: Deadline | None = None  # of the missing one of reply and idle
         self.detached = False  # its time is over, and it goes on
         self.lock = threading.Lock()  # of all that
+        self.left = threading.Event()  # nobody reads for it any more
         self._pauses = 0  # how many threads keep the clock stopped,
         self._paused_at = 0.0  # and since when
         self.allow(seconds)
@@ -2663,9 +2680,13 @@ class Cell:
         self.seconds, self.deadline = seconds, Deadline(seconds)
 
     @property
+    def _paused(self) -> bool:
+        return self._pauses > 0 and not self.grace and not self.execution.interrupted
+
+    @property
     def wait(self) -> float | None:
         """How long to wait for a message, in seconds."""
-        if self._pauses and not self.grace:
+        if self._paused:
             return PAUSE_POLL
         limit = self.grace or self.deadline
         return limit.within(FENCE_DELAY) if self.execution.half_done else limit.remaining
@@ -2674,7 +2695,7 @@ class Cell:
     def due(self) -> bool:
         """Whether the time of the cell, or that of its grace, is over."""
         with self.lock:
-            return self.grace.expired if self.grace else not self._pauses and self.deadline.expired
+            return self.grace.expired if self.grace else not self._paused and self.deadline.expired
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -2687,7 +2708,7 @@ class Cell:
         finally:
             with self.lock:
                 self._pauses -= 1
-                if not self._pauses:
+                if not self._pauses and not self.execution.interrupted:
                     self.deadline.extend(time.monotonic() - self._paused_at)
 
     def feed(self, message: Message) -> Json | None:
@@ -2699,7 +2720,7 @@ class Cell:
         with self.lock:
             if self.result:
                 return self.result
-            copied = copy.deepcopy(self.execution)  # a result sums up once
+            copied = self.execution.copied()  # a result sums up once
         return copied.result(time.monotonic() - self.started)
 
     def finish(self) -> ExecutionResult:
@@ -2876,13 +2897,11 @@ class KernelClient:
         self._running = cell
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
         has_timer = hooks.slow and timeout is not None and timeout < threading.TIMEOUT_MAX
-        timer = threading.Timer(timeout or 0, self._time_out, (cell,)) if has_timer else None
         try:
             if on_start:
                 on_start(cell)
-            if timer:
-                timer.daemon = True
-                timer.start()
+            if has_timer:
+                threading.Thread(target=self._interrupt_in_time, args=(cell,), daemon=True).start()
             if not cell.execution.death:
                 self._post(request)
             self._run(cell)
@@ -2896,10 +2915,13 @@ class KernelClient:
             self._finish(cell)
             raise
         finally:
-            if timer:
-                timer.cancel()
+            cell.left.set()
             self._running = None
         return self._finish(cell)
+
+    def _interrupt_in_time(self, cell: Cell) -> None:
+        while not (cell.grace or cell.detached or cell.left.wait(cell.deadline.remaining or PAUSE_POLL)):
+            self._time_out(cell)
 
     def _finish(self, cell: Cell) -> ExecutionResult:
         self._ended = cell.execution.ended_session
@@ -2928,9 +2950,9 @@ class KernelClient:
             cell.overdue = Deadline(FENCE_DELAY)
         elif not cell.due:
             pass
-        elif self._mailbox.answered:  # the cell has ended; a slow hook kept this thread from seeing it
-            cell.reading = cell.reading or Deadline(INTERRUPT_GRACE)
-            cell.hooks.muted = cell.reading.expired
+        elif self._has_answered(cell):  # a slow hook kept this thread from seeing it
+            cell.reading = cell.reading or Deadline(2 * INTERRUPT_GRACE)
+            cell.hooks.muted = cell.hooks.muted or cell.reading.within(INTERRUPT_GRACE) < INTERRUPT_GRACE
         elif cell.grace is None:
             self._time_out(cell)
         elif not self._control.owned:
@@ -2939,17 +2961,22 @@ class KernelClient:
             self._kill(cell)
         return True
 
+    def _has_answered(self, cell: Cell) -> bool:
+        """Whether an end of the cell waits to be read; a kernel that goes on saying so is not believed for long."""
+        return self._mailbox.answered and not (cell.reading and cell.reading.expired)
+
     def _time_out(self, cell: Cell) -> None:
         """Interrupt a cell whose time is over, or let go of it; in the caller's thread or that of a timer."""
-        if cell.execution.done or self._mailbox.answered or not cell.due:  # it has ended in time, or its clock stood
+        if cell.execution.done or self._has_answered(cell) or not cell.due:  # it has ended in time, or its clock stood
             return
-        if cell.hooks.on_timeout:
+        if cell.hooks.on_timeout and not cell.execution.interrupted:
+            so_far = cell.so_far()
             with cell.lock:
                 if cell.detached:
                     return
                 cell.detached = True
                 cell.allow(None)
-            cell.hooks.on_timeout(cell.so_far())
+            cell.hooks.on_timeout(so_far)
             return
         cell.execution.timed_out = cell.seconds
         self._stop_cell(cell.execution)
@@ -4681,7 +4708,7 @@ async def aside(function: Callable[[], _T]) -> _T:
 
     pool = ThreadPoolExecutor(1, "jupyter_exec")
     try:
-        return await asyncio.shield(asyncio.wrap_future(pool.submit(function)))
+        return await asyncio.shield(asyncio.wrap_future(pool.submit(contextvars.copy_context().run, function)))
     finally:
         pool.shutdown(wait=False)
 
@@ -5841,8 +5868,9 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             if "error" in step:
                 cause, failed = cause or text, True
         if failed:
+            base = self._base_image or "python:3.13-slim"
             advice = (
-                "" if self._base_image else " (where no registry is reached, base_image names an image that is there)"
+                f" (it is built on {base}; where no registry is reached, base_image= must name an image that is there)"
             )
             reason = f"The image could not be built: {cause[:500]}{advice}"
             raise SandboxError(reason, self._image_name, "", "\n".join(tail))
@@ -6348,7 +6376,7 @@ class ToolCaller:
         kinds: dict[str, Any] = {**vars(builtins), "ToolError": ToolError, "ToolRefused": ToolRefused}
         try:
             raised: BaseException = kinds[error](*[message] * bool(message))
-        except TypeError:  # it wants several arguments
+        except (KeyError, TypeError):  # it is not in this Python, or wants several arguments
             raised = ToolError(f"{error}: {message}")
         if tool and hasattr(raised, "add_note"):
             raised.add_note(f"Raised by the tool {tool}, in the program that runs this kernel.")
@@ -6443,6 +6471,10 @@ class Tools:
         import inspect
         import keyword
 
+        if approve is not None and not callable(approve):
+            raise ValueError("approve must be a function of name and arguments.")
+        if not isinstance(functions, Iterable):
+            raise ValueError("tools must be a list of functions, or a dict of them by name.")
         self.functions: dict[str, tuple[Callable[..., Any], inspect.Signature]] = {}
         self.approve, self.max_calls, self.timeout = approve, max_calls, timeout
         self.loop: Any = None  # where coroutines run; None: each in an event loop of its own
@@ -6523,6 +6555,8 @@ class ToolCall:
             if not loop:
                 task, own_loop = asyncio.current_task(), asyncio.get_running_loop()
                 self.cancel = lambda: task and own_loop.call_soon_threadsafe(task.cancel)
+                if self.ended:
+                    self.cancel()
             return await value
 
         if not (loop := self.tools.loop):
@@ -6539,11 +6573,11 @@ class ToolCall:
             said = (
                 self.result(self.tools.approve(self.name, dict(self.bound.arguments))) if self.tools.approve else True
             )
-        except Exception:
+        except Exception as error:
             logger.warning("approve raised; the call of %s is refused", self.name, exc_info=True)
-            said = False
+            said = f"The call of {self.name} was refused: the hook that approves calls raised {type(error).__name__}."
         if said is not True:
-            raise ToolRefused(said if isinstance(said, str) else f"The call of {self.name} was refused.")
+            raise ToolRefused((isinstance(said, str) and said) or f"The call of {self.name} was refused.")
 
     def run(self) -> str:
         """Return the result as JSON."""
@@ -6625,6 +6659,8 @@ class CellTools:
         timeout, timer = self._tools.timeout, None
         try:
             with self._slots:
+                if call.ended:
+                    return
                 with pause():
                     call.check_approved()
                 with self._lock:
@@ -7724,8 +7760,8 @@ class JupyterCodeExecutor(Stoppable):
         max_tool_calls: int = 256,
         tool_timeout: float | None = None,
     ) -> None:
-        if not timeout >= 1:
-            raise ValueError("Timeout must be greater than or equal to 1.")
+        if not (isinstance(timeout, int | float) and timeout >= 1):
+            raise ValueError("Timeout must be greater than or equal to 1: seconds, math.inf for no limit.")
         if on_timeout not in ("interrupt", "detach"):
             raise ValueError(f'on_timeout must be "interrupt" or "detach", not {on_timeout!r}.')
         self._output_dir = Path(output_dir)
@@ -7749,6 +7785,10 @@ class JupyterCodeExecutor(Stoppable):
 
     def _new_kernel(self) -> KernelClient:
         server = self._server
+        if isinstance(server, str) and "://" in server:
+            raise ValueError(f"For the server at {server.partition('?')[0]} give a JupyterConnectionInfo.")
+        if isinstance(server, type):
+            raise ValueError(f"jupyter_server must be an object: {server.__name__}(), not the class.")
         if isinstance(server, (str, os.PathLike, KernelConnection)):
             return attach_kernel(server)
         if not hasattr(server, "start_kernel"):
@@ -7818,8 +7858,11 @@ class JupyterCodeExecutor(Stoppable):
 
         Raises: JupyterExecError after `stop`.
         """
-        with self._turns.turn():
-            return self._run_block(block, on_result=on_result)
+        try:
+            with self._turns.turn():
+                return self._run_block(block, on_result=on_result)
+        except KernelBusy as error:
+            return ExecutionResult("error", 1, "busy", str(error), [])
 
     def execute(
         self,
@@ -8088,8 +8131,8 @@ class JupyterCodeExecutor(Stoppable):
         # What an earlier call has left, when Ctrl-C ended it, had the same key.
         order: Json = {"step": step, "name": name, "key": f"{os.getpid()} {id(self)}", "limit": limit}
         received = bytearray()
-        with self._turns.turn():
-            try:
+        try:
+            with self._turns.turn():
                 self._make_ready()
                 offset, size = 0, len(data) or 1
                 while offset < size:
@@ -8104,10 +8147,12 @@ class JupyterCodeExecutor(Stoppable):
                         size = _value_size(name, answer, limit)
                         if len(received) != min(size, offset):
                             raise ProtocolError(_STRANGE)
-            except VariableError:
-                raise
-            except JupyterExecError as error:
-                raise VariableError(name, str(error)) from error
+        except VariableError:
+            raise
+        except KernelBusy:
+            raise VariableError(name, "the kernel is still running earlier code") from None
+        except JupyterExecError as error:
+            raise VariableError(name, str(error)) from error
         return bytes(received)
 
     def save_notebook(self, path: AnyPath) -> None:
@@ -8267,6 +8312,11 @@ class AsyncJupyterCodeExecutor(Single):
         """Ask for the kernel. Raises what JupyterCodeExecutor raises."""
         await self._started()
 
+    def _check_outside(self) -> None:
+        """Raise JupyterExecError in a hook: its cell has the kernel, and waits for it."""
+        if self._in_hook.get():
+            raise JupyterExecError(HOOK_RUNS_CELL)
+
     async def _started(self) -> JupyterCodeExecutor:
         import asyncio
 
@@ -8286,15 +8336,14 @@ class AsyncJupyterCodeExecutor(Single):
         """Return what a call gives; cancelled, it is interrupted, and has ended when this returns."""
         import asyncio
 
-        if self._in_hook.get():
-            raise JupyterExecError(HOOK_RUNS_CELL)
+        self._check_outside()
         executor = await self._started()
         job = Job(executor, call)
         try:
             await job.until(job.answered.is_set)
         except asyncio.CancelledError:
             job.interrupt()
-            while not job.done:
+            while not (job.done or job.detached):
                 if self._pending:
                     self._pending.cancel()
                 with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
@@ -8449,6 +8498,8 @@ class AsyncJupyterCodeExecutor(Single):
         import asyncio
 
         executor, wanted = await self._started(), True
+        if not executor._kernel.files():  # they go through the kernel
+            self._check_outside()
 
         def progress(done: int, total: int | None) -> None:
             if not wanted:
@@ -8463,16 +8514,19 @@ class AsyncJupyterCodeExecutor(Single):
 
     async def set_variables(self, /, **values: Any) -> None:
         """Like JupyterCodeExecutor.set_variables."""
+        self._check_outside()
         executor = await self._started()
         await aside(lambda: executor.set_variables(**values))
 
     async def get_variable(self, name: str, *, max_bytes: int = MAX_JSON) -> Any:
         """Like JupyterCodeExecutor.get_variable."""
+        self._check_outside()
         executor = await self._started()
         return await aside(lambda: executor.get_variable(name, max_bytes=max_bytes))
 
     async def restart(self) -> None:
         """Like JupyterCodeExecutor.restart."""
+        self._check_outside()
         if self._executor:
             await aside(self._executor.restart)
         else:
@@ -8485,10 +8539,12 @@ class AsyncJupyterCodeExecutor(Single):
 
     async def save_notebook(self, path: AnyPath) -> None:
         """Like JupyterCodeExecutor.save_notebook."""
+        self._check_outside()
         await aside(functools.partial((await self._started()).save_notebook, path))
 
     async def stop(self) -> None:
         """End the kernel. May be called more than once."""
+        self._check_outside()
 
         def end() -> None:
             with self._guard:
@@ -8580,6 +8636,8 @@ class Document:
             lines.append(f"{name} = {_literal(value)}")
         self.steps = [step for step in self.steps if not step.has_tag("injected-parameters")]
         at = next((i for i, step in enumerate(self.steps, 1) if step.has_tag("parameters")), 0)
+        if not at:
+            put(sys.stderr, f"jupyter-exec: no cell of {self.name} is tagged parameters: -p is set at the top")
         self.steps.insert(at, self.new_step("\n".join(lines), ["injected-parameters"]))
 
     def save(self, path: Path) -> None:
@@ -8714,6 +8772,7 @@ class LivePrinter:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self.trouble: OSError | None = None  # why nothing more can be printed
+        self.status = 0  # of the command
         if sys.stderr.isatty():
             threading.Thread(target=self._tick, daemon=True).start()
 
@@ -8779,6 +8838,7 @@ class JsonPrinter:
     def __init__(self) -> None:
         self._blocks: list[Json] = []
         self._end = {"exit_code": 0, "kernel_state": "intact"}
+        self.status = 0  # of the command
 
     def __call__(self, output: Json) -> None:
         pass
@@ -8800,7 +8860,8 @@ class JsonPrinter:
         self._end = {"exit_code": self._end["exit_code"] or result.exit_code, "kernel_state": result.kernel_state}
 
     def close(self) -> None:
-        put(sys.stdout, json.dumps(self._end | {"blocks": self._blocks}))
+        end = self._end | {"exit_code": self._end["exit_code"] or self.status}
+        put(sys.stdout, json.dumps(end | {"blocks": self._blocks}))
 
 
 _EXAMPLES = """\
@@ -9000,15 +9061,21 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             if notebook:
                 document.save(notebook)
 
+        printer.status = 2
         for source in options.put:
             executor.upload(source)
-        status = _run_steps(executor, document, steps, printer, options, save)
+        try:
+            status = _run_steps(executor, document, steps, printer, options, save)
+        except KeyboardInterrupt:
+            printer.status = 130
+            raise
         for path, name in zip(options.get, names, strict=True):
             try:
                 executor.download(path, Path(options.output_dir, name))
             except FileTransferError as error:
                 put(sys.stderr, f"jupyter-exec: {error}")
                 status = status or 2
+        printer.status = status
         return status
 
 
@@ -9071,7 +9138,7 @@ def _run_steps(
             raise printer.trouble or KeyboardInterrupt from None
         printer.end(step, result, document.place(step, result))
         if result.status == "exited":
-            return result.exit_code
+            return status or result.exit_code
         if result.status != "ok" and not step.has_tag("raises-exception"):
             had_no_kernel = result.status == "died" and result.death is None
             status = status or (2 if had_no_kernel else result.exit_code)
@@ -9243,7 +9310,7 @@ class McpTools:
         lines = []
         for file in await _soon(self._executor(session).list_files(path), MCP_PATIENCE):
             name = file.name if file.name.isprintable() else repr(file.name)
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(file.modified))
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(max(0, min(file.modified, 2**37))))
             lines.append(f"{file.size:>10}  {when}  {name}{'/' * (file.kind == 'directory')}")
         return _mcp_text("\n".join(lines) or "The directory is empty.")
 

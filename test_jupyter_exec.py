@@ -8556,6 +8556,86 @@ def test_the_async_executor_has_the_methods_and_arguments_of_the_other() -> None
         assert [*theirs.parameters] == [*here.parameters][: len(theirs.parameters)], name
 
 
+NESTED = "d = 1\nfor _ in range(600): d = [d]\ndisplay({'application/json': d}, raw=True)\nimport time; time.sleep(60)"
+
+
+@pytest.mark.parametrize("hook", [None, lambda output: None])
+def test_an_output_that_is_nested_deep_can_be_detached(server: LocalJupyterServer, hook: Any) -> None:
+    with JupyterCodeExecutor(server, on_timeout="detach", on_output=hook) as executor:
+        assert executor.execute(NESTED, timeout=1).status == "running"
+        executor.interrupt()
+        result = executor.wait()
+        assert (result.status, [kind["output_type"] for kind in result.outputs]) == (
+            "interrupted",
+            ["display_data", "error"],
+        )
+
+
+IGNORES = "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
+
+
+def test_a_cancelled_call_comes_back_though_it_would_be_detached(
+    server: LocalJupyterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
+
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(server, on_timeout="detach") as executor:
+            await executor.execute("1")
+            task = asyncio.ensure_future(executor.execute(IGNORES, timeout=1))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_an_approval_that_never_comes_keeps_no_cancelled_call(
+    server: LocalJupyterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
+    asked, never = threading.Event(), threading.Event()
+
+    def approve(name: str, arguments: Any) -> bool:
+        asked.set()
+        return never.wait(PATIENCE)
+
+    async def main() -> None:
+        async with AsyncJupyterCodeExecutor(server, tools=[add_two], approve=approve) as executor:
+            code = f"import threading\nthreading.Thread(target=add_two, args=(1,), daemon=True).start()\n{IGNORES}"
+            task = asyncio.ensure_future(executor.execute(code, timeout=1))
+            while not asked.is_set():
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    try:
+        asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    finally:
+        never.set()
+
+
+@pytest.mark.parametrize("method", ["set_variables", "get_variable", "restart", "save_notebook", "stop", "execute"])
+def test_a_hook_that_wants_the_kernel_gets_an_error_and_no_deadlock(server: LocalJupyterServer, method: str) -> None:
+    said: list[str] = []
+    arguments = ("x",) if method in ("get_variable", "save_notebook", "execute") else ()
+
+    async def main() -> None:
+        async def hook(output: Any) -> None:
+            try:
+                await getattr(executor, method)(*arguments)
+            except JupyterExecError as error:
+                said.append(str(error))
+
+        async with AsyncJupyterCodeExecutor(server, on_output=hook) as executor:
+            assert (await executor.execute("print(1)")).status == "ok"
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    assert said == [jupyter_exec.HOOK_RUNS_CELL]
+
+
 def test_servers_are_left_without_blocking_the_loop() -> None:
     async def main() -> None:
         async with LocalJupyterServer() as server, AsyncJupyterCodeExecutor(server) as executor:
@@ -9390,7 +9470,7 @@ def test_exit_status_is_that_of_the_result(code: str, status: int) -> None:
         (["run", "/no/such.py"], "No such file or directory: /no/such.py"),
         (["run", "-c", "1", "--kernel", "nope"], "Kernel nope is not installed"),
         (["run", "-c", "1", "--output-dir", "/no/such"], "Output directory /no/such does not exist"),
-        (["run", "-c", "1", "--timeout", "0"], "Timeout must be"),
+        (["run", "-c", "1", "--timeout", "0"], "Timeout must be greater than or equal to 1: seconds, math.inf"),
         (["run", "-c", "1", "--python", "/no/such/python"], "/no/such/python"),
     ],
 )
@@ -9410,6 +9490,20 @@ def test_python_without_ipykernel_is_a_clear_line(bare_python: str) -> None:
 
 def test_kernels_lists_names_and_places() -> None:
     assert re.search(r"^python3\t.*\t/.*$", cli("kernels").stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "status"),
+    [
+        ("1/0\n# %%\nexit(0)", ["--keep-going"], 1),
+        ("1", ["--get", "no.txt"], 2),
+        ("1", ["--put", "no.txt"], 2),
+        ("import os; os._exit(3)", [], 1),
+    ],
+)
+def test_json_and_the_exit_status_agree(code: str, options: list[str], status: int, tmp_path: Path) -> None:
+    result = cli("run", "-c", code, "--json", *options, cwd=tmp_path)
+    assert (result.returncode, json.loads(result.stdout)["exit_code"]) == (status, status)
 
 
 def test_output_appears_as_it_is_printed(tmp_path: Path) -> None:
