@@ -5922,7 +5922,7 @@ FILE_ERRORS: list[tuple[Callable[[JupyterCodeExecutor], Any], str]] = [
     (lambda far: far.download("d/f/x"), "Not a directory"),
     (lambda far: far.download("fifo"), "Is no regular file"),
     (lambda far: far.download("/dev/zero"), "Is no regular file"),
-    (lambda far: far.download("a\0b"), "null byte"),
+    (lambda far: far.download("a\0b"), "null (byte|character)"),
     (lambda far: far.download("d/f", max_bytes=2), "larger than max_bytes=2"),
     (lambda far: far.download("d/f", "/no/such/dir/x"), "There is no directory /no/such/dir"),
     (lambda far: far.download("d/f", "/tmp"), "Is a directory: name the file"),
@@ -5933,8 +5933,8 @@ FILE_ERRORS: list[tuple[Callable[[JupyterCodeExecutor], Any], str]] = [
     (lambda far: far.upload(b"x", ""), "Is a directory"),
     (lambda far: far.upload(b"x", "n" * 300), "name too long"),
     (lambda far: far.upload("/no/such"), "No such file"),
-    (lambda far: far.upload("/no\0such", "x"), "null byte"),
-    (lambda far: far.download("d/f", "/tmp/a\0b"), "null byte"),
+    (lambda far: far.upload("/no\0such", "x"), "null (byte|character)"),
+    (lambda far: far.download("d/f", "/tmp/a\0b"), "null (byte|character)"),
     (lambda far: far.upload("/tmp"), "Is a directory"),
     (lambda far: far.list_files("d/f"), "Not a directory"),
     (lambda far: far.list_files("no"), "No such file"),
@@ -8019,7 +8019,7 @@ def test_a_tool_looks_as_it_does_here(server: LocalJupyterServer) -> None:
             "(city: 'str', when: 'datetime.date | None' = None, /, *rest: 'list[int]', unit: 'object' = Ellipsis)"
             in shown
         )
-        assert '    Look out of "the window".\n    \n    Twice.\n' in shown
+        assert re.search(r'    Look out of "the window"\.\n *\n    Twice\.\n', shown)
         assert (
             executor.execute("inspect.iscoroutinefunction(echo), inspect.iscoroutinefunction(look)").text
             == "(True, False)"
@@ -8364,7 +8364,7 @@ print(os.read(reading, 1000).decode(), add(1))
 """
     with JupyterCodeExecutor(server, tools=[add]) as executor:
         assert "Only the kernel's own process can call tools" in (text := executor.execute(code).text)
-        assert text.endswith(" 3\n")
+        assert " 3\n" in text  # newer Pythons warn of the fork after it
 
 
 def test_tools_of_an_attached_executor(executor: JupyterCodeExecutor) -> None:
