@@ -7761,7 +7761,7 @@ class JupyterCodeExecutor(Stoppable):
         tool_timeout: float | None = None,
     ) -> None:
         if not (isinstance(timeout, int | float) and timeout >= 1):
-            raise ValueError("Timeout must be greater than or equal to 1: seconds, math.inf for no limit.")
+            raise ValueError("Timeout must be greater than or equal to 1. It is in seconds; math.inf is no limit.")
         if on_timeout not in ("interrupt", "detach"):
             raise ValueError(f'on_timeout must be "interrupt" or "detach", not {on_timeout!r}.')
         self._output_dir = Path(output_dir)
