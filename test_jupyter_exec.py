@@ -118,6 +118,7 @@ settings.load_profile("here")
 
 HERE = Path(__file__).parent
 MODULE = Path(jupyter_exec.__file__)
+py_compile.compile(str(MODULE))  # where PYTHONDONTWRITEBYTECODE is set each host would compile it
 TREE = ast.parse(MODULE.read_text(encoding="utf-8"))
 # JUPYTER_EXEC_LAUNCH=1 runs the tests with the fork server off, but for those that are about it.
 for server_class in (CommandJupyterServer, LocalJupyterServer, DockerJupyterServer):
@@ -3104,6 +3105,7 @@ def test_a_stdin_that_does_not_block_is_waited_for() -> None:
         assert "python3" in server.kernelspecs()
 
 
+@pytest.mark.slow
 def test_a_kernel_reached_only_through_the_pipe(tmp_path: Path) -> None:
     with CommandJupyterServer([sys.executable]) as server, JupyterCodeExecutor(server, max_output=None) as executor:
         assert run(executor, "x = 6", "x * 7").output == "\n42"
@@ -5970,6 +5972,7 @@ def test_what_is_no_source_is_a_type_error(executor: JupyterCodeExecutor, source
     assert "never" not in [entry.name for entry in executor.list_files()]
 
 
+@pytest.mark.slow
 def test_a_sandbox_refuses_what_its_user_may_not(request: pytest.FixtureRequest) -> None:
     with executor_at(request, "docker") as executor:
         for path, says in (("/etc/x", "Read-only|Permission denied"), ("/proc/1/environ", "Permission denied")):
@@ -6142,6 +6145,7 @@ def test_an_interrupted_transfer_leaves_no_half_file(what: str, tmp_path: Path) 
         assert (tmp_path / "old").stat().st_size == 2_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["Ctrl-C", "stop", "kernel"])
 def test_an_interrupted_transfer_through_a_kernel_leaves_no_half_file(gateway: Peer, what: str, tmp_path: Path) -> None:
     act, kind, says = INTERRUPTIONS.get(what) or (kill_kernel, FileTransferError, "lost|dead")
@@ -8655,6 +8659,7 @@ def readme_code(after: str) -> str:
     return text.partition("```python\n")[2].partition("```")[0]
 
 
+@pytest.mark.slow
 def test_the_readmes_cells_that_take_long(tmp_path: Path) -> None:
     code = readme_code("## Cells that take long")
     result = run_python(code, cwd=tmp_path)
@@ -9264,6 +9269,7 @@ def notebook_file(path: Path, *cells: Any, **metadata: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_notebook_stays_a_notebook(tmp_path: Path) -> None:
     picture = {"a.png": {"image/png": "AAAA"}}
     cells = [
@@ -9302,6 +9308,7 @@ def test_a_notebook_is_saved_after_each_cell(tmp_path: Path) -> None:
     assert (first.outputs[0].data["text/plain"], first.execution_count, second.execution_count) == ("42", 1, None)
 
 
+@pytest.mark.slow
 def test_parameters_are_set_as_papermill_does(tmp_path: Path) -> None:
     values = {
         "a": "1",
@@ -9406,6 +9413,7 @@ def test_blocks_without_a_language_are_shown_output_unless_told_otherwise(tmp_pa
     assert cli("run", "a.md", "--unlabelled", cwd=tmp_path).stdout == "42\n42\n"
 
 
+@pytest.mark.slow
 def test_a_table_is_text_unless_html_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("import pandas\ndisplay(pandas.DataFrame({'a': [1]}))")
     assert cli("run", "a.py", cwd=tmp_path).stdout == "   a\n0  1\n"
