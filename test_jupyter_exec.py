@@ -1758,6 +1758,7 @@ def test_parts_keep_to_their_characters(outputs: list[Any], limit: int) -> None:
         assert cut == whole[: limit // 2] + jupyter_exec.gap_mark(missing) + whole[len(whole) - (limit - limit // 2) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "place"),
     [
@@ -2408,6 +2409,7 @@ def test_a_kernelspec_that_wants_a_provisioner_is_refused(kernels_dir: Path) -> 
             JupyterCodeExecutor(server, "yarn")
 
 
+@pytest.mark.slow
 def test_signals_that_the_program_has_blocked_reach_its_kernels() -> None:
     program = """
         import signal, jupyter_exec
@@ -2515,6 +2517,7 @@ def test_a_command_is_asked_to_end_before_it_is_killed(monkeypatch: pytest.Monke
     assert (tmp_path / "queue").read_text() == "taken back\n"
 
 
+@pytest.mark.slow
 def test_what_has_no_newline_comes_through_srun_at_once(tmp_path: Path) -> None:
     with CommandJupyterServer(["env", sys.executable]) as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "import os; os.environ['SLURM_UNBUFFEREDIO']").output == "'1'"
@@ -2706,6 +2709,7 @@ def facts(preload: list[str] | None) -> Any:
         return json.loads(run(executor, FACTS).output)
 
 
+@pytest.mark.slow
 def test_a_forked_kernel_is_like_a_launched_one() -> None:
     forked, launched = facts([]), facts(None)
     assert launched.pop("debugpy") != "absent"
@@ -2717,6 +2721,7 @@ def is_forked(executor: JupyterCodeExecutor) -> bool:
     return "jupyter_exec: kernel" in run(executor, "open('/proc/self/cmdline').read()").output
 
 
+@pytest.mark.slow
 def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
     add_spec(kernels_dir, "own", argv=IPYKERNEL, display_name="o", language="python", env={"PYTHONOPTIMIZE": "1"})
     with LocalJupyterServer(preload=[], env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
@@ -3373,6 +3378,7 @@ def test_docker_kernels_share_one_hardened_container(boxed: JupyterCodeExecutor,
     assert boxed.connection_file is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "limits"),
     [
@@ -3474,6 +3480,7 @@ def test_docker_timeout_and_death(boxed: JupyterCodeExecutor) -> None:
     assert run(boxed, "'x' in dir()").output == "False"
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_reported_with_the_limit(containers: Any) -> None:
     with docker_server(mem_limit="300m", memswap_limit="300m") as server, JupyterCodeExecutor(server) as executor:
         with JupyterCodeExecutor(server) as bystander:
@@ -3485,6 +3492,7 @@ def test_out_of_memory_is_reported_with_the_limit(containers: Any) -> None:
             assert run(bystander, "y").output == "7"
 
 
+@pytest.mark.slow
 def test_a_container_killed_from_outside_is_reported_and_replaced(boxed: JupyterCodeExecutor, containers: Any) -> None:
     result = boxed.execute(
         "print('go', flush=True)\nwhile True: pass", on_output=lambda output: containers()[0].kill(), timeout=PATIENCE
@@ -4319,6 +4327,7 @@ def test_remote_kernels_are_deleted_and_attached_ones_are_not(remote: Peer) -> N
         assert witness.list_kernels() == []
 
 
+@pytest.mark.slow
 def test_a_remote_server_that_nobody_refers_to_deletes_its_kernels_and_ends(gateway: Peer) -> None:
     with gateway.client() as witness:
         before, threads = len(witness.list_kernels()), set(threading.enumerate())
@@ -4439,6 +4448,7 @@ def started(thread: threading.Thread) -> None:
         thread.start()
 
 
+@pytest.mark.slow
 def test_output_over_the_rate_limit_is_said_to_be_lost(gateway: Peer) -> None:
     with JupyterCodeExecutor(gateway.info) as executor:
         result = run(executor, "print('x' * 9_000_000)\nprint('end')")
@@ -4608,6 +4618,7 @@ def test_enterprise_gateway_tells_why_it_refuses(enterprise_gateway: Peer) -> No
     assert "root" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_any_object_with_connection_info_is_a_server(gateway: Peer) -> None:
     class Theirs:
         host, use_https, port, token = "127.0.0.1", False, gateway.info.port, gateway.info.token
@@ -4802,6 +4813,7 @@ def test_no_answer_raises_anything_else(reply: bytes, use: str) -> None:
         getattr(server, use if use != "channels" else "start_kernel")()
 
 
+@pytest.mark.slow
 def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 1.0)
     pairs: list[tuple[socket.socket, socket.socket]] = []
@@ -5147,6 +5159,7 @@ def test_a_flood_over_a_slow_link_is_bounded_and_its_cell_ends_in_time(end: str,
         assert "exit" in end or run(executor, "x").output == "5"
 
 
+@pytest.mark.slow
 def test_what_a_slow_link_loses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_host(monkeypatch, "RELAY_LIMIT = 64 * 2**20", "RELAY_LIMIT = 10**6")
     (tmp_path / "link.py").write_text(SLOW_LINK)
@@ -5790,6 +5803,7 @@ def test_late_output_is_marked_and_not_in_the_next_cell(executor: JupyterCodeExe
     assert {"output_type": "stream", "name": "stdout", "text": "late\n", "late": True} in seen
 
 
+@pytest.mark.slow
 def test_a_notebook_of_the_session(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
     run(executor, "x = 1\nprint('a')", "x + 1", "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()")
     run(executor, "1 / 0")
@@ -6014,6 +6028,7 @@ def test_a_full_disk_leaves_no_half_file(request: pytest.FixtureRequest, kind: s
         assert (small_disk / "old").read_text() == "old"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "docker", SLOW_PLACES[0]])
 def test_files_come_and_go_while_a_cell_runs(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
     with executor_at(request, kind) as executor, ThreadPoolExecutor(1) as pool:
@@ -6085,6 +6100,7 @@ def test_a_source_is_called_by_its_own_name_there(request: pytest.FixtureRequest
     assert os.listdir(tmp_path / "place") == ["table.csv"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["local", "attached"])
 def test_progress_is_told(request: pytest.FixtureRequest, kind: str) -> None:
     calls: list[tuple[int, int | None]] = []
@@ -6303,6 +6319,7 @@ def test_variables_come_and_go_anywhere(request: pytest.FixtureRequest, kind: st
         assert executor.execute("long[0][0], sum(long[1::2]), short").text == "('ä', 24690000, 1)"
 
 
+@pytest.mark.slow
 @anywhere
 @pytest.mark.parametrize("kind", ["local", "gateway"])
 def test_transfers_leave_no_trace_in_the_kernel(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
@@ -6525,6 +6542,7 @@ f()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preload", [None, pytest.param([], marks=pytest.mark.slow)])
 def test_a_kernel_that_was_killed_or_crashed_tells_where(preload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
@@ -6651,6 +6669,7 @@ def test_a_detached_cell_goes_on_and_wait_has_all_of_it(detaching: JupyterCodeEx
     assert cells[0].outputs[0].text == "a\nb\n"
 
 
+@pytest.mark.slow
 def test_a_detached_call_goes_on_with_its_next_blocks(server: LocalJupyterServer, tmp_path: Path) -> None:
     with JupyterCodeExecutor(server, timeout=1, output_dir=tmp_path, on_timeout="detach") as executor:
         picture = "from IPython.display import SVG; display(SVG('<svg xmlns=\"http://www.w3.org/2000/svg\"/>'))"
@@ -6696,6 +6715,7 @@ def test_a_slow_hook_does_not_keep_a_call_from_being_detached(server: LocalJupyt
         assert executor.wait(PATIENCE).status == "interrupted"
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_call_that_may_be_detached_interrupts_its_cell(server: LocalJupyterServer) -> None:
     with JupyterCodeExecutor(server, on_timeout="detach") as executor:
         run(executor, "x = 5")
@@ -6734,6 +6754,7 @@ def test_jobs_run_in_order_and_tell_their_state(executor: JupyterCodeExecutor) -
     assert executor.submit("5").wait().text == executor.wait().text == run(executor, "5").output
 
 
+@pytest.mark.slow
 def test_a_job_may_wait_behind_a_detached_cell_and_has_the_executors_timeout(server: LocalJupyterServer) -> None:
     with JupyterCodeExecutor(server, timeout=1, on_timeout="detach") as executor:
         run(executor, "import time\ntime.sleep(1.5)")
@@ -6789,6 +6810,7 @@ def test_a_job_ends_with_an_executor_that_is_collected(
         eventually(lambda: pid not in descendants(os.getpid()), "the kernel is gone")
 
 
+@pytest.mark.slow
 def test_a_detached_cell_is_complete_after_a_dropped_connection(
     jupyter_server: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -7076,6 +7098,7 @@ for _ in range(3): threading.Thread(target=chatter, daemon=True).start()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
@@ -7376,6 +7399,7 @@ def test_names_of_python(executor: JupyterCodeExecutor, language: Any) -> None:
     assert run_block(executor, "6 * 7", language).output == "42"
 
 
+@pytest.mark.slow
 def test_a_shell_block_that_exceeds_its_time_says_so_in_its_status(
     server: LocalJupyterServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -7457,6 +7481,7 @@ def test_a_script_leaves_nothing_in_the_kernel(executor: JupyterCodeExecutor, tm
     assert [output.get("evalue") for output in cell.outputs] == [None, "Command 'sh' returned non-zero exit status 3."]
 
 
+@pytest.mark.slow
 def test_what_a_script_leaves_in_the_background(server: LocalJupyterServer, tmp_path: Path) -> None:
     with JupyterCodeExecutor(server, timeout=1, output_dir=tmp_path) as executor:
         gate = tmp_path / "gate"
@@ -7707,6 +7732,7 @@ async def cancel_at_random(server: LocalJupyterServer, times: int, randoms: rand
         assert {*ended, *(f"n{number}" for number in range(times))} <= set(ran)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [10, pytest.param(500, marks=pytest.mark.slow)])
 def test_cancelling_at_random_instants(server: LocalJupyterServer, times: int) -> None:
     seed = random.randrange(2**32)
@@ -7963,6 +7989,7 @@ def test_the_answer_of_a_tool_survives_a_dropped_connection(remote: Peer) -> Non
         assert (result.text.splitlines()[0], result.status, names_of(result)) == ("sent later", "ok", [("cut", "ok")])
 
 
+@pytest.mark.slow
 def test_a_thousand_calls_sixty_four_at_once(server: LocalJupyterServer) -> None:
     lock, full, now, most = threading.Lock(), threading.Barrier(64, timeout=PATIENCE), [0], [0]
     too_many = threading.Event()
@@ -8080,6 +8107,7 @@ def test_what_approve_may_say(server: LocalJupyterServer, said: Any, says: str, 
         assert asked == [("add", {"a": 3})]
 
 
+@pytest.mark.slow
 def test_the_waiting_of_approve_is_not_the_cells_time(server: LocalJupyterServer) -> None:
     def approve(name: str, arguments: Any) -> bool:
         threading.Event().wait(0.8)
@@ -8455,6 +8483,7 @@ except TypeError as error: print(error)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "shown"),
     [
@@ -8509,6 +8538,7 @@ def test_coroutine_tools_run_on_the_callers_loop(server: LocalJupyterServer) -> 
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
+@pytest.mark.slow
 def test_a_hook_whose_loop_is_gone_ends_nothing(server: LocalJupyterServer, caplog: pytest.LogCaptureFixture) -> None:
     async def hook(output: dict[str, Any]) -> None:
         await asyncio.sleep(60 if output.get("text") == "a\n" else 0)
@@ -8527,6 +8557,7 @@ def test_a_hook_whose_loop_is_gone_ends_nothing(server: LocalJupyterServer, capl
     assert "on_output raised" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_async_executor_has_jobs_and_all_that_the_other_has(server: LocalJupyterServer, tmp_path: Path) -> None:
     async def main() -> None:
         executor = AsyncJupyterCodeExecutor(server, "python3", 1, tmp_path, functions=[add_two], on_timeout="detach")
@@ -8566,6 +8597,7 @@ def test_the_async_executor_has_the_methods_and_arguments_of_the_other() -> None
 NESTED = "d = 1\nfor _ in range(600): d = [d]\ndisplay({'application/json': d}, raw=True)\nimport time; time.sleep(60)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", [None, lambda output: None])
 def test_an_output_that_is_nested_deep_can_be_detached(server: LocalJupyterServer, hook: Any) -> None:
     with JupyterCodeExecutor(server, on_timeout="detach", on_output=hook) as executor:
@@ -8581,6 +8613,7 @@ def test_an_output_that_is_nested_deep_can_be_detached(server: LocalJupyterServe
 IGNORES = "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
 
 
+@pytest.mark.slow
 def test_a_cancelled_call_comes_back_though_it_would_be_detached(
     server: LocalJupyterServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -8598,6 +8631,7 @@ def test_a_cancelled_call_comes_back_though_it_would_be_detached(
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
+@pytest.mark.slow
 def test_an_approval_that_never_comes_keeps_no_cancelled_call(
     server: LocalJupyterServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -8670,6 +8704,7 @@ def test_the_readmes_cells_that_take_long(tmp_path: Path) -> None:
     assert [said[1], said[2], *said[4:]] == ["busy", "None", "0", "1", "2", " done 0", "1", "2", ""]
 
 
+@pytest.mark.slow
 def test_the_readmes_web_service_streams_and_interrupts_on_disconnect(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(readme_code("A web service that streams"))
     port, environment = free_port(), os.environ | {"PYTHONPATH": str(MODULE.parent)}
@@ -9405,6 +9440,7 @@ def test_an_error_names_its_place(name: str, text: str, place: str, tmp_path: Pa
     assert f"jupyter-exec: {place}: " in cli("run", name, cwd=tmp_path).stderr
 
 
+@pytest.mark.slow
 def test_blocks_without_a_language_are_shown_output_unless_told_otherwise(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("```\n42\n```\n```python\n6 * 7\n```\n")
     result = cli("run", "a.md", cwd=tmp_path)
@@ -9439,6 +9475,7 @@ def on_a_terminal(*arguments: str, types: str = "") -> tuple[str, int]:
     return seen.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.slow
 def test_a_terminal_answers_input_and_shows_tracebacks_in_colours() -> None:
     seen, status = on_a_terminal("run", "-c", "print(input('name? ') * 2)\n1/0", types="ab\n")
     assert (status, "abab" in seen, "name? " in seen) == (1, True, True)
@@ -9577,6 +9614,7 @@ def test_run_says_which_file_it_could_not_take(options: list[str], says: str, tm
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_run_on_a_server(gateway: Peer, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(f"{gateway.info.token}\n")
     url = gateway.info.url
@@ -9611,6 +9649,7 @@ def test_what_the_terminal_cannot_show_is_escaped() -> None:
     assert result.stdout == "\\xe9\nafter\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["run", "-c", "print(1)"], ["run", "-c", "1", "--json"], ["kernels"]])
 def test_a_full_disk_behind_stdout_is_an_error(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
@@ -9753,6 +9792,7 @@ def test_mcp_tools_answer(mode: str) -> None:
     assert mcp_run(main, mode=mode) == ""
 
 
+@pytest.mark.slow
 def test_mcp_sessions_run_at_once_and_their_calls_in_order(tmp_path: Path) -> None:
     wait = "import os, time\nopen({!r}, 'w')\nwhile not os.path.exists({!r}): time.sleep(0.01)\nx = {}"
     here, there = str(tmp_path / "here"), str(tmp_path / "there")
@@ -9796,6 +9836,7 @@ def test_mcp_code_that_takes_long_is_waited_for(tmp_path: Path) -> None:
     assert mcp_run(main, "--cwd", str(tmp_path), patience=1) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", pytest.param("legacy", marks=pytest.mark.slow)])
 def test_mcp_a_cancelled_request_interrupts_its_code(mode: str, tmp_path: Path) -> None:
     code = "import time\nx = 1\ntry:\n    open('begun', 'w')\n    time.sleep(1000)\nfinally: x = 2"
@@ -9891,6 +9932,7 @@ def test_mcp_in_docker_without_a_network(engine: Any) -> None:
     eventually(lambda: not engine.containers.list(all=True, filters={"id": names[0]}), "the container is gone")
 
 
+@pytest.mark.slow
 def test_mcp_tells_of_trouble() -> None:
     absent = "import sys; sys.modules['mcp'] = None; import jupyter_exec; sys.exit(jupyter_exec.main(['mcp']))"
     result = run_python(absent)
