@@ -1563,6 +1563,10 @@ class ExecutionResult:
         images: list[OutputFile] = []
         group: list[Json] = []  # outputs since the last image
         labels: dict[int, str] = {}
+
+        def label(data: Json) -> str | None:
+            return labels.get(id(data))
+
         for output in self.outputs:
             group.append(output)
             if (image := _output_file(output.get("data") or {})) and image.mime_type.startswith("image/"):
@@ -1570,9 +1574,9 @@ class ExecutionResult:
                 labels[id(output["data"])] = f"[a picture that is not shown: {why_not}]" if why_not else "[a picture]"
                 if not why_not:
                     images.append(image)
-                    texts.append(render(group, "", lambda data: labels.get(id(data))))
+                    texts.append(render(group, "", label))
                     group = []
-        texts.append(render(group, self.note, lambda data: labels.get(id(data))))
+        texts.append(render(group, self.note, label))
         parts: list[Json] = []
         for text, image in itertools.zip_longest(_shorten_all(texts, max_chars), images):
             if text:
@@ -2781,7 +2785,7 @@ class KernelClient:
         self._serial = itertools.count(1)
         self.ready = False
         self._running: Cell | None = None
-        self._nudges: set[str] = set()  # interrupts whose effect is not yet known to be over
+        self._nudges: set[str] = set()  # requests after whose answers no interrupt can hit a later cell
         self._death: KernelDied | None = None
         self._closing = False
         self._ended = False  # the code has called exit(): the process is about to end
@@ -3722,12 +3726,12 @@ class KernelHost:
         tag = sys.implementation.cache_tag
         check = f"import sys; sys.implementation.cache_tag == {tag!r} or sys.exit({CANNOT_FORK})"
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # The program is a file without a name, so that no kernel can replace it. `ps` shows "ipykernel-fork-server".
+        # The program is a file without a name, so that no kernel can replace it.
         with theirs, tempfile.TemporaryFile(dir=self._directory, buffering=0) as program:
             program.write(self._program)
             program.seek(0)
             options = json.dumps([theirs.fileno(), kernel.lean, kernel.preload])
-            argv = [python, "-c", f"{check}\n{bootstrap}", "ipykernel-fork-server", options]
+            argv = [python, "-c", f"{check}\n{bootstrap}", options]
             env = kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
             server = ChildProcess(python, python, argv, env)
             try:
@@ -4046,7 +4050,7 @@ def fork_server_main(program: bytes) -> None:
     """
     import gc
 
-    host, (descriptor, lean, preload) = os.getppid(), json.loads(sys.argv[2])
+    host, (descriptor, lean, preload) = os.getppid(), json.loads(sys.argv[1])
     show_as("jupyter_exec: fork server")
     if host != int(os.environ["JPY_PARENT_PID"]):  # this Python was started through another process
         sys.exit(CANNOT_FORK)
@@ -5877,7 +5881,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     def _create(self, client: Any, image: Any, command: list[str]) -> Any:
         options = self._options(client, image.attrs.get("Config") or {}, command)
-        if not self._bind_dir and not self._has_work_dir(client, image):  # the engine would make it, but for root
+        if not self._bind_dir and not self._has_work_dir(client, image):  # the engine would make it, owned by root
             options.setdefault("tmpfs", {}).setdefault(self._work_dir, _tmpfs(client, options["user"]))
         return client.containers.create(image.id, **options)
 
@@ -5968,7 +5972,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     def _describe_end(self) -> str:
         code = self._exit_code()
-        cause = " (killed, perhaps for want of memory)" if code == 137 else f" (exit code {code})"
+        cause = " (killed, perhaps because memory ran out)" if code == 137 else f" (exit code {code})"
         # Podman says 0 whatever it was; a host ends in no such way.
         return "" if code is None else f"the container has ended{cause if code else ''}"
 
@@ -6183,6 +6187,13 @@ def _openings(options: Mapping[str, Any], bind_dir: str | None) -> Iterator[str]
 # ======================================================================================================
 # 14. Host tools: functions of this program that code in a kernel calls
 # ======================================================================================================
+
+
+def is_name(text: str) -> bool:
+    """Whether Python takes a text for the name of a variable."""
+    import keyword
+
+    return text.isidentifier() and not keyword.iskeyword(text)
 
 
 def functions_source(functions: Iterable[Callable[..., Any]]) -> str:
@@ -6469,7 +6480,6 @@ class Tools:
     ) -> None:
         """Raises: ValueError for what cannot be a tool."""
         import inspect
-        import keyword
 
         if approve is not None and not callable(approve):
             raise ValueError("approve must be a function of name and arguments.")
@@ -6482,7 +6492,7 @@ class Tools:
         self._heads: dict[str, tuple[str, str | None]] = {}
         named: Any = isinstance(functions, Mapping) and functions.items()
         for name, function in named or ((getattr(function, "__name__", ""), function) for function in functions):
-            if not name.isidentifier() or keyword.iskeyword(name):
+            if not is_name(name):
                 raise ValueError(f"{function!r} cannot be a tool: it has no name, as `def` would give it.")
             if name in {"ToolError", "ToolRefused", *self.functions}:
                 raise ValueError(f"There are two tools of the name {name}.")
@@ -7130,9 +7140,11 @@ class Journal:
 
     def _add(self, code: str, result: ExecutionResult) -> None:
         try:
-            line = self._line(code, result.execution_count, list(map(_notebook_output, result.outputs)), result.note)
+            cell = notebook_cell(code) | {"execution_count": result.execution_count}
+            line = dump_json(cell | {"outputs": notebook_outputs(result.outputs, result.note)}) + b"\n"
             if self._size + len(line) > MAX_FILE_BYTES:
-                line = self._line(code, result.execution_count, [], "The outputs of this cell were not kept: too large")
+                outputs = notebook_outputs([], "The outputs of this cell were not kept: too large")
+                line = dump_json(cell | {"outputs": outputs}) + b"\n"
             if self._file is None:
                 import tempfile
 
@@ -7145,11 +7157,6 @@ class Journal:
         except (OSError, ValueError, RecursionError) as error:
             self._trouble = str(error)
             logger.warning("A cell is not kept for the notebook: %s", error)
-
-    def _line(self, code: str, count: int | None, outputs: list[Json], note: str) -> bytes:
-        outputs += [{"output_type": "stream", "name": "stderr", "text": note}] * bool(note)
-        cell = {"cell_type": "code", "id": os.urandom(4).hex(), "metadata": {}, "source": code, "outputs": outputs}
-        return dump_json(cell | {"execution_count": count}) + b"\n"
 
     def write(self, file: IO[bytes], metadata: Json) -> None:
         """Write a notebook. Spec: https://nbformat.readthedocs.io/en/latest/format_description.html"""
@@ -7173,8 +7180,20 @@ class Journal:
         file.write(b"]}\n")
 
 
+def notebook_cell(source: str, kind: str = "code", metadata: Json | None = None) -> Json:
+    """Return a cell of nbformat 4.5 that has not run."""
+    cell: Json = {"cell_type": kind, "id": os.urandom(4).hex(), "metadata": metadata or {}, "source": source}
+    return cell | ({"outputs": [], "execution_count": None} if kind == "code" else {})
+
+
+def notebook_outputs(outputs: Iterable[Json], note: str) -> list[Json]:
+    """Return the outputs of a cell as nbformat allows them, with the note about it as the last."""
+    said = {"output_type": "stream", "name": "stderr", "text": note}
+    return [*map(_notebook_output, outputs), *[said] * bool(note)]
+
+
 def _notebook_output(output: Json) -> Json:
-    """Return an output as nbformat allows it: a MIME value is a string unless the type is JSON."""
+    # A MIME value is a string unless the type is JSON.
     if "data" not in output:
         return output
     data = {
@@ -7302,7 +7321,7 @@ def follow_shell(process: subprocess.Popen[bytes]) -> int:
 def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, str]:
     """Return the cell that runs a code block in a kernel of that name and language, and what a notebook says of it.
 
-    These are the same but for a shell script.
+    The two differ only for a shell script.
 
     Raises: ValueError for a language that the kernel does not speak.
     """
@@ -7482,6 +7501,10 @@ def _not_begun() -> ExecutionResult:
     return ExecutionResult("interrupted", 130, "intact", _NOT_BEGUN, [])
 
 
+def _text_so_far(result: ExecutionResult | None) -> str:
+    return render(result.outputs, result.note * (result.status != "running"), no_file) if result else ""
+
+
 class CellCall:
     """A call that runs one cell; `timeout` and hooks that are None are the executor's."""
 
@@ -7509,7 +7532,7 @@ class CellCall:
 
     def text(self, result: ExecutionResult | None) -> str:
         """Return the text so far; `result` is that of its latest cell."""
-        return render(result.outputs, result.note * (result.status != "running"), lambda data: None) if result else ""
+        return _text_so_far(result)
 
     def not_run(self, result: ExecutionResult) -> ExecutionResult:
         self.last = result
@@ -7560,7 +7583,7 @@ class BlocksCall:
 
     def text(self, result: ExecutionResult | None) -> str:
         texts, last = self._ended
-        return "\n".join([*texts, *[CellCall("").text(result)] * (result is not last)])
+        return "\n".join([*texts, *[_text_so_far(result)] * (result is not last)])
 
     def not_run(self, result: ExecutionResult) -> CodeResult:
         self._add(result)
@@ -8095,11 +8118,9 @@ class JupyterCodeExecutor(Stoppable):
 
         Raises: VariableError.
         """
-        import keyword
-
         texts = []
         for name, value in values.items():
-            if not name.isidentifier() or keyword.iskeyword(name):
+            if not is_name(name):
                 raise VariableError(name, "it is no name of a variable")
             try:
                 texts.append(f"{json.dumps(name)}:{json.dumps(value, ensure_ascii=False)}")
@@ -8586,15 +8607,13 @@ class Step:
 
     def record(self, result: ExecutionResult, began: float) -> None:
         """Write what the cell did into it; `began` is in seconds since the epoch."""
-        outputs = list(map(_notebook_output, result.outputs))
-        outputs += [{"output_type": "stream", "name": "stderr", "text": result.note}] * bool(result.note)
         times = {"iopub.status.busy": began, "shell.execute_reply": began + result.duration}
         self.cell["metadata"]["execution"] = {
             name: f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at))}.{int(at % 1 * 10**6):06}Z"
             for name, at in times.items()
         }
         self.count = result.execution_count
-        self.cell |= {"outputs": outputs, "execution_count": self.count}
+        self.cell |= {"outputs": notebook_outputs(result.outputs, result.note), "execution_count": self.count}
 
 
 class Document:
@@ -8616,13 +8635,7 @@ class Document:
     def new_step(
         self, source: str, tags: Sequence[str] = (), kind: str = "code", language: str = "", line: int = 0
     ) -> Step:
-        cell: Json = {
-            "cell_type": kind,
-            "id": os.urandom(4).hex(),
-            "metadata": {"tags": list(tags)} if tags else {},
-            "source": source,
-        }
-        return Step(cell | ({"outputs": [], "execution_count": None} if kind == "code" else {}), language, line)
+        return Step(notebook_cell(source, kind, {"tags": list(tags)} if tags else {}), language, line)
 
     def add_parameters(self, pairs: Iterable[Sequence[str]]) -> None:
         """Set variables as papermill does: by a cell behind the one that is tagged "parameters", or at the top.
@@ -8631,7 +8644,7 @@ class Document:
         """
         lines = ["# Parameters"]
         for name, value in pairs:
-            if not name.isidentifier():
+            if not is_name(name):
                 raise ValueError(f"-p {name}: this cannot be the name of a variable")
             lines.append(f"{name} = {_literal(value)}")
         self.steps = [step for step in self.steps if not step.has_tag("injected-parameters")]
