@@ -8635,7 +8635,10 @@ class Document:
     def new_step(
         self, source: str, tags: Sequence[str] = (), kind: str = "code", language: str = "", line: int = 0
     ) -> Step:
-        return Step(notebook_cell(source, kind, {"tags": list(tags)} if tags else {}), language, line)
+        cell = notebook_cell(source, kind, {"tags": list(tags)} if tags else {})
+        if self._body["nbformat_minor"] in range(5):  # "id" came with 4.5, and nothing unknown is allowed before
+            del cell["id"]
+        return Step(cell, language, line)
 
     def add_parameters(self, pairs: Iterable[Sequence[str]]) -> None:
         """Set variables as papermill does: by a cell behind the one that is tagged "parameters", or at the top.
@@ -8770,6 +8773,16 @@ class CellFiles(CallFiles):
         return super().save({mime: data[mime] for mime in data if mime != "text/html" or self._html or not is_readable})
 
 
+def exit_of(output: Json | None) -> tuple[int, str] | None:
+    """Return (exit status, message) of the error of a cell that called sys.exit(), as Python gives them; else None."""
+    if not output or output.get("ename") != "SystemExit":
+        return None
+    says: str = output["evalue"]
+    if re.fullmatch(r"-?\d{1,18}", says):
+        return int(says) % 256, ""
+    return (0, "") if says in ("", "None") else (1, says)
+
+
 class LivePrinter:
     """Prints outputs as they come: streams as they are, everything else on lines of its own.
 
@@ -8802,13 +8815,13 @@ class LivePrinter:
         self._number += 1
 
     def end(self, step: Step, result: ExecutionResult, place: str) -> None:
-        if result.status != "ok":
+        if result.status not in ("ok", "exited"):
             error = result.error
             what = result.note or (
                 f"{error['ename']}: {error['evalue']}" if error else f"exit status {result.exit_code}"
             )
             self._line(f"jupyter-exec: {place}: {what}", sys.stderr)
-        elif result.note:
+        elif result.note and result.status == "ok":
             self._line(f"jupyter-exec: {result.note}", sys.stderr)
 
     def close(self) -> None:
@@ -8819,6 +8832,8 @@ class LivePrinter:
         kind = output["output_type"]
         if kind == "stream":
             self._write(sys.stdout if output["name"] == "stdout" else sys.stderr, output["text"])
+        elif (exited := exit_of(output)) is not None:
+            self._line(exited[1], sys.stderr)
         elif kind == "error":
             in_colours = sys.stderr.isatty() and output["traceback"]
             self._line("\n".join(output["traceback"]) if in_colours else render([output], "", no_file), sys.stderr)
@@ -9058,6 +9073,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         if not speaks_python and (arguments or options.parameters):
             raise ValueError(f"Arguments and parameters are for Python, and the kernel speaks {language}.")
         printer = JsonPrinter() if options.json else LivePrinter(len(steps))
+        printer.status = 2  # until the code has run
+        stack.callback(printer.close)
         executor = JupyterCodeExecutor(
             server,
             kernel_name,
@@ -9068,13 +9085,11 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             startup=_startup(options, arguments) if speaks_python else "",
         )
         stack.enter_context(executor)
-        stack.callback(printer.close)
 
         def save() -> None:
             if notebook:
                 document.save(notebook)
 
-        printer.status = 2
         for source in options.put:
             executor.upload(source)
         try:
@@ -9107,10 +9122,11 @@ def _runnable(steps: Iterable[Step], kernel_name: str, language: str) -> Iterato
 def _startup(options: argparse.Namespace, arguments: list[str]) -> str:
     """Return code by which a script finds what `python FILE` would give it: arguments, __file__, modules beside it."""
     is_script = options.code is not None or not options.file.endswith((".ipynb", ".md", ".markdown"))
-    lines = []
+    # IPython warns of sys.exit(), with which many a script ends.
+    lines = ["__import__('warnings').filterwarnings('ignore', 'To exit: use')"] if is_script else []
     if is_script or arguments:
         argv = ["-c" if options.code is not None else options.file, *arguments]
-        lines = [f"__import__('sys').argv[:] = {argv!r}"]
+        lines += [f"__import__('sys').argv[:] = {argv!r}"]
     if is_script and options.file not in (None, "-"):
         path = os.path.abspath(options.file)
         lines += [f"__file__ = {path!r}"]
@@ -9130,7 +9146,7 @@ def _ask(prompt: str, password: bool) -> str:
 def _run_steps(
     executor: JupyterCodeExecutor,
     document: Document,
-    steps: Iterable[Step],
+    steps: Sequence[Step],
     printer: LivePrinter | JsonPrinter,
     options: argparse.Namespace,
     save: Callable[[], None],
@@ -9149,8 +9165,14 @@ def _run_steps(
             result = executor.execute_block(CodeBlock(step.cell["source"], step.language), on_result=keep)
         except KeyboardInterrupt:
             raise printer.trouble or KeyboardInterrupt from None
-        printer.end(step, result, document.place(step, result))
+        place = document.place(step, result)
+        if (exited := exit_of(result.error)) and not step.has_tag("raises-exception"):
+            result.outputs.remove(result.error or {})
+            result.status, (result.exit_code, result.note) = "exited", exited
+        printer.end(step, result, place)
         if result.status == "exited":
+            if left := len(steps) - number:
+                put(sys.stderr, f"jupyter-exec: {place}: the code has ended the run here; not run: {left} cells")
             return status or result.exit_code
         if result.status != "ok" and not step.has_tag("raises-exception"):
             had_no_kernel = result.status == "died" and result.death is None
@@ -9162,7 +9184,9 @@ def _run_steps(
 
 def _list_kernels(options: argparse.Namespace) -> int:
     with _server_of(options) as server:
-        for name, spec in sorted(server.kernelspecs().items()):
+        if not (specs := server.kernelspecs()):
+            raise ValueError("No kernel is installed there: run python3 -m pip install ipykernel.")
+        for name, spec in sorted(specs.items()):
             fields = (name, spec.get("display_name", ""), spec.get("resource_dir", ""))
             put(sys.stdout, "\t".join(re.sub(r"\s", " ", str(field)) for field in fields))
     return 0

@@ -9377,6 +9377,43 @@ def test_parameters_are_set_as_papermill_does(tmp_path: Path) -> None:
         assert "cannot be the name of a variable" in cli("run", "a.ipynb", "-p", name, "1", cwd=tmp_path).stderr
 
 
+def test_parameters_keep_a_notebook_of_an_older_minor_version_valid(tmp_path: Path) -> None:
+    notebook = json.loads(json.dumps(v4.new_notebook(cells=[v4.new_code_cell("a")])))
+    del notebook["cells"][0]["id"]  # which came with 4.5
+    (tmp_path / "old.ipynb").write_text(json.dumps(notebook | {"nbformat_minor": 4}))
+    assert cli("run", "old.ipynb", "-p", "a", "7", "--notebook", "new.ipynb", cwd=tmp_path).stdout == "7\n"
+    new = json.loads((tmp_path / "new.ipynb").read_text())
+    nbformat.validate(new)
+    assert (new["nbformat_minor"], len(new["cells"])) == (4, 2)
+
+
+EXITS = {"": (0, ""), "0": (0, ""), "None": (0, ""), "3": (3, ""), "-1": (255, ""), "'a message'": (1, "a message\n")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", EXITS)
+def test_a_script_ends_with_the_status_that_python_would_give(value: str, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(f"import sys\nprint('out')\nsys.exit({value})")
+    python = subprocess.run([sys.executable, "a.py"], cwd=tmp_path, capture_output=True, text=True)
+    ran = cli("run", "a.py", cwd=tmp_path)
+    assert (ran.returncode, ran.stderr, ran.stdout) == (python.returncode, python.stderr, "out\n")
+    assert (python.returncode, python.stderr) == EXITS[value]
+
+
+def test_sys_exit_ends_a_run_of_cells(tmp_path: Path) -> None:
+    code = "import sys; sys.exit(0)\n# %%\nprint('never')\n# %%\n2"
+    ran = cli("run", "-c", code)
+    says = "jupyter-exec: code:1: the code has ended the run here; not run: 2 cells\n"
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", says)
+    answer = json.loads(cli("run", "-c", "import sys; sys.exit('bad')", "--json").stdout)
+    block = answer["blocks"][0]
+    assert (answer["exit_code"], block["status"], block["exit_code"], block["output"]) == (1, "exited", 1, "bad")
+    tagged = v4.new_code_cell("raise SystemExit(4)", metadata={"tags": ["raises-exception"]})
+    notebook_file(tmp_path / "a.ipynb", tagged, "'after'")
+    ran = cli("run", "a.ipynb", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (0, "'after'\n")
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
