@@ -7077,10 +7077,10 @@ def fenced_blocks(text: str) -> Iterator[tuple[int, str, CodeBlock]]:
     lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
     offset = 0  # column at which the content of the list item around begins
     for number, line in lines:
-        line = line.expandtabs(4)
-        while item := _LIST_ITEM.match(line):
-            offset = item.end()
-            line = " " * offset + line[offset:]
+        line, start = line.expandtabs(4), 0
+        while item := _LIST_ITEM.match(line, start):
+            offset = start = item.end()
+        line = " " * start + line[start:]
         indent = len(line) - len(line.lstrip(" "))
         if line.strip() and indent < offset:
             offset = 0
