@@ -984,7 +984,7 @@ class WebSocket:
 # (character sets, reset), the C1 forms of these, any other control character. One pass removes them all.
 _CONTROLS = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,8}[@-~]"
-    r"|(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x90\x98\x9c-\x9f]*(?:\x07|\x1b\\|\x9c)"
     r"|\x1b[ -/]{0,8}[0-Z\\^-~]"
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 )
@@ -8722,7 +8722,7 @@ def _script(name: str, text: str) -> Document:
     for start, end in itertools.pairwise([0, *markers, len(lines)]):
         title = lines[start] if start in markers else ""
         code = "\n".join(lines[start + bool(title) : end])
-        tags = re.findall(r"[\"']([^\"']+)[\"']", "".join(re.findall(r"tags *= *\[([^\]]*)\]", title)))
+        tags = re.findall(r"[\"']([^\"']+)[\"']", "".join(re.findall(r"tags *= *\[([^\[\]]*)\]", title)))
         if re.search(r"\[(markdown|md|raw)\]", title):
             document.steps.append(document.new_step(re.sub(r"(?m)^# ?", "", code), tags, "markdown"))
         elif code.strip():
