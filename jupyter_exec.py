@@ -149,8 +149,7 @@ MAX_SPILL = 256 * 2**20  # characters of such a file
 MAX_STRAY = 20  # numbered messages that may be missing at a cell's end: of threads in mid-send, to other clients
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
 MAX_KEPT = 128 * 2**20  # bytes of a cell's outputs other than streams that are kept
-MAX_LINE = 2**20  # characters of a line that a carriage return or backspaces can still erase
-LINE_PIECE = 256  # characters of such a line that are copied at a time
+MAX_LINE = 2**20  # characters of a line, erased ones included, before it is looked whether half of them are left
 TEXT_PIECE = 4096  # characters of a stream up to which what follows is joined at once
 MAX_MODEL_IMAGE = 4 * 2**20  # bytes of a picture for a language model; in base64 a third more
 MAX_FILES = 500  # files of one call
@@ -1001,54 +1000,24 @@ def clean_text(text: str, colours: bool = False) -> str:
     return _CONTROLS.sub(lambda found: found[0] if colours and _COLOUR.fullmatch(found[0]) else "", text)
 
 
-class Line:
-    """The last line of a terminal, without what carriage returns and backspaces have erased."""
-
-    def __init__(self) -> None:
-        self.pieces: list[str] = []
-        self._returned = False  # the next text overwrites the line
-        self.size = 0  # about how many characters it has
-
-    def add(self, text: str) -> str:
-        """Take text; return the lines that are finished, with their newlines."""
-        lines = text.split("\n") if self._returned or "\r" in text or "\b" in text else [*text.rpartition("\n")[::2]]
-        if "\n" not in text:
-            lines = lines[-1:]
-        finished = []
-        for line in lines[:-1]:
-            self._type(line)
-            finished += [self.take(), "\n"]
-        self._type(lines[-1])
-        return "".join(finished)
-
-    def _type(self, text: str) -> None:
-        left = text.rstrip("\r")
-        if left and (self._returned or "\r" in left):
-            self.take()
-            left = left.rpartition("\r")[2]
-        self._returned = len(text) > len(text.rstrip("\r")) or (self._returned and not text)
-        for piece in re.findall(r"\x08+|[^\x08]+", left) if "\b" in left else filter(None, [left]):
-            if piece[0] == "\b":
-                self._erase(len(piece))
-            else:
-                self.pieces.append(piece)
-                self.size += len(piece)
-
-    def _erase(self, count: int) -> None:
-        while count and self.pieces:
-            last = self.pieces.pop()
-            if len(last) > 2 * LINE_PIECE:  # cut once, so that each character is copied a few times at most
-                self.pieces += [last[i : i + LINE_PIECE] for i in range(0, len(last), LINE_PIECE)]
-                continue
-            left = last[:-count]
-            self.pieces += [left] * bool(left)
-            self.size -= len(last) - len(left)
-            count -= len(last) - len(left)
-
-    def take(self) -> str:
-        """Return the line as it stands, and begin a new one."""
-        text, self.pieces, self._returned, self.size = "".join(self.pieces), [], False, 0
+def without_erased(text: str) -> str:
+    """Return text without what carriage returns and backspaces erase in its lines on a terminal."""
+    if "\r" not in text and "\b" not in text:
         return text
+    lines = []
+    for line in text.split("\n"):
+        line = line.rstrip("\r").rpartition("\r")[2]
+        if "\b" in line:
+            left, erased = [], 0  # from the end: so each piece is cut once
+            for piece in reversed(re.findall(r"\x08+|[^\x08]+", line)):
+                if piece[0] == "\b":
+                    erased += len(piece)
+                else:
+                    left.append(piece[: max(0, len(piece) - erased)])
+                    erased = max(0, erased - len(piece))
+            line = "".join(reversed(left))
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def gap_mark(missing: int, where: str = "") -> str:
@@ -1332,10 +1301,7 @@ class CallFiles:
 
 
 class Outputs:
-    """What a cell has shown, within a budget: head and tail of its streams, and the other outputs while there is room.
-
-    It is kept in three lists: everything up to the end of the head, other outputs up to the tail, and the tail.
-    """
+    """What a cell has shown, within a budget: head and tail of its streams, other outputs while there is room."""
 
     def __init__(self, limit: int | None) -> None:
         """`limit` is how many characters of streams are kept, None for all."""
@@ -1345,34 +1311,35 @@ class Outputs:
         self.withheld = False  # an output was dropped
 
     def clear(self) -> None:
-        self._head: list[Json] = []
-        self._middle: list[Json] = []
+        self._head: deque[Json] = deque()  # everything up to the end of the head
+        self._middle: deque[Json] = deque()  # the other outputs up to the tail
         self._tail: deque[Json] = deque()
         self._head_size = self._tail_size = 0  # characters of streams
-        self._line, self._name = Line(), ""  # the open line, and of which stream it is
+        self._line, self._name = io.StringIO(), ""  # the open line as it came, and of which stream it is
         self._displays: dict[str, tuple[Json, int]] = {}  # display_id -> what it shows, and its size
         self._room = MAX_KEPT
         self.missing = 0  # characters between head and tail
-
-    def copied(self) -> Outputs:
-        """Return a copy, of which `all` may be asked; what the outputs show is shared, however deep it is nested."""
-        other, other_line = copy.copy(self), copy.copy(self._line)
-        other._head, other._middle = list(map(dict, self._head)), list(map(dict, self._middle))
-        other._tail, other._displays = deque(map(dict, self._tail)), dict(self._displays)
-        other._line, other_line.pieces = other_line, self._line.pieces[:]
-        return other
 
     def write(self, name: str, text: str) -> None:
         """Take text of a stream."""
         if name != self._name:
             self._end_line()
             self._name = name
-        self._put(self._line.add(text))
-        if self._line.size > MAX_LINE:  # nothing erases as much
+        if end := text.rfind("\n") + 1:
+            self._line.write(text[:end])
             self._end_line()
+        self._line.write(text[end:])
+        if self._line.tell() > MAX_LINE:
+            text, self._line = self._line.getvalue(), io.StringIO()
+            left = without_erased(text)
+            if len(left) > MAX_LINE // 2:  # nothing erases as much
+                self._put(left)
+            else:
+                self._line.write(left + "\r" * text.endswith("\r"))
 
     def _end_line(self) -> None:
-        self._put(self._line.take())
+        self._put(without_erased(self._line.getvalue()))
+        self._line = io.StringIO()
 
     def _is_head_full(self) -> bool:
         return self._head_size >= self._head_room or len(self._head) >= MAX_OUTPUTS // 2
@@ -1416,28 +1383,32 @@ class Outputs:
             self._room, self._displays[display_id] = room, (_bundle(content), size)
         return True
 
-    def all(self) -> list[Json]:
-        """Return the outputs, in nbformat's shape; nothing may be added afterwards."""
-        self._end_line()
-        if (excess := self._tail_size - self._tail_room) > 0:  # less than the first text: else it would be gone
-            first = next(output for output in self._tail if "text" in output)
-            first["text"], self.missing = first["text"][excess:], self.missing + excess
-        name = self._head[-1].get("name", "stdout") if self._head else "stdout"
-        gap = [{"output_type": "stream", "name": name, "text": gap_mark(self.missing)}] if self.missing else []
+    def so_far(self) -> tuple[list[Json], int]:
+        """Return the outputs in nbformat's shape, and how many characters are missing between head and tail."""
+        kept = copy.copy(self)  # more may come; what the outputs show is shared, however deep it is nested
+        parts = self._head, self._middle, self._tail
+        kept._head, kept._middle, kept._tail = (deque(map(dict, part)) for part in parts)
+        kept._put(without_erased(self._line.getvalue()))
+        if (excess := kept._tail_size - kept._tail_room) > 0:  # less than the first text: else it would be gone
+            kept._tail[0]["text"] = kept._tail[0]["text"][excess:]
+            kept.missing += excess
+        name = kept._head[-1].get("name", "stdout") if kept._head else "stdout"
+        gap = [{"output_type": "stream", "name": name, "text": gap_mark(kept.missing)}] if kept.missing else []
         found: list[Json] = []
-        everything = [*self._head, *gap, *self._middle, *self._tail]
+        everything = [*kept._head, *gap, *kept._middle, *kept._tail]
         for name, outputs in itertools.groupby(everything, lambda output: output.get("name")):
             if name is not None:
-                text = "".join(output["text"] for output in outputs)
-                found += [{"output_type": "stream", "name": name, "text": text}] * bool(text)
+                found.append(
+                    {"output_type": "stream", "name": name, "text": "".join(output["text"] for output in outputs)}
+                )
                 continue
             for output in outputs:
                 shown = output.pop("transient", None)
                 found.append(output | self._displays[shown["display_id"]][0] if shown else output)
-        return found
+        return found, kept.missing
 
 
-def _append_text(outputs: list[Json] | deque[Json], name: str, text: str) -> None:
+def _append_text(outputs: deque[Json], name: str, text: str) -> None:
     if outputs and outputs[-1].get("name") == name and len(outputs[-1]["text"]) < TEXT_PIECE:
         outputs[-1]["text"] += text
     elif text:
@@ -1715,7 +1686,7 @@ class Execution:
             text = entry.get("text") if entry.get("source") == "set_next_input" else None
             data = {"text/plain": text} if isinstance(text, str) else entry.get("data")
             if entry.get("source") in ("page", "set_next_input") and isinstance(data, dict):
-                shown, size = self._show({"output_type": "display_data"}, {"data": data}, size), 0
+                shown, size = self._on_display({"data": data}, size), 0
         return shown
 
     @property
@@ -1742,31 +1713,25 @@ class Execution:
 
     def _on_result(self, content: Json, size: int) -> Json:
         self._count(content, 0)
-        return self._show({"output_type": "execute_result", "execution_count": self.execution_count}, content, size)
+        output = {"output_type": "execute_result", "execution_count": self.execution_count}
+        return self._show(output | _bundle(content), size, _display_id(content))
 
     def _on_display(self, content: Json, size: int) -> Json:
-        return self._show({"output_type": "display_data"}, content, size)
+        return self._show({"output_type": "display_data"} | _bundle(content), size, _display_id(content))
 
-    def _show(self, output: Json, content: Json, size: int) -> Json:
+    def _show(self, output: Json, size: int, display_id: str = "") -> Json:
         self._clear_if_due()
-        output |= _bundle(content)
-        self._outputs.add(dict(output), size, _display_id(content))
+        self._outputs.add(dict(output), size, display_id)
         return output
 
     def _on_update(self, content: Json, size: int) -> Json:
         # "update_display_data: ... update any and all of the displays that have the given display_id"
         if not self._outputs.update(_display_id(content), content, size):
-            self._show({"output_type": "display_data"}, content, size)  # the display belongs to an earlier cell
+            self._on_display(content, size)  # the display belongs to an earlier cell
         return {"output_type": "update_display_data"} | _bundle(content)
 
     def _on_error(self, content: Json, size: int) -> Json:
-        traceback = content.get("traceback")
-        lines = [line for line in traceback if isinstance(line, str)] if isinstance(traceback, list) else []
-        names = {name: text_of(content.get(name)) for name in ("ename", "evalue")}
-        self._clear_if_due()
-        output = {"output_type": "error", **names, "traceback": lines}
-        self._outputs.add(dict(output), size)
-        return output
+        return self._show(_error(content), size)
 
     def _on_clear(self, content: Json, size: int) -> Json:
         # "wait: Wait to clear the output until new output is available."
@@ -1802,27 +1767,20 @@ class Execution:
         # Deviation: IPython reads exit(3) as exit(keep_kernel=3), everybody else as an exit status.
         return [entry.get("keepkernel") for entry in self._payload if entry.get("source") == "ask_exit"]
 
-    def copied(self) -> Execution:
-        """Return a copy, of which `result` may be asked while this one goes on."""
-        other = copy.copy(self)
-        other._outputs = self._outputs.copied()
-        return other
-
     def result(self, duration: float) -> ExecutionResult:
-        """Return the result; call it once. `duration` is in seconds. README's table of failures lists the sentences."""
-        outputs = self._outputs.all()
-        status, exit_code, state, note = self._outcome()
+        """Return the result so far; `duration` is in seconds. README's table of failures lists the sentences."""
+        outputs, missing = self._outputs.so_far()
+        status, exit_code, state, note = self._outcome(missing)
         if status == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
             # The error came with the reply only, or there was no room for it.
-            outputs.append(self._on_error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply, 0))
-        missing, count = self._outputs.missing, self.execution_count
-        values = (self._reply or {}).get("user_expressions")
+            outputs.append(_error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply))
+        count, values = self.execution_count, (self._reply or {}).get("user_expressions")
         value = values.get("value") if isinstance(values, dict) else None
         return ExecutionResult(
             status, exit_code, state, note, outputs, count, duration, self.death, missing, value=value
         )
 
-    def _outcome(self) -> tuple[str, int, str, str]:
+    def _outcome(self, missing: int) -> tuple[str, int, str, str]:
         if self.timed_out is not None:
             return self._timeout_outcome(f"{self.timed_out:g} s")
         if self.death:
@@ -1835,22 +1793,21 @@ class Execution:
             status = next((keep % 256 for keep in self._exits if type(keep) is int), 0)
             return "exited", status, "lost", "the session was ended by the code"
         if self._reply and self._reply.get("status") == "ok":
-            return "ok", 0, "intact", self._loss_note
+            return "ok", 0, "intact", self._loss_note(missing)
         if self._reply:
-            return "error", 1, "intact", self._loss_note
+            return "error", 1, "intact", self._loss_note(missing)
         if not self.done:
             return "running", 124, "busy", STILL_RUNNING
         if self.reconnected and not self.started:
             return "error", 1, "intact", "The connection was lost; nobody knows whether the code ran"
         return "error", 1, "intact", "The kernel gave up the code, or its reply was lost"
 
-    @property
-    def _loss_note(self) -> str:
+    def _loss_note(self, missing: int) -> str:
         if self.outputs_lost:
             return "Some of the output was lost on its way, or left out since there was too much of it"
         if self.reconnected:
             return "The connection was lost for a moment; some of the output may be missing"
-        return TRUNCATED if self._outputs.missing else ""
+        return TRUNCATED if missing else ""
 
     def _timeout_outcome(self, seconds: str) -> tuple[str, int, str, str]:
         if self.death:
@@ -1866,6 +1823,13 @@ class Execution:
 def _display_id(content: Json) -> str:
     transient = content.get("transient")  # null or absent in some kernels
     return text_of(transient.get("display_id")) if isinstance(transient, dict) else ""
+
+
+def _error(content: Json) -> Json:
+    traceback = content.get("traceback")
+    lines = [line for line in traceback if isinstance(line, str)] if isinstance(traceback, list) else []
+    names = {name: text_of(content.get(name)) for name in ("ename", "evalue")}
+    return {"output_type": "error", **names, "traceback": lines}
 
 
 def _bundle(content: Json) -> Json:
@@ -2722,10 +2686,7 @@ class Cell:
     def so_far(self) -> ExecutionResult:
         """Return the result, or what there is of it by now; from any thread."""
         with self.lock:
-            if self.result:
-                return self.result
-            copied = self.execution.copied()  # a result sums up once
-        return copied.result(time.monotonic() - self.started)
+            return self.result or self.execution.result(time.monotonic() - self.started)
 
     def finish(self) -> ExecutionResult:
         with self.lock:
