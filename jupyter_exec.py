@@ -504,7 +504,7 @@ class KernelConnection:
 
 def _port(name: str, value: object) -> int:
     # JEP 106 allows ports as strings; xeus writes them so.
-    if isinstance(value, str) and value.isascii() and value.isdigit():
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
         raise ProtocolError(f"The connection file's {name!r} is not a port number.")

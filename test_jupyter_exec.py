@@ -606,6 +606,7 @@ def test_connection_ports_may_be_strings_and_unknown_keys_are_ignored() -> None:
         (connection_json(shell_port=70000), "shell_port"),
         (connection_json(shell_port=True), "shell_port"),
         (connection_json(iopub_port="٣"), "iopub_port"),
+        (connection_json(iopub_port="9" * 5000), "iopub_port"),
         (connection_json(key=5), "key"),
         (connection_json(transport="pgm"), "transport"),
         (connection_json(signature_scheme="rot13"), "signature scheme"),
