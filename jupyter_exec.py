@@ -91,7 +91,6 @@ __all__ += ["LocalJupyterServer", "MarkdownCodeExtractor", "OutputFile", "Output
 __all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError", "ToolError", "ToolRefused"]
 __all__ += ["VariableError", "tool_call_ended"]
 
-PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
 START_TIMEOUT = 60.0  # seconds from asking for a kernel to its first answer, host or container included
 CONTROL_TIMEOUT = 10.0  # seconds for the host to answer a control request; it answers in milliseconds
@@ -413,17 +412,15 @@ class Message:
     def parent_id(self) -> str:
         return text_of(self.parent_header.get("msg_id"))
 
+    def dumped(self) -> list[bytes]:
+        """Return header, parent_header, metadata and content as JSON."""
+        return list(map(dump_json, (self.header, self.parent_header, self.metadata, self.content)))
+
 
 def new_message(channel: str, msg_type: str, content: Json, *, session: str, msg_id: str, date: str) -> Message:
     """Make a message of the client. `date` is ISO 8601 with a time zone: some kernels (Deno, evcxr) insist on it."""
-    header = {
-        "msg_id": msg_id,
-        "session": session,
-        "username": "jupyter_exec",
-        "date": date,
-        "msg_type": msg_type,
-        "version": PROTOCOL_VERSION,
-    }
+    header = {"msg_id": msg_id, "msg_type": msg_type, "session": session, "username": "jupyter_exec", "date": date}
+    header["version"] = "5.4"  # of the messaging spec; without it most kernels take the message for version 4
     return Message(channel, header, {}, {}, content, [])
 
 
@@ -475,16 +472,11 @@ class KernelConnection:
     def from_json(cls, text: str | bytes) -> KernelConnection:
         """Parse the text of a connection file. Raises: ProtocolError, which names the wrong field."""
         data = json_object(text, "connection file")
-        values = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}
+        given = [f.name for f in fields(cls) if data.get(f.name) is not None]
         for name in ("ip", "shell_port", "iopub_port", "stdin_port", "control_port"):
-            if name not in values:
+            if name not in given:
                 raise ProtocolError(f"The connection file has no {name!r}.")
-        for name, value in values.items():
-            if name.endswith("_port"):
-                values[name] = _port(name, value)
-            elif not isinstance(value, str):
-                raise ProtocolError(f"The connection file's {name!r} is not a string.")
-        connection = cls(**values)
+        connection = cls(**{name: _checked(name, data[name]) for name in given})
         if connection.transport not in ("tcp", "ipc"):
             raise ProtocolError(f"The connection file's transport {connection.transport!r} is neither tcp nor ipc.")
         new_signer(connection.key, connection.signature_scheme)  # raises for an unknown scheme
@@ -502,12 +494,15 @@ class KernelConnection:
         return f"tcp://[{self.ip}]:{port}" if ":" in self.ip else f"tcp://{self.ip}:{port}"
 
 
-def _port(name: str, value: object) -> int:
+def _checked(name: str, value: Any) -> Any:
+    is_port = name.endswith("_port")
     # JEP 106 allows ports as strings; xeus writes them so.
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value):
+    if is_port and isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value):
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
+    if is_port and (type(value) is not int or not 0 <= value <= 65535):
         raise ProtocolError(f"The connection file's {name!r} is not a port number.")
+    if not is_port and not isinstance(value, str):
+        raise ProtocolError(f"The connection file's {name!r} is not a string.")
     return value
 
 
@@ -597,8 +592,7 @@ class ZmqCodec:
 
     def encode(self, message: Message) -> list[bytes]:
         """Return [DELIMITER, signature, header, parent_header, metadata, content, *buffers]."""
-        dicts = (message.header, message.parent_header, message.metadata, message.content)
-        signed = [dump_json(part) for part in dicts]
+        signed = message.dumped()
         return [DELIMITER, self._sign(signed), *signed, *message.buffers]
 
     def decode(self, channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
@@ -641,20 +635,16 @@ def messages_of(channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
     if len(parts[3]) > STREAM_PIECE and not is_read:
         parts = [*parts[:2], b"{}", b"{}"]
     metadata, content, buffers = _object_or_null(parts[2], "metadata"), parts[3], list(map(bytes, parts[4:]))
-    if header.get("msg_type") == "stream" and _text_start(content):
-        for piece in stream_pieces(content):
-            yield Message(channel, header, parent_header, metadata, *_content(piece, buffers, len(piece)))
-        return
-    size = sum(map(len, parts)) + 1000 + (json_weight(content) if is_read and len(content) <= MAX_JSON else 0)
-    yield Message(channel, header, parent_header, metadata, *_content(content, buffers, size))
-
-
-def _content(data: bytes | memoryview, buffers: list[bytes], size: int) -> tuple[Json, list[bytes], int, bool]:
-    """Return the last fields of a Message; a content that is too large, or nested too deeply, counts as lost."""
-    try:
-        return _object_or_null(data, "content"), buffers, size, False
-    except ProtocolError:
-        return {}, buffers, size, True
+    size, is_stream = sum(map(len, parts)) + 1000, header.get("msg_type") == "stream"
+    if is_read and not is_stream and len(content) <= MAX_JSON:  # of streams the characters are counted, elsewhere
+        size += json_weight(content)
+    for piece in stream_pieces(content) if is_stream else [content]:
+        message = Message(channel, header, parent_header, metadata, {}, buffers, size)
+        try:
+            message.content = _object_or_null(piece, "content")
+        except ProtocolError:  # it is too large, or nested too deeply
+            message.lost = True
+        yield message
 
 
 def stream_pieces(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
@@ -777,8 +767,7 @@ class V1Codec:
     """
 
     def encode(self, message: Message) -> bytes:
-        objects = (message.header, message.parent_header, message.metadata, message.content)
-        return _join_parts("<Q", [message.channel.encode(), *map(dump_json, objects), *message.buffers, b""])
+        return _join_parts("<Q", [message.channel.encode(), *message.dumped(), *message.buffers, b""])
 
     def decode(self, data: str | bytes) -> Iterator[Message]:
         """Parse what the server sent; a huge message of type stream comes in pieces. Raises: ProtocolError."""
@@ -961,12 +950,8 @@ class WebSocket:
     def _frame(self, opcode: int, payload: bytes) -> bytes:
         length = len(payload)
         # 5.2: "the minimal number of bytes MUST be used to encode the length"; 0x80: final, masked
-        if length < 126:
-            head = struct.pack(">BB", 0x80 | opcode, 0x80 | length)
-        elif length < 2**16:
-            head = struct.pack(">BBH", 0x80 | opcode, 0x80 | 126, length)
-        else:
-            head = struct.pack(">BBQ", 0x80 | opcode, 0x80 | 127, length)
+        longer = b"" if length < 126 else length.to_bytes(2 if length < 2**16 else 8, "big")
+        head = bytes((0x80 | opcode, 0x80 | {0: length, 2: 126, 8: 127}[len(longer)])) + longer
         # 5.3: "the client MUST pick a fresh masking key"
         key = self._mask()
         # As two big integers: octet by octet, 10 MB would take a second.
@@ -1418,43 +1403,17 @@ def _append_text(outputs: deque[Json], name: str, text: str) -> None:
 _MODEL_IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # that language models take
 
 
-def _why_not_shown(image: OutputFile, max_bytes: int, has_room: bool) -> str:
-    """Return why a language model does not get a picture, "" if it does."""
-    if image.mime_type not in _MODEL_IMAGES:
-        return f"its type is {image.mime_type}"
-    if len(image.data) > max_bytes:
-        return f"{len(image.data)} bytes are too many"
-    return "" if has_room else "there are too many"
-
-
-def _anthropic_block(part: Json) -> Json:
-    """Source: https://docs.claude.com/en/api/messages, content of a message or of a tool_result."""
-    if part["type"] == "text":
-        return part
-    return {"type": "image", "source": {"type": "base64", "media_type": part["mime_type"], "data": part["data"]}}
-
-
-def _openai_block(part: Json) -> Json:
-    """Source: https://platform.openai.com/docs/api-reference/responses, input or output of a function call."""
-    if part["type"] == "text":
-        return {"type": "input_text", "text": part["text"]}
-    url = f"data:{part['mime_type']};base64,{part['data']}"
-    return {"type": "input_image", "image_url": url, "detail": "auto"}
-
-
-def _openai_chat_block(part: Json) -> Json:
-    """Source: https://platform.openai.com/docs/api-reference/chat, content of a message of the user."""
-    if part["type"] == "text":
-        return part
-    return {"type": "image_url", "image_url": {"url": f"data:{part['mime_type']};base64,{part['data']}"}}
-
-
-def _mcp_block(part: Json) -> Json:
-    """Source: https://modelcontextprotocol.io/specification, content of a tool's result."""
-    return part if part["type"] == "text" else {"type": "image", "data": part["data"], "mimeType": part["mime_type"]}
-
-
-_BLOCKS = {"anthropic": _anthropic_block, "openai": _openai_block, "openai-chat": _openai_chat_block, "mcp": _mcp_block}
+# How a picture is written: (MIME type, base64) -> content block.
+_BLOCKS: dict[str, Callable[[str, str], Json]] = {
+    # https://docs.claude.com/en/api/messages, content of a message or of a tool_result
+    "anthropic": lambda mime, data: {"type": "image", "source": {"type": "base64", "media_type": mime, "data": data}},
+    # https://platform.openai.com/docs/api-reference/responses, input or output of a function call
+    "openai": lambda mime, data: {"type": "input_image", "image_url": f"data:{mime};base64,{data}", "detail": "auto"},
+    # https://platform.openai.com/docs/api-reference/chat, content of a message of the user
+    "openai-chat": lambda mime, data: {"type": "image_url", "image_url": {"url": f"data:{mime};base64,{data}"}},
+    # https://modelcontextprotocol.io/specification, content of a tool's result
+    "mcp": lambda mime, data: {"type": "image", "data": data, "mimeType": mime},
+}
 
 
 @dataclass(repr=False)
@@ -1540,13 +1499,19 @@ class ExecutionResult:
 
         for output in self.outputs:
             group.append(output)
-            if (image := _output_file(output.get("data") or {})) and image.mime_type.startswith("image/"):
-                why_not = _why_not_shown(image, max_image_bytes, len(images) < max_images)
-                labels[id(output["data"])] = f"[a picture that is not shown: {why_not}]" if why_not else "[a picture]"
-                if not why_not:
-                    images.append(image)
-                    texts.append(render(group, "", label))
-                    group = []
+            image = _output_file(output.get("data") or {})
+            if not image or not image.mime_type.startswith("image/"):
+                continue
+            why_not = "" if len(images) < max_images else "there are too many"
+            if len(image.data) > max_image_bytes:
+                why_not = f"{len(image.data)} bytes are too many"
+            if image.mime_type not in _MODEL_IMAGES:
+                why_not = f"its type is {image.mime_type}"
+            labels[id(output["data"])] = f"[a picture that is not shown: {why_not}]" if why_not else "[a picture]"
+            if not why_not:
+                images.append(image)
+                texts.append(render(group, "", label))
+                group = []
         texts.append(render(group, self.note, label))
         parts: list[Json] = []
         for text, image in itertools.zip_longest(_shorten_all(texts, max_chars), images):
@@ -1564,7 +1529,13 @@ class ExecutionResult:
         """
         if form not in _BLOCKS:
             raise ValueError(f"form must be one of {', '.join(_BLOCKS)}, not {form!r}.")
-        return list(map(_BLOCKS[form], self.parts(**budget)))
+        text_type = "input_text" if form == "openai" else "text"
+        return [
+            {"type": text_type, "text": part["text"]}
+            if part["type"] == "text"
+            else _BLOCKS[form](part["mime_type"], part["data"])
+            for part in self.parts(**budget)
+        ]
 
     def save(self, directory: AnyPath) -> list[str]:
         """Write `files` into a directory, under names of our own; return their paths.
