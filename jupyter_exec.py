@@ -1820,26 +1820,25 @@ class Deadline:
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
-        never = seconds is None or seconds >= threading.TIMEOUT_MAX
-        self._at = None if seconds is None or never else time.monotonic() + seconds
+        never = float("inf")
+        self._at = time.monotonic() + (never if seconds is None or seconds >= threading.TIMEOUT_MAX else seconds)
 
     @property
     def remaining(self) -> float | None:
         """Return the seconds that are left, None if there is no end."""
-        return None if self._at is None else max(0.0, self._at - time.monotonic())
+        left = self._at - time.monotonic()
+        return max(0.0, left) if left < threading.TIMEOUT_MAX else None
 
     @property
     def expired(self) -> bool:
-        return self._at is not None and time.monotonic() >= self._at
+        return time.monotonic() >= self._at
 
     def extend(self, seconds: float) -> None:
-        if self._at is not None:
-            self._at += seconds
+        self._at += seconds
 
     def within(self, seconds: float) -> float:
         """Return the seconds that are left, at most `seconds`."""
-        remaining = self.remaining
-        return seconds if remaining is None else min(seconds, remaining)
+        return max(0.0, min(seconds, self._at - time.monotonic()))
 
 
 class Loop:
@@ -2231,7 +2230,8 @@ class Mailbox:
 
     def __init__(self, on_flood: Callable[[], None] | None = None) -> None:
         """`on_flood()` is called once, in the I/O thread, to kill a kernel that sends too much."""
-        self._queue: queue.SimpleQueue[tuple[MailItem, int]] = queue.SimpleQueue()
+        # Each with its size, and whether it is an execute_reply.
+        self._queue: queue.SimpleQueue[tuple[MailItem, int, bool]] = queue.SimpleQueue()
         self._on_flood = on_flood
         self._put_bytes = self._got_bytes = 0  # each is written by one thread only
         self._put_replies = self._got_replies = 0
@@ -2244,55 +2244,47 @@ class Mailbox:
         return self._put_replies > self._got_replies
 
     def put(self, item: MailItem) -> None:
-        size, unread = _size_of(item), self._put_bytes - self._got_bytes
-        if isinstance(item, tuple) and unread > MAILBOX_LIMIT:
-            if self.ended or not _is_vital(item, size):
+        parts, unread = _parts(item), self._put_bytes - self._got_bytes
+        size, is_message = 1000 + sum(map(len, parts)), isinstance(item, tuple)
+        if is_message and unread > MAILBOX_LIMIT:
+            if self.ended or size >= LARGE_PART or not _names(_VITAL, parts):
                 self.dropped = True
                 return
             if unread > 2 * MAILBOX_LIMIT:
-                item, size = KernelDied(cause=f"it was killed: {unread // 2**20} MB of its messages were unread"), 0
+                item = KernelDied(cause=f"it was killed: {unread // 2**20} MB of its messages were unread")
                 if self._on_flood:
                     self._on_flood()
         self.ended = self.ended or isinstance(item, KernelDied)
+        is_reply = isinstance(item, tuple) and item[0] in ("shell", "WebSocket") and _names(_REPLY, parts)
         self._put_bytes += size
-        self._put_replies += _is_reply(item)
-        self._queue.put((item, size))
+        self._put_replies += is_reply
+        self._queue.put((item, size, is_reply))
 
     def get(self, timeout: float | None) -> MailItem | None:
         """Return the next item, or None after `timeout` seconds."""
         may_wait = timeout is None or timeout > 0  # Deviation: told to wait for 0 s, Python 3.10 may wait for ever
         try:
-            item, size = self._queue.get(may_wait, timeout)
+            item, size, is_reply = self._queue.get(may_wait, timeout)
         except queue.Empty:
             return None
         self._got_bytes += size
-        self._got_replies += _is_reply(item)
+        self._got_replies += is_reply
         return item
 
 
-def _size_of(item: MailItem) -> int:
-    """Return about how many bytes an item takes in memory."""
+_REPLY = re.compile(b"execute_reply")
+_VITAL = re.compile(b"_reply|status|error|input_request|execute_result")  # ends a cell, or says how it ended
+
+
+def _parts(item: MailItem) -> Sequence[Any]:
     if not isinstance(item, tuple):
-        return 0
-    return 1000 + (len(item[1]) if isinstance(item[1], (str, bytes)) else sum(map(len, item[1])))
+        return ()
+    return [item[1]] if isinstance(item[1], str | bytes) else item[1]
 
 
-def _is_reply(item: MailItem) -> bool:
-    return isinstance(item, tuple) and item[0] in ("shell", "WebSocket") and _names(item, "execute_reply")
-
-
-_VITAL = ("_reply", "status", "error", "input_request", "execute_result")
-
-
-def _is_vital(item: RawMessage, size: int) -> bool:
-    """Whether a message is small and seems to end a cell, or to say how it ended."""
-    return size < LARGE_PART and any(_names(item, word) for word in _VITAL)
-
-
-def _names(item: RawMessage, word: str) -> bool:
-    data = item[1]
-    heads = [data[:4000]] if isinstance(data, (str, bytes)) else [part[:4000] for part in data[:5]]
-    return any((word.encode() if isinstance(head, bytes) else word) in head for head in heads)
+def _names(pattern: re.Pattern[bytes], parts: Sequence[Any]) -> bool:
+    """Whether the start of a message, where its type stands, fits a pattern."""
+    return any(pattern.search(part[:4000].encode() if isinstance(part, str) else part[:4000]) for part in parts[:5])
 
 
 class Channels(Protocol):
@@ -2481,22 +2473,19 @@ class ZmqChannels:
 
         identity = os.urandom(16).hex().encode()
         try:
-            self._sockets = KernelSockets(self._loop, context, connection, identity, self._deliver)
+            self._sockets = KernelSockets(
+                self._loop, context, connection, identity, lambda *raw: self._mailbox.put(raw)
+            )
             if watch:
                 self._monitor = self._sockets.by_channel["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
                 self._loop.on_readable(self._monitor.fd, self._on_disconnected)
-                read_all(self._monitor, lambda parts: None)
+                self._on_disconnected()
         except zmq.ZMQError as error:
             self._mailbox.put(KernelDied(cause=f"its sockets cannot be opened here: {error.strerror}"))
 
-    def _deliver(self, channel: str, parts: list[bytes]) -> None:
-        self._mailbox.put((channel, parts))
-
     def _on_disconnected(self) -> None:
-        events: list[list[bytes]] = []
-        read_all(self._monitor, events.append)
-        if events:
-            self._mailbox.put(KernelDied(cause="its connection was closed"))
+        death = KernelDied(cause="its connection was closed")
+        read_all(self._monitor, lambda event: self._mailbox.put(death))
 
     def send(self, message: Message) -> None:
         self._loop.post(functools.partial(self._send, message.channel, self._codec.encode(message)))
