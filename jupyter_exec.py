@@ -95,18 +95,12 @@ MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 
 START_TIMEOUT = 60.0  # seconds from asking for a kernel to its first answer, host or container included
 CONTROL_TIMEOUT = 10.0  # seconds for the host to answer a control request; it answers in milliseconds
 INTERRUPT_GRACE = 5.0  # seconds that an interrupted cell has to end before its kernel is killed
-EVICTION_RETRY = 0.2  # seconds between attempts of `stop` and `restart` to end the running cell
-INTERRUPT_RETRY = 0.05  # seconds between the interrupts of a cancelled cell until it has begun and ended
 FORK_TIMEOUT = 2.0  # seconds for a fork server that is at work to fork a kernel; it takes milliseconds
 FENCE_DELAY = 1.0  # seconds between an execute_reply and its idle after which the other counts as overdue
 SHUTDOWN_GRACE = 2.0  # seconds that a kernel has to end by itself after shutdown_request
-READY_RETRY = 0.2  # seconds between kernel_info_requests while a kernel without iopub_welcome starts
-RECONNECT_INTERVAL = 5  # ms; ZeroMQ's 100 ms would be added to each start of a kernel
-READ_BATCH = 100  # messages that are read of one socket before the others have their turn
 DEATH_DRAIN = 0.02  # seconds of silence after a kernel's death before its output counts as complete
 PING_INTERVAL = 20.0  # seconds between pings; proxies cut a silent WebSocket after 60
 RECONNECT_TIMEOUT = 15.0  # seconds of trying until a lost connection counts as lost for good
-RECONNECT_DELAY = 0.2  # seconds before each try
 # Listing is for clients; the limit would drop output; nobody could answer a question.
 GATEWAY_OPTIONS = [
     "--JupyterApp.answer_yes=true",
@@ -131,8 +125,6 @@ ENGINE_TIMEOUT = 10  # seconds for the Docker engine to answer at all; asked twi
 WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as start a container
 STOP_TIMEOUT = 10  # seconds for the Docker engine to end a container; stop() lasts no longer
 BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
-PIDS_LIMIT = 512  # processes and threads in a container; a fork bomb ends there
-TMPFS_SIZE = "512m"  # of each temporary file system of a container
 NORMAL_USER = "1000:1000"  # as whom code runs in a container where it would be root
 MAX_ANSWER = 4 * 2**20  # bytes of an HTTP answer, head included; hostile JSON takes thirty times as much when parsed
 LARGE_PART = 2**16  # bytes of a part of a message beyond which it is used where ZeroMQ has it, not copied
@@ -145,33 +137,25 @@ RELAY_PIECE = 2**18  # bytes of such output that go at a time, so that other thi
 SLOW_LINK = 1.0  # seconds that output has waited there when an interrupt drops it, since the cell is to end in time
 MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
 MAX_SPILL = 256 * 2**20  # characters of such a file
-MAX_STRAY = 20  # numbered messages that may be missing at a cell's end: of threads in mid-send, to other clients
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
 MAX_KEPT = 128 * 2**20  # bytes of a cell's outputs other than streams that are kept
 MAX_LINE = 2**20  # characters of a line, erased ones included, before it is looked whether half of them are left
-TEXT_PIECE = 4096  # characters of a stream up to which what follows is joined at once
 MAX_MODEL_IMAGE = 4 * 2**20  # bytes of a picture for a language model; in base64 a third more
 MAX_FILES = 500  # files of one call
 MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
 HOOK_RUNS_CELL = "A cell is running: its hooks cannot run another one."
-STREAM_AHEAD = 100  # outputs that wait for who iterates over `stream`, before the cell's outputs do
 STILL_RUNNING = "the code is still running; wait() returns the rest"
 MAX_DOWNLOAD = 2**28  # bytes of a file that is brought here, unless a call says otherwise
 MAX_LISTED = 10_000  # entries of a directory that is listed
-TRANSFER_PIECE = 2**18  # bytes of a file that go at a time, so that other things get their turn
-TRANSFER_WINDOW = 4  # pieces on their way to or from a kernel host
 CELL_PIECE = 2**20  # bytes that go at a time to or from a kernel without a host, in a silent cell
 TRANSFER_TIMEOUT = 30.0  # seconds without an answer after which a transfer is given up
 TRANSFER_CHECK = 0.2  # seconds between looks whether it is still wanted
 TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
 STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
 RAW_STDERR_TAIL = 2**16  # bytes of a stderr before the stack that Python wrote there at its death is shortened
-DUMP_TIME = 0.2  # seconds that a kernel which is to be killed has to write its stack
 MAX_TOOL_JSON = 4 * 2**20  # characters of JSON of a tool call's arguments, or of its result
 MAX_TOOLS_AT_ONCE = 64  # tool calls of one cell that run at the same time; the others wait
-MAX_TOOLS_TEXT = 8000  # characters of a system_message with tools in it
 PAUSE_POLL = 0.2  # seconds between looks whether a stopped clock goes on
-PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between choosing and binding them
 
 Json = dict[str, Any]
 AnyPath = str | os.PathLike[str]
@@ -417,13 +401,6 @@ class Message:
         return list(map(dump_json, (self.header, self.parent_header, self.metadata, self.content)))
 
 
-def new_message(channel: str, msg_type: str, content: Json, *, session: str, msg_id: str, date: str) -> Message:
-    """Make a message of the client. `date` is ISO 8601 with a time zone: some kernels (Deno, evcxr) insist on it."""
-    header = {"msg_id": msg_id, "msg_type": msg_type, "session": session, "username": "jupyter_exec", "date": date}
-    header["version"] = "5.4"  # of the messaging spec; without it most kernels take the message for version 4
-    return Message(channel, header, {}, {}, content, [])
-
-
 def execute_content(
     code: str,
     *,
@@ -532,17 +509,13 @@ def json_object(data: str | bytes | memoryview, what: str) -> Json:
     try:
         # ipykernel sends lone surrogates as raw bytes: "replace" keeps the rest of such a message.
         text = data if isinstance(data, str) else str(data, "utf-8", "replace")
-        value = json.loads(text, parse_int=_parse_int)
+        # Thousands of digits take long to parse, and cannot be printed: they stay text.
+        value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 400 else digits)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"The {what} is not JSON: {error.__class__.__name__}.") from None
     if not isinstance(value, dict):
         raise ProtocolError(f"The {what} is not a JSON object.")
     return value
-
-
-def _parse_int(text: str) -> Any:
-    # Thousands of digits take long to parse, and cannot be printed: they stay text.
-    return int(text) if len(text) < 400 else text
 
 
 def json_weight(text: str | bytes | memoryview) -> int:
@@ -620,6 +593,11 @@ class ZmqCodec:
 # The types whose content is used; a large message of another type is not parsed.
 _CONTENTS = {"stream", "execute_result", "display_data", "update_display_data", "error", "input_request"}
 _CONTENTS |= {"execute_reply", "kernel_info_reply"}
+# At the end of JSON text: a half of a surrogate pair, an escape that is not complete, or both; or a torn character.
+_TORN = re.compile(
+    rb"(?<!\\)(?:\\\\)*((?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?"
+    rb"|[\xc0-\xff]|[\xe0-\xff][\x80-\xbf]|[\xf0-\xff][\x80-\xbf]{2})\Z"
+)
 _STREAM_START = re.compile(rb'\{\s*"name"\s*:\s*"std(?:out|err)"\s*,\s*"text"\s*:\s*"')
 
 
@@ -652,37 +630,18 @@ def stream_pieces(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
 
     So a print of 200 MB is never parsed as a whole. Anything else is not cut.
     """
-    position, end = _text_start(content), len(content) - 2
-    if not position:
+    start = _STREAM_START.match(content[:100])
+    if not start or len(content) <= STREAM_PIECE or content[-2:] != b'"}':
         yield content
         return
-    head = bytes(content[:position])
+    head, position, end = bytes(content[: start.end()]), start.end(), len(content) - 2
     while position < end:
         piece = bytes(content[position : min(position + STREAM_PIECE, end)])
         if position + len(piece) < end:
-            piece = _whole_characters(piece) or bytes(content[position:end])
+            torn = _TORN.search(piece, len(piece[:-12].rstrip(b"\\")))  # a torn pair of escapes has up to 11 bytes
+            piece = piece[: torn.start(1) if torn else None] or bytes(content[position:end])
         yield b"".join((head, piece, b'"}'))
         position += len(piece)
-
-
-def _text_start(content: bytes | memoryview) -> int:
-    """Return where the text of a long stream message begins, 0 for a message that is not to be cut."""
-    start = _STREAM_START.match(content[:100])
-    return start.end() if start and len(content) > STREAM_PIECE and content[-2:] == b'"}' else 0
-
-
-# At the end of JSON text: a half of a surrogate pair, an escape that is not complete, or both; or a torn character.
-_TORN = re.compile(
-    rb"(?<!\\)(?:\\\\)*((?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?"
-    rb"|[\xc0-\xff]|[\xe0-\xff][\x80-\xbf]|[\xf0-\xff][\x80-\xbf]{2})\Z"
-)
-
-
-def _whole_characters(text: bytes) -> bytes:
-    """Return the start of JSON text up to where its end tears neither a character nor an escape."""
-    start = len(text[:-12].rstrip(b"\\"))  # a torn pair of escapes has up to 11 bytes
-    found = _TORN.search(text, start)
-    return text[: found.start(1)] if found else text
 
 
 class PipeCodec:
@@ -695,10 +654,8 @@ class PipeCodec:
 
     _HEAD = struct.Struct(">2sI")
 
-    def __init__(self, limit: int = MAX_MESSAGE) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._buffer = bytearray()
-        self._needed = self._HEAD.size
 
     @classmethod
     def encode(cls, parts: Sequence[bytes]) -> bytes:
@@ -711,26 +668,24 @@ class PipeCodec:
     def feed(self, data: bytes) -> Iterator[list[bytes]]:
         """Take received bytes; yield the parts of each complete frame. Raises: ProtocolError; close then."""
         self._buffer += data
-        while len(self._buffer) >= self._needed:
+        while len(self._buffer) >= self._HEAD.size:
             magic, length = self._HEAD.unpack_from(self._buffer)
             if magic != b"JX":
                 raise ProtocolError("The pipe carries something that is not a frame.")
-            if length > self._limit:
-                raise ProtocolError(f"A frame of {length} bytes is over the limit of {self._limit}.")
-            self._needed = self._HEAD.size + length
-            if len(self._buffer) < self._needed:
+            if length > MAX_MESSAGE:
+                raise ProtocolError(f"A frame of {length} bytes is over the limit of {MAX_MESSAGE}.")
+            end = self._HEAD.size + length
+            if len(self._buffer) < end:
                 return
-            with memoryview(self._buffer) as view, view[self._HEAD.size : self._needed] as body:
+            with memoryview(self._buffer) as view, view[self._HEAD.size : end] as body:
                 parts = _cut_parts(">I", body)
-            del self._buffer[: self._needed]
-            self._needed = self._HEAD.size
+            del self._buffer[:end]
             yield parts
 
 
 CHANNELS = ("shell", "iopub", "stdin", "control")
 V1_SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"
 MAX_PARTS = 65535  # of one WebSocket message: more buffers than any widget has, few enough to allocate
-_NULLABLE = ("parent_header", "metadata", "content")
 
 
 class JsonCodec:
@@ -741,9 +696,10 @@ class JsonCodec:
     Spec: https://jupyter-server.readthedocs.io/en/stable/developers/websocket-protocols.html
     """
 
+    _OBJECTS = ("header", "parent_header", "metadata", "content")
+
     def encode(self, message: Message) -> str | bytes:
-        names = ("channel", "header", *_NULLABLE)
-        text = dump_json({name: getattr(message, name) for name in names} | {"buffers": []})
+        text = dump_json({name: getattr(message, name) for name in ("channel", *self._OBJECTS)} | {"buffers": []})
         return _join_parts(">I", [text, *message.buffers]) if message.buffers else text.decode("ascii")
 
     def decode(self, data: str | bytes) -> Iterator[Message]:
@@ -751,13 +707,12 @@ class JsonCodec:
         parts: list[Any] = [data] if isinstance(data, str) else _cut_parts(">I", data)
         body = json_object(parts[0], "message")
         # Deviation: xeus kernels send null for an empty object.
-        body |= {name: {} for name in _NULLABLE if body.get(name) is None}
-        if not all(isinstance(body.get(name), dict) for name in ("header", *_NULLABLE)):
+        objects = [{} if body.get(name) is None else body[name] for name in self._OBJECTS]
+        if not all(isinstance(value, dict) for value in objects):
             raise ProtocolError("A part of a message is not a JSON object.")
-        channel, header = _channel(body.get("channel")), body["header"]
-        parent_header, metadata, content = (body[name] for name in _NULLABLE)
         size = json_weight(parts[0]) + sum(map(len, parts[1:]))
-        yield Message(channel, header, parent_header, metadata, content, parts[1:], size)
+        header, parent_header, metadata, content = objects
+        yield Message(_channel(body.get("channel")), header, parent_header, metadata, content, parts[1:], size)
 
 
 class V1Codec:
@@ -1019,9 +974,9 @@ def shorten(text: str, limit: int | None, gaps: Sequence[int], where: str) -> st
         for missing in gaps:
             text = text.replace(gap_mark(missing), gap_mark(missing, where), 1)
         return text
-    head, tail = text[: limit // 2], text[max(limit // 2, len(text) - limit // 2) :]
-    missing = len(text) - len(head) - len(tail) + sum(gap - len(gap_mark(gap)) for gap in gaps)
-    return f"{head}{gap_mark(missing, where)}{tail}"
+    half = limit // 2
+    missing = len(text) - 2 * half + sum(gap - len(gap_mark(gap)) for gap in gaps)
+    return f"{text[:half]}{gap_mark(missing, where)}{text[len(text) - half :]}"
 
 
 def _shorten_all(texts: list[str], limit: int) -> list[str]:
@@ -1254,18 +1209,16 @@ class CallFiles:
         if before >= MAX_SPILL or self._trouble:
             return
         self._text.append(text[: MAX_SPILL - before])
-        if self._size > (self._limit or 0):
-            try:
-                self._flush()
-            except OSError as error:
-                self._trouble = str(error)
-
-    def _flush(self) -> None:
-        if self._file is None:
-            name = f"{os.urandom(16).hex()}.txt"
-            self._file, self._text_path = self._folder.create(name), str(self._folder.path / name)
-        self._file.write("".join(self._text).encode("utf-8", "replace"))
-        self._file.flush()
+        if self._size <= (self._limit or 0):
+            return
+        try:
+            if self._file is None:
+                name = f"{os.urandom(16).hex()}.txt"
+                self._file, self._text_path = self._folder.create(name), str(self._folder.path / name)
+            self._file.write("".join(self._text).encode("utf-8", "replace"))
+            self._file.flush()
+        except OSError as error:
+            self._trouble = str(error)
         self._text.clear()
 
     def close(self) -> str:
@@ -1394,7 +1347,9 @@ class Outputs:
 
 
 def _append_text(outputs: deque[Json], name: str, text: str) -> None:
-    if outputs and outputs[-1].get("name") == name and len(outputs[-1]["text"]) < TEXT_PIECE:
+    if (
+        outputs and outputs[-1].get("name") == name and len(outputs[-1]["text"]) < 4096
+    ):  # long text is joined once, at the end
         outputs[-1]["text"] += text
     elif text:
         outputs.append({"output_type": "stream", "name": name, "text": text})
@@ -1587,7 +1542,9 @@ class Tally:
         idle = message.content.get("execution_state") == "idle"
         self._came += 1 + idle
         last = _NUMBERED.fullmatch(msg_id) if own and idle else None
-        return last is not None and int(last[2]) - self._first > self._came + MAX_STRAY
+        return (
+            last is not None and int(last[2]) - self._first > self._came + 20
+        )  # of threads in mid-send, or answers to other clients
 
 
 class Execution:
@@ -1902,12 +1859,9 @@ class Loop:
 
     def stop(self) -> None:
         """End the loop after the jobs that were posted; wait for its thread, unless this is it."""
-        self.post(self._finish)
+        self.post(functools.partial(setattr, self, "_running", False))
         if self._thread and self._thread is not threading.current_thread():
             self._thread.join(CONTROL_TIMEOUT)
-
-    def _finish(self) -> None:
-        self._running = False
 
     def run(self) -> None:
         """Call back until `stop`; an exception in a callback is logged and ends only that callback."""
@@ -2212,7 +2166,8 @@ class Pipe:
             self._on_closed(reason)
 
 
-RawMessage = tuple[str, Any]  # channel and parts, or "WebSocket" and a message, as they came
+Deliver = Callable[[str, list[bytes]], None]  # channel and parts
+RawMessage = tuple[str, Any]  # the same, or "WebSocket" and a message, as they came
 
 
 class Reconnected:
@@ -2379,12 +2334,7 @@ class KernelSockets:
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        context: Any,
-        connection: KernelConnection,
-        identity: bytes,
-        deliver: Callable[[str, list[bytes]], None],
+        self, loop: Loop, context: Any, connection: KernelConnection, identity: bytes, deliver: Deliver
     ) -> None:
         """Connect shell, iopub, stdin and control. Raises: zmq.ZMQError."""
         import zmq
@@ -2397,7 +2347,7 @@ class KernelSockets:
             for channel, kind in kinds.items():
                 self.by_channel[channel] = sock = context.socket(kind)
                 sock.linger = 0
-                sock.reconnect_ivl = RECONNECT_INTERVAL
+                sock.reconnect_ivl = 5  # ms; the default of 100 would be added to each start of a kernel
                 sock.maxmsgsize = MAX_MESSAGE
                 if channel == "iopub":
                     # Beyond the default high-water mark of 1000 messages, output and the final idle would get lost.
@@ -2433,7 +2383,7 @@ class KernelSockets:
         self._queued.discard(channel)
         sock = self.by_channel.get(channel)
         with contextlib.suppress(zmq.Again):
-            for _ in range(READ_BATCH):
+            for _ in range(100):  # then it is the turn of others
                 if not sock or sock.closed:
                     return
                 frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
@@ -2512,7 +2462,7 @@ class ZmqChannels:
 class PipeChannels:
     """The channels of a kernel whose host relays its messages through the pipe."""
 
-    def __init__(self, relay: Callable[[str, list[bytes]], None], key: str) -> None:
+    def __init__(self, relay: Deliver, key: str) -> None:
         self._relay = relay
         self._codec = ZmqCodec(key)
 
@@ -2757,7 +2707,7 @@ class KernelClient:
         Raises: KernelStartFailed.
         """
         deadline = Deadline(self._control.start_timeout)
-        attempts = PORT_ATTEMPTS if self._control.owned else 1
+        attempts = 3 if self._control.owned else 1  # ports may be taken between choosing and binding them
         while not self.ready:
             attempts -= 1
             try:
@@ -2776,7 +2726,9 @@ class KernelClient:
         heard = False
         self._send("shell", "kernel_info_request", {})
         while not (self.kernel_info and heard):
-            item = self._mailbox.get(deadline.within(READY_RETRY))
+            item = self._mailbox.get(
+                deadline.within(0.2)
+            )  # seconds until a kernel without iopub_welcome is asked again
             if isinstance(item, KernelDied):
                 self._death = item
                 raise KernelStartFailed(self._control.argv, item.cause, item.exit_code, item.stderr)
@@ -3076,8 +3028,11 @@ class KernelClient:
 
     def _message(self, channel: str, msg_type: str, content: Json) -> Message:
         msg_id = f"{self._session}_{next(self._serial)}"
-        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return new_message(channel, msg_type, content, session=self._session, msg_id=msg_id, date=date)
+        header = {"msg_id": msg_id, "msg_type": msg_type, "session": self._session, "username": "jupyter_exec"}
+        header["version"] = "5.4"  # of the messaging spec; without it most kernels take the message for version 4
+        # Some kernels (Deno, evcxr) insist on a date with a time zone.
+        header["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return Message(channel, header, {}, {}, content, [])
 
     def _reply(self, value: str) -> None:
         self._send("stdin", "input_reply", {"value": value})
@@ -3757,7 +3712,8 @@ class KernelHost:
                 self._report_exit(kernel)
             elif request.get("dump") and _is_ipykernel(kernel.argv):
                 _abort(kernel.pid)
-                self._loop.later(DUMP_TIME, functools.partial(self._on_kill, request | {"dump": False}))
+                # In 0.2 s it has written its stack.
+                self._loop.later(0.2, functools.partial(self._on_kill, request | {"dump": False}))
             else:  # Popen.kill would collect the exit, which then nobody reports
                 _kill_all([kernel.pid])
 
@@ -4455,7 +4411,7 @@ class WebSocketChannels:
     def _dial_again(self, reason: str) -> None:
         deadline = Deadline(RECONNECT_TIMEOUT)
         while not self._closed:
-            time.sleep(RECONNECT_DELAY)  # a server that accepts and closes is not asked without pause
+            time.sleep(0.2)  # a server that accepts and closes is not asked without pause
             try:
                 self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
                 self._loop.post(self._take_over)
@@ -5841,7 +5797,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             "stop_signal": None if command is None else "SIGKILL",
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
-            "pids_limit": PIDS_LIMIT,
+            "pids_limit": 512,  # processes and threads; a fork bomb ends there
         }
         # Of the engine's memory at most a half, unless told otherwise; and no swap beside the limit.
         options["mem_limit"] = self._docker_kwargs.get("mem_limit") or client.info()["MemTotal"] // 2
@@ -6010,7 +5966,7 @@ def _tmpfs(client: Any, user: object) -> str:
     uid, _, gid = str(user).partition(":")
     podman = any("Podman" in part.get("Name", "") for part in client.version().get("Components") or ())
     owner = f",uid={uid},gid={gid or uid}" if uid.isdigit() and not podman else ""
-    return f"exec,size={TMPFS_SIZE},mode=1777{owner}"
+    return f"exec,size=512m,mode=1777{owner}"
 
 
 def _listed(value: Any) -> Any:
@@ -7293,7 +7249,7 @@ def system_message_for(functions: Sequence[Callable[..., Any]], tools: Tools) ->
     if not tools.functions:
         return text
     text = f"{text.rstrip()}\n{TOOLS_MESSAGE}"
-    return text + tools.describe(MAX_TOOLS_TEXT - len(text))
+    return text + tools.describe(8000 - len(text))
 
 
 class _UserCapability:
@@ -7407,7 +7363,7 @@ class Turns:
                     evict()
                 finally:
                     self._changed.acquire()
-                self._changed.wait_for(lambda: self._queue[0] == me, EVICTION_RETRY)
+                self._changed.wait_for(lambda: self._queue[0] == me, 0.2)  # seconds to the next attempt
             elif self.closed:
                 raise JupyterExecError(_STOPPED)
             elif job and job.interrupted:
@@ -7963,7 +7919,7 @@ class JupyterCodeExecutor(Stoppable):
         """Give the way to the kernel's files; one that leads through the kernel itself is had by turns."""
         self._check_usable()
         if ask := self._kernel.files():
-            yield FarFiles(ask, TRANSFER_PIECE, TRANSFER_WINDOW, self._check_usable)
+            yield FarFiles(ask, 2**18, 4, self._check_usable)  # so that other things get their turn
             return
 
         def ask_by_cell(order: Json, data: bytes, then: Callable[[Json], None]) -> None:
@@ -8289,7 +8245,7 @@ class AsyncJupyterCodeExecutor(Single):
                 if self._pending:
                     self._pending.cancel()
                 with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
-                    await job.until(job.ended.is_set, INTERRUPT_RETRY)
+                    await job.until(job.ended.is_set, 0.05)
             raise
         executor._job = job if job.detached else executor._job
         return job.answer()
@@ -8363,7 +8319,7 @@ class AsyncJupyterCodeExecutor(Single):
         """
         import asyncio
 
-        outputs: asyncio.Queue[Any] = asyncio.Queue(STREAM_AHEAD)
+        outputs: asyncio.Queue[Any] = asyncio.Queue(100)  # then the cell waits for who iterates
         left = False
 
         async def show(output: Any) -> None:
