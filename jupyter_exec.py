@@ -1601,20 +1601,43 @@ class Execution:
         if not own:
             return None
         self.started |= message.channel == "iopub" and (self._silent or message.msg_type != "status")
-        handler = self._HANDLERS.get((message.channel, message.msg_type))
-        # "Clients should ignore messages that they do not understand."
-        return handler(self, message.content, message.size) if handler else None
+        content, size = message.content, message.size
+        match message.channel, message.msg_type:
+            case "shell", "execute_reply":
+                return self._on_reply(content, size)
+            case "iopub", "status":
+                self._idle = self._idle or content.get("execution_state") == "idle"
+            case "iopub", "execute_input":
+                self._count(content)
+            case "iopub", "stream":
+                return self._on_stream(content)
+            case "iopub", "execute_result":
+                self._count(content)
+                output = {"output_type": "execute_result", "execution_count": self.execution_count}
+                return self._show(output | _bundle(content), size, _display_id(content))
+            case "iopub", "display_data":
+                return self._display(content, size)
+            case "iopub", "update_display_data":
+                # "... update any and all of the displays that have the given display_id"
+                if not self._outputs.update(_display_id(content), content, size):
+                    self._display(content, size)  # it belongs to an earlier cell
+                return {"output_type": "update_display_data"} | _bundle(content)
+            case "iopub", "error":
+                return self._show(_error(content), size)
+            case "iopub", "clear_output":
+                return self._on_clear(bool(content.get("wait")))
+        return None  # "Clients should ignore messages that they do not understand."
 
     def _on_reply(self, content: Json, size: int) -> Json | None:
         self._reply = content
-        self._count(content, 0)
+        self._count(content)
         # The payload is deprecated, but `print?` and %load answer nowhere else.
         shown = None
         for entry in self._payload:
             text = entry.get("text") if entry.get("source") == "set_next_input" else None
             data = {"text/plain": text} if isinstance(text, str) else entry.get("data")
             if entry.get("source") in ("page", "set_next_input") and isinstance(data, dict):
-                shown, size = self._on_display({"data": data}, size), 0
+                shown, size = self._display({"data": data}, size), 0
         return shown
 
     @property
@@ -1622,14 +1645,11 @@ class Execution:
         payload = (self._reply or {}).get("payload")
         return [entry for entry in payload if isinstance(entry, dict)] if isinstance(payload, list) else []
 
-    def _on_status(self, content: Json, size: int) -> None:
-        self._idle = self._idle or content.get("execution_state") == "idle"
-
-    def _count(self, content: Json, size: int) -> None:
+    def _count(self, content: Json) -> None:
         if isinstance(content.get("execution_count"), int):
             self.execution_count = content["execution_count"]
 
-    def _on_stream(self, content: Json, size: int) -> Json | None:
+    def _on_stream(self, content: Json) -> Json | None:
         name, text = content.get("name"), content.get("text")
         if name not in ("stdout", "stderr") or not isinstance(text, str):
             return None
@@ -1639,12 +1659,7 @@ class Execution:
         self._outputs.write(name, text)
         return {"output_type": "stream", "name": name, "text": text}
 
-    def _on_result(self, content: Json, size: int) -> Json:
-        self._count(content, 0)
-        output = {"output_type": "execute_result", "execution_count": self.execution_count}
-        return self._show(output | _bundle(content), size, _display_id(content))
-
-    def _on_display(self, content: Json, size: int) -> Json:
+    def _display(self, content: Json, size: int) -> Json:
         return self._show({"output_type": "display_data"} | _bundle(content), size, _display_id(content))
 
     def _show(self, output: Json, size: int, display_id: str = "") -> Json:
@@ -1652,38 +1667,17 @@ class Execution:
         self._outputs.add(dict(output), size, display_id)
         return output
 
-    def _on_update(self, content: Json, size: int) -> Json:
-        # "update_display_data: ... update any and all of the displays that have the given display_id"
-        if not self._outputs.update(_display_id(content), content, size):
-            self._on_display(content, size)  # the display belongs to an earlier cell
-        return {"output_type": "update_display_data"} | _bundle(content)
-
-    def _on_error(self, content: Json, size: int) -> Json:
-        return self._show(_error(content), size)
-
-    def _on_clear(self, content: Json, size: int) -> Json:
+    def _on_clear(self, wait: bool) -> Json:
         # "wait: Wait to clear the output until new output is available."
         self._clear_next = True
-        if not content.get("wait"):
+        if not wait:
             self._clear_if_due()
-        return {"output_type": "clear_output", "wait": bool(content.get("wait"))}
+        return {"output_type": "clear_output", "wait": wait}
 
     def _clear_if_due(self) -> None:
         if self._clear_next:
             self._outputs.clear()
             self._clear_next = False
-
-    _HANDLERS: ClassVar[dict[tuple[str, str], Callable[[Execution, Json, int], Json | None]]] = {
-        ("shell", "execute_reply"): _on_reply,
-        ("iopub", "status"): _on_status,
-        ("iopub", "execute_input"): _count,
-        ("iopub", "stream"): _on_stream,
-        ("iopub", "execute_result"): _on_result,
-        ("iopub", "display_data"): _on_display,
-        ("iopub", "update_display_data"): _on_update,
-        ("iopub", "error"): _on_error,
-        ("iopub", "clear_output"): _on_clear,
-    }
 
     @property
     def ended_session(self) -> bool:
@@ -2318,13 +2312,19 @@ def new_context() -> Any:
     return zmq.Context()
 
 
-def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
-    """Read a ZeroMQ socket empty."""
+def read_messages(sock: Any, deliver: Callable[[list[Any]], None], limit: float = float("inf")) -> bool:
+    """Read a ZeroMQ socket empty, or that many messages; return whether there may be more."""
     import zmq
 
     with contextlib.suppress(zmq.Again):
-        while not sock.closed:
-            deliver(sock.recv_multipart(zmq.NOBLOCK))
+        for count in itertools.count():
+            if sock.closed:
+                return False
+            if count >= limit:
+                return True
+            frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+            deliver([frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames])
+    return False
 
 
 class KernelSockets:
@@ -2378,24 +2378,16 @@ class KernelSockets:
             self._read_batch(channel)
 
     def _read_batch(self, channel: str) -> None:
-        import zmq
-
         self._queued.discard(channel)
         sock = self.by_channel.get(channel)
-        with contextlib.suppress(zmq.Again):
-            for _ in range(100):  # then it is the turn of others
-                if not sock or sock.closed:
-                    return
-                frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
-                parts = [frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames]
-                self._deliver(channel, parts)
+        if sock and read_messages(sock, functools.partial(self._deliver, channel), 100):  # others have their turn
             self._queued.add(channel)
             self._loop.post(functools.partial(self._read_batch, channel))
 
     def drain(self) -> None:
         """Read all that is there, after the end of the kernel."""
         for channel, sock in self.by_channel.items():
-            read_all(sock, functools.partial(self._deliver, channel))
+            read_messages(sock, functools.partial(self._deliver, channel))
 
     def close(self) -> None:
         """Close the sockets."""
@@ -2435,7 +2427,7 @@ class ZmqChannels:
 
     def _on_disconnected(self) -> None:
         death = KernelDied(cause="its connection was closed")
-        read_all(self._monitor, lambda event: self._mailbox.put(death))
+        read_messages(self._monitor, lambda event: self._mailbox.put(death))
 
     def send(self, message: Message) -> None:
         self._loop.post(functools.partial(self._send, message.channel, self._codec.encode(message)))
