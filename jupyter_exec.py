@@ -401,15 +401,8 @@ class Message:
         return list(map(dump_json, (self.header, self.parent_header, self.metadata, self.content)))
 
 
-def execute_content(
-    code: str,
-    *,
-    silent: bool = False,
-    store_history: bool = True,
-    allow_stdin: bool = False,
-    expression: str | None = None,
-) -> Json:
-    """Return the content of an execute_request. The value of `expression` comes with the reply.
+def execute_content(code: str, *, silent: bool, store_history: bool, asks: bool, expression: str | None) -> Json:
+    """Return the content of an execute_request; `asks`: input() works. The value of `expression` comes with the reply.
 
     Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html#execute
     """
@@ -420,7 +413,7 @@ def execute_content(
         "silent": silent,
         "store_history": store_history,
         "user_expressions": {} if expression is None else {"value": expression},
-        "allow_stdin": allow_stdin,
+        "allow_stdin": asks,
         "stop_on_error": False,  # with True, a kernel under load has aborted the next cell
     }
 
@@ -823,11 +816,9 @@ class WebSocket:
         return answers
 
     def send(self, data: str | bytes) -> bytes:
-        """Return a message as one frame."""
         return self._frame(TEXT, data.encode()) if isinstance(data, str) else self._frame(BINARY, data)
 
     def ping(self) -> bytes:
-        """Return a Ping frame."""
         return self._frame(PING, b"")
 
     def pong(self) -> bytes:
@@ -1259,7 +1250,6 @@ class Outputs:
         self.missing = 0  # characters between head and tail
 
     def write(self, name: str, text: str) -> None:
-        """Take text of a stream."""
         if name != self._name:
             self._end_line()
             self._name = name
@@ -1449,9 +1439,6 @@ class ExecutionResult:
         group: list[Json] = []  # outputs since the last image
         labels: dict[int, str] = {}
 
-        def label(data: Json) -> str | None:
-            return labels.get(id(data))
-
         for output in self.outputs:
             group.append(output)
             image = _output_file(output.get("data") or {})
@@ -1465,9 +1452,9 @@ class ExecutionResult:
             labels[id(output["data"])] = f"[a picture that is not shown: {why_not}]" if why_not else "[a picture]"
             if not why_not:
                 images.append(image)
-                texts.append(render(group, "", label))
+                texts.append(render(group, "", lambda data: labels.get(id(data))))
                 group = []
-        texts.append(render(group, self.note, label))
+        texts.append(render(group, self.note, lambda data: labels.get(id(data))))
         parts: list[Json] = []
         for text, image in itertools.zip_longest(_shorten_all(texts, max_chars), images):
             if text:
@@ -1824,7 +1811,6 @@ class Loop:
                 self.alarm.send(b"\0")
 
     def later(self, seconds: float, job: Callable[[], None]) -> None:
-        """Call `job()` after that time."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._serial), job))
 
     def on_readable(self, descriptor: int, callback: Callable[[], object] | None) -> None:
@@ -2001,11 +1987,9 @@ class Outbox:
 
     @property
     def busy(self) -> bool:
-        """Whether data waits."""
         return bool(self._begun or self._lanes)
 
     def send(self, data: bytes, lane: str = "", may_be_lost: bool = False) -> None:
-        """Write `data`, now or later."""
         now, busy = time.monotonic(), self.busy
         self._lanes.setdefault(lane, deque()).append((data, may_be_lost, now))
         self.waiting += len(data)
@@ -2065,10 +2049,9 @@ class Outbox:
 
 
 class Tail:
-    """Reads a pipe, such as the stderr of a process, and keeps the end of it."""
+    """Reads a pipe, such as the stderr of a process, and keeps the last `limit` bytes of it."""
 
     def __init__(self, limit: int = STDERR_TAIL) -> None:
-        """`limit`: bytes that are kept."""
         self._limit = limit
         self._descriptor, self.writer = os.pipe()  # whoever gives `writer` to a process closes it
         os.set_blocking(self._descriptor, False)
@@ -2249,13 +2232,13 @@ AskFar = Callable[[Json, bytes, Callable[[Json], None]], None]
 
 
 class KernelControl(Protocol):
-    """What can be done to a kernel besides sending it messages; implemented by the servers."""
+    """What can be done to a kernel besides sending it messages; servers implement `start` and what else they can."""
 
-    owned: bool  # False: attached to, not to be killed or restarted
-    supervised: bool  # a server restarts it when it ends by itself: only `kill` ends it
     argv: list[str]  # of the kernel's process, empty if unknown
-    connection_file: str | None  # on this machine
-    start_timeout: float  # seconds for the kernel to be ready
+    owned: bool = True  # False: attached to, not to be killed or restarted
+    supervised: bool = False  # a server restarts it when it ends by itself: only `kill` ends it
+    connection_file: str | None = None  # on this machine
+    start_timeout: float = START_TIMEOUT  # seconds for the kernel to be ready
 
     def start(self, mailbox: Mailbox) -> Channels:
         """Start or restart the kernel and connect; `mailbox` gets all that comes from it, its death too."""
@@ -2265,21 +2248,26 @@ class KernelControl(Protocol):
 
         Return False, and do nothing, if the kernel wants an interrupt_request instead.
         """
+        return False
 
     def kill(self, dump: bool = False) -> None:
         """Kill the kernel, if it is ours; the mailbox gets its KernelDied.
 
         With `dump` it writes its Python stack to its stderr before, where that can be.
         """
+        return
 
     def abandon(self) -> None:
         """Give up the host that did not answer to `kill`; the next start makes a new one."""
+        return
 
     def files(self) -> AskFar | None:
         """Return the way to the files where the kernel runs, if there is one beside its cells."""
+        return None
 
     def close(self) -> None:
         """Free what `start` made, except the channels."""
+        return
 
 
 def read_connection_file(path: AnyPath) -> KernelConnection:
@@ -2390,7 +2378,6 @@ class KernelSockets:
             read_messages(sock, functools.partial(self._deliver, channel))
 
     def close(self) -> None:
-        """Close the sockets."""
         for sock in self.by_channel.values():
             self._loop.on_readable(sock.fd, None)
             sock.close()
@@ -2758,8 +2745,7 @@ class KernelClient:
             raise JupyterExecError(HOOK_RUNS_CELL)
         hooks = hooks or Hooks()
         asks = bool(hooks.on_input or hooks.on_request)
-        options: Json = {"silent": silent, "store_history": store_history, "expression": expression}
-        content = execute_content(code, allow_stdin=asks, **options)
+        content = execute_content(code, silent=silent, store_history=store_history, asks=asks, expression=expression)
         request = self._message("shell", "execute_request", content)
         cell = Cell(Execution(request.msg_id, max_output, silent), timeout, hooks)
         self._settle(cell)

@@ -10086,7 +10086,8 @@ def raw_cell(client: Any) -> Callable[[], None]:
     poller.register(iopub, zmq.POLLIN)
 
     def cell() -> None:
-        sent = client.session.send(shell, "execute_request", jupyter_exec.execute_content("1"))["header"]["msg_id"]
+        content = jupyter_exec.execute_content("1", silent=False, store_history=True, asks=False, expression=None)
+        sent = client.session.send(shell, "execute_request", content)["header"]["msg_id"]
         replied = idle = False
         while not (replied and idle):
             for sock, _ in poller.poll():
