@@ -1302,14 +1302,13 @@ class Outputs:
 
     def update(self, display_id: str, content: Json, size: int) -> bool:
         """Change every display of that id; return False if there is none."""
-        if display_id not in self._displays:
-            return False
-        room = self._room + self._displays[display_id][1] - size
-        if room < 0:
-            self.withheld = True
-        else:
-            self._room, self._displays[display_id] = room, (_bundle(content), size)
-        return True
+        if shown := self._displays.get(display_id):
+            room = self._room + shown[1] - size
+            if room < 0:
+                self.withheld = True
+            else:
+                self._room, self._displays[display_id] = room, (_bundle(content), size)
+        return shown is not None
 
     def so_far(self) -> tuple[list[Json], int]:
         """Return the outputs in nbformat's shape, and how many characters are missing between head and tail."""
@@ -1326,9 +1325,8 @@ class Outputs:
         everything = [*kept._head, *gap, *kept._middle, *kept._tail]
         for name, outputs in itertools.groupby(everything, lambda output: output.get("name")):
             if name is not None:
-                found.append(
-                    {"output_type": "stream", "name": name, "text": "".join(output["text"] for output in outputs)}
-                )
+                text = "".join(output["text"] for output in outputs)
+                found.append({"output_type": "stream", "name": name, "text": text})
                 continue
             for output in outputs:
                 shown = output.pop("transient", None)
@@ -1337,17 +1335,14 @@ class Outputs:
 
 
 def _append_text(outputs: deque[Json], name: str, text: str) -> None:
-    if (
-        outputs and outputs[-1].get("name") == name and len(outputs[-1]["text"]) < 4096
-    ):  # long text is joined once, at the end
+    # Long text is joined once, at the end.
+    if outputs and outputs[-1].get("name") == name and len(outputs[-1]["text"]) < 4096:
         outputs[-1]["text"] += text
     elif text:
         outputs.append({"output_type": "stream", "name": name, "text": text})
 
 
 _MODEL_IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # that language models take
-
-
 # How a picture is written: (MIME type, base64) -> content block.
 _BLOCKS: dict[str, Callable[[str, str], Json]] = {
     # https://docs.claude.com/en/api/messages, content of a message or of a tool_result
@@ -1438,7 +1433,6 @@ class ExecutionResult:
         images: list[OutputFile] = []
         group: list[Json] = []  # outputs since the last image
         labels: dict[int, str] = {}
-
         for output in self.outputs:
             group.append(output)
             image = _output_file(output.get("data") or {})
@@ -1529,9 +1523,8 @@ class Tally:
         idle = message.content.get("execution_state") == "idle"
         self._came += 1 + idle
         last = _NUMBERED.fullmatch(msg_id) if own and idle else None
-        return (
-            last is not None and int(last[2]) - self._first > self._came + 20
-        )  # of threads in mid-send, or answers to other clients
+        # A few may be missing: of threads in mid-send, or answers to other clients.
+        return last is not None and int(last[2]) - self._first > self._came + 20
 
 
 class Execution:
@@ -1612,7 +1605,11 @@ class Execution:
             case "iopub", "error":
                 return self._show(_error(content), size)
             case "iopub", "clear_output":
-                return self._on_clear(bool(content.get("wait")))
+                # "wait: Wait to clear the output until new output is available."
+                self._clear_next = True
+                if not content.get("wait"):
+                    self._clear_if_due()
+                return {"output_type": "clear_output", "wait": bool(content.get("wait"))}
         return None  # "Clients should ignore messages that they do not understand."
 
     def _on_reply(self, content: Json, size: int) -> Json | None:
@@ -1654,13 +1651,6 @@ class Execution:
         self._outputs.add(dict(output), size, display_id)
         return output
 
-    def _on_clear(self, wait: bool) -> Json:
-        # "wait: Wait to clear the output until new output is available."
-        self._clear_next = True
-        if not wait:
-            self._clear_if_due()
-        return {"output_type": "clear_output", "wait": wait}
-
     def _clear_if_due(self) -> None:
         if self._clear_next:
             self._outputs.clear()
@@ -1679,15 +1669,13 @@ class Execution:
     def result(self, duration: float) -> ExecutionResult:
         """Return the result so far; `duration` is in seconds. README's table of failures lists the sentences."""
         outputs, missing = self._outputs.so_far()
-        status, exit_code, state, note = self._outcome(missing)
-        if status == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
+        outcome = self._outcome(missing)
+        if outcome[0] == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
             # The error came with the reply only, or there was no room for it.
             outputs.append(_error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply))
         count, values = self.execution_count, (self._reply or {}).get("user_expressions")
         value = values.get("value") if isinstance(values, dict) else None
-        return ExecutionResult(
-            status, exit_code, state, note, outputs, count, duration, self.death, missing, value=value
-        )
+        return ExecutionResult(*outcome, outputs, count, duration, self.death, missing, value=value)
 
     def _outcome(self, missing: int) -> tuple[str, int, str, str]:
         if self.timed_out is not None:
