@@ -91,23 +91,16 @@ __all__ += ["LocalJupyterServer", "MarkdownCodeExtractor", "OutputFile", "Output
 __all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureError", "ToolError", "ToolRefused"]
 __all__ += ["VariableError", "tool_call_ended"]
 
-PROTOCOL_VERSION = "5.4"  # of the messaging spec; a header without it is taken for version 4 by most kernels
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
 START_TIMEOUT = 60.0  # seconds from asking for a kernel to its first answer, host or container included
 CONTROL_TIMEOUT = 10.0  # seconds for the host to answer a control request; it answers in milliseconds
 INTERRUPT_GRACE = 5.0  # seconds that an interrupted cell has to end before its kernel is killed
-EVICTION_RETRY = 0.2  # seconds between attempts of `stop` and `restart` to end the running cell
-INTERRUPT_RETRY = 0.05  # seconds between the interrupts of a cancelled cell until it has begun and ended
 FORK_TIMEOUT = 2.0  # seconds for a fork server that is at work to fork a kernel; it takes milliseconds
 FENCE_DELAY = 1.0  # seconds between an execute_reply and its idle after which the other counts as overdue
 SHUTDOWN_GRACE = 2.0  # seconds that a kernel has to end by itself after shutdown_request
-READY_RETRY = 0.2  # seconds between kernel_info_requests while a kernel without iopub_welcome starts
-RECONNECT_INTERVAL = 5  # ms; ZeroMQ's 100 ms would be added to each start of a kernel
-READ_BATCH = 100  # messages that are read of one socket before the others have their turn
 DEATH_DRAIN = 0.02  # seconds of silence after a kernel's death before its output counts as complete
 PING_INTERVAL = 20.0  # seconds between pings; proxies cut a silent WebSocket after 60
 RECONNECT_TIMEOUT = 15.0  # seconds of trying until a lost connection counts as lost for good
-RECONNECT_DELAY = 0.2  # seconds before each try
 # Listing is for clients; the limit would drop output; nobody could answer a question.
 GATEWAY_OPTIONS = [
     "--JupyterApp.answer_yes=true",
@@ -132,8 +125,6 @@ ENGINE_TIMEOUT = 10  # seconds for the Docker engine to answer at all; asked twi
 WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as start a container
 STOP_TIMEOUT = 10  # seconds for the Docker engine to end a container; stop() lasts no longer
 BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
-PIDS_LIMIT = 512  # processes and threads in a container; a fork bomb ends there
-TMPFS_SIZE = "512m"  # of each temporary file system of a container
 NORMAL_USER = "1000:1000"  # as whom code runs in a container where it would be root
 MAX_ANSWER = 4 * 2**20  # bytes of an HTTP answer, head included; hostile JSON takes thirty times as much when parsed
 LARGE_PART = 2**16  # bytes of a part of a message beyond which it is used where ZeroMQ has it, not copied
@@ -146,34 +137,25 @@ RELAY_PIECE = 2**18  # bytes of such output that go at a time, so that other thi
 SLOW_LINK = 1.0  # seconds that output has waited there when an interrupt drops it, since the cell is to end in time
 MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
 MAX_SPILL = 256 * 2**20  # characters of such a file
-MAX_STRAY = 20  # numbered messages that may be missing at a cell's end: of threads in mid-send, to other clients
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
 MAX_KEPT = 128 * 2**20  # bytes of a cell's outputs other than streams that are kept
-MAX_LINE = 2**20  # characters of a line that a carriage return or backspaces can still erase
-LINE_PIECE = 256  # characters of such a line that are copied at a time
-TEXT_PIECE = 4096  # characters of a stream up to which what follows is joined at once
+MAX_LINE = 2**20  # characters of a line, erased ones included, before it is looked whether half of them are left
 MAX_MODEL_IMAGE = 4 * 2**20  # bytes of a picture for a language model; in base64 a third more
 MAX_FILES = 500  # files of one call
 MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
 HOOK_RUNS_CELL = "A cell is running: its hooks cannot run another one."
-STREAM_AHEAD = 100  # outputs that wait for who iterates over `stream`, before the cell's outputs do
 STILL_RUNNING = "the code is still running; wait() returns the rest"
 MAX_DOWNLOAD = 2**28  # bytes of a file that is brought here, unless a call says otherwise
 MAX_LISTED = 10_000  # entries of a directory that is listed
-TRANSFER_PIECE = 2**18  # bytes of a file that go at a time, so that other things get their turn
-TRANSFER_WINDOW = 4  # pieces on their way to or from a kernel host
 CELL_PIECE = 2**20  # bytes that go at a time to or from a kernel without a host, in a silent cell
 TRANSFER_TIMEOUT = 30.0  # seconds without an answer after which a transfer is given up
 TRANSFER_CHECK = 0.2  # seconds between looks whether it is still wanted
 TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
 STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
 RAW_STDERR_TAIL = 2**16  # bytes of a stderr before the stack that Python wrote there at its death is shortened
-DUMP_TIME = 0.2  # seconds that a kernel which is to be killed has to write its stack
 MAX_TOOL_JSON = 4 * 2**20  # characters of JSON of a tool call's arguments, or of its result
 MAX_TOOLS_AT_ONCE = 64  # tool calls of one cell that run at the same time; the others wait
-MAX_TOOLS_TEXT = 8000  # characters of a system_message with tools in it
 PAUSE_POLL = 0.2  # seconds between looks whether a stopped clock goes on
-PORT_ATTEMPTS = 3  # launches of a tcp kernel whose ports were taken between choosing and binding them
 
 Json = dict[str, Any]
 AnyPath = str | os.PathLike[str]
@@ -414,29 +396,13 @@ class Message:
     def parent_id(self) -> str:
         return text_of(self.parent_header.get("msg_id"))
 
-
-def new_message(channel: str, msg_type: str, content: Json, *, session: str, msg_id: str, date: str) -> Message:
-    """Make a message of the client. `date` is ISO 8601 with a time zone: some kernels (Deno, evcxr) insist on it."""
-    header = {
-        "msg_id": msg_id,
-        "session": session,
-        "username": "jupyter_exec",
-        "date": date,
-        "msg_type": msg_type,
-        "version": PROTOCOL_VERSION,
-    }
-    return Message(channel, header, {}, {}, content, [])
+    def dumped(self) -> list[bytes]:
+        """Return header, parent_header, metadata and content as JSON."""
+        return list(map(dump_json, (self.header, self.parent_header, self.metadata, self.content)))
 
 
-def execute_content(
-    code: str,
-    *,
-    silent: bool = False,
-    store_history: bool = True,
-    allow_stdin: bool = False,
-    expression: str | None = None,
-) -> Json:
-    """Return the content of an execute_request. The value of `expression` comes with the reply.
+def execute_content(code: str, *, silent: bool, store_history: bool, asks: bool, expression: str | None) -> Json:
+    """Return the content of an execute_request; `asks`: input() works. The value of `expression` comes with the reply.
 
     Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html#execute
     """
@@ -447,7 +413,7 @@ def execute_content(
         "silent": silent,
         "store_history": store_history,
         "user_expressions": {} if expression is None else {"value": expression},
-        "allow_stdin": allow_stdin,
+        "allow_stdin": asks,
         "stop_on_error": False,  # with True, a kernel under load has aborted the next cell
     }
 
@@ -476,16 +442,11 @@ class KernelConnection:
     def from_json(cls, text: str | bytes) -> KernelConnection:
         """Parse the text of a connection file. Raises: ProtocolError, which names the wrong field."""
         data = json_object(text, "connection file")
-        values = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}
+        given = [f.name for f in fields(cls) if data.get(f.name) is not None]
         for name in ("ip", "shell_port", "iopub_port", "stdin_port", "control_port"):
-            if name not in values:
+            if name not in given:
                 raise ProtocolError(f"The connection file has no {name!r}.")
-        for name, value in values.items():
-            if name.endswith("_port"):
-                values[name] = _port(name, value)
-            elif not isinstance(value, str):
-                raise ProtocolError(f"The connection file's {name!r} is not a string.")
-        connection = cls(**values)
+        connection = cls(**{name: _checked(name, data[name]) for name in given})
         if connection.transport not in ("tcp", "ipc"):
             raise ProtocolError(f"The connection file's transport {connection.transport!r} is neither tcp nor ipc.")
         new_signer(connection.key, connection.signature_scheme)  # raises for an unknown scheme
@@ -503,12 +464,15 @@ class KernelConnection:
         return f"tcp://[{self.ip}]:{port}" if ":" in self.ip else f"tcp://{self.ip}:{port}"
 
 
-def _port(name: str, value: object) -> int:
+def _checked(name: str, value: Any) -> Any:
+    is_port = name.endswith("_port")
     # JEP 106 allows ports as strings; xeus writes them so.
-    if isinstance(value, str) and value.isascii() and value.isdigit():
+    if is_port and isinstance(value, str) and re.fullmatch("[0-9]{1,5}", value):
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
+    if is_port and (type(value) is not int or not 0 <= value <= 65535):
         raise ProtocolError(f"The connection file's {name!r} is not a port number.")
+    if not is_port and not isinstance(value, str):
+        raise ProtocolError(f"The connection file's {name!r} is not a string.")
     return value
 
 
@@ -538,17 +502,13 @@ def json_object(data: str | bytes | memoryview, what: str) -> Json:
     try:
         # ipykernel sends lone surrogates as raw bytes: "replace" keeps the rest of such a message.
         text = data if isinstance(data, str) else str(data, "utf-8", "replace")
-        value = json.loads(text, parse_int=_parse_int)
+        # Thousands of digits take long to parse, and cannot be printed: they stay text.
+        value = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 400 else digits)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"The {what} is not JSON: {error.__class__.__name__}.") from None
     if not isinstance(value, dict):
         raise ProtocolError(f"The {what} is not a JSON object.")
     return value
-
-
-def _parse_int(text: str) -> Any:
-    # Thousands of digits take long to parse, and cannot be printed: they stay text.
-    return int(text) if len(text) < 400 else text
 
 
 def json_weight(text: str | bytes | memoryview) -> int:
@@ -598,8 +558,7 @@ class ZmqCodec:
 
     def encode(self, message: Message) -> list[bytes]:
         """Return [DELIMITER, signature, header, parent_header, metadata, content, *buffers]."""
-        dicts = (message.header, message.parent_header, message.metadata, message.content)
-        signed = [dump_json(part) for part in dicts]
+        signed = message.dumped()
         return [DELIMITER, self._sign(signed), *signed, *message.buffers]
 
     def decode(self, channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
@@ -627,6 +586,11 @@ class ZmqCodec:
 # The types whose content is used; a large message of another type is not parsed.
 _CONTENTS = {"stream", "execute_result", "display_data", "update_display_data", "error", "input_request"}
 _CONTENTS |= {"execute_reply", "kernel_info_reply"}
+# At the end of JSON text: a half of a surrogate pair, an escape that is not complete, or both; or a torn character.
+_TORN = re.compile(
+    rb"(?<!\\)(?:\\\\)*((?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?"
+    rb"|[\xc0-\xff]|[\xe0-\xff][\x80-\xbf]|[\xf0-\xff][\x80-\xbf]{2})\Z"
+)
 _STREAM_START = re.compile(rb'\{\s*"name"\s*:\s*"std(?:out|err)"\s*,\s*"text"\s*:\s*"')
 
 
@@ -642,20 +606,16 @@ def messages_of(channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
     if len(parts[3]) > STREAM_PIECE and not is_read:
         parts = [*parts[:2], b"{}", b"{}"]
     metadata, content, buffers = _object_or_null(parts[2], "metadata"), parts[3], list(map(bytes, parts[4:]))
-    if header.get("msg_type") == "stream" and _text_start(content):
-        for piece in stream_pieces(content):
-            yield Message(channel, header, parent_header, metadata, *_content(piece, buffers, len(piece)))
-        return
-    size = sum(map(len, parts)) + 1000 + (json_weight(content) if is_read and len(content) <= MAX_JSON else 0)
-    yield Message(channel, header, parent_header, metadata, *_content(content, buffers, size))
-
-
-def _content(data: bytes | memoryview, buffers: list[bytes], size: int) -> tuple[Json, list[bytes], int, bool]:
-    """Return the last fields of a Message; a content that is too large, or nested too deeply, counts as lost."""
-    try:
-        return _object_or_null(data, "content"), buffers, size, False
-    except ProtocolError:
-        return {}, buffers, size, True
+    size, is_stream = sum(map(len, parts)) + 1000, header.get("msg_type") == "stream"
+    if is_read and not is_stream and len(content) <= MAX_JSON:  # of streams the characters are counted, elsewhere
+        size += json_weight(content)
+    for piece in stream_pieces(content) if is_stream else [content]:
+        message = Message(channel, header, parent_header, metadata, {}, buffers, size)
+        try:
+            message.content = _object_or_null(piece, "content")
+        except ProtocolError:  # it is too large, or nested too deeply
+            message.lost = True
+        yield message
 
 
 def stream_pieces(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
@@ -663,37 +623,18 @@ def stream_pieces(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
 
     So a print of 200 MB is never parsed as a whole. Anything else is not cut.
     """
-    position, end = _text_start(content), len(content) - 2
-    if not position:
+    start = _STREAM_START.match(content[:100])
+    if not start or len(content) <= STREAM_PIECE or content[-2:] != b'"}':
         yield content
         return
-    head = bytes(content[:position])
+    head, position, end = bytes(content[: start.end()]), start.end(), len(content) - 2
     while position < end:
         piece = bytes(content[position : min(position + STREAM_PIECE, end)])
         if position + len(piece) < end:
-            piece = _whole_characters(piece) or bytes(content[position:end])
+            torn = _TORN.search(piece, len(piece[:-12].rstrip(b"\\")))  # a torn pair of escapes has up to 11 bytes
+            piece = piece[: torn.start(1) if torn else None] or bytes(content[position:end])
         yield b"".join((head, piece, b'"}'))
         position += len(piece)
-
-
-def _text_start(content: bytes | memoryview) -> int:
-    """Return where the text of a long stream message begins, 0 for a message that is not to be cut."""
-    start = _STREAM_START.match(content[:100])
-    return start.end() if start and len(content) > STREAM_PIECE and content[-2:] == b'"}' else 0
-
-
-# At the end of JSON text: a half of a surrogate pair, an escape that is not complete, or both; or a torn character.
-_TORN = re.compile(
-    rb"(?<!\\)(?:\\\\)*((?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?"
-    rb"|[\xc0-\xff]|[\xe0-\xff][\x80-\xbf]|[\xf0-\xff][\x80-\xbf]{2})\Z"
-)
-
-
-def _whole_characters(text: bytes) -> bytes:
-    """Return the start of JSON text up to where its end tears neither a character nor an escape."""
-    start = len(text[:-12].rstrip(b"\\"))  # a torn pair of escapes has up to 11 bytes
-    found = _TORN.search(text, start)
-    return text[: found.start(1)] if found else text
 
 
 class PipeCodec:
@@ -706,10 +647,8 @@ class PipeCodec:
 
     _HEAD = struct.Struct(">2sI")
 
-    def __init__(self, limit: int = MAX_MESSAGE) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._buffer = bytearray()
-        self._needed = self._HEAD.size
 
     @classmethod
     def encode(cls, parts: Sequence[bytes]) -> bytes:
@@ -722,26 +661,24 @@ class PipeCodec:
     def feed(self, data: bytes) -> Iterator[list[bytes]]:
         """Take received bytes; yield the parts of each complete frame. Raises: ProtocolError; close then."""
         self._buffer += data
-        while len(self._buffer) >= self._needed:
+        while len(self._buffer) >= self._HEAD.size:
             magic, length = self._HEAD.unpack_from(self._buffer)
             if magic != b"JX":
                 raise ProtocolError("The pipe carries something that is not a frame.")
-            if length > self._limit:
-                raise ProtocolError(f"A frame of {length} bytes is over the limit of {self._limit}.")
-            self._needed = self._HEAD.size + length
-            if len(self._buffer) < self._needed:
+            if length > MAX_MESSAGE:
+                raise ProtocolError(f"A frame of {length} bytes is over the limit of {MAX_MESSAGE}.")
+            end = self._HEAD.size + length
+            if len(self._buffer) < end:
                 return
-            with memoryview(self._buffer) as view, view[self._HEAD.size : self._needed] as body:
+            with memoryview(self._buffer) as view, view[self._HEAD.size : end] as body:
                 parts = _cut_parts(">I", body)
-            del self._buffer[: self._needed]
-            self._needed = self._HEAD.size
+            del self._buffer[:end]
             yield parts
 
 
 CHANNELS = ("shell", "iopub", "stdin", "control")
 V1_SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"
 MAX_PARTS = 65535  # of one WebSocket message: more buffers than any widget has, few enough to allocate
-_NULLABLE = ("parent_header", "metadata", "content")
 
 
 class JsonCodec:
@@ -752,9 +689,10 @@ class JsonCodec:
     Spec: https://jupyter-server.readthedocs.io/en/stable/developers/websocket-protocols.html
     """
 
+    _OBJECTS = ("header", "parent_header", "metadata", "content")
+
     def encode(self, message: Message) -> str | bytes:
-        names = ("channel", "header", *_NULLABLE)
-        text = dump_json({name: getattr(message, name) for name in names} | {"buffers": []})
+        text = dump_json({name: getattr(message, name) for name in ("channel", *self._OBJECTS)} | {"buffers": []})
         return _join_parts(">I", [text, *message.buffers]) if message.buffers else text.decode("ascii")
 
     def decode(self, data: str | bytes) -> Iterator[Message]:
@@ -762,13 +700,12 @@ class JsonCodec:
         parts: list[Any] = [data] if isinstance(data, str) else _cut_parts(">I", data)
         body = json_object(parts[0], "message")
         # Deviation: xeus kernels send null for an empty object.
-        body |= {name: {} for name in _NULLABLE if body.get(name) is None}
-        if not all(isinstance(body.get(name), dict) for name in ("header", *_NULLABLE)):
+        objects = [{} if body.get(name) is None else body[name] for name in self._OBJECTS]
+        if not all(isinstance(value, dict) for value in objects):
             raise ProtocolError("A part of a message is not a JSON object.")
-        channel, header = _channel(body.get("channel")), body["header"]
-        parent_header, metadata, content = (body[name] for name in _NULLABLE)
         size = json_weight(parts[0]) + sum(map(len, parts[1:]))
-        yield Message(channel, header, parent_header, metadata, content, parts[1:], size)
+        header, parent_header, metadata, content = objects
+        yield Message(_channel(body.get("channel")), header, parent_header, metadata, content, parts[1:], size)
 
 
 class V1Codec:
@@ -778,8 +715,7 @@ class V1Codec:
     """
 
     def encode(self, message: Message) -> bytes:
-        objects = (message.header, message.parent_header, message.metadata, message.content)
-        return _join_parts("<Q", [message.channel.encode(), *map(dump_json, objects), *message.buffers, b""])
+        return _join_parts("<Q", [message.channel.encode(), *message.dumped(), *message.buffers, b""])
 
     def decode(self, data: str | bytes) -> Iterator[Message]:
         """Parse what the server sent; a huge message of type stream comes in pieces. Raises: ProtocolError."""
@@ -880,11 +816,9 @@ class WebSocket:
         return answers
 
     def send(self, data: str | bytes) -> bytes:
-        """Return a message as one frame."""
         return self._frame(TEXT, data.encode()) if isinstance(data, str) else self._frame(BINARY, data)
 
     def ping(self) -> bytes:
-        """Return a Ping frame."""
         return self._frame(PING, b"")
 
     def pong(self) -> bytes:
@@ -962,12 +896,8 @@ class WebSocket:
     def _frame(self, opcode: int, payload: bytes) -> bytes:
         length = len(payload)
         # 5.2: "the minimal number of bytes MUST be used to encode the length"; 0x80: final, masked
-        if length < 126:
-            head = struct.pack(">BB", 0x80 | opcode, 0x80 | length)
-        elif length < 2**16:
-            head = struct.pack(">BBH", 0x80 | opcode, 0x80 | 126, length)
-        else:
-            head = struct.pack(">BBQ", 0x80 | opcode, 0x80 | 127, length)
+        longer = b"" if length < 126 else length.to_bytes(2 if length < 2**16 else 8, "big")
+        head = bytes((0x80 | opcode, 0x80 | {0: length, 2: 126, 8: 127}[len(longer)])) + longer
         # 5.3: "the client MUST pick a fresh masking key"
         key = self._mask()
         # As two big integers: octet by octet, 10 MB would take a second.
@@ -1001,54 +931,24 @@ def clean_text(text: str, colours: bool = False) -> str:
     return _CONTROLS.sub(lambda found: found[0] if colours and _COLOUR.fullmatch(found[0]) else "", text)
 
 
-class Line:
-    """The last line of a terminal, without what carriage returns and backspaces have erased."""
-
-    def __init__(self) -> None:
-        self.pieces: list[str] = []
-        self._returned = False  # the next text overwrites the line
-        self.size = 0  # about how many characters it has
-
-    def add(self, text: str) -> str:
-        """Take text; return the lines that are finished, with their newlines."""
-        lines = text.split("\n") if self._returned or "\r" in text or "\b" in text else [*text.rpartition("\n")[::2]]
-        if "\n" not in text:
-            lines = lines[-1:]
-        finished = []
-        for line in lines[:-1]:
-            self._type(line)
-            finished += [self.take(), "\n"]
-        self._type(lines[-1])
-        return "".join(finished)
-
-    def _type(self, text: str) -> None:
-        left = text.rstrip("\r")
-        if left and (self._returned or "\r" in left):
-            self.take()
-            left = left.rpartition("\r")[2]
-        self._returned = len(text) > len(text.rstrip("\r")) or (self._returned and not text)
-        for piece in re.findall(r"\x08+|[^\x08]+", left) if "\b" in left else filter(None, [left]):
-            if piece[0] == "\b":
-                self._erase(len(piece))
-            else:
-                self.pieces.append(piece)
-                self.size += len(piece)
-
-    def _erase(self, count: int) -> None:
-        while count and self.pieces:
-            last = self.pieces.pop()
-            if len(last) > 2 * LINE_PIECE:  # cut once, so that each character is copied a few times at most
-                self.pieces += [last[i : i + LINE_PIECE] for i in range(0, len(last), LINE_PIECE)]
-                continue
-            left = last[:-count]
-            self.pieces += [left] * bool(left)
-            self.size -= len(last) - len(left)
-            count -= len(last) - len(left)
-
-    def take(self) -> str:
-        """Return the line as it stands, and begin a new one."""
-        text, self.pieces, self._returned, self.size = "".join(self.pieces), [], False, 0
+def without_erased(text: str) -> str:
+    """Return text without what carriage returns and backspaces erase in its lines on a terminal."""
+    if "\r" not in text and "\b" not in text:
         return text
+    lines = []
+    for line in text.split("\n"):
+        line = line.rstrip("\r").rpartition("\r")[2]
+        if "\b" in line:
+            left, erased = [], 0  # from the end: so each piece is cut once
+            for piece in reversed(re.findall(r"\x08+|[^\x08]+", line)):
+                if piece[0] == "\b":
+                    erased += len(piece)
+                else:
+                    left.append(piece[: max(0, len(piece) - erased)])
+                    erased = max(0, erased - len(piece))
+            line = "".join(reversed(left))
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def gap_mark(missing: int, where: str = "") -> str:
@@ -1065,9 +965,9 @@ def shorten(text: str, limit: int | None, gaps: Sequence[int], where: str) -> st
         for missing in gaps:
             text = text.replace(gap_mark(missing), gap_mark(missing, where), 1)
         return text
-    head, tail = text[: limit // 2], text[max(limit // 2, len(text) - limit // 2) :]
-    missing = len(text) - len(head) - len(tail) + sum(gap - len(gap_mark(gap)) for gap in gaps)
-    return f"{head}{gap_mark(missing, where)}{tail}"
+    half = limit // 2
+    missing = len(text) - 2 * half + sum(gap - len(gap_mark(gap)) for gap in gaps)
+    return f"{text[:half]}{gap_mark(missing, where)}{text[len(text) - half :]}"
 
 
 def _shorten_all(texts: list[str], limit: int) -> list[str]:
@@ -1300,18 +1200,16 @@ class CallFiles:
         if before >= MAX_SPILL or self._trouble:
             return
         self._text.append(text[: MAX_SPILL - before])
-        if self._size > (self._limit or 0):
-            try:
-                self._flush()
-            except OSError as error:
-                self._trouble = str(error)
-
-    def _flush(self) -> None:
-        if self._file is None:
-            name = f"{os.urandom(16).hex()}.txt"
-            self._file, self._text_path = self._folder.create(name), str(self._folder.path / name)
-        self._file.write("".join(self._text).encode("utf-8", "replace"))
-        self._file.flush()
+        if self._size <= (self._limit or 0):
+            return
+        try:
+            if self._file is None:
+                name = f"{os.urandom(16).hex()}.txt"
+                self._file, self._text_path = self._folder.create(name), str(self._folder.path / name)
+            self._file.write("".join(self._text).encode("utf-8", "replace"))
+            self._file.flush()
+        except OSError as error:
+            self._trouble = str(error)
         self._text.clear()
 
     def close(self) -> str:
@@ -1332,10 +1230,7 @@ class CallFiles:
 
 
 class Outputs:
-    """What a cell has shown, within a budget: head and tail of its streams, and the other outputs while there is room.
-
-    It is kept in three lists: everything up to the end of the head, other outputs up to the tail, and the tail.
-    """
+    """What a cell has shown, within a budget: head and tail of its streams, other outputs while there is room."""
 
     def __init__(self, limit: int | None) -> None:
         """`limit` is how many characters of streams are kept, None for all."""
@@ -1345,34 +1240,34 @@ class Outputs:
         self.withheld = False  # an output was dropped
 
     def clear(self) -> None:
-        self._head: list[Json] = []
-        self._middle: list[Json] = []
+        self._head: deque[Json] = deque()  # everything up to the end of the head
+        self._middle: deque[Json] = deque()  # the other outputs up to the tail
         self._tail: deque[Json] = deque()
         self._head_size = self._tail_size = 0  # characters of streams
-        self._line, self._name = Line(), ""  # the open line, and of which stream it is
+        self._line, self._name = io.StringIO(), ""  # the open line as it came, and of which stream it is
         self._displays: dict[str, tuple[Json, int]] = {}  # display_id -> what it shows, and its size
         self._room = MAX_KEPT
         self.missing = 0  # characters between head and tail
 
-    def copied(self) -> Outputs:
-        """Return a copy, of which `all` may be asked; what the outputs show is shared, however deep it is nested."""
-        other, other_line = copy.copy(self), copy.copy(self._line)
-        other._head, other._middle = list(map(dict, self._head)), list(map(dict, self._middle))
-        other._tail, other._displays = deque(map(dict, self._tail)), dict(self._displays)
-        other._line, other_line.pieces = other_line, self._line.pieces[:]
-        return other
-
     def write(self, name: str, text: str) -> None:
-        """Take text of a stream."""
         if name != self._name:
             self._end_line()
             self._name = name
-        self._put(self._line.add(text))
-        if self._line.size > MAX_LINE:  # nothing erases as much
+        if end := text.rfind("\n") + 1:
+            self._line.write(text[:end])
             self._end_line()
+        self._line.write(text[end:])
+        if self._line.tell() > MAX_LINE:
+            text, self._line = self._line.getvalue(), io.StringIO()
+            left = without_erased(text)
+            if len(left) > MAX_LINE // 2:  # nothing erases as much
+                self._put(left)
+            else:
+                self._line.write(left + "\r" * text.endswith("\r"))
 
     def _end_line(self) -> None:
-        self._put(self._line.take())
+        self._put(without_erased(self._line.getvalue()))
+        self._line = io.StringIO()
 
     def _is_head_full(self) -> bool:
         return self._head_size >= self._head_room or len(self._head) >= MAX_OUTPUTS // 2
@@ -1407,83 +1302,58 @@ class Outputs:
 
     def update(self, display_id: str, content: Json, size: int) -> bool:
         """Change every display of that id; return False if there is none."""
-        if display_id not in self._displays:
-            return False
-        room = self._room + self._displays[display_id][1] - size
-        if room < 0:
-            self.withheld = True
-        else:
-            self._room, self._displays[display_id] = room, (_bundle(content), size)
-        return True
+        if shown := self._displays.get(display_id):
+            room = self._room + shown[1] - size
+            if room < 0:
+                self.withheld = True
+            else:
+                self._room, self._displays[display_id] = room, (_bundle(content), size)
+        return shown is not None
 
-    def all(self) -> list[Json]:
-        """Return the outputs, in nbformat's shape; nothing may be added afterwards."""
-        self._end_line()
-        if (excess := self._tail_size - self._tail_room) > 0:  # less than the first text: else it would be gone
-            first = next(output for output in self._tail if "text" in output)
-            first["text"], self.missing = first["text"][excess:], self.missing + excess
-        name = self._head[-1].get("name", "stdout") if self._head else "stdout"
-        gap = [{"output_type": "stream", "name": name, "text": gap_mark(self.missing)}] if self.missing else []
+    def so_far(self) -> tuple[list[Json], int]:
+        """Return the outputs in nbformat's shape, and how many characters are missing between head and tail."""
+        kept = copy.copy(self)  # more may come; what the outputs show is shared, however deep it is nested
+        parts = self._head, self._middle, self._tail
+        kept._head, kept._middle, kept._tail = (deque(map(dict, part)) for part in parts)
+        kept._put(without_erased(self._line.getvalue()))
+        if (excess := kept._tail_size - kept._tail_room) > 0:  # less than the first text: else it would be gone
+            kept._tail[0]["text"] = kept._tail[0]["text"][excess:]
+            kept.missing += excess
+        name = kept._head[-1].get("name", "stdout") if kept._head else "stdout"
+        gap = [{"output_type": "stream", "name": name, "text": gap_mark(kept.missing)}] if kept.missing else []
         found: list[Json] = []
-        everything = [*self._head, *gap, *self._middle, *self._tail]
+        everything = [*kept._head, *gap, *kept._middle, *kept._tail]
         for name, outputs in itertools.groupby(everything, lambda output: output.get("name")):
             if name is not None:
                 text = "".join(output["text"] for output in outputs)
-                found += [{"output_type": "stream", "name": name, "text": text}] * bool(text)
+                found.append({"output_type": "stream", "name": name, "text": text})
                 continue
             for output in outputs:
                 shown = output.pop("transient", None)
                 found.append(output | self._displays[shown["display_id"]][0] if shown else output)
-        return found
+        return found, kept.missing
 
 
-def _append_text(outputs: list[Json] | deque[Json], name: str, text: str) -> None:
-    if outputs and outputs[-1].get("name") == name and len(outputs[-1]["text"]) < TEXT_PIECE:
+def _append_text(outputs: deque[Json], name: str, text: str) -> None:
+    # Long text is joined once, at the end.
+    if outputs and outputs[-1].get("name") == name and len(outputs[-1]["text"]) < 4096:
         outputs[-1]["text"] += text
     elif text:
         outputs.append({"output_type": "stream", "name": name, "text": text})
 
 
 _MODEL_IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")  # that language models take
-
-
-def _why_not_shown(image: OutputFile, max_bytes: int, has_room: bool) -> str:
-    """Return why a language model does not get a picture, "" if it does."""
-    if image.mime_type not in _MODEL_IMAGES:
-        return f"its type is {image.mime_type}"
-    if len(image.data) > max_bytes:
-        return f"{len(image.data)} bytes are too many"
-    return "" if has_room else "there are too many"
-
-
-def _anthropic_block(part: Json) -> Json:
-    """Source: https://docs.claude.com/en/api/messages, content of a message or of a tool_result."""
-    if part["type"] == "text":
-        return part
-    return {"type": "image", "source": {"type": "base64", "media_type": part["mime_type"], "data": part["data"]}}
-
-
-def _openai_block(part: Json) -> Json:
-    """Source: https://platform.openai.com/docs/api-reference/responses, input or output of a function call."""
-    if part["type"] == "text":
-        return {"type": "input_text", "text": part["text"]}
-    url = f"data:{part['mime_type']};base64,{part['data']}"
-    return {"type": "input_image", "image_url": url, "detail": "auto"}
-
-
-def _openai_chat_block(part: Json) -> Json:
-    """Source: https://platform.openai.com/docs/api-reference/chat, content of a message of the user."""
-    if part["type"] == "text":
-        return part
-    return {"type": "image_url", "image_url": {"url": f"data:{part['mime_type']};base64,{part['data']}"}}
-
-
-def _mcp_block(part: Json) -> Json:
-    """Source: https://modelcontextprotocol.io/specification, content of a tool's result."""
-    return part if part["type"] == "text" else {"type": "image", "data": part["data"], "mimeType": part["mime_type"]}
-
-
-_BLOCKS = {"anthropic": _anthropic_block, "openai": _openai_block, "openai-chat": _openai_chat_block, "mcp": _mcp_block}
+# How a picture is written: (MIME type, base64) -> content block.
+_BLOCKS: dict[str, Callable[[str, str], Json]] = {
+    # https://docs.claude.com/en/api/messages, content of a message or of a tool_result
+    "anthropic": lambda mime, data: {"type": "image", "source": {"type": "base64", "media_type": mime, "data": data}},
+    # https://platform.openai.com/docs/api-reference/responses, input or output of a function call
+    "openai": lambda mime, data: {"type": "input_image", "image_url": f"data:{mime};base64,{data}", "detail": "auto"},
+    # https://platform.openai.com/docs/api-reference/chat, content of a message of the user
+    "openai-chat": lambda mime, data: {"type": "image_url", "image_url": {"url": f"data:{mime};base64,{data}"}},
+    # https://modelcontextprotocol.io/specification, content of a tool's result
+    "mcp": lambda mime, data: {"type": "image", "data": data, "mimeType": mime},
+}
 
 
 @dataclass(repr=False)
@@ -1563,20 +1433,22 @@ class ExecutionResult:
         images: list[OutputFile] = []
         group: list[Json] = []  # outputs since the last image
         labels: dict[int, str] = {}
-
-        def label(data: Json) -> str | None:
-            return labels.get(id(data))
-
         for output in self.outputs:
             group.append(output)
-            if (image := _output_file(output.get("data") or {})) and image.mime_type.startswith("image/"):
-                why_not = _why_not_shown(image, max_image_bytes, len(images) < max_images)
-                labels[id(output["data"])] = f"[a picture that is not shown: {why_not}]" if why_not else "[a picture]"
-                if not why_not:
-                    images.append(image)
-                    texts.append(render(group, "", label))
-                    group = []
-        texts.append(render(group, self.note, label))
+            image = _output_file(output.get("data") or {})
+            if not image or not image.mime_type.startswith("image/"):
+                continue
+            why_not = "" if len(images) < max_images else "there are too many"
+            if len(image.data) > max_image_bytes:
+                why_not = f"{len(image.data)} bytes are too many"
+            if image.mime_type not in _MODEL_IMAGES:
+                why_not = f"its type is {image.mime_type}"
+            labels[id(output["data"])] = f"[a picture that is not shown: {why_not}]" if why_not else "[a picture]"
+            if not why_not:
+                images.append(image)
+                texts.append(render(group, "", lambda data: labels.get(id(data))))
+                group = []
+        texts.append(render(group, self.note, lambda data: labels.get(id(data))))
         parts: list[Json] = []
         for text, image in itertools.zip_longest(_shorten_all(texts, max_chars), images):
             if text:
@@ -1593,7 +1465,13 @@ class ExecutionResult:
         """
         if form not in _BLOCKS:
             raise ValueError(f"form must be one of {', '.join(_BLOCKS)}, not {form!r}.")
-        return list(map(_BLOCKS[form], self.parts(**budget)))
+        text_type = "input_text" if form == "openai" else "text"
+        return [
+            {"type": text_type, "text": part["text"]}
+            if part["type"] == "text"
+            else _BLOCKS[form](part["mime_type"], part["data"])
+            for part in self.parts(**budget)
+        ]
 
     def save(self, directory: AnyPath) -> list[str]:
         """Write `files` into a directory, under names of our own; return their paths.
@@ -1645,7 +1523,8 @@ class Tally:
         idle = message.content.get("execution_state") == "idle"
         self._came += 1 + idle
         last = _NUMBERED.fullmatch(msg_id) if own and idle else None
-        return last is not None and int(last[2]) - self._first > self._came + MAX_STRAY
+        # A few may be missing: of threads in mid-send, or answers to other clients.
+        return last is not None and int(last[2]) - self._first > self._came + 20
 
 
 class Execution:
@@ -1702,20 +1581,47 @@ class Execution:
         if not own:
             return None
         self.started |= message.channel == "iopub" and (self._silent or message.msg_type != "status")
-        handler = self._HANDLERS.get((message.channel, message.msg_type))
-        # "Clients should ignore messages that they do not understand."
-        return handler(self, message.content, message.size) if handler else None
+        content, size = message.content, message.size
+        match message.channel, message.msg_type:
+            case "shell", "execute_reply":
+                return self._on_reply(content, size)
+            case "iopub", "status":
+                self._idle = self._idle or content.get("execution_state") == "idle"
+            case "iopub", "execute_input":
+                self._count(content)
+            case "iopub", "stream":
+                return self._on_stream(content)
+            case "iopub", "execute_result":
+                self._count(content)
+                output = {"output_type": "execute_result", "execution_count": self.execution_count}
+                return self._show(output | _bundle(content), size, _display_id(content))
+            case "iopub", "display_data":
+                return self._display(content, size)
+            case "iopub", "update_display_data":
+                # "... update any and all of the displays that have the given display_id"
+                if not self._outputs.update(_display_id(content), content, size):
+                    self._display(content, size)  # it belongs to an earlier cell
+                return {"output_type": "update_display_data"} | _bundle(content)
+            case "iopub", "error":
+                return self._show(_error(content), size)
+            case "iopub", "clear_output":
+                # "wait: Wait to clear the output until new output is available."
+                self._clear_next = True
+                if not content.get("wait"):
+                    self._clear_if_due()
+                return {"output_type": "clear_output", "wait": bool(content.get("wait"))}
+        return None  # "Clients should ignore messages that they do not understand."
 
     def _on_reply(self, content: Json, size: int) -> Json | None:
         self._reply = content
-        self._count(content, 0)
+        self._count(content)
         # The payload is deprecated, but `print?` and %load answer nowhere else.
         shown = None
         for entry in self._payload:
             text = entry.get("text") if entry.get("source") == "set_next_input" else None
             data = {"text/plain": text} if isinstance(text, str) else entry.get("data")
             if entry.get("source") in ("page", "set_next_input") and isinstance(data, dict):
-                shown, size = self._show({"output_type": "display_data"}, {"data": data}, size), 0
+                shown, size = self._display({"data": data}, size), 0
         return shown
 
     @property
@@ -1723,14 +1629,11 @@ class Execution:
         payload = (self._reply or {}).get("payload")
         return [entry for entry in payload if isinstance(entry, dict)] if isinstance(payload, list) else []
 
-    def _on_status(self, content: Json, size: int) -> None:
-        self._idle = self._idle or content.get("execution_state") == "idle"
-
-    def _count(self, content: Json, size: int) -> None:
+    def _count(self, content: Json) -> None:
         if isinstance(content.get("execution_count"), int):
             self.execution_count = content["execution_count"]
 
-    def _on_stream(self, content: Json, size: int) -> Json | None:
+    def _on_stream(self, content: Json) -> Json | None:
         name, text = content.get("name"), content.get("text")
         if name not in ("stdout", "stderr") or not isinstance(text, str):
             return None
@@ -1740,57 +1643,18 @@ class Execution:
         self._outputs.write(name, text)
         return {"output_type": "stream", "name": name, "text": text}
 
-    def _on_result(self, content: Json, size: int) -> Json:
-        self._count(content, 0)
-        return self._show({"output_type": "execute_result", "execution_count": self.execution_count}, content, size)
+    def _display(self, content: Json, size: int) -> Json:
+        return self._show({"output_type": "display_data"} | _bundle(content), size, _display_id(content))
 
-    def _on_display(self, content: Json, size: int) -> Json:
-        return self._show({"output_type": "display_data"}, content, size)
-
-    def _show(self, output: Json, content: Json, size: int) -> Json:
+    def _show(self, output: Json, size: int, display_id: str = "") -> Json:
         self._clear_if_due()
-        output |= _bundle(content)
-        self._outputs.add(dict(output), size, _display_id(content))
+        self._outputs.add(dict(output), size, display_id)
         return output
-
-    def _on_update(self, content: Json, size: int) -> Json:
-        # "update_display_data: ... update any and all of the displays that have the given display_id"
-        if not self._outputs.update(_display_id(content), content, size):
-            self._show({"output_type": "display_data"}, content, size)  # the display belongs to an earlier cell
-        return {"output_type": "update_display_data"} | _bundle(content)
-
-    def _on_error(self, content: Json, size: int) -> Json:
-        traceback = content.get("traceback")
-        lines = [line for line in traceback if isinstance(line, str)] if isinstance(traceback, list) else []
-        names = {name: text_of(content.get(name)) for name in ("ename", "evalue")}
-        self._clear_if_due()
-        output = {"output_type": "error", **names, "traceback": lines}
-        self._outputs.add(dict(output), size)
-        return output
-
-    def _on_clear(self, content: Json, size: int) -> Json:
-        # "wait: Wait to clear the output until new output is available."
-        self._clear_next = True
-        if not content.get("wait"):
-            self._clear_if_due()
-        return {"output_type": "clear_output", "wait": bool(content.get("wait"))}
 
     def _clear_if_due(self) -> None:
         if self._clear_next:
             self._outputs.clear()
             self._clear_next = False
-
-    _HANDLERS: ClassVar[dict[tuple[str, str], Callable[[Execution, Json, int], Json | None]]] = {
-        ("shell", "execute_reply"): _on_reply,
-        ("iopub", "status"): _on_status,
-        ("iopub", "execute_input"): _count,
-        ("iopub", "stream"): _on_stream,
-        ("iopub", "execute_result"): _on_result,
-        ("iopub", "display_data"): _on_display,
-        ("iopub", "update_display_data"): _on_update,
-        ("iopub", "error"): _on_error,
-        ("iopub", "clear_output"): _on_clear,
-    }
 
     @property
     def ended_session(self) -> bool:
@@ -1802,27 +1666,18 @@ class Execution:
         # Deviation: IPython reads exit(3) as exit(keep_kernel=3), everybody else as an exit status.
         return [entry.get("keepkernel") for entry in self._payload if entry.get("source") == "ask_exit"]
 
-    def copied(self) -> Execution:
-        """Return a copy, of which `result` may be asked while this one goes on."""
-        other = copy.copy(self)
-        other._outputs = self._outputs.copied()
-        return other
-
     def result(self, duration: float) -> ExecutionResult:
-        """Return the result; call it once. `duration` is in seconds. README's table of failures lists the sentences."""
-        outputs = self._outputs.all()
-        status, exit_code, state, note = self._outcome()
-        if status == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
+        """Return the result so far; `duration` is in seconds. README's table of failures lists the sentences."""
+        outputs, missing = self._outputs.so_far()
+        outcome = self._outcome(missing)
+        if outcome[0] == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
             # The error came with the reply only, or there was no room for it.
-            outputs.append(self._on_error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply, 0))
-        missing, count = self._outputs.missing, self.execution_count
-        values = (self._reply or {}).get("user_expressions")
+            outputs.append(_error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply))
+        count, values = self.execution_count, (self._reply or {}).get("user_expressions")
         value = values.get("value") if isinstance(values, dict) else None
-        return ExecutionResult(
-            status, exit_code, state, note, outputs, count, duration, self.death, missing, value=value
-        )
+        return ExecutionResult(*outcome, outputs, count, duration, self.death, missing, value=value)
 
-    def _outcome(self) -> tuple[str, int, str, str]:
+    def _outcome(self, missing: int) -> tuple[str, int, str, str]:
         if self.timed_out is not None:
             return self._timeout_outcome(f"{self.timed_out:g} s")
         if self.death:
@@ -1835,22 +1690,21 @@ class Execution:
             status = next((keep % 256 for keep in self._exits if type(keep) is int), 0)
             return "exited", status, "lost", "the session was ended by the code"
         if self._reply and self._reply.get("status") == "ok":
-            return "ok", 0, "intact", self._loss_note
+            return "ok", 0, "intact", self._loss_note(missing)
         if self._reply:
-            return "error", 1, "intact", self._loss_note
+            return "error", 1, "intact", self._loss_note(missing)
         if not self.done:
             return "running", 124, "busy", STILL_RUNNING
         if self.reconnected and not self.started:
             return "error", 1, "intact", "The connection was lost; nobody knows whether the code ran"
         return "error", 1, "intact", "The kernel gave up the code, or its reply was lost"
 
-    @property
-    def _loss_note(self) -> str:
+    def _loss_note(self, missing: int) -> str:
         if self.outputs_lost:
             return "Some of the output was lost on its way, or left out since there was too much of it"
         if self.reconnected:
             return "The connection was lost for a moment; some of the output may be missing"
-        return TRUNCATED if self._outputs.missing else ""
+        return TRUNCATED if missing else ""
 
     def _timeout_outcome(self, seconds: str) -> tuple[str, int, str, str]:
         if self.death:
@@ -1866,6 +1720,13 @@ class Execution:
 def _display_id(content: Json) -> str:
     transient = content.get("transient")  # null or absent in some kernels
     return text_of(transient.get("display_id")) if isinstance(transient, dict) else ""
+
+
+def _error(content: Json) -> Json:
+    traceback = content.get("traceback")
+    lines = [line for line in traceback if isinstance(line, str)] if isinstance(traceback, list) else []
+    names = {name: text_of(content.get(name)) for name in ("ename", "evalue")}
+    return {"output_type": "error", **names, "traceback": lines}
 
 
 def _bundle(content: Json) -> Json:
@@ -1885,26 +1746,25 @@ class Deadline:
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
-        never = seconds is None or seconds >= threading.TIMEOUT_MAX
-        self._at = None if seconds is None or never else time.monotonic() + seconds
+        never = float("inf")
+        self._at = time.monotonic() + (never if seconds is None or seconds >= threading.TIMEOUT_MAX else seconds)
 
     @property
     def remaining(self) -> float | None:
         """Return the seconds that are left, None if there is no end."""
-        return None if self._at is None else max(0.0, self._at - time.monotonic())
+        left = self._at - time.monotonic()
+        return max(0.0, left) if left < threading.TIMEOUT_MAX else None
 
     @property
     def expired(self) -> bool:
-        return self._at is not None and time.monotonic() >= self._at
+        return time.monotonic() >= self._at
 
     def extend(self, seconds: float) -> None:
-        if self._at is not None:
-            self._at += seconds
+        self._at += seconds
 
     def within(self, seconds: float) -> float:
         """Return the seconds that are left, at most `seconds`."""
-        remaining = self.remaining
-        return seconds if remaining is None else min(seconds, remaining)
+        return max(0.0, min(seconds, self._at - time.monotonic()))
 
 
 class Loop:
@@ -1939,7 +1799,6 @@ class Loop:
                 self.alarm.send(b"\0")
 
     def later(self, seconds: float, job: Callable[[], None]) -> None:
-        """Call `job()` after that time."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._serial), job))
 
     def on_readable(self, descriptor: int, callback: Callable[[], object] | None) -> None:
@@ -1968,12 +1827,9 @@ class Loop:
 
     def stop(self) -> None:
         """End the loop after the jobs that were posted; wait for its thread, unless this is it."""
-        self.post(self._finish)
+        self.post(functools.partial(setattr, self, "_running", False))
         if self._thread and self._thread is not threading.current_thread():
             self._thread.join(CONTROL_TIMEOUT)
-
-    def _finish(self) -> None:
-        self._running = False
 
     def run(self) -> None:
         """Call back until `stop`; an exception in a callback is logged and ends only that callback."""
@@ -2119,11 +1975,9 @@ class Outbox:
 
     @property
     def busy(self) -> bool:
-        """Whether data waits."""
         return bool(self._begun or self._lanes)
 
     def send(self, data: bytes, lane: str = "", may_be_lost: bool = False) -> None:
-        """Write `data`, now or later."""
         now, busy = time.monotonic(), self.busy
         self._lanes.setdefault(lane, deque()).append((data, may_be_lost, now))
         self.waiting += len(data)
@@ -2183,10 +2037,9 @@ class Outbox:
 
 
 class Tail:
-    """Reads a pipe, such as the stderr of a process, and keeps the end of it."""
+    """Reads a pipe, such as the stderr of a process, and keeps the last `limit` bytes of it."""
 
     def __init__(self, limit: int = STDERR_TAIL) -> None:
-        """`limit`: bytes that are kept."""
         self._limit = limit
         self._descriptor, self.writer = os.pipe()  # whoever gives `writer` to a process closes it
         os.set_blocking(self._descriptor, False)
@@ -2278,7 +2131,8 @@ class Pipe:
             self._on_closed(reason)
 
 
-RawMessage = tuple[str, Any]  # channel and parts, or "WebSocket" and a message, as they came
+Deliver = Callable[[str, list[bytes]], None]  # channel and parts
+RawMessage = tuple[str, Any]  # the same, or "WebSocket" and a message, as they came
 
 
 class Reconnected:
@@ -2296,7 +2150,8 @@ class Mailbox:
 
     def __init__(self, on_flood: Callable[[], None] | None = None) -> None:
         """`on_flood()` is called once, in the I/O thread, to kill a kernel that sends too much."""
-        self._queue: queue.SimpleQueue[tuple[MailItem, int]] = queue.SimpleQueue()
+        # Each with its size, and whether it is an execute_reply.
+        self._queue: queue.SimpleQueue[tuple[MailItem, int, bool]] = queue.SimpleQueue()
         self._on_flood = on_flood
         self._put_bytes = self._got_bytes = 0  # each is written by one thread only
         self._put_replies = self._got_replies = 0
@@ -2309,55 +2164,47 @@ class Mailbox:
         return self._put_replies > self._got_replies
 
     def put(self, item: MailItem) -> None:
-        size, unread = _size_of(item), self._put_bytes - self._got_bytes
-        if isinstance(item, tuple) and unread > MAILBOX_LIMIT:
-            if self.ended or not _is_vital(item, size):
+        parts, unread = _parts(item), self._put_bytes - self._got_bytes
+        size, is_message = 1000 + sum(map(len, parts)), isinstance(item, tuple)
+        if is_message and unread > MAILBOX_LIMIT:
+            if self.ended or size >= LARGE_PART or not _names(_VITAL, parts):
                 self.dropped = True
                 return
             if unread > 2 * MAILBOX_LIMIT:
-                item, size = KernelDied(cause=f"it was killed: {unread // 2**20} MB of its messages were unread"), 0
+                item = KernelDied(cause=f"it was killed: {unread // 2**20} MB of its messages were unread")
                 if self._on_flood:
                     self._on_flood()
         self.ended = self.ended or isinstance(item, KernelDied)
+        is_reply = isinstance(item, tuple) and item[0] in ("shell", "WebSocket") and _names(_REPLY, parts)
         self._put_bytes += size
-        self._put_replies += _is_reply(item)
-        self._queue.put((item, size))
+        self._put_replies += is_reply
+        self._queue.put((item, size, is_reply))
 
     def get(self, timeout: float | None) -> MailItem | None:
         """Return the next item, or None after `timeout` seconds."""
         may_wait = timeout is None or timeout > 0  # Deviation: told to wait for 0 s, Python 3.10 may wait for ever
         try:
-            item, size = self._queue.get(may_wait, timeout)
+            item, size, is_reply = self._queue.get(may_wait, timeout)
         except queue.Empty:
             return None
         self._got_bytes += size
-        self._got_replies += _is_reply(item)
+        self._got_replies += is_reply
         return item
 
 
-def _size_of(item: MailItem) -> int:
-    """Return about how many bytes an item takes in memory."""
+_REPLY = re.compile(b"execute_reply")
+_VITAL = re.compile(b"_reply|status|error|input_request|execute_result")  # ends a cell, or says how it ended
+
+
+def _parts(item: MailItem) -> Sequence[Any]:
     if not isinstance(item, tuple):
-        return 0
-    return 1000 + (len(item[1]) if isinstance(item[1], (str, bytes)) else sum(map(len, item[1])))
+        return ()
+    return [item[1]] if isinstance(item[1], str | bytes) else item[1]
 
 
-def _is_reply(item: MailItem) -> bool:
-    return isinstance(item, tuple) and item[0] in ("shell", "WebSocket") and _names(item, "execute_reply")
-
-
-_VITAL = ("_reply", "status", "error", "input_request", "execute_result")
-
-
-def _is_vital(item: RawMessage, size: int) -> bool:
-    """Whether a message is small and seems to end a cell, or to say how it ended."""
-    return size < LARGE_PART and any(_names(item, word) for word in _VITAL)
-
-
-def _names(item: RawMessage, word: str) -> bool:
-    data = item[1]
-    heads = [data[:4000]] if isinstance(data, (str, bytes)) else [part[:4000] for part in data[:5]]
-    return any((word.encode() if isinstance(head, bytes) else word) in head for head in heads)
+def _names(pattern: re.Pattern[bytes], parts: Sequence[Any]) -> bool:
+    """Whether the start of a message, where its type stands, fits a pattern."""
+    return any(pattern.search(part[:4000].encode() if isinstance(part, str) else part[:4000]) for part in parts[:5])
 
 
 class Channels(Protocol):
@@ -2373,13 +2220,13 @@ AskFar = Callable[[Json, bytes, Callable[[Json], None]], None]
 
 
 class KernelControl(Protocol):
-    """What can be done to a kernel besides sending it messages; implemented by the servers."""
+    """What can be done to a kernel besides sending it messages; servers implement `start` and what else they can."""
 
-    owned: bool  # False: attached to, not to be killed or restarted
-    supervised: bool  # a server restarts it when it ends by itself: only `kill` ends it
     argv: list[str]  # of the kernel's process, empty if unknown
-    connection_file: str | None  # on this machine
-    start_timeout: float  # seconds for the kernel to be ready
+    owned: bool = True  # False: attached to, not to be killed or restarted
+    supervised: bool = False  # a server restarts it when it ends by itself: only `kill` ends it
+    connection_file: str | None = None  # on this machine
+    start_timeout: float = START_TIMEOUT  # seconds for the kernel to be ready
 
     def start(self, mailbox: Mailbox) -> Channels:
         """Start or restart the kernel and connect; `mailbox` gets all that comes from it, its death too."""
@@ -2389,21 +2236,26 @@ class KernelControl(Protocol):
 
         Return False, and do nothing, if the kernel wants an interrupt_request instead.
         """
+        return False
 
     def kill(self, dump: bool = False) -> None:
         """Kill the kernel, if it is ours; the mailbox gets its KernelDied.
 
         With `dump` it writes its Python stack to its stderr before, where that can be.
         """
+        return
 
     def abandon(self) -> None:
         """Give up the host that did not answer to `kill`; the next start makes a new one."""
+        return
 
     def files(self) -> AskFar | None:
         """Return the way to the files where the kernel runs, if there is one beside its cells."""
+        return None
 
     def close(self) -> None:
         """Free what `start` made, except the channels."""
+        return
 
 
 def read_connection_file(path: AnyPath) -> KernelConnection:
@@ -2436,13 +2288,19 @@ def new_context() -> Any:
     return zmq.Context()
 
 
-def read_all(sock: Any, deliver: Callable[[list[bytes]], None]) -> None:
-    """Read a ZeroMQ socket empty."""
+def read_messages(sock: Any, deliver: Callable[[list[Any]], None], limit: float = float("inf")) -> bool:
+    """Read a ZeroMQ socket empty, or that many messages; return whether there may be more."""
     import zmq
 
     with contextlib.suppress(zmq.Again):
-        while not sock.closed:
-            deliver(sock.recv_multipart(zmq.NOBLOCK))
+        for count in itertools.count():
+            if sock.closed:
+                return False
+            if count >= limit:
+                return True
+            frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
+            deliver([frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames])
+    return False
 
 
 class KernelSockets:
@@ -2452,12 +2310,7 @@ class KernelSockets:
     """
 
     def __init__(
-        self,
-        loop: Loop,
-        context: Any,
-        connection: KernelConnection,
-        identity: bytes,
-        deliver: Callable[[str, list[bytes]], None],
+        self, loop: Loop, context: Any, connection: KernelConnection, identity: bytes, deliver: Deliver
     ) -> None:
         """Connect shell, iopub, stdin and control. Raises: zmq.ZMQError."""
         import zmq
@@ -2470,7 +2323,7 @@ class KernelSockets:
             for channel, kind in kinds.items():
                 self.by_channel[channel] = sock = context.socket(kind)
                 sock.linger = 0
-                sock.reconnect_ivl = RECONNECT_INTERVAL
+                sock.reconnect_ivl = 5  # ms; the default of 100 would be added to each start of a kernel
                 sock.maxmsgsize = MAX_MESSAGE
                 if channel == "iopub":
                     # Beyond the default high-water mark of 1000 messages, output and the final idle would get lost.
@@ -2501,27 +2354,18 @@ class KernelSockets:
             self._read_batch(channel)
 
     def _read_batch(self, channel: str) -> None:
-        import zmq
-
         self._queued.discard(channel)
         sock = self.by_channel.get(channel)
-        with contextlib.suppress(zmq.Again):
-            for _ in range(READ_BATCH):
-                if not sock or sock.closed:
-                    return
-                frames = sock.recv_multipart(zmq.NOBLOCK, copy=False)
-                parts = [frame.bytes if len(frame) < LARGE_PART else frame.buffer for frame in frames]
-                self._deliver(channel, parts)
+        if sock and read_messages(sock, functools.partial(self._deliver, channel), 100):  # others have their turn
             self._queued.add(channel)
             self._loop.post(functools.partial(self._read_batch, channel))
 
     def drain(self) -> None:
         """Read all that is there, after the end of the kernel."""
         for channel, sock in self.by_channel.items():
-            read_all(sock, functools.partial(self._deliver, channel))
+            read_messages(sock, functools.partial(self._deliver, channel))
 
     def close(self) -> None:
-        """Close the sockets."""
         for sock in self.by_channel.values():
             self._loop.on_readable(sock.fd, None)
             sock.close()
@@ -2546,22 +2390,19 @@ class ZmqChannels:
 
         identity = os.urandom(16).hex().encode()
         try:
-            self._sockets = KernelSockets(self._loop, context, connection, identity, self._deliver)
+            self._sockets = KernelSockets(
+                self._loop, context, connection, identity, lambda *raw: self._mailbox.put(raw)
+            )
             if watch:
                 self._monitor = self._sockets.by_channel["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
                 self._loop.on_readable(self._monitor.fd, self._on_disconnected)
-                read_all(self._monitor, lambda parts: None)
+                self._on_disconnected()
         except zmq.ZMQError as error:
             self._mailbox.put(KernelDied(cause=f"its sockets cannot be opened here: {error.strerror}"))
 
-    def _deliver(self, channel: str, parts: list[bytes]) -> None:
-        self._mailbox.put((channel, parts))
-
     def _on_disconnected(self) -> None:
-        events: list[list[bytes]] = []
-        read_all(self._monitor, events.append)
-        if events:
-            self._mailbox.put(KernelDied(cause="its connection was closed"))
+        death = KernelDied(cause="its connection was closed")
+        read_messages(self._monitor, lambda event: self._mailbox.put(death))
 
     def send(self, message: Message) -> None:
         self._loop.post(functools.partial(self._send, message.channel, self._codec.encode(message)))
@@ -2588,7 +2429,7 @@ class ZmqChannels:
 class PipeChannels:
     """The channels of a kernel whose host relays its messages through the pipe."""
 
-    def __init__(self, relay: Callable[[str, list[bytes]], None], key: str) -> None:
+    def __init__(self, relay: Deliver, key: str) -> None:
         self._relay = relay
         self._codec = ZmqCodec(key)
 
@@ -2722,10 +2563,7 @@ class Cell:
     def so_far(self) -> ExecutionResult:
         """Return the result, or what there is of it by now; from any thread."""
         with self.lock:
-            if self.result:
-                return self.result
-            copied = self.execution.copied()  # a result sums up once
-        return copied.result(time.monotonic() - self.started)
+            return self.result or self.execution.result(time.monotonic() - self.started)
 
     def finish(self) -> ExecutionResult:
         with self.lock:
@@ -2836,7 +2674,7 @@ class KernelClient:
         Raises: KernelStartFailed.
         """
         deadline = Deadline(self._control.start_timeout)
-        attempts = PORT_ATTEMPTS if self._control.owned else 1
+        attempts = 3 if self._control.owned else 1  # ports may be taken between choosing and binding them
         while not self.ready:
             attempts -= 1
             try:
@@ -2855,7 +2693,9 @@ class KernelClient:
         heard = False
         self._send("shell", "kernel_info_request", {})
         while not (self.kernel_info and heard):
-            item = self._mailbox.get(deadline.within(READY_RETRY))
+            item = self._mailbox.get(
+                deadline.within(0.2)
+            )  # seconds until a kernel without iopub_welcome is asked again
             if isinstance(item, KernelDied):
                 self._death = item
                 raise KernelStartFailed(self._control.argv, item.cause, item.exit_code, item.stderr)
@@ -2893,8 +2733,7 @@ class KernelClient:
             raise JupyterExecError(HOOK_RUNS_CELL)
         hooks = hooks or Hooks()
         asks = bool(hooks.on_input or hooks.on_request)
-        options: Json = {"silent": silent, "store_history": store_history, "expression": expression}
-        content = execute_content(code, allow_stdin=asks, **options)
+        content = execute_content(code, silent=silent, store_history=store_history, asks=asks, expression=expression)
         request = self._message("shell", "execute_request", content)
         cell = Cell(Execution(request.msg_id, max_output, silent), timeout, hooks)
         self._settle(cell)
@@ -3155,8 +2994,11 @@ class KernelClient:
 
     def _message(self, channel: str, msg_type: str, content: Json) -> Message:
         msg_id = f"{self._session}_{next(self._serial)}"
-        date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return new_message(channel, msg_type, content, session=self._session, msg_id=msg_id, date=date)
+        header = {"msg_id": msg_id, "msg_type": msg_type, "session": self._session, "username": "jupyter_exec"}
+        header["version"] = "5.4"  # of the messaging spec; without it most kernels take the message for version 4
+        # Some kernels (Deno, evcxr) insist on a date with a time zone.
+        header["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return Message(channel, header, {}, {}, content, [])
 
     def _reply(self, value: str) -> None:
         self._send("stdin", "input_reply", {"value": value})
@@ -3836,7 +3678,8 @@ class KernelHost:
                 self._report_exit(kernel)
             elif request.get("dump") and _is_ipykernel(kernel.argv):
                 _abort(kernel.pid)
-                self._loop.later(DUMP_TIME, functools.partial(self._on_kill, request | {"dump": False}))
+                # In 0.2 s it has written its stack.
+                self._loop.later(0.2, functools.partial(self._on_kill, request | {"dump": False}))
             else:  # Popen.kill would collect the exit, which then nobody reports
                 _kill_all([kernel.pid])
 
@@ -4534,7 +4377,7 @@ class WebSocketChannels:
     def _dial_again(self, reason: str) -> None:
         deadline = Deadline(RECONNECT_TIMEOUT)
         while not self._closed:
-            time.sleep(RECONNECT_DELAY)  # a server that accepts and closes is not asked without pause
+            time.sleep(0.2)  # a server that accepts and closes is not asked without pause
             try:
                 self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
                 self._loop.post(self._take_over)
@@ -5920,7 +5763,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             "stop_signal": None if command is None else "SIGKILL",
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
-            "pids_limit": PIDS_LIMIT,
+            "pids_limit": 512,  # processes and threads; a fork bomb ends there
         }
         # Of the engine's memory at most a half, unless told otherwise; and no swap beside the limit.
         options["mem_limit"] = self._docker_kwargs.get("mem_limit") or client.info()["MemTotal"] // 2
@@ -6089,7 +5932,7 @@ def _tmpfs(client: Any, user: object) -> str:
     uid, _, gid = str(user).partition(":")
     podman = any("Podman" in part.get("Name", "") for part in client.version().get("Components") or ())
     owner = f",uid={uid},gid={gid or uid}" if uid.isdigit() and not podman else ""
-    return f"exec,size={TMPFS_SIZE},mode=1777{owner}"
+    return f"exec,size=512m,mode=1777{owner}"
 
 
 def _listed(value: Any) -> Any:
@@ -7372,7 +7215,7 @@ def system_message_for(functions: Sequence[Callable[..., Any]], tools: Tools) ->
     if not tools.functions:
         return text
     text = f"{text.rstrip()}\n{TOOLS_MESSAGE}"
-    return text + tools.describe(MAX_TOOLS_TEXT - len(text))
+    return text + tools.describe(8000 - len(text))
 
 
 class _UserCapability:
@@ -7486,7 +7329,7 @@ class Turns:
                     evict()
                 finally:
                     self._changed.acquire()
-                self._changed.wait_for(lambda: self._queue[0] == me, EVICTION_RETRY)
+                self._changed.wait_for(lambda: self._queue[0] == me, 0.2)  # seconds to the next attempt
             elif self.closed:
                 raise JupyterExecError(_STOPPED)
             elif job and job.interrupted:
@@ -8042,7 +7885,7 @@ class JupyterCodeExecutor(Stoppable):
         """Give the way to the kernel's files; one that leads through the kernel itself is had by turns."""
         self._check_usable()
         if ask := self._kernel.files():
-            yield FarFiles(ask, TRANSFER_PIECE, TRANSFER_WINDOW, self._check_usable)
+            yield FarFiles(ask, 2**18, 4, self._check_usable)  # so that other things get their turn
             return
 
         def ask_by_cell(order: Json, data: bytes, then: Callable[[Json], None]) -> None:
@@ -8368,7 +8211,7 @@ class AsyncJupyterCodeExecutor(Single):
                 if self._pending:
                     self._pending.cancel()
                 with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
-                    await job.until(job.ended.is_set, INTERRUPT_RETRY)
+                    await job.until(job.ended.is_set, 0.05)
             raise
         executor._job = job if job.detached else executor._job
         return job.answer()
@@ -8442,7 +8285,7 @@ class AsyncJupyterCodeExecutor(Single):
         """
         import asyncio
 
-        outputs: asyncio.Queue[Any] = asyncio.Queue(STREAM_AHEAD)
+        outputs: asyncio.Queue[Any] = asyncio.Queue(100)  # then the cell waits for who iterates
         left = False
 
         async def show(output: Any) -> None:
