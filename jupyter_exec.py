@@ -97,6 +97,7 @@ START_TIMEOUT = 60.0  # seconds from asking for a kernel to its first answer, ho
 CONTROL_TIMEOUT = 10.0  # seconds for the host to answer a control request; it answers in milliseconds
 INTERRUPT_GRACE = 5.0  # seconds that an interrupted cell has to end before its kernel is killed
 EVICTION_RETRY = 0.2  # seconds between attempts of `stop` and `restart` to end the running cell
+INTERRUPT_REPEAT = 1.0  # seconds after an interrupt in which another of the same cell has no effect
 INTERRUPT_RETRY = 0.05  # seconds between the interrupts of a cancelled cell until it has begun and ended
 FORK_TIMEOUT = 2.0  # seconds for a fork server that is at work to fork a kernel; it takes milliseconds
 FENCE_DELAY = 1.0  # seconds between an execute_reply and its idle after which the other counts as overdue
@@ -1665,7 +1666,6 @@ class Execution:
         self.timed_out: float | None = None  # seconds, once the deadline has passed
         self.started = False  # the kernel has begun to run it
         self.interrupted = False  # an interrupt was asked for
-        self.signalled = False  # and sent to the kernel
         self.killed = False  # we killed the kernel, since the interrupt did not help
         self.death: KernelDied | None = None
         self.fences: set[str] = set()
@@ -2670,6 +2670,7 @@ class Cell:
         self.started = time.monotonic()
         self.result: ExecutionResult | None = None  # once it has ended
         self.reading: Deadline | None = None  # of slow hooks, after its end
+        self.signalled = float("-inf")  # when the kernel was last sent an interrupt for it
         self.grace: Deadline | None = None  # to end by itself, once interrupted
         self.overdue: Deadline | None = None  # of the missing one of reply and idle
         self.detached = False  # its time is over, and it goes on
@@ -2700,6 +2701,14 @@ class Cell:
         """Whether the time of the cell, or that of its grace, is over."""
         with self.lock:
             return self.grace.expired if self.grace else not self._paused and self.deadline.expired
+
+    def may_signal(self, age: float) -> bool:
+        """Whether to interrupt the kernel now: it has begun, and was last interrupted `age` seconds ago, or never."""
+        with self.lock:
+            now = time.monotonic()
+            is_time = self.execution.started and now - self.signalled >= age
+            self.signalled = now if is_time else self.signalled
+        return is_time
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -2912,7 +2921,7 @@ class KernelClient:
         except JupyterExecError:
             raise
         except BaseException:  # Ctrl-C, or a signal handler that raises
-            self._stop_cell(cell.execution)
+            self._stop_cell(cell, INTERRUPT_GRACE / 2)
             cell.allow(INTERRUPT_GRACE)
             hooks.muted, hooks.on_timeout = True, None
             self._run(cell)
@@ -2983,7 +2992,7 @@ class KernelClient:
             cell.hooks.on_timeout(so_far)
             return
         cell.execution.timed_out = cell.seconds
-        self._stop_cell(cell.execution)
+        self._stop_cell(cell, INTERRUPT_GRACE / 2)
         cell.grace = cell.grace or Deadline(INTERRUPT_GRACE)
 
     def _take(self, item: MailItem | None, cell: Cell) -> Iterator[None]:
@@ -3015,8 +3024,8 @@ class KernelClient:
                 self._reply(cell.hooks.answer(message.content))
         elif output:
             cell.hooks.show(output)
-        if execution.started and execution.interrupted and not execution.signalled:
-            self._signal(execution)
+        if execution.interrupted:  # before the kernel had begun, when it would have ignored the signal
+            self._stop_cell(cell, float("inf"))
 
     def _late_output(self, message: Message, execution: Execution) -> Json | None:
         """Return what a thread of an earlier cell of ours has printed, marked as "late"."""
@@ -3058,16 +3067,22 @@ class KernelClient:
         """Interrupt the running cell, from any thread; without effect while none, or not this one, runs."""
         running = self._running
         if running and cell in (None, running):
-            self._stop_cell(running.execution)
+            self._stop_cell(running, INTERRUPT_REPEAT)
 
-    def _stop_cell(self, execution: Execution) -> None:
-        execution.interrupted = True
-        # A kernel ignores the signal until it has begun with the cell: then the reading thread sends it.
-        if execution.started and not execution.signalled:
-            self._signal(execution)
+    def _stop_cell(self, cell: Cell, age: float) -> None:
+        """Interrupt it, unless that was done in the last `age` seconds; once more if it has not helped."""
+        cell.execution.interrupted, is_first = True, cell.signalled < 0
+        if cell.may_signal(age):
+            self._signal()
+            if is_first:
+                threading.Thread(target=self._signal_again, args=(cell,), daemon=True).start()
 
-    def _signal(self, execution: Execution) -> None:
-        execution.signalled = True
+    def _signal_again(self, cell: Cell) -> None:
+        """ipykernel loses a signal that comes after it took the cell and before it runs it."""
+        if not (cell.left.wait(INTERRUPT_GRACE / 2) or self._has_answered(cell)):
+            self._stop_cell(cell, INTERRUPT_GRACE / 2)
+
+    def _signal(self) -> None:
         # ipykernel notices a SIGINT in `await` only when its event loop wakes up (ipykernel#881): a
         # kernel_info_request on shell wakes it. Its answer also tells that the signal can hit no later cell.
         nudge = self._message("shell", "kernel_info_request", {})
@@ -7306,10 +7321,13 @@ def follow_shell(process: subprocess.Popen[bytes]) -> int:
         show(float("inf"))
         process.wait()
     except KeyboardInterrupt:
+        # A second interrupt would save a script that ignores the first.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
             show(0.5)
+        signal.signal(signal.SIGINT, handler)
     if selector.get_map():
         threading.Thread(target=show, args=(0, True), daemon=True).start()
     else:

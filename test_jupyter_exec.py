@@ -2251,6 +2251,75 @@ def test_an_interrupt_during_the_send_still_hits_the_cell(executor: JupyterCodeE
     assert result.status == "interrupted"
 
 
+class Stubborn:
+    """A script of a kernel that ends its cell at the interrupt of that number; it notes when each of them came."""
+
+    def __init__(self, obeys: int) -> None:
+        self.times: list[float] = []
+        self._obeys = obeys
+        self._cell: dict[str, Any] = {}
+
+    def __call__(self, kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        if request["msg_type"] == "execute_request":
+            self._cell = request
+            kernel.publish("stream", {"name": "stdout", "text": "go"}, request)
+        else:
+            self.times.append(time.monotonic())
+            if len(self.times) == self._obeys:
+                kernel.finish(self._cell)
+
+    def await_interrupt(self, number: int) -> None:
+        eventually(lambda: len(self.times) >= number, "an interrupt")
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_lost_interrupt_is_sent_again_in_the_middle_of_the_grace(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 2.0)
+    script = Stubborn(obeys=2)
+    hook = (lambda output: script.await_interrupt(2)) if slow else None
+    with scripted(script) as executor:
+        result = executor.execute("1", timeout=0.2, on_output=hook)
+    assert (result.status, result.kernel_state) == ("timeout", "intact")
+    assert script.times[1] - script.times[0] == pytest.approx(1, abs=0.5)
+
+
+def test_a_lost_interrupt_of_a_cell_without_a_timeout_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.4)
+    script = Stubborn(obeys=2)
+    with scripted(script) as executor:
+        assert (
+            executor.execute("1", timeout=None, on_output=lambda output: executor.interrupt()).status == "interrupted"
+        )
+
+
+def test_an_interrupt_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_REPEAT", 0.5)
+    script = Stubborn(obeys=3)
+    with scripted(script) as executor:
+        job = executor.submit("1")
+        eventually(lambda: job.output, "the cell runs")
+        for number in (1, 2):
+            job.interrupt()
+            job.interrupt()  # the same
+            script.await_interrupt(number)
+            time.sleep(0.6)
+        assert len(script.times) == 2
+        job.interrupt()
+        assert job.wait(PATIENCE).status == "interrupted"
+
+
+def test_code_that_cleans_up_is_not_disturbed_and_code_that_swallows_an_interrupt_gets_another(
+    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 3.0)
+    clean = executor.execute("import time\ntry: time.sleep(60)\nfinally: time.sleep(0.8); print('clean')", timeout=0.5)
+    assert (clean.status, clean.kernel_state) == ("timeout", "intact")
+    assert clean.text.startswith("clean\n")
+    again = executor.execute("try: time.sleep(60)\nexcept KeyboardInterrupt: time.sleep(60)", timeout=0.5)
+    assert (again.status, again.kernel_state) == ("timeout", "intact")
+    assert run(executor, "1").output == "1"
+
+
 # ======================================================================================================
 # 8. Kernel host
 # ======================================================================================================
@@ -7496,6 +7565,19 @@ def test_what_a_script_leaves_in_the_background(server: LocalJupyterServer, tmp_
         assert (result.exit_code, result.kernel_state) == (124, "intact")
         assert said.startswith("Timeout: interrupted after 1 s")
         eventually(lambda: int(pid) not in descendants(os.getpid()), "an interrupt ends the children")
+
+
+def test_a_script_that_ignores_signals_is_ended_even_if_the_interrupt_is_repeated(
+    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_REPEAT", 0.2)
+    script = "trap '' INT TERM; echo $$; while true; do sleep 0.1; done"
+    job = executor.submit([CodeBlock(script, "bash")])
+    pid = int(eventually(lambda: job.output.strip(), "the script runs"))
+    while not job.wait(0.3):
+        job.interrupt()
+    eventually(lambda: pid not in descendants(os.getpid()), "the script's end")
+    assert job.status == "interrupted"
 
 
 def test_a_shell_that_is_missing_is_said(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
