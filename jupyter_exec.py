@@ -2693,8 +2693,7 @@ class Cell:
         """How long to wait for a message, in seconds."""
         if self._paused:
             return PAUSE_POLL
-        limit = self.grace or self.deadline
-        return limit.within(FENCE_DELAY) if self.execution.half_done else limit.remaining
+        return (self.overdue or self.grace or self.deadline).remaining
 
     @property
     def due(self) -> bool:
@@ -2950,17 +2949,16 @@ class KernelClient:
     def _climb(self, cell: Cell) -> bool:
         """Do what is due by now; returns whether to go on."""
         execution = cell.execution
-        if not execution.half_done:
-            cell.overdue = None
         if execution.done:
             return True
+        if not execution.half_done:
+            cell.overdue = None
+        elif not cell.overdue or cell.overdue.expired:
+            if cell.overdue:
+                self._fence(execution)
+            cell.overdue = Deadline(FENCE_DELAY)
         if self._death:  # taken by whoever stopped the kernel in the meantime
             execution.death = self._death
-        elif cell.overdue is None and execution.half_done:
-            cell.overdue = Deadline(FENCE_DELAY)
-        elif cell.overdue and cell.overdue.expired:
-            self._fence(execution)
-            cell.overdue = Deadline(FENCE_DELAY)
         elif not cell.due:
             pass
         elif self._has_answered(cell):  # a slow hook kept this thread from seeing it
@@ -2975,8 +2973,9 @@ class KernelClient:
         return True
 
     def _has_answered(self, cell: Cell) -> bool:
-        """Whether an end of the cell waits to be read; a kernel that goes on saying so is not believed for long."""
-        return self._mailbox.answered and not (cell.reading and cell.reading.expired)
+        """Whether an end of the cell came, read or not; a kernel that goes on saying so is not believed for long."""
+        answered = self._mailbox.answered or cell.execution.half_done
+        return answered and not (cell.reading and cell.reading.expired)
 
     def _time_out(self, cell: Cell) -> None:
         """Interrupt a cell whose time is over, or let go of it; in the caller's thread or that of a timer."""

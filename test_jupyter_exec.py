@@ -2320,6 +2320,30 @@ def test_code_that_cleans_up_is_not_disturbed_and_code_that_swallows_an_interrup
     assert run(executor, "1").output == "1"
 
 
+def test_a_cell_that_has_answered_is_not_given_up_because_a_hook_was_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
+
+    def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        if request["msg_type"] == "execute_request":
+            kernel.publish("stream", {"name": "stdout", "text": "go"}, request)
+            cells.append(request)
+        else:
+            kernel.reply("execute_reply", {"status": "ok", "execution_count": 1}, cells[0])
+            while kernel.sockets["shell"].poll(1000):  # the kernel_info_request that comes with an interrupt
+                kernel.session.feed_identities(kernel.sockets["shell"].recv_multipart())
+                kernel.reply("kernel_info_reply", {"status": "ok"}, request)
+            kernel.publish("status", {"execution_state": "idle"}, cells[0])
+
+    def slow(output: dict[str, Any]) -> None:
+        eventually(lambda: executor._kernel._mailbox.answered, "the end")
+        time.sleep(0.5)
+
+    cells: list[dict[str, Any]] = []
+    with scripted(script) as executor:
+        result = executor.execute("1", timeout=0.2, on_output=slow)
+    assert (result.status, result.kernel_state) == ("timeout", "intact")
+
+
 # ======================================================================================================
 # 8. Kernel host
 # ======================================================================================================
