@@ -2389,18 +2389,22 @@ class KernelControl(Protocol):
 
         Return False, and do nothing, if the kernel wants an interrupt_request instead.
         """
+        return False
 
     def kill(self, dump: bool = False) -> None:
         """Kill the kernel, if it is ours; the mailbox gets its KernelDied.
 
         With `dump` it writes its Python stack to its stderr before, where that can be.
         """
+        return
 
     def abandon(self) -> None:
         """Give up the host that did not answer to `kill`; the next start makes a new one."""
+        return
 
     def files(self) -> AskFar | None:
         """Return the way to the files where the kernel runs, if there is one beside its cells."""
+        return None
 
     def close(self) -> None:
         """Free what `start` made, except the channels."""
@@ -2613,6 +2617,7 @@ Pause = Callable[[], contextlib.AbstractContextManager[None]]
 RequestHook = Callable[..., bool]  # (prompt, reply, pause)
 
 
+@dataclass(eq=False)
 class Hooks:
     """What a caller wants to hear of a cell while it runs. What raises in them costs a warning in the log.
 
@@ -2621,27 +2626,20 @@ class Hooks:
     Ctrl-C ends the call.
     """
 
-    def __init__(
-        self,
-        on_output: OutputHook | None = None,
-        on_input: InputHook | None = None,
-        *,
-        record: OutputHook | None = None,
-        on_request: RequestHook | None = None,
-        on_timeout: ResultHook | None = None,
-        on_result: ResultHook | None = None,
-    ) -> None:
-        self._on_output, self.on_input, self._record, self.on_request = on_output, on_input, record, on_request
-        self.on_timeout, self.on_result = on_timeout, on_result
-        self.slow = bool(on_output or on_input)  # code of others, which may take its time
-        self.muted = False  # it took too much, or the call is at its end
+    on_output: OutputHook | None = None
+    on_input: InputHook | None = None
+    record: OutputHook | None = None
+    on_request: RequestHook | None = None
+    on_timeout: ResultHook | None = None
+    on_result: ResultHook | None = None
+    muted: bool = False  # it took too much, or the call is at its end
 
     def show(self, output: Json) -> None:
-        if self._record:
-            self._record(output)
-        if self._on_output and not self.muted:
+        if self.record:
+            self.record(output)
+        if self.on_output and not self.muted:
             try:
-                self._on_output(output)
+                self.on_output(output)
             except Exception:
                 logger.warning("on_output raised; the cell goes on", exc_info=True)
 
@@ -2908,7 +2906,7 @@ class KernelClient:
         self._settle(cell)
         self._running = cell
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
-        has_timer = hooks.slow and timeout is not None and timeout < threading.TIMEOUT_MAX
+        has_timer = (hooks.on_output or hooks.on_input) and timeout is not None and timeout < threading.TIMEOUT_MAX
         try:
             if on_start:
                 on_start(cell)
@@ -2924,20 +2922,16 @@ class KernelClient:
             cell.allow(INTERRUPT_GRACE)
             hooks.muted, hooks.on_timeout = True, None
             self._run(cell)
-            self._finish(cell)
+            cell.finish()
             raise
         finally:
+            self._running, self._ended = None, cell.execution.ended_session
             cell.left.set()
-            self._running = None
-        return self._finish(cell)
+        return cell.finish()
 
     def _interrupt_in_time(self, cell: Cell) -> None:
         while not (cell.grace or cell.detached or cell.left.wait(cell.deadline.remaining or PAUSE_POLL)):
             self._time_out(cell)
-
-    def _finish(self, cell: Cell) -> ExecutionResult:
-        self._ended = cell.execution.ended_session
-        return cell.finish()
 
     def _run(self, cell: Cell) -> None:
         """Read messages until the cell is done; climb the ladder interrupt, kill as deadlines pass."""
@@ -3071,17 +3065,10 @@ class KernelClient:
     def _stop_cell(self, cell: Cell, age: float) -> None:
         """Interrupt it, unless that was done in the last `age` seconds; once more if it has not helped."""
         cell.execution.interrupted, is_first = True, cell.signalled < 0
-        if cell.may_signal(age):
-            self._signal()
-            if is_first:
-                threading.Thread(target=self._signal_again, args=(cell,), daemon=True).start()
-
-    def _signal_again(self, cell: Cell) -> None:
-        """ipykernel loses a signal that comes after it took the cell and before it runs it."""
-        if not (cell.left.wait(INTERRUPT_GRACE / 2) or self._has_answered(cell)):
-            self._stop_cell(cell, INTERRUPT_GRACE / 2)
-
-    def _signal(self) -> None:
+        if not cell.may_signal(age):
+            return
+        if is_first:
+            threading.Thread(target=self._stop_again, args=(cell,), daemon=True).start()
         # ipykernel notices a SIGINT in `await` only when its event loop wakes up (ipykernel#881): a
         # kernel_info_request on shell wakes it. Its answer also tells that the signal can hit no later cell.
         nudge = self._message("shell", "kernel_info_request", {})
@@ -3091,6 +3078,11 @@ class KernelClient:
             # "interrupt_mode: ... message: the client sends an interrupt_request on the control channel"
             channels.send(self._message("control", "interrupt_request", {}))
             channels.send(nudge)
+
+    def _stop_again(self, cell: Cell) -> None:
+        """ipykernel loses a signal that comes after it took the cell and before it runs it."""
+        if not (cell.left.wait(INTERRUPT_GRACE / 2) or self._has_answered(cell)):
+            self._stop_cell(cell, INTERRUPT_GRACE / 2)
 
     def _fence(self, execution: Execution) -> None:
         """Ask something that the kernel will answer after all that belongs to the cell."""
@@ -3204,8 +3196,8 @@ def _reported_death(message: Message) -> KernelDied | None:
     return None
 
 
-class AttachedKernelControl:
-    """KernelControl of a kernel that somebody else started; it is never killed or restarted from here."""
+class AttachedKernelControl(KernelControl):
+    """Control of a kernel that somebody else started; it is never killed or restarted from here."""
 
     owned, supervised, start_timeout = False, False, START_TIMEOUT
 
@@ -3221,18 +3213,6 @@ class AttachedKernelControl:
         self._loop, self._context = Loop(), new_context()
         self._loop.start("jupyter_exec I/O")
         return ZmqChannels(self._loop, self._context, self._connection, mailbox, watch=True)
-
-    def interrupt(self, sent: Callable[[], None]) -> bool:
-        return False
-
-    def kill(self, dump: bool = False) -> None:
-        pass
-
-    def abandon(self) -> None:
-        pass
-
-    def files(self) -> None:
-        return None
 
     def close(self) -> None:
         if self._loop:
@@ -3326,7 +3306,9 @@ def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
     """
     import sysconfig
 
-    user = [environ.get("JUPYTER_DATA_DIR") or _user_data_dir(environ)]
+    data_home = environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    on_mac = os.path.expanduser("~/Library/Jupyter") if sys.platform == "darwin" else ""
+    user = [environ.get("JUPYTER_DATA_DIR") or on_mac or os.path.join(data_home, "jupyter")]
     if site_user := sysconfig.get_path("data", f"{os.name}_user"):
         user.append(os.path.join(site_user, "share", "jupyter"))
     env = [os.path.join(sys.prefix, "share", "jupyter")]
@@ -3334,12 +3316,6 @@ def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
     order = env + user if _prefers_env(environ) else user + env
     bases = [*extra, *order, "/usr/local/share/jupyter", "/usr/share/jupyter", os.path.expanduser("~/.ipython")]
     return list(dict.fromkeys(os.path.join(base, "kernels") for base in bases))
-
-
-def _user_data_dir(environ: Mapping[str, str]) -> str:
-    if sys.platform == "darwin":
-        return os.path.expanduser("~/Library/Jupyter")
-    return os.path.join(environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "jupyter")
 
 
 def _prefers_env(environ: Mapping[str, str]) -> bool:
@@ -3408,8 +3384,7 @@ def _is_ipykernel(argv: list[str]) -> bool:
 def _is_forkable(argv: list[str], spec: Json) -> bool:
     """Whether a fork server can make this kernel; one with an environment of its own must have it from the start."""
     is_launcher = _is_ipykernel(argv) and argv[1:3] == ["-m", "ipykernel_launcher"]
-    can_order = hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "send_fds")
-    return sys.platform == "linux" and can_order and is_launcher and not spec.get("env")
+    return sys.platform == "linux" and is_launcher and not spec.get("env")
 
 
 def _mark(name: str) -> str:
@@ -3539,26 +3514,26 @@ def far_list(path: str, order: Json) -> Json:
     return {"entries": entries}
 
 
+@dataclass(eq=False)
 class ChildProcess:
     """A process that the host has started: a kernel, a fork server or a gateway."""
 
-    def __init__(self, name: str, slot: str, argv: list[str], env: dict[str, str]) -> None:
-        self.name = name  # of this process; of a fork server, its interpreter
-        self.slot = slot  # of the kernel, which keeps it when it is restarted
-        self.argv, self.env = argv, env
-        self.pid = 0  # not yet forked
-        self.stderr: Tail | None = None
-        self.process: subprocess.Popen[Any] | None = None  # None: forked
-        self.preload: list[str] | None = None  # modules of this fork server, or of the kernel's; None: launched
-        self.lean = False
-        self.preload_failed = False  # so the kernel was never forked
-        self.exit_code: int | None = None
-        self.files: list[str] = []  # to be removed at its end
-        self.loss_told = False  # the client knows that output is being dropped
-        self.hurries = False  # its output is dropped while the link is busy
-        self.sockets: KernelSockets | None = None  # of a relayed kernel
-        self.channel: socket.socket | None = None  # of a fork server, for its orders
-        self.ordered = self.forked = 0  # kernels of a fork server
+    name: str  # of this process; of a fork server, its interpreter
+    slot: str  # of the kernel, which keeps it when it is restarted
+    argv: list[str]
+    env: dict[str, str]
+    pid: int = 0  # not yet forked
+    stderr: Tail | None = None
+    preload: list[str] | None = None  # modules of this fork server, or of the kernel's; None: launched
+    lean: bool = False
+    exit_code: int | None = None
+    files: Sequence[str] = ()  # to be removed at its end
+    loss_told: bool = False  # the client knows that output is being dropped
+    hurries: bool = False  # its output is dropped while the link is busy
+    sockets: KernelSockets | None = None  # of a relayed kernel
+    channel: socket.socket | None = None  # of a fork server, for its orders
+    ordered: int = 0  # kernels of a fork server,
+    forked: int = 0  # and how many of them there are
 
 
 class KernelHost:
@@ -3584,8 +3559,9 @@ class KernelHost:
         for part in self._parts:
             with contextlib.suppress(OSError):
                 os.unlink(part)
-        for _ in range(10):  # what left its kernel's session and environment is now a child of this process
-            _kill_all(_children())
+        for _ in range(10):  # what left its kernel's session and environment is now a child of this process (Linux)
+            with contextlib.suppress(OSError):
+                _kill_all(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
         signal.set_wakeup_fd(-1)  # before the loop closes that descriptor
         self._loop.stop()
 
@@ -3605,7 +3581,7 @@ class KernelHost:
     def _on_request(self, request: Json) -> None:
         lane, data = "", b""
         try:
-            result = self._OPERATIONS[request["op"]](self, request)
+            result = getattr(self, f"_do_{request['op']}")(request)
             if request["op"] == "file":  # takes turns with the kernels' output, all else goes before
                 lane, data = "file", (result or {}).pop("bytes", b"")
             answer = {"id": request["id"], "result": result}
@@ -3615,19 +3591,22 @@ class KernelHost:
             answer = {"id": request["id"], "error": "JupyterExecError", "data": f"{error.__class__.__name__}: {error}"}
         self._pipe.send([b"", dump_json(answer), data], lane)
 
-    def _on_kernelspecs(self, request: Json) -> Json:
+    def _do_kernelspecs(self, request: Json) -> Json:
         return find_kernelspecs(os.environ, request["own_python3"])
 
-    def _on_start(self, request: Json) -> Json:
+    def _do_start(self, request: Json) -> Json:
         """Start a kernel in a slot; kill the kernel that had the slot, and overwrite its connection file."""
         spec = self._spec(request)
         try:
             os.getcwd()
+            if request["relay"]:
+                self._context = self._context or new_context()
         except OSError:
             advice = "the working directory was removed: make a server in another"
             raise KernelStartFailed(spec["argv"], advice) from None
-        if request["relay"]:
-            self._open_context()
+        except JupyterExecError:
+            advice = f"pyzmq is not installed there; run {sys.executable} -m pip install pyzmq ipykernel"
+            raise KernelStartFailed([sys.executable], advice) from None
         for old in [kernel for kernel in self._kernels.values() if kernel.slot == request["slot"]]:
             self._end(self._kernels.pop(old.name))
         path = os.path.join(self._directory, f"kernel-{request['slot']}.json")
@@ -3688,21 +3667,20 @@ class KernelHost:
         return ChildProcess(name, slot, argv, env)
 
     def _begin(self, kernel: ChildProcess) -> None:
-        """Fork the kernel if possible, else launch it, and watch it."""
+        """Fork the kernel if possible, else launch it."""
         if kernel.argv[0] in self._unforkable:
             kernel.preload = None
         if kernel.preload is None:
             self._launch(kernel)
         else:
             self._fork(kernel)
-        self._watch(kernel)
 
     def _launch(self, kernel: ChildProcess, stdin: Any = None, pass_fds: Sequence[int] = ()) -> None:
         """Start it as a new process."""
         import subprocess
 
         # No pipe for stdout: nobody would read it, and 64 KB from a subprocess would stop the kernel.
-        stderr = kernel.stderr = Tail(RAW_STDERR_TAIL)
+        stderr = Tail(RAW_STDERR_TAIL)
         options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr.writer}
         if sys.platform == "linux":
             # If this host is killed, its kernels are too. preexec_fn is safe here: the host has one thread.
@@ -3718,18 +3696,20 @@ class KernelHost:
             os.close(stderr.writer)
         with contextlib.suppress(OSError):  # if memory runs out, a kernel is killed, and the host reports it
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-        kernel.process, kernel.pid = process, process.pid
+        kernel.pid, process.returncode = process.pid, 0  # `reap` collects it
+        self._watch(kernel, stderr)
 
     def _fork(self, kernel: ChildProcess) -> None:
         """Order a kernel from the fork server of its interpreter; its pid comes with the answer."""
         server = self._kernels.get(kernel.argv[0]) or self._start_fork_server(kernel)
-        kernel.stderr = Tail(RAW_STDERR_TAIL)
+        stderr = Tail(RAW_STDERR_TAIL)
         order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": kernel.argv[3:]}
         assert server.channel
         with contextlib.suppress(OSError):  # it has ended: _end_fork_server starts the kernel in another way
-            socket.send_fds(server.channel, [dump_json(order)], [kernel.stderr.writer])
-        os.close(kernel.stderr.writer)
+            socket.send_fds(server.channel, [dump_json(order)], [stderr.writer])
+        os.close(stderr.writer)
         server.ordered += 1
+        self._watch(kernel, stderr)
         self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, server.ordered))
 
     def _start_fork_server(self, kernel: ChildProcess) -> ChildProcess:
@@ -3748,14 +3728,9 @@ class KernelHost:
             argv = [python, "-c", f"{check}\n{bootstrap}", options]
             env = kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
             server = ChildProcess(python, python, argv, env)
-            try:
-                self._launch(server, program, [theirs.fileno()])
-            except KernelStartFailed:
-                ours.close()
-                raise
+            self._launch(server, program, [theirs.fileno()])
         ours.setblocking(False)
         server.channel, server.preload = ours, kernel.preload
-        self._watch(server)
         self._loop.on_readable(ours.fileno(), functools.partial(self._read_pids, server))
         return server
 
@@ -3793,17 +3768,9 @@ class KernelHost:
             else:  # it was given up in the meantime
                 _kill_all([forked["pid"]])
 
-    def _watch(self, kernel: ChildProcess) -> None:
-        self._kernels[kernel.name] = kernel
-        if kernel.stderr:
-            kernel.stderr.watch(self._loop)
-
-    def _open_context(self) -> None:
-        try:
-            self._context = self._context or new_context()
-        except JupyterExecError:
-            advice = f"pyzmq is not installed there; run {sys.executable} -m pip install pyzmq ipykernel"
-            raise KernelStartFailed([sys.executable], advice) from None
+    def _watch(self, kernel: ChildProcess, stderr: Tail) -> None:
+        self._kernels[kernel.name], kernel.stderr = kernel, stderr
+        stderr.watch(self._loop)
 
     def _relay(self, kernel: ChildProcess, channel: str, parts: list[bytes]) -> None:
         parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
@@ -3830,27 +3797,27 @@ class KernelHost:
         if dropped and (kernel := self._kernels.get(name)):
             kernel.hurries = kernel.loss_told = True  # until the cell's reply
 
-    def _on_spawn(self, request: Json) -> None:
+    def _do_spawn(self, request: Json) -> None:
         """Run and watch a program that is no kernel: a gateway."""
         kernel = self._new_kernel(request["kernel"], request["kernel"], request["argv"], {})
         kernel.env |= request["env"]
-        self._begin(kernel)
+        self._launch(kernel)
 
-    def _on_interrupt(self, request: Json) -> None:
+    def _do_interrupt(self, request: Json) -> None:
         self._hurry(request["kernel"])
         kernel = self._kernels.get(request["kernel"])
         if kernel and kernel.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(kernel.pid, signal.SIGINT)  # the whole group: a cell's foreground subprocess is to stop too
 
-    def _on_kill(self, request: Json) -> None:
+    def _do_kill(self, request: Json) -> None:
         self._hurry(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
             if not kernel.pid:
                 self._report_exit(kernel)
             elif request.get("dump") and _is_ipykernel(kernel.argv):
                 _abort(kernel.pid)
-                self._loop.later(DUMP_TIME, functools.partial(self._on_kill, request | {"dump": False}))
+                self._loop.later(DUMP_TIME, functools.partial(self._do_kill, request | {"dump": False}))
             else:  # Popen.kill would collect the exit, which then nobody reports
                 _kill_all([kernel.pid])
 
@@ -3862,16 +3829,12 @@ class KernelHost:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 for kernel in self._kernels.values():
                     if kernel.pid == ended[0]:
-                        self._on_end(kernel, os.waitstatus_to_exitcode(ended[1]))
+                        kernel.exit_code = os.waitstatus_to_exitcode(ended[1])
+                        # What the kernel wrote last may still be on its way through ZeroMQ.
+                        delay = DEATH_DRAIN if kernel.sockets else 0
+                        self._loop.later(delay, functools.partial(self._report_exit, kernel))
 
-    def _on_end(self, kernel: ChildProcess, exit_code: int) -> None:
-        kernel.exit_code = exit_code
-        if kernel.process:
-            kernel.process.returncode = exit_code
-        # What the kernel wrote last may still be on its way through ZeroMQ.
-        self._loop.later(DEATH_DRAIN if kernel.sockets else 0, functools.partial(self._report_exit, kernel))
-
-    def _report_exit(self, kernel: ChildProcess) -> None:
+    def _report_exit(self, kernel: ChildProcess, preload_failed: bool = False) -> None:
         if kernel.name in self._kernels:
             if kernel.sockets:
                 kernel.sockets.drain()
@@ -3880,7 +3843,7 @@ class KernelHost:
                 self._end_fork_server(kernel, kernel.channel)
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
-            event |= {"preload_failed": kernel.preload_failed, "stderr": without_machinery(str(kernel.stderr or ""))}
+            event |= {"preload_failed": preload_failed, "stderr": without_machinery(str(kernel.stderr or ""))}
             oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
             event["out_of_memory"] = self._oom_kills > oom_kills
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
@@ -3893,19 +3856,19 @@ class KernelHost:
         channel.close()
         if not server.forked and (server.exit_code == CANNOT_FORK or not server.preload):
             self._unforkable.add(server.name)
+        preload_failed = not server.forked and server.name not in self._unforkable
         for kernel in self._owed(server):
-            kernel.preload_failed = not server.forked and server.name not in self._unforkable
             if kernel.stderr:
                 kernel.stderr.close()
-            if kernel.preload_failed:
+            if preload_failed:
                 kernel.exit_code, kernel.stderr = server.exit_code, server.stderr
             else:
                 with contextlib.suppress(KernelStartFailed):
                     self._begin(kernel)
                     continue
-            self._report_exit(kernel)
+            self._report_exit(kernel, preload_failed)
 
-    def _on_file(self, request: Json) -> Json:
+    def _do_file(self, request: Json) -> Json:
         part = os.path.join(os.path.dirname(request["path"]), request.get("part", ""))
         answer = far_step(request, os.getcwd())
         if request["step"] == "write":
@@ -3930,15 +3893,6 @@ class KernelHost:
         for path in kernel.files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-
-    _OPERATIONS: ClassVar[dict[str, Callable[[KernelHost, Json], Json | None]]] = {
-        "kernelspecs": _on_kernelspecs,
-        "start": _on_start,
-        "spawn": _on_spawn,
-        "interrupt": _on_interrupt,
-        "kill": _on_kill,
-        "file": _on_file,
-    }
 
 
 def _may_be_lost(parts: list[bytes]) -> bool:
@@ -3976,13 +3930,6 @@ def _cgroup_value(v2_name: str, v1_name: str, key: str = "") -> int:
     return 0
 
 
-def _children() -> list[int]:
-    """Return the pids of this process's children, adopted ones too (Linux)."""
-    with contextlib.suppress(OSError):
-        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-    return []
-
-
 def _kill_all(pids: Iterable[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -4001,15 +3948,12 @@ def _abort(pid: int) -> None:
         os.kill(pid, signal.SIGABRT)
 
 
-_CELL_FILE = re.compile(r".*([/\\]ipykernel_\d+[/\\]\d+\.py|<ipython-input-)")
-
-
 def without_machinery(stderr: str) -> str:
     """Shorten the stack that Python wrote when it died to the frames of the cell and of what that had called."""
     before, mark, dump = stderr.rpartition("Fatal Python error: ")
     for thread in reversed(dump.split("\n\n") if mark else []):  # the main thread is the last
         frames = [line for line in thread.splitlines() if line.startswith("  File ")]
-        if own := [frame for frame in frames if _CELL_FILE.match(frame)]:
+        if own := [frame for frame in frames if _OWN_FRAME.search(frame)]:
             called = frames[: frames.index(own[0])]
             reason = dump.partition("\n")[0]
             return "\n".join([before[-STDERR_TAIL // 2 :] + mark + reason, *called[:5], *own[:5], *own[5:][-1:]])
@@ -4181,7 +4125,12 @@ def host_main(program: bytes) -> None:
     import shutil
 
     loop = Loop()
-    stream = _own_stdio()
+    # No kernel inherits the pipe, and no print gets into a frame.
+    stream = FdStream(os.dup(0), os.dup(1))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
     try:
         directory = sys.argv[1] if len(sys.argv) > 1 else make_directory()
     except KernelStartFailed as error:
@@ -4193,41 +4142,22 @@ def host_main(program: bytes) -> None:
     signal.signal(signal.SIGHUP, lambda *_: None)
     signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
-    if hasattr(signal, "pthread_sigmask"):  # kernels would inherit what the program has blocked
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # kernels would inherit what the program has blocked
     if sys.platform == "linux":
         # Adopt the daemons that kernels start, and forked kernels, to reap them.
         host.adopts = _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         _prctl(_PR_SET_DUMPABLE, 0)  # code in a kernel can neither trace this process nor open its descriptors
-    _watch_parent(loop, host)
+    _watch_parent(loop, host, os.getppid())
     show_as("jupyter_exec: kernel host")
     loop.run()
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _own_stdio() -> Stream:
-    """Keep stdin and stdout for the pipe: no kernel inherits them, and no print gets into a frame."""
-    read_fd, write_fd, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.close(null)
-    return FdStream(read_fd, write_fd)
-
-
-def _watch_parent(loop: Loop, host: KernelHost) -> None:
-    # A forked child of the client may keep the pipe open after the end of the client.
-    parent = os.getppid()
-    try:
-        loop.on_readable(os.pidfd_open(parent), host.close)
-    except (OSError, AttributeError):  # missing in conda, uv, gVisor, old Linux and macOS
-        if parent:  # a container's first process has none
-            _check_parent(loop, host, parent)
-
-
-def _check_parent(loop: Loop, host: KernelHost, parent: int) -> None:
+def _watch_parent(loop: Loop, host: KernelHost, parent: int) -> None:
+    """End the host with its parent: a forked child of that may keep the pipe open."""
     if os.getppid() != parent:
         host.close()
-    loop.later(0.5, functools.partial(_check_parent, loop, host, parent))
+    loop.later(0.5, functools.partial(_watch_parent, loop, host, parent))
 
 
 # ======================================================================================================
