@@ -3424,7 +3424,7 @@ def process_name(pid: int) -> str:
     import zlib
 
     with contextlib.suppress(OSError, IndexError):
-        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        start = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19]
         place = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"  # containers may share a directory
         return f"{pid}.{int(start):x}.{zlib.crc32(place.encode('utf-8')):08x}"
     return ""

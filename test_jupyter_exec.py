@@ -3197,6 +3197,20 @@ def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
         assert (short_path / "jx-abc" / "file").exists()
 
 
+def test_a_process_may_have_any_name(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "open('/proc/self/comm', 'wb').write(b'\\xff'); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdin
+        process.stdout.readline()
+        place = jupyter_exec.process_name(os.getpid()).rpartition(".")[2]
+        (short_path / f"jx-{process.pid}.1.{place}-x").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+        with LocalJupyterServer() as server:
+            assert server.kernelspecs()
+        process.stdin.close()
+    assert not list(short_path.iterdir())
+
+
 def test_a_stdin_that_does_not_block_is_waited_for() -> None:
     unblock = "import os, sys; os.set_blocking(0, False); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     with CommandJupyterServer([sys.executable, "-c", unblock]) as server:
