@@ -2623,7 +2623,7 @@ class Hooks:
 
     `record` gets every output before `on_output` does, and is quick. `on_timeout(so_far)`, with the result so far,
     is called instead of an interrupt when the time is over: the cell goes on. `on_result` gets the result even if
-    Ctrl-C ends the call.
+    Ctrl-C ends the call, `on_start` what tells of the cell while it runs, before it does.
     """
 
     on_output: OutputHook | None = None
@@ -2632,6 +2632,7 @@ class Hooks:
     on_request: RequestHook | None = None
     on_timeout: ResultHook | None = None
     on_result: ResultHook | None = None
+    on_start: Callable[[Cell], None] | None = None
     muted: bool = False  # it took too much, or the call is at its end
 
     def show(self, output: Json) -> None:
@@ -2886,12 +2887,10 @@ class KernelClient:
         store_history: bool = True,
         expression: str | None = None,
         max_output: int | None = None,
-        on_start: Callable[[Cell], None] | None = None,
     ) -> ExecutionResult:
         """Run one cell and return what it did; `timeout` is the wall clock in seconds, None for no limit.
 
-        `max_output` is how many characters of its streams are kept, None for all. `on_start` gets what tells of the
-        cell while it runs, before it does.
+        `max_output` is how many characters of its streams are kept, None for all.
 
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
@@ -2908,8 +2907,8 @@ class KernelClient:
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
         has_timer = (hooks.on_output or hooks.on_input) and timeout is not None and timeout < threading.TIMEOUT_MAX
         try:
-            if on_start:
-                on_start(cell)
+            if hooks.on_start:
+                hooks.on_start(cell)
             if has_timer:
                 threading.Thread(target=self._interrupt_in_time, args=(cell,), daemon=True).start()
             if not cell.execution.death:
@@ -3532,8 +3531,7 @@ class ChildProcess:
     hurries: bool = False  # its output is dropped while the link is busy
     sockets: KernelSockets | None = None  # of a relayed kernel
     channel: socket.socket | None = None  # of a fork server, for its orders
-    ordered: int = 0  # kernels of a fork server,
-    forked: int = 0  # and how many of them there are
+    forked: bool = False  # a fork server that has forked a kernel
 
 
 class KernelHost:
@@ -3613,14 +3611,12 @@ class KernelHost:
         argv = command_of(spec, path)
         lean = not request["launch"]["ipython_defaults"]
         argv += LEAN_OPTIONS if lean and _is_ipykernel(argv) else []
-        with contextlib.ExitStack() as ports:
-            connection = self._connection(request, argv, ports)
-            write_private(path, connection.to_json())
-            ports.close()  # as late as possible
-            kernel = self._new_kernel(request["kernel"], request["slot"], argv, spec)
-            if self.adopts and _is_forkable(argv, spec):
-                kernel.preload, kernel.lean = request["launch"]["preload"], lean
-            self._begin(kernel)
+        connection = self._connection(request, argv)
+        write_private(path, connection.to_json())
+        kernel = self._new_kernel(request["kernel"], request["slot"], argv, spec)
+        if self.adopts and _is_forkable(argv, spec):
+            kernel.preload, kernel.lean = request["launch"]["preload"], lean
+        self._begin(kernel)
         is_ipc = connection.transport == "ipc"
         kernel.files = [path, *(f"{connection.ip}-{port}" for port in range(1, 6) if is_ipc)]
         if request["relay"]:
@@ -3639,15 +3635,14 @@ class KernelHost:
             raise KernelStartFailed(specs[wanted]["argv"], reason)
         return specs[wanted]
 
-    def _connection(self, request: Json, argv: list[str], held: contextlib.ExitStack) -> KernelConnection:
-        """Choose where the kernel listens: socket files if it is known to support them, or ports that `held` keeps."""
+    def _connection(self, request: Json, argv: list[str]) -> KernelConnection:
+        """Choose where the kernel listens: socket files if it is known to support them, or else ports."""
         ports, ip, transport = [1, 2, 3, 4, 5], os.path.join(self._directory, request["slot"]), "ipc"
         if not _is_ipykernel(argv):
-            # They stay open until the launch, so that no two kernels get the same port.
-            listeners = [held.enter_context(contextlib.closing(socket.socket())) for _ in range(5)]
-            for listener in listeners:
-                listener.bind(("127.0.0.1", 0))
+            listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]  # all at once: else two are the same
             ports, ip, transport = [listener.getsockname()[1] for listener in listeners], "127.0.0.1", "tcp"
+            for listener in listeners:
+                listener.close()
         names = [f"{channel}_port" for channel in ("shell", "iopub", "stdin", "control", "hb")]
         addresses: Json = {"ip": ip, "transport": transport, **dict(zip(names, ports, strict=True))}
         return KernelConnection(**addresses, key=request["key"], kernel_name=request["kernel_name"])
@@ -3708,9 +3703,8 @@ class KernelHost:
         with contextlib.suppress(OSError):  # it has ended: _end_fork_server starts the kernel in another way
             socket.send_fds(server.channel, [dump_json(order)], [stderr.writer])
         os.close(stderr.writer)
-        server.ordered += 1
         self._watch(kernel, stderr)
-        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, server.ordered))
+        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, kernel))
 
     def _start_fork_server(self, kernel: ChildProcess) -> ChildProcess:
         import tempfile
@@ -3734,15 +3728,16 @@ class KernelHost:
         self._loop.on_readable(ours.fileno(), functools.partial(self._read_pids, server))
         return server
 
-    def _check_order(self, server: ChildProcess, number: int) -> None:
-        """Kill a fork server that has forked before but is late with this order; launch the kernels that it owes."""
+    def _check_order(self, server: ChildProcess, kernel: ChildProcess) -> None:
+        """Kill a fork server that has forked before but is late with this kernel; launch the kernels that it owes."""
         self._read_pids(server)
-        if self._kernels.get(server.name) is not server or server.forked >= number:
+        owed = self._owed(server)
+        if self._kernels.get(server.name) is not server or kernel not in owed:
             return
         if not server.forked:  # it is still at its preload, which may take long
-            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, number))
+            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, kernel))
             return
-        for kernel in self._owed(server):
+        for kernel in owed:
             kernel.preload = None
         _kill_all([server.pid])
 
@@ -3762,7 +3757,7 @@ class KernelHost:
                 self._loop.on_readable(server.channel.fileno(), None)
                 return
             forked = json_object(answer, "answer of a fork server")
-            server.forked += 1
+            server.forked = True
             if kernel := self._kernels.get(forked["kernel"]):
                 kernel.pid = forked["pid"]
             else:  # it was given up in the meantime
@@ -7962,11 +7957,11 @@ class JupyterCodeExecutor(Stoppable):
             on_request=calls.take if self._tools.functions else None,
             on_timeout=job.detach if job and self._on_timeout == "detach" else None,
             on_result=keep,
+            on_start=job.begin if job else None,
         )
         seconds = self._timeout if timeout is None else timeout
-        on_start = job.begin if job else None
         try:
-            return self._kernel.execute(code, seconds, hooks, max_output=self._max_output, on_start=on_start)
+            return self._kernel.execute(code, seconds, hooks, max_output=self._max_output)
         finally:
             calls.close()
 
