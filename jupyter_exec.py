@@ -2670,9 +2670,8 @@ class Cell:
         self.result: ExecutionResult | None = None  # once it has ended
         self.reading: Deadline | None = None  # of slow hooks, after its end
         self.signalled = float("-inf")  # when the kernel was last sent an interrupt for it
-        self.grace: Deadline | None = None  # to end by itself, once interrupted
         self.overdue: Deadline | None = None  # of the missing one of reply and idle
-        self.detached = False  # its time is over, and it goes on
+        self.timed_out = False  # its time is over: it was interrupted, or detached and goes on
         self.lock = threading.Lock()  # of all that
         self.left = threading.Event()  # nobody reads for it any more
         self._pauses = 0  # how many threads keep the clock stopped,
@@ -2680,25 +2679,25 @@ class Cell:
         self.allow(seconds)
 
     def allow(self, seconds: float | None) -> None:
-        """Give it so many seconds from now; None is no limit."""
+        """Give it so many seconds from now, or INTERRUPT_GRACE once its time is over; None is no limit."""
         self.seconds, self.deadline = seconds, Deadline(seconds)
 
     @property
     def _paused(self) -> bool:
-        return self._pauses > 0 and not self.grace and not self.execution.interrupted
+        return self._pauses > 0 and not self.execution.interrupted
 
     @property
     def wait(self) -> float | None:
         """How long to wait for a message, in seconds."""
         if self._paused:
             return PAUSE_POLL
-        return (self.overdue or self.grace or self.deadline).remaining
+        return (self.overdue or self.deadline).remaining
 
     @property
     def due(self) -> bool:
         """Whether the time of the cell, or that of its grace, is over."""
         with self.lock:
-            return self.grace.expired if self.grace else not self._paused and self.deadline.expired
+            return not self._paused and self.deadline.expired
 
     def may_signal(self, age: float) -> bool:
         """Whether to interrupt the kernel now: it has begun, and was last interrupted `age` seconds ago, or never."""
@@ -2918,6 +2917,7 @@ class KernelClient:
             raise
         except BaseException:  # Ctrl-C, or a signal handler that raises
             self._stop_cell(cell, INTERRUPT_GRACE / 2)
+            cell.timed_out = cell.execution.timed_out is not None  # a detached cell has a deadline again
             cell.allow(INTERRUPT_GRACE)
             hooks.muted, hooks.on_timeout = True, None
             self._run(cell)
@@ -2929,7 +2929,7 @@ class KernelClient:
         return cell.finish()
 
     def _interrupt_in_time(self, cell: Cell) -> None:
-        while not (cell.grace or cell.detached or cell.left.wait(cell.deadline.remaining or PAUSE_POLL)):
+        while not (cell.timed_out or cell.left.wait(cell.deadline.remaining or PAUSE_POLL)):
             self._time_out(cell)
 
     def _run(self, cell: Cell) -> None:
@@ -2941,7 +2941,7 @@ class KernelClient:
 
     def _climb(self, cell: Cell) -> bool:
         """Do what is due by now; returns whether to go on."""
-        execution = cell.execution
+        execution, in_grace = cell.execution, cell.timed_out  # before `due`: another thread may begin the grace
         if execution.done:
             return True
         if not execution.half_done:
@@ -2957,7 +2957,7 @@ class KernelClient:
         elif self._has_answered(cell):  # a slow hook kept this thread from seeing it
             cell.reading = cell.reading or Deadline(2 * INTERRUPT_GRACE)
             cell.hooks.muted = cell.hooks.muted or cell.reading.within(INTERRUPT_GRACE) < INTERRUPT_GRACE
-        elif cell.grace is None:
+        elif not in_grace:
             self._time_out(cell)
         elif not self._control.owned:
             return False
@@ -2974,18 +2974,18 @@ class KernelClient:
         """Interrupt a cell whose time is over, or let go of it; in the caller's thread or that of a timer."""
         if cell.execution.done or self._has_answered(cell) or not cell.due:  # it has ended in time, or its clock stood
             return
-        if cell.hooks.on_timeout and not cell.execution.interrupted:
-            so_far = cell.so_far()
-            with cell.lock:
-                if cell.detached:
-                    return
-                cell.detached = True
-                cell.allow(None)
-            cell.hooks.on_timeout(so_far)
-            return
-        cell.execution.timed_out = cell.seconds
-        self._stop_cell(cell, INTERRUPT_GRACE / 2)
-        cell.grace = cell.grace or Deadline(INTERRUPT_GRACE)
+        detach = None if cell.execution.interrupted else cell.hooks.on_timeout
+        with cell.lock:
+            if cell.timed_out:  # the other thread was faster
+                return
+            cell.timed_out = True
+            if not detach:
+                cell.execution.interrupted, cell.execution.timed_out = True, cell.seconds
+            cell.allow(None if detach else INTERRUPT_GRACE)
+        if detach:
+            detach(cell.so_far())
+        else:
+            self._stop_cell(cell, INTERRUPT_GRACE / 2)
 
     def _take(self, item: MailItem | None, cell: Cell) -> Iterator[None]:
         """Take an item from the mailbox, in pieces: yields after each, and once if there is nothing."""

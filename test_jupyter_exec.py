@@ -2292,6 +2292,22 @@ def test_a_lost_interrupt_of_a_cell_without_a_timeout_is_sent_again(monkeypatch:
         )
 
 
+def test_the_grace_may_begin_in_another_thread_while_this_one_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(cell: jupyter_exec.Cell) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            script.await_interrupt(1)
+            time.sleep(0.1)
+        return real_look(cell)
+
+    script = Stubborn(obeys=2)
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 2.0)
+    with scripted(script) as executor:
+        real_look = executor._kernel._has_answered
+        executor._kernel._has_answered = look  # type: ignore[method-assign]
+        result = executor.execute("1", timeout=0.2, on_output=print)
+    assert (result.status, result.kernel_state) == ("timeout", "intact")
+
+
 def test_an_interrupt_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_REPEAT", 0.5)
     script = Stubborn(obeys=3)
