@@ -2689,9 +2689,7 @@ class Cell:
     @property
     def wait(self) -> float | None:
         """How long to wait for a message, in seconds."""
-        if self._paused:
-            return PAUSE_POLL
-        return (self.overdue or self.deadline).remaining
+        return PAUSE_POLL if self._paused else (self.overdue or self.deadline).remaining
 
     @property
     def due(self) -> bool:
@@ -3295,6 +3293,7 @@ _PYTHON = re.compile(r"python[0-9.]*\Z")
 # A kernel for a program needs no history database and no pause after each cell. In, Out and %history work without.
 LEAN_OPTIONS = ["--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0"]
 _MARKER = "JUPYTER_EXEC_KERNEL"  # environment variable that marks a kernel and its children
+_OOM_KILLS = ("memory.events", "memory.oom_control", "oom_kill ")  # where a control group counts them
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
 
 
@@ -3547,7 +3546,7 @@ class KernelHost:
         self._unforkable: set[str] = set()  # interpreters that cannot have a fork server
         self.adopts = False  # the children of processes that end, as forked kernels need it
         self._context: Any = None
-        self._oom_kills = _oom_kills()
+        self._oom_kills = _cgroup_value(*_OOM_KILLS)
         self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
         self._pipe.outbox.waits_for_ever = True
 
@@ -3663,9 +3662,7 @@ class KernelHost:
 
     def _begin(self, kernel: ChildProcess) -> None:
         """Fork the kernel if possible, else launch it."""
-        if kernel.argv[0] in self._unforkable:
-            kernel.preload = None
-        if kernel.preload is None:
+        if kernel.preload is None or kernel.argv[0] in self._unforkable:
             self._launch(kernel)
         else:
             self._fork(kernel)
@@ -3839,7 +3836,7 @@ class KernelHost:
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
             event |= {"preload_failed": preload_failed, "stderr": without_machinery(str(kernel.stderr or ""))}
-            oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
+            oom_kills, self._oom_kills = self._oom_kills, _cgroup_value(*_OOM_KILLS)
             event["out_of_memory"] = self._oom_kills > oom_kills
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
             self._pipe.send([b"", dump_json(event)], kernel.name)
@@ -3901,11 +3898,6 @@ def _may_be_lost(parts: list[bytes]) -> bool:
 
 def _loss(kernel: str) -> list[bytes]:
     return [b"", dump_json({"event": "loss", "kernel": kernel})]
-
-
-def _oom_kills() -> int:
-    """Return how many processes the out-of-memory killer has killed in our control group."""
-    return _cgroup_value("memory.events", "memory.oom_control", "oom_kill ")
 
 
 def _cgroup_value(v2_name: str, v1_name: str, key: str = "") -> int:
