@@ -154,7 +154,7 @@ def descendants(pid: int) -> set[int]:
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            after_name = stat.read_text().rpartition(")")[2].split()
+            after_name = stat.read_text(errors="replace").rpartition(")")[2].split()
             if after_name[0] != "Z":
                 parents[int(stat.parent.name)] = int(after_name[1])
     found: set[int] = set()
