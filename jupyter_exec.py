@@ -2697,14 +2697,6 @@ class Cell:
         with self.lock:
             return not self._paused and self.deadline.expired
 
-    def may_signal(self, age: float) -> bool:
-        """Whether to interrupt the kernel now: it has begun, and was last interrupted `age` seconds ago, or never."""
-        with self.lock:
-            now = time.monotonic()
-            is_time = self.execution.started and now - self.signalled >= age
-            self.signalled = now if is_time else self.signalled
-        return is_time
-
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Stop the clock of the cell meanwhile, in any thread."""
@@ -2923,7 +2915,8 @@ class KernelClient:
             raise
         finally:
             self._running, self._ended = None, cell.execution.ended_session
-            cell.left.set()
+            with cell.lock:  # nobody is about to interrupt it, or the next cell waits for that
+                cell.left.set()
         return cell.finish()
 
     def _interrupt_in_time(self, cell: Cell) -> None:
@@ -3014,8 +3007,8 @@ class KernelClient:
                 self._reply(cell.hooks.answer(message.content))
         elif output:
             cell.hooks.show(output)
-        if execution.interrupted:  # before the kernel had begun, when it would have ignored the signal
-            self._stop_cell(cell, float("inf"))
+        if execution.interrupted and cell.signalled < 0:
+            self._stop_cell(cell, 0)
 
     def _late_output(self, message: Message, execution: Execution) -> Json | None:
         """Return what a thread of an earlier cell of ours has printed, marked as "late"."""
@@ -3061,15 +3054,18 @@ class KernelClient:
 
     def _stop_cell(self, cell: Cell, age: float) -> None:
         """Interrupt it, unless that was done in the last `age` seconds; once more if it has not helped."""
-        cell.execution.interrupted, is_first = True, cell.signalled < 0
-        if not cell.may_signal(age):
-            return
-        if is_first:
-            threading.Thread(target=self._stop_again, args=(cell,), daemon=True).start()
         # ipykernel notices a SIGINT in `await` only when its event loop wakes up (ipykernel#881): a
         # kernel_info_request on shell wakes it. Its answer also tells that the signal can hit no later cell.
         nudge = self._message("shell", "kernel_info_request", {})
-        self._nudges.add(nudge.msg_id)
+        with cell.lock:
+            cell.execution.interrupted, now, is_first = True, time.monotonic(), cell.signalled < 0
+            # A kernel ignores the signal until it has begun with the cell: then the reading thread comes here.
+            if not cell.execution.started or now - cell.signalled < age or cell.left.is_set():
+                return
+            cell.signalled = now
+            self._nudges.add(nudge.msg_id)
+        if is_first:
+            threading.Thread(target=self._stop_again, args=(cell,), daemon=True).start()
         channels = self._channels
         if channels and not self._control.interrupt(functools.partial(channels.send, nudge)):
             # "interrupt_mode: ... message: the client sends an interrupt_request on the control channel"
