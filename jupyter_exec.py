@@ -95,6 +95,7 @@ MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 
 START_TIMEOUT = 60.0  # seconds from asking for a kernel to its first answer, host or container included
 CONTROL_TIMEOUT = 10.0  # seconds for the host to answer a control request; it answers in milliseconds
 INTERRUPT_GRACE = 5.0  # seconds that an interrupted cell has to end before its kernel is killed
+INTERRUPT_REPEAT = 1.0  # seconds after an interrupt in which another of the same cell has no effect
 FORK_TIMEOUT = 2.0  # seconds for a fork server that is at work to fork a kernel; it takes milliseconds
 FENCE_DELAY = 1.0  # seconds between an execute_reply and its idle after which the other counts as overdue
 SHUTDOWN_GRACE = 2.0  # seconds that a kernel has to end by itself after shutdown_request
@@ -1544,7 +1545,6 @@ class Execution:
         self.timed_out: float | None = None  # seconds, once the deadline has passed
         self.started = False  # the kernel has begun to run it
         self.interrupted = False  # an interrupt was asked for
-        self.signalled = False  # and sent to the kernel
         self.killed = False  # we killed the kernel, since the interrupt did not help
         self.death: KernelDied | None = None
         self.fences: set[str] = set()
@@ -2454,35 +2454,30 @@ Pause = Callable[[], contextlib.AbstractContextManager[None]]
 RequestHook = Callable[..., bool]  # (prompt, reply, pause)
 
 
+@dataclass(eq=False)
 class Hooks:
     """What a caller wants to hear of a cell while it runs. What raises in them costs a warning in the log.
 
     `record` gets every output before `on_output` does, and is quick. `on_timeout(so_far)`, with the result so far,
     is called instead of an interrupt when the time is over: the cell goes on. `on_result` gets the result even if
-    Ctrl-C ends the call.
+    Ctrl-C ends the call, `on_start` what tells of the cell while it runs, before it does.
     """
 
-    def __init__(
-        self,
-        on_output: OutputHook | None = None,
-        on_input: InputHook | None = None,
-        *,
-        record: OutputHook | None = None,
-        on_request: RequestHook | None = None,
-        on_timeout: ResultHook | None = None,
-        on_result: ResultHook | None = None,
-    ) -> None:
-        self._on_output, self.on_input, self._record, self.on_request = on_output, on_input, record, on_request
-        self.on_timeout, self.on_result = on_timeout, on_result
-        self.slow = bool(on_output or on_input)  # code of others, which may take its time
-        self.muted = False  # it took too much, or the call is at its end
+    on_output: OutputHook | None = None
+    on_input: InputHook | None = None
+    record: OutputHook | None = None
+    on_request: RequestHook | None = None
+    on_timeout: ResultHook | None = None
+    on_result: ResultHook | None = None
+    on_start: Callable[[Cell], None] | None = None
+    muted: bool = False  # it took too much, or the call is at its end
 
     def show(self, output: Json) -> None:
-        if self._record:
-            self._record(output)
-        if self._on_output and not self.muted:
+        if self.record:
+            self.record(output)
+        if self.on_output and not self.muted:
             try:
-                self._on_output(output)
+                self.on_output(output)
             except Exception:
                 logger.warning("on_output raised; the cell goes on", exc_info=True)
 
@@ -2511,9 +2506,9 @@ class Cell:
         self.started = time.monotonic()
         self.result: ExecutionResult | None = None  # once it has ended
         self.reading: Deadline | None = None  # of slow hooks, after its end
-        self.grace: Deadline | None = None  # to end by itself, once interrupted
+        self.signalled = float("-inf")  # when the kernel was last sent an interrupt for it
         self.overdue: Deadline | None = None  # of the missing one of reply and idle
-        self.detached = False  # its time is over, and it goes on
+        self.timed_out = False  # its time is over: it was interrupted, or detached and goes on
         self.lock = threading.Lock()  # of all that
         self.left = threading.Event()  # nobody reads for it any more
         self._pauses = 0  # how many threads keep the clock stopped,
@@ -2521,26 +2516,23 @@ class Cell:
         self.allow(seconds)
 
     def allow(self, seconds: float | None) -> None:
-        """Give it so many seconds from now; None is no limit."""
+        """Give it so many seconds from now, or INTERRUPT_GRACE once its time is over; None is no limit."""
         self.seconds, self.deadline = seconds, Deadline(seconds)
 
     @property
     def _paused(self) -> bool:
-        return self._pauses > 0 and not self.grace and not self.execution.interrupted
+        return self._pauses > 0 and not self.execution.interrupted
 
     @property
     def wait(self) -> float | None:
         """How long to wait for a message, in seconds."""
-        if self._paused:
-            return PAUSE_POLL
-        limit = self.grace or self.deadline
-        return limit.within(FENCE_DELAY) if self.execution.half_done else limit.remaining
+        return PAUSE_POLL if self._paused else (self.overdue or self.deadline).remaining
 
     @property
     def due(self) -> bool:
         """Whether the time of the cell, or that of its grace, is over."""
         with self.lock:
-            return self.grace.expired if self.grace else not self._paused and self.deadline.expired
+            return not self._paused and self.deadline.expired
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -2720,12 +2712,10 @@ class KernelClient:
         store_history: bool = True,
         expression: str | None = None,
         max_output: int | None = None,
-        on_start: Callable[[Cell], None] | None = None,
     ) -> ExecutionResult:
         """Run one cell and return what it did; `timeout` is the wall clock in seconds, None for no limit.
 
-        `max_output` is how many characters of its streams are kept, None for all. `on_start` gets what tells of the
-        cell while it runs, before it does.
+        `max_output` is how many characters of its streams are kept, None for all.
 
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
@@ -2739,10 +2729,10 @@ class KernelClient:
         self._settle(cell)
         self._running = cell
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
-        has_timer = hooks.slow and timeout is not None and timeout < threading.TIMEOUT_MAX
+        has_timer = (hooks.on_output or hooks.on_input) and timeout is not None and timeout < threading.TIMEOUT_MAX
         try:
-            if on_start:
-                on_start(cell)
+            if hooks.on_start:
+                hooks.on_start(cell)
             if has_timer:
                 threading.Thread(target=self._interrupt_in_time, args=(cell,), daemon=True).start()
             if not cell.execution.death:
@@ -2751,24 +2741,22 @@ class KernelClient:
         except JupyterExecError:
             raise
         except BaseException:  # Ctrl-C, or a signal handler that raises
-            self._stop_cell(cell.execution)
+            self._stop_cell(cell, INTERRUPT_GRACE / 2)
+            cell.timed_out = cell.execution.timed_out is not None  # a detached cell has a deadline again
             cell.allow(INTERRUPT_GRACE)
             hooks.muted, hooks.on_timeout = True, None
             self._run(cell)
-            self._finish(cell)
+            cell.finish()
             raise
         finally:
-            cell.left.set()
-            self._running = None
-        return self._finish(cell)
+            self._running, self._ended = None, cell.execution.ended_session
+            with cell.lock:  # nobody is about to interrupt it, or the next cell waits for that
+                cell.left.set()
+        return cell.finish()
 
     def _interrupt_in_time(self, cell: Cell) -> None:
-        while not (cell.grace or cell.detached or cell.left.wait(cell.deadline.remaining or PAUSE_POLL)):
+        while not (cell.timed_out or cell.left.wait(cell.deadline.remaining or PAUSE_POLL)):
             self._time_out(cell)
-
-    def _finish(self, cell: Cell) -> ExecutionResult:
-        self._ended = cell.execution.ended_session
-        return cell.finish()
 
     def _run(self, cell: Cell) -> None:
         """Read messages until the cell is done; climb the ladder interrupt, kill as deadlines pass."""
@@ -2779,24 +2767,23 @@ class KernelClient:
 
     def _climb(self, cell: Cell) -> bool:
         """Do what is due by now; returns whether to go on."""
-        execution = cell.execution
-        if not execution.half_done:
-            cell.overdue = None
+        execution, in_grace = cell.execution, cell.timed_out  # before `due`: another thread may begin the grace
         if execution.done:
             return True
+        if not execution.half_done:
+            cell.overdue = None
+        elif not cell.overdue or cell.overdue.expired:
+            if cell.overdue:
+                self._fence(execution)
+            cell.overdue = Deadline(FENCE_DELAY)
         if self._death:  # taken by whoever stopped the kernel in the meantime
             execution.death = self._death
-        elif cell.overdue is None and execution.half_done:
-            cell.overdue = Deadline(FENCE_DELAY)
-        elif cell.overdue and cell.overdue.expired:
-            self._fence(execution)
-            cell.overdue = Deadline(FENCE_DELAY)
         elif not cell.due:
             pass
         elif self._has_answered(cell):  # a slow hook kept this thread from seeing it
             cell.reading = cell.reading or Deadline(2 * INTERRUPT_GRACE)
             cell.hooks.muted = cell.hooks.muted or cell.reading.within(INTERRUPT_GRACE) < INTERRUPT_GRACE
-        elif cell.grace is None:
+        elif not in_grace:
             self._time_out(cell)
         elif not self._control.owned:
             return False
@@ -2805,25 +2792,26 @@ class KernelClient:
         return True
 
     def _has_answered(self, cell: Cell) -> bool:
-        """Whether an end of the cell waits to be read; a kernel that goes on saying so is not believed for long."""
-        return self._mailbox.answered and not (cell.reading and cell.reading.expired)
+        """Whether an end of the cell came, read or not; a kernel that goes on saying so is not believed for long."""
+        answered = self._mailbox.answered or cell.execution.half_done
+        return answered and not (cell.reading and cell.reading.expired)
 
     def _time_out(self, cell: Cell) -> None:
         """Interrupt a cell whose time is over, or let go of it; in the caller's thread or that of a timer."""
         if cell.execution.done or self._has_answered(cell) or not cell.due:  # it has ended in time, or its clock stood
             return
-        if cell.hooks.on_timeout and not cell.execution.interrupted:
-            so_far = cell.so_far()
-            with cell.lock:
-                if cell.detached:
-                    return
-                cell.detached = True
-                cell.allow(None)
-            cell.hooks.on_timeout(so_far)
-            return
-        cell.execution.timed_out = cell.seconds
-        self._stop_cell(cell.execution)
-        cell.grace = cell.grace or Deadline(INTERRUPT_GRACE)
+        detach = None if cell.execution.interrupted else cell.hooks.on_timeout
+        with cell.lock:
+            if cell.timed_out:  # the other thread was faster
+                return
+            cell.timed_out = True
+            if not detach:
+                cell.execution.interrupted, cell.execution.timed_out = True, cell.seconds
+            cell.allow(None if detach else INTERRUPT_GRACE)
+        if detach:
+            detach(cell.so_far())
+        else:
+            self._stop_cell(cell, INTERRUPT_GRACE / 2)
 
     def _take(self, item: MailItem | None, cell: Cell) -> Iterator[None]:
         """Take an item from the mailbox, in pieces: yields after each, and once if there is nothing."""
@@ -2854,8 +2842,8 @@ class KernelClient:
                 self._reply(cell.hooks.answer(message.content))
         elif output:
             cell.hooks.show(output)
-        if execution.started and execution.interrupted and not execution.signalled:
-            self._signal(execution)
+        if execution.interrupted and cell.signalled < 0:
+            self._stop_cell(cell, 0)
 
     def _late_output(self, message: Message, execution: Execution) -> Json | None:
         """Return what a thread of an earlier cell of ours has printed, marked as "late"."""
@@ -2897,25 +2885,32 @@ class KernelClient:
         """Interrupt the running cell, from any thread; without effect while none, or not this one, runs."""
         running = self._running
         if running and cell in (None, running):
-            self._stop_cell(running.execution)
+            self._stop_cell(running, INTERRUPT_REPEAT)
 
-    def _stop_cell(self, execution: Execution) -> None:
-        execution.interrupted = True
-        # A kernel ignores the signal until it has begun with the cell: then the reading thread sends it.
-        if execution.started and not execution.signalled:
-            self._signal(execution)
-
-    def _signal(self, execution: Execution) -> None:
-        execution.signalled = True
+    def _stop_cell(self, cell: Cell, age: float) -> None:
+        """Interrupt it, unless that was done in the last `age` seconds; once more if it has not helped."""
         # ipykernel notices a SIGINT in `await` only when its event loop wakes up (ipykernel#881): a
         # kernel_info_request on shell wakes it. Its answer also tells that the signal can hit no later cell.
         nudge = self._message("shell", "kernel_info_request", {})
-        self._nudges.add(nudge.msg_id)
+        with cell.lock:
+            cell.execution.interrupted, now, is_first = True, time.monotonic(), cell.signalled < 0
+            # A kernel ignores the signal until it has begun with the cell: then the reading thread comes here.
+            if not cell.execution.started or now - cell.signalled < age or cell.left.is_set():
+                return
+            cell.signalled = now
+            self._nudges.add(nudge.msg_id)
+        if is_first:
+            threading.Thread(target=self._stop_again, args=(cell,), daemon=True).start()
         channels = self._channels
         if channels and not self._control.interrupt(functools.partial(channels.send, nudge)):
             # "interrupt_mode: ... message: the client sends an interrupt_request on the control channel"
             channels.send(self._message("control", "interrupt_request", {}))
             channels.send(nudge)
+
+    def _stop_again(self, cell: Cell) -> None:
+        """ipykernel loses a signal that comes after it took the cell and before it runs it."""
+        if not (cell.left.wait(INTERRUPT_GRACE / 2) or self._has_answered(cell)):
+            self._stop_cell(cell, INTERRUPT_GRACE / 2)
 
     def _fence(self, execution: Execution) -> None:
         """Ask something that the kernel will answer after all that belongs to the cell."""
@@ -3032,8 +3027,8 @@ def _reported_death(message: Message) -> KernelDied | None:
     return None
 
 
-class AttachedKernelControl:
-    """KernelControl of a kernel that somebody else started; it is never killed or restarted from here."""
+class AttachedKernelControl(KernelControl):
+    """Control of a kernel that somebody else started; it is never killed or restarted from here."""
 
     owned, supervised, start_timeout = False, False, START_TIMEOUT
 
@@ -3049,18 +3044,6 @@ class AttachedKernelControl:
         self._loop, self._context = Loop(), new_context()
         self._loop.start("jupyter_exec I/O")
         return ZmqChannels(self._loop, self._context, self._connection, mailbox, watch=True)
-
-    def interrupt(self, sent: Callable[[], None]) -> bool:
-        return False
-
-    def kill(self, dump: bool = False) -> None:
-        pass
-
-    def abandon(self) -> None:
-        pass
-
-    def files(self) -> None:
-        return None
 
     def close(self) -> None:
         if self._loop:
@@ -3144,6 +3127,7 @@ _PYTHON = re.compile(r"python[0-9.]*\Z")
 # A kernel for a program needs no history database and no pause after each cell. In, Out and %history work without.
 LEAN_OPTIONS = ["--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0"]
 _MARKER = "JUPYTER_EXEC_KERNEL"  # environment variable that marks a kernel and its children
+_OOM_KILLS = ("memory.events", "memory.oom_control", "oom_kill ")  # where a control group counts them
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
 
 
@@ -3154,7 +3138,9 @@ def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
     """
     import sysconfig
 
-    user = [environ.get("JUPYTER_DATA_DIR") or _user_data_dir(environ)]
+    data_home = environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    on_mac = os.path.expanduser("~/Library/Jupyter") if sys.platform == "darwin" else ""
+    user = [environ.get("JUPYTER_DATA_DIR") or on_mac or os.path.join(data_home, "jupyter")]
     if site_user := sysconfig.get_path("data", f"{os.name}_user"):
         user.append(os.path.join(site_user, "share", "jupyter"))
     env = [os.path.join(sys.prefix, "share", "jupyter")]
@@ -3162,12 +3148,6 @@ def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
     order = env + user if _prefers_env(environ) else user + env
     bases = [*extra, *order, "/usr/local/share/jupyter", "/usr/share/jupyter", os.path.expanduser("~/.ipython")]
     return list(dict.fromkeys(os.path.join(base, "kernels") for base in bases))
-
-
-def _user_data_dir(environ: Mapping[str, str]) -> str:
-    if sys.platform == "darwin":
-        return os.path.expanduser("~/Library/Jupyter")
-    return os.path.join(environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "jupyter")
 
 
 def _prefers_env(environ: Mapping[str, str]) -> bool:
@@ -3236,8 +3216,7 @@ def _is_ipykernel(argv: list[str]) -> bool:
 def _is_forkable(argv: list[str], spec: Json) -> bool:
     """Whether a fork server can make this kernel; one with an environment of its own must have it from the start."""
     is_launcher = _is_ipykernel(argv) and argv[1:3] == ["-m", "ipykernel_launcher"]
-    can_order = hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "send_fds")
-    return sys.platform == "linux" and can_order and is_launcher and not spec.get("env")
+    return sys.platform == "linux" and is_launcher and not spec.get("env")
 
 
 def _mark(name: str) -> str:
@@ -3277,7 +3256,7 @@ def process_name(pid: int) -> str:
     import zlib
 
     with contextlib.suppress(OSError, IndexError):
-        start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        start = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19]
         place = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"  # containers may share a directory
         return f"{pid}.{int(start):x}.{zlib.crc32(place.encode('utf-8')):08x}"
     return ""
@@ -3367,26 +3346,25 @@ def far_list(path: str, order: Json) -> Json:
     return {"entries": entries}
 
 
+@dataclass(eq=False)
 class ChildProcess:
     """A process that the host has started: a kernel, a fork server or a gateway."""
 
-    def __init__(self, name: str, slot: str, argv: list[str], env: dict[str, str]) -> None:
-        self.name = name  # of this process; of a fork server, its interpreter
-        self.slot = slot  # of the kernel, which keeps it when it is restarted
-        self.argv, self.env = argv, env
-        self.pid = 0  # not yet forked
-        self.stderr: Tail | None = None
-        self.process: subprocess.Popen[Any] | None = None  # None: forked
-        self.preload: list[str] | None = None  # modules of this fork server, or of the kernel's; None: launched
-        self.lean = False
-        self.preload_failed = False  # so the kernel was never forked
-        self.exit_code: int | None = None
-        self.files: list[str] = []  # to be removed at its end
-        self.loss_told = False  # the client knows that output is being dropped
-        self.hurries = False  # its output is dropped while the link is busy
-        self.sockets: KernelSockets | None = None  # of a relayed kernel
-        self.channel: socket.socket | None = None  # of a fork server, for its orders
-        self.ordered = self.forked = 0  # kernels of a fork server
+    name: str  # of this process; of a fork server, its interpreter
+    slot: str  # of the kernel, which keeps it when it is restarted
+    argv: list[str]
+    env: dict[str, str]
+    pid: int = 0  # not yet forked
+    stderr: Tail | None = None
+    preload: list[str] | None = None  # modules of this fork server, or of the kernel's; None: launched
+    lean: bool = False
+    exit_code: int | None = None
+    files: Sequence[str] = ()  # to be removed at its end
+    loss_told: bool = False  # the client knows that output is being dropped
+    hurries: bool = False  # its output is dropped while the link is busy
+    sockets: KernelSockets | None = None  # of a relayed kernel
+    channel: socket.socket | None = None  # of a fork server, for its orders
+    forked: bool = False  # a fork server that has forked a kernel
 
 
 class KernelHost:
@@ -3402,7 +3380,7 @@ class KernelHost:
         self._unforkable: set[str] = set()  # interpreters that cannot have a fork server
         self.adopts = False  # the children of processes that end, as forked kernels need it
         self._context: Any = None
-        self._oom_kills = _oom_kills()
+        self._oom_kills = _cgroup_value(*_OOM_KILLS)
         self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
         self._pipe.outbox.waits_for_ever = True
 
@@ -3412,8 +3390,9 @@ class KernelHost:
         for part in self._parts:
             with contextlib.suppress(OSError):
                 os.unlink(part)
-        for _ in range(10):  # what left its kernel's session and environment is now a child of this process
-            _kill_all(_children())
+        for _ in range(10):  # what left its kernel's session and environment is now a child of this process (Linux)
+            with contextlib.suppress(OSError):
+                _kill_all(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
         signal.set_wakeup_fd(-1)  # before the loop closes that descriptor
         self._loop.stop()
 
@@ -3433,7 +3412,7 @@ class KernelHost:
     def _on_request(self, request: Json) -> None:
         lane, data = "", b""
         try:
-            result = self._OPERATIONS[request["op"]](self, request)
+            result = getattr(self, f"_do_{request['op']}")(request)
             if request["op"] == "file":  # takes turns with the kernels' output, all else goes before
                 lane, data = "file", (result or {}).pop("bytes", b"")
             answer = {"id": request["id"], "result": result}
@@ -3443,33 +3422,34 @@ class KernelHost:
             answer = {"id": request["id"], "error": "JupyterExecError", "data": f"{error.__class__.__name__}: {error}"}
         self._pipe.send([b"", dump_json(answer), data], lane)
 
-    def _on_kernelspecs(self, request: Json) -> Json:
+    def _do_kernelspecs(self, request: Json) -> Json:
         return find_kernelspecs(os.environ, request["own_python3"])
 
-    def _on_start(self, request: Json) -> Json:
+    def _do_start(self, request: Json) -> Json:
         """Start a kernel in a slot; kill the kernel that had the slot, and overwrite its connection file."""
         spec = self._spec(request)
         try:
             os.getcwd()
+            if request["relay"]:
+                self._context = self._context or new_context()
         except OSError:
             advice = "the working directory was removed: make a server in another"
             raise KernelStartFailed(spec["argv"], advice) from None
-        if request["relay"]:
-            self._open_context()
+        except JupyterExecError:
+            advice = f"pyzmq is not installed there; run {sys.executable} -m pip install pyzmq ipykernel"
+            raise KernelStartFailed([sys.executable], advice) from None
         for old in [kernel for kernel in self._kernels.values() if kernel.slot == request["slot"]]:
             self._end(self._kernels.pop(old.name))
         path = os.path.join(self._directory, f"kernel-{request['slot']}.json")
         argv = command_of(spec, path)
         lean = not request["launch"]["ipython_defaults"]
         argv += LEAN_OPTIONS if lean and _is_ipykernel(argv) else []
-        with contextlib.ExitStack() as ports:
-            connection = self._connection(request, argv, ports)
-            write_private(path, connection.to_json())
-            ports.close()  # as late as possible
-            kernel = self._new_kernel(request["kernel"], request["slot"], argv, spec)
-            if self.adopts and _is_forkable(argv, spec):
-                kernel.preload, kernel.lean = request["launch"]["preload"], lean
-            self._begin(kernel)
+        connection = self._connection(request, argv)
+        write_private(path, connection.to_json())
+        kernel = self._new_kernel(request["kernel"], request["slot"], argv, spec)
+        if self.adopts and _is_forkable(argv, spec):
+            kernel.preload, kernel.lean = request["launch"]["preload"], lean
+        self._begin(kernel)
         is_ipc = connection.transport == "ipc"
         kernel.files = [path, *(f"{connection.ip}-{port}" for port in range(1, 6) if is_ipc)]
         if request["relay"]:
@@ -3488,15 +3468,14 @@ class KernelHost:
             raise KernelStartFailed(specs[wanted]["argv"], reason)
         return specs[wanted]
 
-    def _connection(self, request: Json, argv: list[str], held: contextlib.ExitStack) -> KernelConnection:
-        """Choose where the kernel listens: socket files if it is known to support them, or ports that `held` keeps."""
+    def _connection(self, request: Json, argv: list[str]) -> KernelConnection:
+        """Choose where the kernel listens: socket files if it is known to support them, or else ports."""
         ports, ip, transport = [1, 2, 3, 4, 5], os.path.join(self._directory, request["slot"]), "ipc"
         if not _is_ipykernel(argv):
-            # They stay open until the launch, so that no two kernels get the same port.
-            listeners = [held.enter_context(contextlib.closing(socket.socket())) for _ in range(5)]
-            for listener in listeners:
-                listener.bind(("127.0.0.1", 0))
+            listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]  # all at once: else two are the same
             ports, ip, transport = [listener.getsockname()[1] for listener in listeners], "127.0.0.1", "tcp"
+            for listener in listeners:
+                listener.close()
         names = [f"{channel}_port" for channel in ("shell", "iopub", "stdin", "control", "hb")]
         addresses: Json = {"ip": ip, "transport": transport, **dict(zip(names, ports, strict=True))}
         return KernelConnection(**addresses, key=request["key"], kernel_name=request["kernel_name"])
@@ -3516,21 +3495,18 @@ class KernelHost:
         return ChildProcess(name, slot, argv, env)
 
     def _begin(self, kernel: ChildProcess) -> None:
-        """Fork the kernel if possible, else launch it, and watch it."""
-        if kernel.argv[0] in self._unforkable:
-            kernel.preload = None
-        if kernel.preload is None:
+        """Fork the kernel if possible, else launch it."""
+        if kernel.preload is None or kernel.argv[0] in self._unforkable:
             self._launch(kernel)
         else:
             self._fork(kernel)
-        self._watch(kernel)
 
     def _launch(self, kernel: ChildProcess, stdin: Any = None, pass_fds: Sequence[int] = ()) -> None:
         """Start it as a new process."""
         import subprocess
 
         # No pipe for stdout: nobody would read it, and 64 KB from a subprocess would stop the kernel.
-        stderr = kernel.stderr = Tail(RAW_STDERR_TAIL)
+        stderr = Tail(RAW_STDERR_TAIL)
         options: Json = {"stdin": stdin or subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": stderr.writer}
         if sys.platform == "linux":
             # If this host is killed, its kernels are too. preexec_fn is safe here: the host has one thread.
@@ -3546,19 +3522,20 @@ class KernelHost:
             os.close(stderr.writer)
         with contextlib.suppress(OSError):  # if memory runs out, a kernel is killed, and the host reports it
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-        kernel.process, kernel.pid = process, process.pid
+        kernel.pid, process.returncode = process.pid, 0  # `reap` collects it
+        self._watch(kernel, stderr)
 
     def _fork(self, kernel: ChildProcess) -> None:
         """Order a kernel from the fork server of its interpreter; its pid comes with the answer."""
         server = self._kernels.get(kernel.argv[0]) or self._start_fork_server(kernel)
-        kernel.stderr = Tail(RAW_STDERR_TAIL)
+        stderr = Tail(RAW_STDERR_TAIL)
         order = {"kernel": kernel.name, "mark": _mark(kernel.name), "argv": kernel.argv[3:]}
         assert server.channel
         with contextlib.suppress(OSError):  # it has ended: _end_fork_server starts the kernel in another way
-            socket.send_fds(server.channel, [dump_json(order)], [kernel.stderr.writer])
-        os.close(kernel.stderr.writer)
-        server.ordered += 1
-        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, server.ordered))
+            socket.send_fds(server.channel, [dump_json(order)], [stderr.writer])
+        os.close(stderr.writer)
+        self._watch(kernel, stderr)
+        self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, kernel))
 
     def _start_fork_server(self, kernel: ChildProcess) -> ChildProcess:
         import tempfile
@@ -3576,26 +3553,22 @@ class KernelHost:
             argv = [python, "-c", f"{check}\n{bootstrap}", options]
             env = kernel.env | {_MARKER: _mark(f"fork-server-{next(self._serial)}")}
             server = ChildProcess(python, python, argv, env)
-            try:
-                self._launch(server, program, [theirs.fileno()])
-            except KernelStartFailed:
-                ours.close()
-                raise
+            self._launch(server, program, [theirs.fileno()])
         ours.setblocking(False)
         server.channel, server.preload = ours, kernel.preload
-        self._watch(server)
         self._loop.on_readable(ours.fileno(), functools.partial(self._read_pids, server))
         return server
 
-    def _check_order(self, server: ChildProcess, number: int) -> None:
-        """Kill a fork server that has forked before but is late with this order; launch the kernels that it owes."""
+    def _check_order(self, server: ChildProcess, kernel: ChildProcess) -> None:
+        """Kill a fork server that has forked before but is late with this kernel; launch the kernels that it owes."""
         self._read_pids(server)
-        if self._kernels.get(server.name) is not server or server.forked >= number:
+        owed = self._owed(server)
+        if self._kernels.get(server.name) is not server or kernel not in owed:
             return
         if not server.forked:  # it is still at its preload, which may take long
-            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, number))
+            self._loop.later(FORK_TIMEOUT, functools.partial(self._check_order, server, kernel))
             return
-        for kernel in self._owed(server):
+        for kernel in owed:
             kernel.preload = None
         _kill_all([server.pid])
 
@@ -3615,23 +3588,15 @@ class KernelHost:
                 self._loop.on_readable(server.channel.fileno(), None)
                 return
             forked = json_object(answer, "answer of a fork server")
-            server.forked += 1
+            server.forked = True
             if kernel := self._kernels.get(forked["kernel"]):
                 kernel.pid = forked["pid"]
             else:  # it was given up in the meantime
                 _kill_all([forked["pid"]])
 
-    def _watch(self, kernel: ChildProcess) -> None:
-        self._kernels[kernel.name] = kernel
-        if kernel.stderr:
-            kernel.stderr.watch(self._loop)
-
-    def _open_context(self) -> None:
-        try:
-            self._context = self._context or new_context()
-        except JupyterExecError:
-            advice = f"pyzmq is not installed there; run {sys.executable} -m pip install pyzmq ipykernel"
-            raise KernelStartFailed([sys.executable], advice) from None
+    def _watch(self, kernel: ChildProcess, stderr: Tail) -> None:
+        self._kernels[kernel.name], kernel.stderr = kernel, stderr
+        stderr.watch(self._loop)
 
     def _relay(self, kernel: ChildProcess, channel: str, parts: list[bytes]) -> None:
         parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
@@ -3658,20 +3623,20 @@ class KernelHost:
         if dropped and (kernel := self._kernels.get(name)):
             kernel.hurries = kernel.loss_told = True  # until the cell's reply
 
-    def _on_spawn(self, request: Json) -> None:
+    def _do_spawn(self, request: Json) -> None:
         """Run and watch a program that is no kernel: a gateway."""
         kernel = self._new_kernel(request["kernel"], request["kernel"], request["argv"], {})
         kernel.env |= request["env"]
-        self._begin(kernel)
+        self._launch(kernel)
 
-    def _on_interrupt(self, request: Json) -> None:
+    def _do_interrupt(self, request: Json) -> None:
         self._hurry(request["kernel"])
         kernel = self._kernels.get(request["kernel"])
         if kernel and kernel.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(kernel.pid, signal.SIGINT)  # the whole group: a cell's foreground subprocess is to stop too
 
-    def _on_kill(self, request: Json) -> None:
+    def _do_kill(self, request: Json) -> None:
         self._hurry(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
             if not kernel.pid:
@@ -3679,7 +3644,7 @@ class KernelHost:
             elif request.get("dump") and _is_ipykernel(kernel.argv):
                 _abort(kernel.pid)
                 # In 0.2 s it has written its stack.
-                self._loop.later(0.2, functools.partial(self._on_kill, request | {"dump": False}))
+                self._loop.later(0.2, functools.partial(self._do_kill, request | {"dump": False}))
             else:  # Popen.kill would collect the exit, which then nobody reports
                 _kill_all([kernel.pid])
 
@@ -3691,16 +3656,12 @@ class KernelHost:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 for kernel in self._kernels.values():
                     if kernel.pid == ended[0]:
-                        self._on_end(kernel, os.waitstatus_to_exitcode(ended[1]))
+                        kernel.exit_code = os.waitstatus_to_exitcode(ended[1])
+                        # What the kernel wrote last may still be on its way through ZeroMQ.
+                        delay = DEATH_DRAIN if kernel.sockets else 0
+                        self._loop.later(delay, functools.partial(self._report_exit, kernel))
 
-    def _on_end(self, kernel: ChildProcess, exit_code: int) -> None:
-        kernel.exit_code = exit_code
-        if kernel.process:
-            kernel.process.returncode = exit_code
-        # What the kernel wrote last may still be on its way through ZeroMQ.
-        self._loop.later(DEATH_DRAIN if kernel.sockets else 0, functools.partial(self._report_exit, kernel))
-
-    def _report_exit(self, kernel: ChildProcess) -> None:
+    def _report_exit(self, kernel: ChildProcess, preload_failed: bool = False) -> None:
         if kernel.name in self._kernels:
             if kernel.sockets:
                 kernel.sockets.drain()
@@ -3709,8 +3670,8 @@ class KernelHost:
                 self._end_fork_server(kernel, kernel.channel)
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
-            event |= {"preload_failed": kernel.preload_failed, "stderr": without_machinery(str(kernel.stderr or ""))}
-            oom_kills, self._oom_kills = self._oom_kills, _oom_kills()
+            event |= {"preload_failed": preload_failed, "stderr": without_machinery(str(kernel.stderr or ""))}
+            oom_kills, self._oom_kills = self._oom_kills, _cgroup_value(*_OOM_KILLS)
             event["out_of_memory"] = self._oom_kills > oom_kills
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
             self._pipe.send([b"", dump_json(event)], kernel.name)
@@ -3722,19 +3683,19 @@ class KernelHost:
         channel.close()
         if not server.forked and (server.exit_code == CANNOT_FORK or not server.preload):
             self._unforkable.add(server.name)
+        preload_failed = not server.forked and server.name not in self._unforkable
         for kernel in self._owed(server):
-            kernel.preload_failed = not server.forked and server.name not in self._unforkable
             if kernel.stderr:
                 kernel.stderr.close()
-            if kernel.preload_failed:
+            if preload_failed:
                 kernel.exit_code, kernel.stderr = server.exit_code, server.stderr
             else:
                 with contextlib.suppress(KernelStartFailed):
                     self._begin(kernel)
                     continue
-            self._report_exit(kernel)
+            self._report_exit(kernel, preload_failed)
 
-    def _on_file(self, request: Json) -> Json:
+    def _do_file(self, request: Json) -> Json:
         part = os.path.join(os.path.dirname(request["path"]), request.get("part", ""))
         answer = far_step(request, os.getcwd())
         if request["step"] == "write":
@@ -3760,15 +3721,6 @@ class KernelHost:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
-    _OPERATIONS: ClassVar[dict[str, Callable[[KernelHost, Json], Json | None]]] = {
-        "kernelspecs": _on_kernelspecs,
-        "start": _on_start,
-        "spawn": _on_spawn,
-        "interrupt": _on_interrupt,
-        "kill": _on_kill,
-        "file": _on_file,
-    }
-
 
 def _may_be_lost(parts: list[bytes]) -> bool:
     """Whether a message on iopub is output, which may be dropped: not a status, an error or a welcome."""
@@ -3781,11 +3733,6 @@ def _may_be_lost(parts: list[bytes]) -> bool:
 
 def _loss(kernel: str) -> list[bytes]:
     return [b"", dump_json({"event": "loss", "kernel": kernel})]
-
-
-def _oom_kills() -> int:
-    """Return how many processes the out-of-memory killer has killed in our control group."""
-    return _cgroup_value("memory.events", "memory.oom_control", "oom_kill ")
 
 
 def _cgroup_value(v2_name: str, v1_name: str, key: str = "") -> int:
@@ -3803,13 +3750,6 @@ def _cgroup_value(v2_name: str, v1_name: str, key: str = "") -> int:
                 if line.startswith(key):
                     return int(line.split()[-1])
     return 0
-
-
-def _children() -> list[int]:
-    """Return the pids of this process's children, adopted ones too (Linux)."""
-    with contextlib.suppress(OSError):
-        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-    return []
 
 
 def _kill_all(pids: Iterable[int]) -> None:
@@ -3830,15 +3770,12 @@ def _abort(pid: int) -> None:
         os.kill(pid, signal.SIGABRT)
 
 
-_CELL_FILE = re.compile(r".*([/\\]ipykernel_\d+[/\\]\d+\.py|<ipython-input-)")
-
-
 def without_machinery(stderr: str) -> str:
     """Shorten the stack that Python wrote when it died to the frames of the cell and of what that had called."""
     before, mark, dump = stderr.rpartition("Fatal Python error: ")
     for thread in reversed(dump.split("\n\n") if mark else []):  # the main thread is the last
         frames = [line for line in thread.splitlines() if line.startswith("  File ")]
-        if own := [frame for frame in frames if _CELL_FILE.match(frame)]:
+        if own := [frame for frame in frames if _OWN_FRAME.search(frame)]:
             called = frames[: frames.index(own[0])]
             reason = dump.partition("\n")[0]
             return "\n".join([before[-STDERR_TAIL // 2 :] + mark + reason, *called[:5], *own[:5], *own[5:][-1:]])
@@ -4010,7 +3947,12 @@ def host_main(program: bytes) -> None:
     import shutil
 
     loop = Loop()
-    stream = _own_stdio()
+    # No kernel inherits the pipe, and no print gets into a frame.
+    stream = FdStream(os.dup(0), os.dup(1))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
     try:
         directory = sys.argv[1] if len(sys.argv) > 1 else make_directory()
     except KernelStartFailed as error:
@@ -4022,41 +3964,22 @@ def host_main(program: bytes) -> None:
     signal.signal(signal.SIGHUP, lambda *_: None)
     signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
-    if hasattr(signal, "pthread_sigmask"):  # kernels would inherit what the program has blocked
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # kernels would inherit what the program has blocked
     if sys.platform == "linux":
         # Adopt the daemons that kernels start, and forked kernels, to reap them.
         host.adopts = _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         _prctl(_PR_SET_DUMPABLE, 0)  # code in a kernel can neither trace this process nor open its descriptors
-    _watch_parent(loop, host)
+    _watch_parent(loop, host, os.getppid())
     show_as("jupyter_exec: kernel host")
     loop.run()
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _own_stdio() -> Stream:
-    """Keep stdin and stdout for the pipe: no kernel inherits them, and no print gets into a frame."""
-    read_fd, write_fd, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.close(null)
-    return FdStream(read_fd, write_fd)
-
-
-def _watch_parent(loop: Loop, host: KernelHost) -> None:
-    # A forked child of the client may keep the pipe open after the end of the client.
-    parent = os.getppid()
-    try:
-        loop.on_readable(os.pidfd_open(parent), host.close)
-    except (OSError, AttributeError):  # missing in conda, uv, gVisor, old Linux and macOS
-        if parent:  # a container's first process has none
-            _check_parent(loop, host, parent)
-
-
-def _check_parent(loop: Loop, host: KernelHost, parent: int) -> None:
+def _watch_parent(loop: Loop, host: KernelHost, parent: int) -> None:
+    """End the host with its parent: a forked child of that may keep the pipe open."""
     if os.getppid() != parent:
         host.close()
-    loop.later(0.5, functools.partial(_check_parent, loop, host, parent))
+    loop.later(0.5, functools.partial(_watch_parent, loop, host, parent))
 
 
 # ======================================================================================================
@@ -7149,10 +7072,13 @@ def follow_shell(process: subprocess.Popen[bytes]) -> int:
         show(float("inf"))
         process.wait()
     except KeyboardInterrupt:
+        # A second interrupt would save a script that ignores the first.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, number)
             show(0.5)
+        signal.signal(signal.SIGINT, handler)
     if selector.get_map():
         threading.Thread(target=show, args=(0, True), daemon=True).start()
     else:
@@ -7858,11 +7784,11 @@ class JupyterCodeExecutor(Stoppable):
             on_request=calls.take if self._tools.functions else None,
             on_timeout=job.detach if job and self._on_timeout == "detach" else None,
             on_result=keep,
+            on_start=job.begin if job else None,
         )
         seconds = self._timeout if timeout is None else timeout
-        on_start = job.begin if job else None
         try:
-            return self._kernel.execute(code, seconds, hooks, max_output=self._max_output, on_start=on_start)
+            return self._kernel.execute(code, seconds, hooks, max_output=self._max_output)
         finally:
             calls.close()
 

@@ -154,7 +154,7 @@ def descendants(pid: int) -> set[int]:
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            after_name = stat.read_text().rpartition(")")[2].split()
+            after_name = stat.read_text(errors="replace").rpartition(")")[2].split()
             if after_name[0] != "Z":
                 parents[int(stat.parent.name)] = int(after_name[1])
     found: set[int] = set()
@@ -2250,6 +2250,115 @@ def test_an_interrupt_during_the_send_still_hits_the_cell(executor: JupyterCodeE
     assert result.status == "interrupted"
 
 
+class Stubborn:
+    """A script of a kernel that ends its cell at the interrupt of that number; it notes when each of them came."""
+
+    def __init__(self, obeys: int) -> None:
+        self.times: list[float] = []
+        self._obeys = obeys
+        self._cell: dict[str, Any] = {}
+
+    def __call__(self, kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        if request["msg_type"] == "execute_request":
+            self._cell = request
+            kernel.publish("stream", {"name": "stdout", "text": "go"}, request)
+        else:
+            self.times.append(time.monotonic())
+            if len(self.times) == self._obeys:
+                kernel.finish(self._cell)
+
+    def await_interrupt(self, number: int) -> None:
+        eventually(lambda: len(self.times) >= number, "an interrupt")
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_lost_interrupt_is_sent_again_in_the_middle_of_the_grace(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 2.0)
+    script = Stubborn(obeys=2)
+    hook = (lambda output: script.await_interrupt(2)) if slow else None
+    with scripted(script) as executor:
+        result = executor.execute("1", timeout=0.2, on_output=hook)
+    assert (result.status, result.kernel_state) == ("timeout", "intact")
+    assert script.times[1] - script.times[0] == pytest.approx(1, abs=0.5)
+
+
+def test_a_lost_interrupt_of_a_cell_without_a_timeout_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.4)
+    script = Stubborn(obeys=2)
+    with scripted(script) as executor:
+        assert (
+            executor.execute("1", timeout=None, on_output=lambda output: executor.interrupt()).status == "interrupted"
+        )
+
+
+def test_the_grace_may_begin_in_another_thread_while_this_one_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(cell: jupyter_exec.Cell) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            script.await_interrupt(1)
+            time.sleep(0.1)
+        return real_look(cell)
+
+    script = Stubborn(obeys=2)
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 2.0)
+    with scripted(script) as executor:
+        real_look = executor._kernel._has_answered
+        executor._kernel._has_answered = look  # type: ignore[method-assign]
+        result = executor.execute("1", timeout=0.2, on_output=print)
+    assert (result.status, result.kernel_state) == ("timeout", "intact")
+
+
+def test_an_interrupt_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_REPEAT", 0.5)
+    script = Stubborn(obeys=3)
+    with scripted(script) as executor:
+        job = executor.submit("1")
+        eventually(lambda: job.output, "the cell runs")
+        for number in (1, 2):
+            job.interrupt()
+            job.interrupt()  # the same
+            script.await_interrupt(number)
+            time.sleep(0.6)
+        assert len(script.times) == 2
+        job.interrupt()
+        assert job.wait(PATIENCE).status == "interrupted"
+
+
+def test_code_that_cleans_up_is_not_disturbed_and_code_that_swallows_an_interrupt_gets_another(
+    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 3.0)
+    clean = executor.execute("import time\ntry: time.sleep(60)\nfinally: time.sleep(0.8); print('clean')", timeout=0.5)
+    assert (clean.status, clean.kernel_state) == ("timeout", "intact")
+    assert clean.text.startswith("clean\n")
+    again = executor.execute("try: time.sleep(60)\nexcept KeyboardInterrupt: time.sleep(60)", timeout=0.5)
+    assert (again.status, again.kernel_state) == ("timeout", "intact")
+    assert run(executor, "1").output == "1"
+
+
+def test_a_cell_that_has_answered_is_not_given_up_because_a_hook_was_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
+
+    def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        if request["msg_type"] == "execute_request":
+            kernel.publish("stream", {"name": "stdout", "text": "go"}, request)
+            cells.append(request)
+        else:
+            kernel.reply("execute_reply", {"status": "ok", "execution_count": 1}, cells[0])
+            while kernel.sockets["shell"].poll(1000):  # the kernel_info_request that comes with an interrupt
+                kernel.session.feed_identities(kernel.sockets["shell"].recv_multipart())
+                kernel.reply("kernel_info_reply", {"status": "ok"}, request)
+            kernel.publish("status", {"execution_state": "idle"}, cells[0])
+
+    def slow(output: dict[str, Any]) -> None:
+        eventually(lambda: executor._kernel._mailbox.answered, "the end")
+        time.sleep(0.5)
+
+    cells: list[dict[str, Any]] = []
+    with scripted(script) as executor:
+        result = executor.execute("1", timeout=0.2, on_output=slow)
+    assert (result.status, result.kernel_state) == ("timeout", "intact")
+
+
 # ======================================================================================================
 # 8. Kernel host
 # ======================================================================================================
@@ -3101,6 +3210,20 @@ def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
         assert left.name not in names
         assert names >= {*others, f"jx-{pid}.{start}.{place}-link", Path(server.directory).name}
         assert (short_path / "jx-abc" / "file").exists()
+
+
+def test_a_process_may_have_any_name(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "open('/proc/self/comm', 'wb').write(b'\\xff'); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdin
+        process.stdout.readline()
+        place = jupyter_exec.process_name(os.getpid()).rpartition(".")[2]
+        (short_path / f"jx-{process.pid}.1.{place}-x").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+        with LocalJupyterServer() as server:
+            assert server.kernelspecs()
+        process.stdin.close()
+    assert not list(short_path.iterdir())
 
 
 def test_a_stdin_that_does_not_block_is_waited_for() -> None:
@@ -7496,6 +7619,19 @@ def test_what_a_script_leaves_in_the_background(server: LocalJupyterServer, tmp_
         assert (result.exit_code, result.kernel_state) == (124, "intact")
         assert said.startswith("Timeout: interrupted after 1 s")
         eventually(lambda: int(pid) not in descendants(os.getpid()), "an interrupt ends the children")
+
+
+def test_a_script_that_ignores_signals_is_ended_even_if_the_interrupt_is_repeated(
+    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_REPEAT", 0.2)
+    script = "trap '' INT TERM; echo $$; while true; do sleep 0.1; done"
+    job = executor.submit([CodeBlock(script, "bash")])
+    pid = int(eventually(lambda: job.output.strip(), "the script runs"))
+    while not job.wait(0.3):
+        job.interrupt()
+    eventually(lambda: pid not in descendants(os.getpid()), "the script's end")
+    assert job.status == "interrupted"
 
 
 def test_a_shell_that_is_missing_is_said(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
