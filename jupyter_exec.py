@@ -78,6 +78,7 @@ if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import asyncio
     import hmac
     import inspect
+    import ssl
     import subprocess
 
 __version__ = "0.1.0"
@@ -2376,10 +2377,10 @@ class KernelControl(Protocol):
     """What can be done to a kernel besides sending it messages; implemented by the servers."""
 
     owned: bool  # False: attached to, not to be killed or restarted
-    supervised: bool  # a server restarts it when it ends by itself: only `kill` ends it
-    argv: list[str]  # of the kernel's process, empty if unknown
-    connection_file: str | None  # on this machine
-    start_timeout: float  # seconds for the kernel to be ready
+    supervised: bool = False  # a server restarts it when it ends by itself: only `kill` ends it
+    argv: Sequence[str] = ()  # of the kernel's process, empty if unknown
+    connection_file: str | None = None  # on this machine
+    start_timeout: float = START_TIMEOUT  # seconds for the kernel to be ready
 
     def start(self, mailbox: Mailbox) -> Channels:
         """Start or restart the kernel and connect; `mailbox` gets all that comes from it, its death too."""
@@ -2395,15 +2396,19 @@ class KernelControl(Protocol):
 
         With `dump` it writes its Python stack to its stderr before, where that can be.
         """
+        return
 
     def abandon(self) -> None:
         """Give up the host that did not answer to `kill`; the next start makes a new one."""
+        return
 
     def files(self) -> AskFar | None:
         """Return the way to the files where the kernel runs, if there is one beside its cells."""
+        return None
 
     def close(self) -> None:
         """Free what `start` made, except the channels."""
+        return
 
 
 def read_connection_file(path: AnyPath) -> KernelConnection:
@@ -2858,9 +2863,9 @@ class KernelClient:
             item = self._mailbox.get(deadline.within(READY_RETRY))
             if isinstance(item, KernelDied):
                 self._death = item
-                raise KernelStartFailed(self._control.argv, item.cause, item.exit_code, item.stderr)
+                raise KernelStartFailed(list(self._control.argv), item.cause, item.exit_code, item.stderr)
             if deadline.expired:
-                raise KernelStartFailed(self._control.argv, f"no answer within {deadline.seconds:g} s")
+                raise KernelStartFailed(list(self._control.argv), f"no answer within {deadline.seconds:g} s")
             if item is None or isinstance(item, Reconnected):
                 self._send("shell", "kernel_info_request", {})
             else:
@@ -3190,16 +3195,15 @@ def _reported_death(message: Message) -> KernelDied | None:
     return None
 
 
-class AttachedKernelControl:
-    """KernelControl of a kernel that somebody else started; it is never killed or restarted from here."""
+class AttachedKernelControl(KernelControl):
+    """A kernel that somebody else started; it is never killed or restarted from here."""
 
-    owned, supervised, start_timeout = False, False, START_TIMEOUT
+    owned = False
 
     def __init__(self, connection: KernelConnection, connection_file: str | None) -> None:
         self._connection = connection
         self._loop: Loop | None = None
         self._context: Any = None
-        self.argv: list[str] = []
         self.connection_file = connection_file
 
     def start(self, mailbox: Mailbox) -> Channels:
@@ -3210,15 +3214,6 @@ class AttachedKernelControl:
 
     def interrupt(self, sent: Callable[[], None]) -> bool:
         return False
-
-    def kill(self, dump: bool = False) -> None:
-        pass
-
-    def abandon(self) -> None:
-        pass
-
-    def files(self) -> None:
-        return None
 
     def close(self) -> None:
         if self._loop:
@@ -4249,10 +4244,12 @@ class JupyterConnectionInfo:
 
 
 class DeadlineReader(io.RawIOBase):
-    """What http.client reads an answer from: a socket with a deadline and a limit for all of it, however it drips."""
+    """What http.client reads an answer from: a socket with a deadline and a limit for all of it, however it drips.
+
+    `ahead` is how many bytes may be read at once, and so beyond the end of the answer.
+    """
 
     def __init__(self, sock: socket.socket, deadline: Deadline, ahead: int) -> None:
-        """`ahead`: bytes that may be read at once, and so beyond the end of the answer."""
         self._socket, self._deadline, self._ahead = sock, deadline, ahead
         self._left = MAX_ANSWER
 
@@ -4274,7 +4271,7 @@ class DeadlineReader(io.RawIOBase):
 
 
 class RestClient:
-    """The REST interface of a Jupyter server, and its WebSockets: JSON, one connection that is kept alive.
+    """The REST interface of a Jupyter server, and its WebSockets: JSON, each request on a connection of its own.
 
     Spec: https://jupyter-server.readthedocs.io/en/stable/developers/rest-api.html
     """
@@ -4288,8 +4285,6 @@ class RestClient:
         self._prefix = "/" + info.base_url.strip("/") if info.base_url.strip("/") else ""
         # "Authorization: token X" is the one form that all servers accept (a kernel gateway no other).
         self._headers = {"Authorization": f"token {info.token}"} if info.token else {}
-        self._socket: socket.socket | None = None
-        self._lock = threading.Lock()
 
     def shown(self, text: object) -> str:
         """Return what a server says as it may be shown: short, printable, without the token that some echo."""
@@ -4300,25 +4295,11 @@ class RestClient:
 
     def request(self, method: str, path: str, body: object = None, *, timeout: float = CONTROL_TIMEOUT) -> Any:
         """Return the JSON that the server answers. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
-        deadline = Deadline(timeout)
-        with self._lock:
-            kept, self._socket = self._socket, None  # one at a time; others dial for themselves
-        if kept and method == "POST":  # never to be said twice, so not on a connection that may have ended
-            kept.close()
-        elif kept:
-            with contextlib.suppress(ConnectionClosed):
-                return self._request(kept, method, path, body, deadline)
-        return self._request(self._dial(deadline), method, path, body, deadline)
-
-    def _request(self, sock: socket.socket, method: str, path: str, body: object, deadline: Deadline) -> Any:
-        payload = b"" if body is None else dump_json(body)
-        headers = {"Accept": "application/json", "Content-Type": "application/json", "Content-Length": len(payload)}
-        response, data = self._ask(sock, method, path, headers, payload, deadline)
-        with self._lock:
-            keep = not response.will_close and self._socket is None
-            self._socket = sock if keep else self._socket
-        if not keep:
-            sock.close()
+        deadline, payload = Deadline(timeout), b"" if body is None else dump_json(body)
+        headers: Json = {"Accept": "application/json", "Connection": "close"}
+        headers |= {"Content-Type": "application/json", "Content-Length": len(payload)}
+        with self._dial(deadline) as sock:
+            response, data = self._ask(sock, deadline, method, path, headers, payload)
         if 200 <= response.status < 300:
             with contextlib.suppress(ValueError, RecursionError):
                 return json.loads(data) if data else None
@@ -4329,84 +4310,71 @@ class RestClient:
         key = base64.b64encode(os.urandom(16)).decode("ascii")
         headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
         headers |= {"Sec-WebSocket-Key": key, "Sec-WebSocket-Protocol": V1_SUBPROTOCOL}
-        sock = self._dial(deadline)
-        # Byte by byte: what comes behind the answer are frames already.
-        response, data = self._ask(sock, "GET", path, headers, b"", deadline, ahead=1)
-        try:
+        with contextlib.ExitStack() as stack:
+            sock = stack.enter_context(self._dial(deadline))
+            response, data = self._ask(sock, deadline, "GET", path, headers)
             if response.status != 101:
                 raise self._refusal("GET", path.partition("?")[0], response, data)
-            return sock, check_opening(key, response.getheader)
-        except JupyterExecError:
-            sock.close()
-            raise
+            subprotocol = check_opening(key, response.getheader)
+            stack.pop_all()
+        return sock, subprotocol
 
     def _dial(self, deadline: Deadline) -> socket.socket:
         """Connect, with TLS if that is wanted. Raises: ConnectionClosed, ExecutionTimeout."""
         info = self.info
-        port = info.port or (443 if info.use_https else 80)
         try:
-            sock = socket.create_connection((info.host, port), deadline.within(CONTROL_TIMEOUT))
-            return self._secure(sock) if info.use_https else sock
+            tls = self._tls if info.use_https else None
+            address = info.host, info.port or (443 if tls else 80)
+            sock = socket.create_connection(address, deadline.within(CONTROL_TIMEOUT))
+            return tls.wrap_socket(sock, server_hostname=info.host) if tls else sock
         except TimeoutError:
             raise ExecutionTimeout(f"No answer from {info.url} in time.") from None
         except (OSError, ValueError, OverflowError) as error:  # of names and numbers that are none, too
             if verdict := getattr(error, "verify_message", ""):
-                raise ConnectionClosed(
-                    f"The certificate of {info.url} is not trusted: {verdict}. Give ca_file."
-                ) from None
-            raise ConnectionClosed(f"Cannot connect to {info.url}: {getattr(error, 'strerror', 0) or error}.") from None
+                says = f"The certificate of {info.url} is not trusted: {verdict}. Give ca_file."
+            else:
+                says = f"Cannot connect to {info.url}: {getattr(error, 'strerror', 0) or error}."
+            raise ConnectionClosed(says) from None
 
-    def _secure(self, sock: socket.socket) -> socket.socket:
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
         import ssl
 
-        try:
-            context = ssl.create_default_context(cafile=self.info.ca_file)
-            if not self.info.verify:
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            if self.info.client_cert:
-                context.load_cert_chain(*self.info.client_cert)
-            return context.wrap_socket(sock, server_hostname=self.info.host)
-        except BaseException:
-            sock.close()
-            raise
+        context = ssl.create_default_context(cafile=self.info.ca_file)
+        if not self.info.verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if self.info.client_cert:
+            context.load_cert_chain(*self.info.client_cert)
+        return context
 
     def _ask(
-        self,
-        sock: socket.socket,
-        method: str,
-        path: str,
-        headers: Json,
-        payload: bytes,
-        deadline: Deadline,
-        ahead: int = 8192,
+        self, sock: socket.socket, deadline: Deadline, method: str, path: str, headers: Json, payload: bytes = b""
     ) -> tuple[Any, bytes]:
-        """Send a request; return the answer's head, an http.client.HTTPResponse, and body. Errors close the socket."""
+        """Send a request; return the head of the answer, an http.client.HTTPResponse, and its body."""
         import http.client
 
         headers = {"Host": self.info.authority, **headers, **self._headers}
         lines = [f"{method} {self._prefix}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-        source: Any = DeadlineReader(sock, deadline, ahead)
+        # Byte by byte before a WebSocket: what comes behind the answer are frames already.
+        source: Any = DeadlineReader(sock, deadline, 1 if "Upgrade" in headers else 8192)
         body = bytearray()
-        with contextlib.ExitStack() as stack:
-            stack.callback(sock.close)
-            try:
-                sock.settimeout(deadline.remaining or 1e-6)
-                sock.sendall("\r\n".join((*lines, "", "")).encode("ascii") + payload)
-                # Closed here, not by the garbage collector: then its reader may be closed before it.
-                with contextlib.closing(http.client.HTTPResponse(source, method=method)) as response:
-                    response.begin()
-                    while more := response.read1(2**16):
-                        body += more
-                    if response.length:
-                        raise EOFError("its answer is cut short")
-            except TimeoutError:
-                what = f"{method} {self.info.url}{path.partition('?')[0]}"
-                raise ExecutionTimeout(f"No answer to {what} within {deadline.seconds:g} s.") from None
-            except (OSError, EOFError, ValueError, http.client.HTTPException) as error:
-                # A server that is none may say anything; http.client lets some of its ValueErrors through.
-                why = f"{type(error).__name__}: {self.shown(error)}"
-                raise ConnectionClosed(f"{self.info.url} broke the connection: {why}.") from None
-            stack.pop_all()
+        try:
+            sock.settimeout(deadline.remaining or 1e-6)
+            sock.sendall("\r\n".join((*lines, "", "")).encode("ascii") + payload)
+            # Closed here, not by the garbage collector: then its reader may be closed before it.
+            with contextlib.closing(http.client.HTTPResponse(source, method=method)) as response:
+                response.begin()
+                while more := response.read1(2**16):
+                    body += more
+                if response.length:
+                    raise EOFError("its answer is cut short")
+        except TimeoutError:
+            what = f"{method} {self.info.url}{path.partition('?')[0]}"
+            raise ExecutionTimeout(f"No answer to {what} within {deadline.seconds:g} s.") from None
+        except (OSError, EOFError, ValueError, http.client.HTTPException) as error:
+            # A server that is none may say anything; http.client lets some of its ValueErrors through.
+            why = f"{type(error).__name__}: {self.shown(error)}"
+            raise ConnectionClosed(f"{self.info.url} broke the connection: {why}.") from None
         return response, bytes(body)
 
     def _refusal(self, method: str, path: str, response: Any, data: bytes) -> ServerError:
@@ -4421,12 +4389,6 @@ class RestClient:
         elif response.status >= 300:
             says = "It redirects elsewhere, which is not followed with a token: check token, base_url, use_https."
         return ServerError(method, self.info.url + self.shown(path), response.status, says)
-
-    def close(self) -> None:
-        with self._lock:
-            if self._socket:
-                self._socket.close()
-                self._socket = None
 
 
 def _explanation(text: str) -> str:
@@ -4454,10 +4416,10 @@ class WebSocketChannels:
         self._loop, self._dial, self._mailbox = loop, dial, mailbox
         self._backlog: list[str | bytes] = []  # to send when there is a connection again
         self._outbox: Outbox | None = None  # None while there is no connection
-        self._heard_at = 0.0
         self._closed = False
         self._connect(Deadline(START_TIMEOUT))
         loop.post(self._take_over)
+        loop.post(functools.partial(loop.later, PING_INTERVAL, self._ping))
 
     def _connect(self, deadline: Deadline) -> None:
         sock, subprotocol = self._dial(deadline)
@@ -4469,10 +4431,6 @@ class WebSocketChannels:
         if self._closed:
             self._socket.close()
             return
-        if self._heard_at:
-            self._mailbox.put(Reconnected())
-        else:
-            self._loop.later(PING_INTERVAL, self._ping)
         self._heard_at = time.monotonic()
         self._outbox = Outbox(self._loop, self._socket, self._drop)
         self._loop.on_readable(self._socket.fileno(), self._read)
@@ -4537,6 +4495,7 @@ class WebSocketChannels:
             time.sleep(RECONNECT_DELAY)  # a server that accepts and closes is not asked without pause
             try:
                 self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
+                self._loop.post(functools.partial(self._mailbox.put, Reconnected()))
                 self._loop.post(self._take_over)
                 if self._closed:  # the loop may have ended before the job
                     self._socket.close()
@@ -4573,16 +4532,14 @@ class WebSocketChannels:
         self._close_socket()
 
 
-class RemoteKernelControl:
-    """KernelControl of a kernel on a Jupyter server, which starts it anew when it ends by itself."""
+class RemoteKernelControl(KernelControl):
+    """A kernel on a Jupyter server, which starts it anew when it ends by itself."""
 
     supervised = True
-    connection_file: str | None = None
 
     def __init__(self, server: RemoteJupyterServer, kernel_name: str, kernel_id: str | None) -> None:
         self._server, self._kernel_name, self._id = server, kernel_name, kernel_id
         self.start_timeout = server.start_timeout
-        self.argv: list[str] = []
         self.owned = kernel_id is None
         self._mailbox: Mailbox | None = None
         self._channels: Channels | None = None
@@ -4633,12 +4590,6 @@ class RemoteKernelControl:
             self._id = None
             self._report("it was deleted on the server")
 
-    def abandon(self) -> None:
-        pass  # the server is asked again
-
-    def files(self) -> None:
-        return None
-
     def _report(self, cause: str) -> None:
         if self._mailbox:
             self._mailbox.put(KernelDied(cause=cause))
@@ -4648,7 +4599,6 @@ class RemoteKernelControl:
             self._channels.close()
 
 
-_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 
@@ -4664,7 +4614,7 @@ class JupyterServer(Protocol):
     def stop(self) -> None:
         """End all its kernels. May be called more than once."""
 
-    def __enter__(self: _S) -> _S: ...
+    def __enter__(self: _T) -> _T: ...
     def __exit__(self, *exc_info: object) -> None: ...
 
 
@@ -4692,13 +4642,13 @@ class Stoppable(Single):
     def stop(self) -> None:
         raise NotImplementedError
 
-    def __enter__(self: _S) -> _S:
+    def __enter__(self: _T) -> _T:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    async def __aenter__(self: _S) -> _S:
+    async def __aenter__(self: _T) -> _T:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -4800,7 +4750,6 @@ class RemoteJupyterServer(Stoppable):
                 control.kill()
             control.close()
         self._controls.clear()
-        self.rest.close()
         with self._lock:
             self._stopped = True
             loop, self._loop = self._loop, None
@@ -4869,10 +4818,6 @@ class HostLink:
         if "error" in answer:
             raise _host_error(answer)
         return answer.get("result")
-
-    def ask_far(self, order: Json, data: bytes, then: Callable[[Json], None]) -> None:
-        """Ask for a step of a file transfer: see `far_step`."""
-        self.ask("file", then, data, **order)
 
     def ask(self, op: str, then: Callable[[Json], None], data: bytes = b"", **parameters: object) -> None:
         """Send a request, and bytes, without waiting; `then(answer)` is called in the loop's thread."""
@@ -5028,12 +4973,7 @@ def own_program(magic: str) -> bytes:
     )
 
 
-_Result = TypeVar("_Result")
-
-
-def _as_soon_as(
-    stream: Stream, event: int, call: Callable[[], _Result], deadline: Deadline, errors: Tail | None
-) -> _Result:
+def _as_soon_as(stream: Stream, event: int, call: Callable[[], _T], deadline: Deadline, errors: Tail | None) -> _T:
     """Return `call()` when it does not block any more; meanwhile read the stderr, for which the command may wait."""
     with selectors.DefaultSelector() as selector:
         selector.register(stream.fileno(), event)
@@ -5083,10 +5023,10 @@ def _quote(seen: bytes) -> str:
     return f"; it printed: {seen[-500:].decode('utf-8', 'replace').strip()}" if seen.strip() else ""
 
 
-class HostedKernelControl:
-    """KernelControl of a kernel that a server's host runs."""
+class HostedKernelControl(KernelControl):
+    """A kernel that a server's host runs."""
 
-    owned, supervised = True, False
+    owned = True
 
     def __init__(self, server: HostServer, kernel_name: str) -> None:
         self._server = server
@@ -5098,8 +5038,6 @@ class HostedKernelControl:
         self._name = ""  # of the process; a new one at each start
         self._link: HostLink | None = None
         self._by_message = False
-        self.argv: list[str] = []
-        self.connection_file: str | None = None
 
     def start(self, mailbox: Mailbox) -> Channels:
         link = self._link = self._server.link()
@@ -5152,10 +5090,8 @@ class HostedKernelControl:
             self._link.close("the kernel host did not answer 'kill' in time")
 
     def files(self) -> AskFar:
-        return self._server.link().ask_far
-
-    def close(self) -> None:
-        pass  # the server has the link
+        ask = self._server.link().ask
+        return lambda order, data, then: ask("file", then, data, **order)
 
 
 @dataclass(frozen=True)
@@ -5349,8 +5285,6 @@ def await_server(info: JupyterConnectionInfo, check: Callable[[], None]) -> Jupy
             check()
             if deadline.expired:
                 raise
-        finally:
-            rest.close()
 
 
 NOT_ON_WINDOWS = (
@@ -8512,9 +8446,7 @@ class AsyncJupyterCodeExecutor(Single):
         """Like JupyterCodeExecutor.list_files."""
         return await self._transfer(lambda executor, progress: executor.list_files(path), None)
 
-    async def _transfer(
-        self, work: Callable[[JupyterCodeExecutor, Progress], _Result], hook: Progress | None
-    ) -> _Result:
+    async def _transfer(self, work: Callable[[JupyterCodeExecutor, Progress], _T], hook: Progress | None) -> _T:
         """Do it beside the cells; once nobody waits for it any more, it ends at its next piece."""
         import asyncio
 

@@ -4565,7 +4565,6 @@ def jupyterhub(tmp_path: Path, cert: Path, key: Path) -> Iterator[jupyter_exec.R
         eventually(is_up, "the hub answers")
         yield rest
     finally:
-        rest.close()
         family |= descendants(process.pid)
         process.terminate()  # it ends its proxy and its servers
         with contextlib.suppress(subprocess.TimeoutExpired):
