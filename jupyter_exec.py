@@ -1963,6 +1963,11 @@ class Loop:
         elif callbacks:
             self._selector.register(descriptor, event, callbacks)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the loop's thread."""
+        return self._thread is threading.current_thread()
+
     def start(self, name: str) -> None:
         self._thread = threading.Thread(target=self.run, name=name, daemon=True)
         self._thread.start()
@@ -1970,7 +1975,7 @@ class Loop:
     def stop(self) -> None:
         """End the loop after the jobs that were posted; wait for its thread, unless this is it."""
         self.post(self._finish)
-        if self._thread and self._thread is not threading.current_thread():
+        if self._thread and not self.is_here:
             self._thread.join(CONTROL_TIMEOUT)
 
     def _finish(self) -> None:
@@ -4667,7 +4672,20 @@ async def aside(function: Callable[[], _T]) -> _T:
         pool.shutdown(wait=False)
 
 
-class RemoteJupyterServer(Stoppable):
+class EndsUnused(Stoppable):
+    """A server that ends when nobody refers to it any more."""
+
+    _loop: Loop | None = None  # with its I/O thread, once it has one
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # This may be called at any point of any thread, with any lock held: the I/O thread ends it. That thread refers
+        # to no server; a job that does keeps it until the end is done.
+        if self._loop and not is_finalizing():
+            with contextlib.suppress(JupyterExecError):  # this is a forked child
+                self._loop.post(self.stop)
+
+
+class RemoteJupyterServer(EndsUnused):
     """Kernels on a Jupyter server, kernel gateway or enterprise gateway that is there already.
 
     `env` is given to each kernel (an enterprise gateway wants KERNEL_USERNAME in it). With `kernel_id`, `start_kernel`
@@ -4689,14 +4707,7 @@ class RemoteJupyterServer(Stoppable):
         self.rest = RestClient(connection_info)
         self.env = dict(env or {})
         self._kernel_id = kernel_id
-        self._loop: Loop | None = None
         self._controls: list[RemoteKernelControl] = []
-
-    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # A server that nobody refers to deletes its kernels, in its I/O thread: see HostServer.__del__.
-        if (loop := getattr(self, "_loop", None)) and not is_finalizing():
-            with contextlib.suppress(JupyterExecError):  # this is a forked child
-                loop.post(self.stop)
 
     @property
     def loop(self) -> Loop:
@@ -4776,12 +4787,16 @@ class FarEnd:
     describe_end: Callable[[], str]  # once the stream is closed: what is known of the end of the process
     errors: Tail | None = None  # its stderr, to be read all the time
 
+    def close(self) -> None:
+        self.stream.close()
+        if self.errors:
+            self.errors.close()
+
 
 class HostLink:
     """The client's end of the pipe to one kernel host: requests with answers, events, relayed messages."""
 
-    def __init__(self, far_end: FarEnd, pid: int, uid: int) -> None:
-        self.pid, self.uid = pid, uid
+    def __init__(self, far_end: FarEnd) -> None:
         self.loop = Loop()
         self.mailboxes: dict[str, Mailbox] = {}  # of each kernel process, by its name
         self.lost: str | None = None  # why the host is gone
@@ -4885,15 +4900,13 @@ class HostLink:
     def close(self, reason: str = "the server was stopped") -> None:
         """Close the pipe, which ends the host and its kernels; end the loop and its sockets."""
         self._closing = True
-        if self.lost is None:
-            self.loop.post(functools.partial(self.hang_up, reason))
+        hang_up = functools.partial(self._pipe.close, reason)
+        if self.loop.is_here:
+            hang_up()
+        else:
+            self.loop.post(hang_up)
         self.loop.post(self._destroy_context)
         self.loop.stop()
-
-    def hang_up(self, reason: str = "the server object is gone") -> None:
-        """Close the pipe; for the loop's thread."""
-        self._closing = True
-        self._pipe.close(reason)
 
     def _destroy_context(self) -> None:
         if self._context is not None:
@@ -4973,14 +4986,15 @@ def own_program(magic: str) -> bytes:
     )
 
 
-def _as_soon_as(stream: Stream, event: int, call: Callable[[], _T], deadline: Deadline, errors: Tail | None) -> _T:
+def _as_soon_as(far_end: FarEnd, event: int, call: Callable[[], _T], deadline: Deadline) -> _T:
     """Return `call()` when it does not block any more; meanwhile read the stderr, for which the command may wait."""
+    errors = far_end.errors
     with selectors.DefaultSelector() as selector:
-        selector.register(stream.fileno(), event)
+        selector.register(far_end.stream.fileno(), event)
         if errors:
             selector.register(errors, selectors.EVENT_READ)
         while True:
-            with contextlib.suppress(BlockingIOError, InterruptedError):
+            with contextlib.suppress(BlockingIOError):
                 return call()
             if deadline.expired:
                 raise TimeoutError
@@ -4996,12 +5010,12 @@ def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, in
 
     Raises: ConnectionClosed, ExecutionTimeout, JupyterExecError if its Python is too old.
     """
-    stream, errors, seen = far_end.stream, far_end.errors, b""
+    stream, seen = far_end.stream, b""
     pattern = rb"%s (\d{1,4}) (\d{1,4}) ([0-9a-f]{1,64}) (\d{1,10}) (\d{1,10})\n" % nonce.encode("ascii")
     stream.settimeout(0)
     try:
         while not (found := re.search(pattern, seen)):
-            data = _as_soon_as(stream, selectors.EVENT_READ, lambda: stream.recv(4096), deadline, errors)
+            data = _as_soon_as(far_end, selectors.EVENT_READ, lambda: stream.recv(4096), deadline)
             if not data or len(seen) > 2**20:
                 raise ConnectionClosed(f"no Python answered{_quote(seen)}")
             seen += data
@@ -5010,7 +5024,7 @@ def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, in
             raise JupyterExecError("its Python {}.{} is too old, 3.10 or newer is needed".format(*version))
         unsent = memoryview(own_program(found[3].decode()))
         while unsent:
-            sent = _as_soon_as(stream, selectors.EVENT_WRITE, functools.partial(stream.send, unsent), deadline, errors)
+            sent = _as_soon_as(far_end, selectors.EVENT_WRITE, functools.partial(stream.send, unsent), deadline)
             unsent = unsent[sent:]
     except TimeoutError:
         raise ExecutionTimeout(f"no answer within {deadline.seconds:g} s{_quote(seen)}") from None
@@ -5120,8 +5134,11 @@ class LaunchOptions:
         return {option.name for option in fields(cls)}
 
 
-class HostServer(Stoppable):
+class HostServer(EndsUnused):
     """What servers whose kernels are run by a kernel host have in common. Starts on first use."""
+
+    class GenerateToken:
+        """Stands for a token that is made up; AutoGen's default."""
 
     relays = True  # messages through the pipe, not straight over ZeroMQ
     own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
@@ -5139,16 +5156,6 @@ class HostServer(Stoppable):
         self.serial = itertools.count(1)
         self.transport = transport
 
-    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # A server that nobody refers to ends, in its I/O thread: this may be called at any point of any thread, with
-        # any lock held. That thread refers to no server; a job that does keeps it until the end is done.
-        loop = self._link.loop if self._link else self._gateway and self._gateway._loop
-        if loop and not is_finalizing():
-            with contextlib.suppress(JupyterExecError):  # this is a forked child
-                if self._link:
-                    loop.post(self._link.hang_up)
-                loop.post(self.stop)
-
     def _open(self, program: str) -> FarEnd:
         """Start a Python somewhere that runs `program`. Raises: KernelStartFailed, SandboxError."""
         raise NotImplementedError
@@ -5160,21 +5167,24 @@ class HostServer(Stoppable):
     def _connect(self) -> HostLink:
         """Start a kernel host and greet it within `start_timeout`. Raises: KernelStartFailed, SandboxError."""
         nonce, began = os.urandom(16).hex(), time.monotonic()
-        far_end = self._open(BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main"))
-        try:
-            who = greet_host(far_end, nonce, Deadline(self.launch.start_timeout))
-        except BaseException as error:
-            far_end.stream.close()
-            end = far_end.describe_end() if isinstance(error, ConnectionClosed) else ""
-            failed = self._start_error(f"{error}: {end}" if end else str(error))
-            if far_end.errors:
-                far_end.errors.close()
-            self._disconnect()
-            if not isinstance(error, JupyterExecError):  # such as Ctrl-C
-                raise
-            raise failed from None
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._disconnect, failed=True)
+            far_end = self._open(BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main"))
+            undo.callback(far_end.close)
+            try:
+                who = greet_host(far_end, nonce, Deadline(self.launch.start_timeout))
+            except JupyterExecError as error:
+                far_end.stream.close()
+                end = far_end.describe_end() if isinstance(error, ConnectionClosed) else ""
+                raise self._start_error(f"{error}: {end}" if end else str(error)) from None
+            self._check_host(*who)
+            undo.pop_all()
         logger.info("Kernel host started: process %d, user %d, in %.2f s", *who, time.monotonic() - began)
-        return HostLink(far_end, *who)
+        return HostLink(far_end)
+
+    def _check_host(self, pid: int, uid: int) -> None:
+        """Say what is wrong with a host's process and user, as they are over there. Raises: SandboxError."""
+        return
 
     def link(self) -> HostLink:
         """Return the link to the host, which is started if there is none or the last one is gone."""
@@ -5185,6 +5195,7 @@ class HostServer(Stoppable):
                     self._link.close()
                     self._disconnect()
                 self._link = self._connect()
+                self._loop = self._link.loop
             return self._link
 
     def start_kernel(self, kernel_name: str = "python3") -> KernelClient:
@@ -5215,18 +5226,16 @@ class HostServer(Stoppable):
             raise AttributeError('There is no server to connect to by the direct way: ask for transport="gateway".')
         with self._lock:
             self._check_usable()
-            if self._gateway and self._gateway_ended():
+            if self._gateway and self._link and "gateway" not in self._link.mailboxes:  # it has ended
                 self._gateway.stop()
                 self._gateway = None
             if self._gateway is None:
                 self._gateway = RemoteJupyterServer(self._start_gateway())
+                self._loop = self._gateway.loop
             return self._gateway
 
-    def _gateway_ended(self) -> bool:
-        return False
-
     def _start_gateway(self) -> JupyterConnectionInfo:
-        raise NotImplementedError
+        raise JupyterExecError(f'{type(self).__name__} has no gateway: use transport="direct".')
 
     @property
     def connection_info(self) -> JupyterConnectionInfo:
@@ -5249,8 +5258,7 @@ class HostServer(Stoppable):
         """End the host, or the gateway, and all its kernels. May be called more than once."""
         with self._lock:
             self._stopped = True
-            link, self._link = self._link, None
-            gateway, self._gateway = self._gateway, None
+            link, gateway, self._link, self._gateway, self._loop = self._link, self._gateway, None, None, None
         if gateway:
             gateway.stop()
         if link:
@@ -5259,17 +5267,13 @@ class HostServer(Stoppable):
             self._disconnect()
             logger.info("Server stopped")
 
-    def _disconnect(self) -> None:
-        """Wait for the end of what `_connect` started."""
+    def _disconnect(self, failed: bool = False) -> None:
+        """Wait for the end of what `_open` started."""
 
 
-class _GenerateToken:
-    """Stands for a token that is made up; AutoGen's default."""
-
-
-def chosen_token(token: str | _GenerateToken | None) -> str:
+def chosen_token(token: str | HostServer.GenerateToken | None) -> str:
     """Return the token, or a new one. Raises: ValueError for the empty one, which lets everybody in."""
-    if token == "":
+    if isinstance(token, str) and not token.strip():
         raise ValueError("An empty token would open the gateway to everybody: leave it out, one is made up.")
     return token if isinstance(token, str) else os.urandom(32).hex()
 
@@ -5322,34 +5326,40 @@ class CommandJupyterServer(HostServer):
         self._argv = list(argv)
         self._quoted = Path(argv[0]).stem == "ssh" if remote_shell is None else remote_shell
         self._cwd = cwd
-        self._env = _merged_env(env or {})
-        self._env.setdefault("SLURM_UNBUFFEREDIO", "1")  # srun would hold back what has no newline: all that is said
+        # srun would hold back what has no newline: all that is said. And MPLBACKEND is for this process: inherited by a
+        # kernel it would make inline pictures vanish.
+        merged = {"SLURM_UNBUFFEREDIO": "1", **os.environ, "MPLBACKEND": None, **(env or {})}
+        self._env = {name: value for name, value in merged.items() if value is not None}
         self._process: subprocess.Popen[Any] | None = None  # the command
 
     def _open(self, program: str) -> FarEnd:
-        errors = Tail()
+        import shlex
+        import subprocess
+
+        argv = [*self._argv, "-c", shlex.quote(program) if self._quoted else program]
+        argv += [self.directory] if self.directory else []
+        errors, (ours, theirs) = Tail(), socket.socketpair()
+        far_end = FarEnd(ours, lambda: _describe_end(process, errors), errors)
+        ends: Json = {"stdin": theirs, "stdout": theirs, "stderr": errors.writer}
         try:
-            stream, process = _spawn(self._command(program), stderr=errors.writer, env=self._env, cwd=self._cwd)
+            # In a session of its own: a Ctrl-C is not for it.
+            process = subprocess.Popen(argv, start_new_session=True, env=self._env, cwd=self._cwd, **ends)
         except OSError as error:
-            errors.close()
+            far_end.close()
             raise self._start_error(describe_os_error(error)) from None
         finally:
+            theirs.close()
             os.close(errors.writer)
         self._process = process
         if not self.relays:
             with contextlib.suppress(ImportError):  # needed soon; meanwhile the other Python starts
                 import zmq  # noqa: F401
-        return FarEnd(stream, lambda: _describe_end(process, errors), errors)
+        return far_end
 
     def _start_error(self, reason: str) -> JupyterExecError:
         return KernelStartFailed(self._argv, reason)
 
-    def _command(self, program: str) -> list[str]:
-        import shlex
-
-        return [*self._argv, "-c", shlex.quote(program) if self._quoted else program]
-
-    def _disconnect(self) -> None:
+    def _disconnect(self, failed: bool = False) -> None:
         import subprocess
 
         if process := self._process:
@@ -5373,13 +5383,12 @@ class LocalJupyterServer(CommandJupyterServer):
     """
 
     relays = False
-    GenerateToken = _GenerateToken
 
     def __init__(
         self,
         ip: str | None = None,
         port: int | None = None,
-        token: str | _GenerateToken | None = None,
+        token: str | HostServer.GenerateToken | None = None,
         log_file: AnyPath | None = None,
         log_level: str = "INFO",
         log_max_bytes: int = 2**20,
@@ -5409,10 +5418,6 @@ class LocalJupyterServer(CommandJupyterServer):
         handler |= {"backupCount": log_backup_count, "filename": os.path.abspath(log_file or os.devnull)}
         self._logging = {"handlers": {"file": handler}, "loggers": {"KernelGatewayApp": {"handlers": ["file"]}}}
         self._logs = log_file is not None
-        self._gateway_mailbox = Mailbox()
-
-    def _gateway_ended(self) -> bool:
-        return self._gateway_mailbox.ended
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         ip, port = self._address
@@ -5420,7 +5425,7 @@ class LocalJupyterServer(CommandJupyterServer):
         argv += [f"--KernelGatewayApp.port={port or 0}", "--KernelGatewayApp.port_retries=0", *GATEWAY_OPTIONS]
         argv += [f"--JupyterApp.logging_config={json.dumps(self._logging)}"] if self._logs else []
         link, mailbox = self.link(), Mailbox()
-        link.mailboxes["gateway"] = self._gateway_mailbox = mailbox
+        link.mailboxes["gateway"] = mailbox
         said = Path(self.directory, os.urandom(8).hex())
         env = {"KG_AUTH_TOKEN": self._token, "JUPYTER_EXEC_PORT_FILE": str(said)}
         link.call("spawn", kernel="gateway", argv=argv, env=env)
@@ -5441,50 +5446,20 @@ class LocalJupyterServer(CommandJupyterServer):
         return await_server(JupyterConnectionInfo(ip, False, int(said.read_text()), self._token), check)
 
     def _open(self, program: str) -> FarEnd:
-        self._remove_directory()
         self.directory = make_directory()
-        try:
-            return super()._open(program)
-        except BaseException:
-            self._remove_directory()
-            raise
+        return super()._open(program)
 
-    def _command(self, program: str) -> list[str]:
-        return [*super()._command(program), self.directory]
+    def _disconnect(self, failed: bool = False) -> None:
+        import shutil
 
-    def _disconnect(self) -> None:
         if self._process:  # a host that was killed could not end what its kernels had started
             _kill_all(_family(-1, f"\0{_MARKER}={self._process.pid}/".encode()))
         super()._disconnect()
-        self._remove_directory()
-
-    def _remove_directory(self) -> None:
         if self.directory:
-            import shutil
-
             with contextlib.suppress(OSError):  # an empty one goes even where no more files can be opened
                 os.rmdir(self.directory)
             shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _spawn(argv: list[str], **options: Any) -> tuple[socket.socket, subprocess.Popen[Any]]:
-    """Start a process in a session of its own (a Ctrl-C is not for it); return the socket to its stdin and stdout."""
-    import subprocess
-
-    ours, theirs = socket.socketpair()
-    with theirs:
-        try:
-            ends: Json = {"stdin": theirs, "stdout": theirs}
-            return ours, subprocess.Popen(argv, start_new_session=True, **ends, **options)
-        except BaseException:
-            ours.close()
-            raise
-
-
-def _merged_env(changes: Mapping[str, str | None]) -> dict[str, str]:
-    # MPLBACKEND is for this process: inherited by a kernel it would make inline pictures vanish.
-    merged = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"} | dict(changes)
-    return {key: value for key, value in merged.items() if value is not None}
+            self.directory = ""
 
 
 def _describe_end(process: subprocess.Popen[Any], errors: Tail) -> str:
@@ -5504,18 +5479,22 @@ def _describe_end(process: subprocess.Popen[Any], errors: Tail) -> str:
 
 
 class DockerStream(NetStream):
-    """The attached streams of a container: its stdout is the pipe, its stderr the log, of which a tail is kept.
+    """The attached streams of a container, and its end: its stdout is the pipe, its stderr the log.
 
     Spec: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
     """
 
     _HEAD = struct.Struct(">BxxxI")
 
-    def __init__(self, attached: Any) -> None:
+    def __init__(self, attached: Any, ended: Any) -> None:
+        """`attached` and `ended` are the answers of the engine, the second one when the container has ended."""
         super().__init__(getattr(attached, "_sock", attached))
         self._attached = attached  # the SDK's wrapper: it closes the socket when it is collected
         self._buffer = bytearray()
-        self.stderr = bytearray()
+        self._stderr = bytearray()
+        self._ended = ended
+        self._exit_code: int | None = None
+        self._lock = threading.Lock()
 
     def recv(self, size: int, /) -> bytes:
         while data := super().recv(size):
@@ -5525,24 +5504,50 @@ class DockerStream(NetStream):
 
     def _demultiplex(self, data: bytes) -> bytes:
         self._buffer += data
-        stdout, position = [], 0
-        while len(self._buffer) - position >= self._HEAD.size:
+        stdout = []
+        while len(self._buffer) >= self._HEAD.size:
             # "STREAM_TYPE can be: 0: stdin (is written on stdout), 1: stdout, 2: stderr"
-            kind, length = self._HEAD.unpack_from(self._buffer, position)
-            end = position + self._HEAD.size + length
+            kind, length = self._HEAD.unpack_from(self._buffer)
             if kind > 2:
                 raise ProtocolError("The attached container sends something that is no stream frame.")
+            end = self._HEAD.size + length
             if len(self._buffer) < end:
                 break
-            payload = bytes(memoryview(self._buffer)[position + self._HEAD.size : end])
+            payload = self._buffer[self._HEAD.size : end]
+            del self._buffer[:end]
             if kind == 2:
-                self.stderr += payload
-                del self.stderr[:-STDERR_TAIL]
+                self._stderr = (self._stderr + payload)[-STDERR_TAIL:]
             else:
                 stdout.append(payload)
-            position = end
-        del self._buffer[:position]
         return b"".join(stdout)
+
+    @property
+    def log(self) -> str:
+        """The end of the stderr."""
+        return self._stderr.decode("utf-8", "replace").strip()
+
+    def exit_code(self) -> int | None:
+        """Wait, a while, for the end of the container, and for its removal if that is due."""
+        with self._lock:  # the I/O thread asks when the pipe closes, stop() at the same time
+            if self._ended is not None:
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError), self._ended as answer:
+                    self._exit_code = int(answer.json()["StatusCode"])
+                self._ended = None
+            return self._exit_code
+
+    def describe_end(self) -> str:
+        code = self.exit_code()
+        cause = " (killed, perhaps because memory ran out)" if code == 137 else f" (exit code {code})"
+        # Podman says 0 whatever it was; a host ends in no such way.
+        end = "" if code is None else f"the container has ended{cause if code else ''}"
+        return f"{end}; its log: {self.log}" if self.log else end
+
+    def forget_end(self) -> None:
+        """Wait no more."""
+        with self._lock:
+            if self._ended is not None:
+                self._ended.close()
+            self._ended = None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -5568,7 +5573,6 @@ class DockerJupyterServer(HostServer):
     SandboxError.
     """
 
-    GenerateToken = _GenerateToken
     DEFAULT_DOCKERFILE: ClassVar[str] = """\
 # The image of jupyter_exec.DockerJupyterServer. Target "kernel": Python with ipykernel, enough for the direct way.
 ARG BASE_IMAGE=python:3.13-slim
@@ -5600,19 +5604,10 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
  --ZMQChannelsWebsocketConnection.limit_rate=False"]
 """
 
-    # What the transport needs for itself -> what to use instead.
-    _RESERVED: ClassVar[dict[str, str]] = {
-        "command": "custom_image_name",
-        "detach": "nothing",
-        "image": "custom_image_name",
-        "log_config": "nothing, the stdout of the container is the transport",
-        "name": "container_name",
-        "auto_remove": "auto_remove, which is a keyword of its own",
-        "remove": "auto_remove",
-        "stdin_open": "nothing",
-        "stream": "nothing",
-        "tty": "nothing",
-    }
+    _client: Any = None  # of the engine, while there is a container
+    _container: Any = None
+    _stream: DockerStream | None = None
+    _pid = 0  # of the process that has made the container
 
     def __init__(
         self,
@@ -5622,7 +5617,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         auto_remove: bool = True,
         stop_container: bool = True,
         docker_env: Mapping[str, str] | None = None,
-        token: str | _GenerateToken | None = None,
+        token: str | HostServer.GenerateToken | None = None,
         base_image: str | None = None,
         packages: Sequence[str] = (),
         network: str | None = None,
@@ -5632,13 +5627,10 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         hardened: bool = False,
         **docker_kwargs: Any,
     ) -> None:
-        implied = "direct" if token is None and stop_container else "gateway"
         launch = {name: docker_kwargs.pop(name) for name in LaunchOptions.names() & docker_kwargs.keys()}
+        implied = "direct" if token is None and stop_container else "gateway"
         super().__init__(transport or implied, launch)
-        for name in sorted(self._RESERVED.keys() & docker_kwargs.keys()):
-            raise ValueError(f"{name!r} is not for docker_kwargs; use {self._RESERVED[name]}.")
-        ours = {*(DockerJupyterServer.__init__.__kwdefaults__ or {}), *LaunchOptions.names()}
-        _check_keywords(docker_kwargs, ours)
+        _check_keywords(docker_kwargs, {*(DockerJupyterServer.__init__.__kwdefaults__ or {}), *LaunchOptions.names()})
         limits = {"read_only": True, "mem_limit": "1g", "nano_cpus": 10**9} if hardened else {}
         if docker_kwargs.keys() & {"cpu_period", "cpu_quota"}:  # say the same in another way, and not both are allowed
             limits.pop("nano_cpus", None)
@@ -5648,27 +5640,15 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             raise ValueError("Give network or network_mode, not both.")
         if custom_image_name and (packages or base_image):
             raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
-        if isinstance(token, str) and not token.strip():
-            raise ValueError("An empty token would open the gateway to anybody: give one, or leave it out.")
         self._network = network or self._docker_kwargs.get("network_mode") or ("none" if hardened else "bridge")
         if self.transport == "gateway" and self._network == "none":
             raise ValueError('A gateway cannot be reached without a network: use transport="direct".')
-        self._stop_container = stop_container
-        self._token = token
-        self._custom_image = custom_image_name
-        self._container_name = container_name
-        self._auto_remove = auto_remove
+        self._token = chosen_token(token)
+        self._custom_image, self._base_image, self._packages = custom_image_name, base_image, _requirements(packages)
+        self._container_name, self._stop_container, self._auto_remove = container_name, stop_container, auto_remove
         self._env = dict(docker_env or {})
-        self._base_image = base_image
-        self._packages = _requirements(packages)
         self._bind_dir = None if bind_dir is None else os.path.abspath(bind_dir)
         self._work_dir = work_dir
-        self._client: Any = None
-        self._container: Any = None
-        self._ended: Any = None  # the engine's answer to "wait", when it comes
-        self._exit_status: int | None = None
-        self._end_lock = threading.Lock()
-        self._pid = 0  # of the process that has started the container
         for opening in _openings(self._docker_kwargs | {"network_mode": self._network}, self._bind_dir):
             logger.warning("The sandbox of Docker is opened: %s", opening)
 
@@ -5678,58 +5658,39 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         return self._container.id if self._container else None
 
     def _open(self, program: str) -> FarEnd:
-        client, stream = self._new_client(), None
-        try:
-            with _engine_errors(self._image_name):
-                self._container = self._create(client, self._image(client), ["python3", "-c", program])
-                stream = self._stream = self._attach(client)
-                self._container.start()
-            logger.info("Container %s started: %s", self._container.name, self._container.id)
-        except BaseException:
-            if stream:
-                stream.close()
-            self._disconnect(failed=True)
-            raise
-        server = weakref.ref(self)  # which ends when nobody else refers to it
-        return FarEnd(stream, lambda: f"{this._describe_end() if (this := server()) else ''}{_log_of(stream)}")
+        client = self._new_client()
+        with _engine_errors(self._image_name):
+            self._container = self._create(client, ["python3", "-c", program])
+            self._stream = stream = self._attach(client)
+            self._container.start()
+        logger.info("Container %s started: %s", self._container.name, self._container.id)
+        return FarEnd(stream, stream.describe_end)
 
     def _start_error(self, reason: str) -> JupyterExecError:
-        logs = self._stream.stderr.decode("utf-8", "replace")
-        return SandboxError(f"No kernel host answered: {reason}", self._image_name, self._container.name, logs)
+        log = self._stream.log if self._stream else ""
+        return SandboxError(f"No kernel host answered: {reason}", self._image_name, self._container.name, log)
 
-    def _connect(self) -> HostLink:
-        link = super()._connect()
+    def _check_host(self, pid: int, uid: int) -> None:
         user = self._container.attrs["Config"]["User"]
-        if link.uid == 0 and "user" not in self._docker_kwargs and not _is_root(user):
-            link.close()
-            self._disconnect()
+        if uid == 0 and "user" not in self._docker_kwargs and not _is_root(user):
             raise SandboxError(f"User {user} of the image is root: give user=, such as {NORMAL_USER}", self._image_name)
-        if link.pid != 1:
+        if pid != 1:
             logger.warning(NOT_FIRST, self._container.name)
-        return link
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         """Run the image's own command, with the port published on the loopback address of the engine only."""
         client = self._new_client()
-        token = chosen_token(self._token)
         try:
             with _engine_errors(self._image_name):
                 _remove_orphans(client)
-                image = self._image(client)
-                options = self._options(client, image.attrs.get("Config") or {}, None)
-                for name in ("stdin_open", "log_config", "auto_remove", *([] if self._bind_dir else ["working_dir"])):
-                    del options[name]
-                options["environment"]["TOKEN"] = token
-                if self._stop_container:
-                    options["labels"]["jupyter_exec.forsakable"] = "1"
-                options["ports"] = {"8888/tcp": ("127.0.0.1", None)} | dict(options.get("ports") or {})
-                self._container = client.containers.create(image.id, **options)
+                self._container = self._create(client, None)
                 if self._stop_container:
                     weakref.finalize(self, _remove_quietly, self._container, os.getpid())  # at the program's end, too
                 self._container.start()
                 self._container.reload()
-                published = (self._container.ports.get("8888/tcp") or [{}])[0].get("HostPort", 0)
-            return await_server(JupyterConnectionInfo("127.0.0.1", False, int(published), token), self._check_gateway)
+                port = (self._container.ports.get("8888/tcp") or [{}])[0].get("HostPort", 0)
+            info = JupyterConnectionInfo("127.0.0.1", False, int(port), self._token)
+            return await_server(info, self._check_gateway)
         except BaseException:
             self._disconnect(failed=True)
             raise
@@ -5744,13 +5705,12 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         raise SandboxError("The container has ended before its gateway answered", self._image_name, "", logs)
 
     def _new_client(self) -> Any:
-        self._pid = os.getpid()
         client = docker_client()
         here = client.api.base_url.startswith("http+docker://")  # a socket of this machine
         if here and self._bind_dir and not os.path.isdir(self._bind_dir):
             client.close()
             raise SandboxError(f"bind_dir {self._bind_dir} does not exist")  # the engine would make it, for root
-        self._client = client
+        self._client, self._pid = client, os.getpid()
         return client
 
     @property
@@ -5808,14 +5768,17 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if failed:
             base = self._base_image or "python:3.13-slim"
             advice = (
-                f" (it is built on {base}; where no registry is reached, base_image= must name an image that is there)"
+                f"it is built on {base}; where no registry is reached, base_image= must name an image that is there"
             )
-            reason = f"The image could not be built: {cause[:500]}{advice}"
+            reason = f"The image could not be built: {cause[:500]} ({advice})"
             raise SandboxError(reason, self._image_name, "", "\n".join(tail))
 
-    def _create(self, client: Any, image: Any, command: list[str]) -> Any:
+    def _create(self, client: Any, command: list[str] | None) -> Any:
+        image = self._image(client)
         options = self._options(client, image.attrs.get("Config") or {}, command)
-        if not self._bind_dir and not self._has_work_dir(client, image):  # the engine would make it, owned by root
+        if command is None:
+            options["environment"]["TOKEN"] = self._token
+        elif not self._bind_dir and not self._has_work_dir(client, image):  # the engine would make it, owned by root
             options.setdefault("tmpfs", {}).setdefault(self._work_dir, _tmpfs(client, options["user"]))
         return client.containers.create(image.id, **options)
 
@@ -5834,28 +5797,30 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             probe.remove()
 
     def _options(self, client: Any, config: Json, command: list[str] | None) -> Json:
-        """Return the arguments of containers.create: ours, merged with those of the user."""
-        user = self._docker_kwargs["user"] if "user" in self._docker_kwargs else self._user(client, config)
+        """Return the arguments of containers.create: ours, merged with those of the user; no command: for a gateway."""
         options: Json = {
-            "command": command,
             "name": self._container_name or f"jupyter-exec-{os.urandom(8).hex()}",
-            "stdin_open": True,  # and not "detach": the engine then closes stdin when we have gone
-            "auto_remove": self._auto_remove,
-            "log_config": {"type": "none"},  # the stdout is our relay, not to be written to the engine's disk
             "network_mode": self._network,
             "use_config_proxy": self._network != "none",  # its proxies, and the passwords in their URLs
             "environment": dict(self._env),
-            "working_dir": self._work_dir,
             "labels": {"jupyter_exec": __version__, "jupyter_exec.owner": process_name(os.getpid())},
-            "user": user,
-            # The kernel host is to be PID 1: code can neither stop it nor open its pipe, which an init before it would
-            # have open too. It hears no SIGTERM either, so that `docker stop` would wait.
-            "init": command is None,
-            "stop_signal": None if command is None else "SIGKILL",
+            "user": self._docker_kwargs["user"] if "user" in self._docker_kwargs else self._user(client, config),
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
             "pids_limit": PIDS_LIMIT,
+            # The kernel host is to be PID 1: code can neither stop it nor open its pipe, which an init before it would
+            # have open too. It hears no SIGTERM either, so that `docker stop` would wait.
+            "init": command is None,
         }
+        if command is None:
+            options["ports"] = {"8888/tcp": ("127.0.0.1", None)}
+            options["labels"] |= {"jupyter_exec.forsakable": "1"} if self._stop_container else {}
+        else:
+            options |= {"command": command, "stop_signal": "SIGKILL", "auto_remove": self._auto_remove}
+            options["stdin_open"] = True  # and not "detach": the engine then closes stdin when we have gone
+            options["log_config"] = {"type": "none"}  # the stdout is our relay, not to be written to the engine's disk
+        if command or self._bind_dir:
+            options["working_dir"] = self._work_dir
         # Of the engine's memory at most a half, unless told otherwise; and no swap beside the limit.
         options["mem_limit"] = self._docker_kwargs.get("mem_limit") or client.info()["MemTotal"] // 2
         options["memswap_limit"] = options["mem_limit"]
@@ -5864,7 +5829,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if self._docker_kwargs.get("read_only"):
             home = dict(entry.partition("=")[::2] for entry in config.get("Env") or []).get("HOME")
             places = ["/tmp", *([home] if home else []), *([] if self._bind_dir else [self._work_dir])]
-            options["tmpfs"] = dict.fromkeys(places, _tmpfs(client, user))
+            options["tmpfs"] = dict.fromkeys(places, _tmpfs(client, options["user"]))
         for name, value in self._docker_kwargs.items():
             options[name] = _merged(name, options.get(name), value)
         return options
@@ -5884,35 +5849,16 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
     def _attach(self, client: Any) -> DockerStream:
         """Attach to the container, and wait for its end, both before it starts: later would be too late."""
         url = client.api._url("/containers/{0}", self._container.id)
-        condition = "removed" if self._auto_remove else "next-exit"
-        self._exit_status = None
-        self._ended = client.api._post(
-            f"{url}/wait", params={"condition": condition}, stream=True, timeout=STOP_TIMEOUT
-        )
+        post = functools.partial(client.api._post, stream=True, timeout=STOP_TIMEOUT)
+        ended = post(f"{url}/wait", params={"condition": "removed" if self._auto_remove else "next-exit"})
         # As attach_socket() does, which waits for ever if the engine does not answer.
         streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
-        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
-        answer = client.api._post(f"{url}/attach", params=streams, headers=headers, stream=True, timeout=STOP_TIMEOUT)
-        return DockerStream(client.api._get_raw_response_socket(answer))
-
-    def _exit_code(self) -> int | None:
-        """Wait, a while, for the end of the container, and for its removal if that is due."""
-        with self._end_lock:  # the I/O thread asks when the pipe closes, stop() at the same time
-            if self._ended is not None:
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError), self._ended as answer:
-                    self._exit_status = int(answer.json()["StatusCode"])
-                self._ended = None
-            return self._exit_status
-
-    def _describe_end(self) -> str:
-        code = self._exit_code()
-        cause = " (killed, perhaps because memory ran out)" if code == 137 else f" (exit code {code})"
-        # Podman says 0 whatever it was; a host ends in no such way.
-        return "" if code is None else f"the container has ended{cause if code else ''}"
+        answer = post(f"{url}/attach", params=streams, headers={"Connection": "Upgrade", "Upgrade": "tcp"})
+        return DockerStream(client.api._get_raw_response_socket(answer), ended)
 
     def _disconnect(self, failed: bool = False) -> None:
-        """End the container by force: it may be paused, and its host stopped, or slow."""
-        container, self._container = self._container, None
+        """End the container by force: it may be paused, and its host stopped, or slow. Remove it if it has `failed`."""
+        container, stream, self._container, self._stream = self._container, self._stream, None, None
         if os.getpid() != self._pid:
             return  # a forked child has left the `with` of its parent
         self._client.api.timeout = STOP_TIMEOUT
@@ -5920,12 +5866,11 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             if container and (self._stop_container or failed):
                 container.remove(force=True) if self._auto_remove or failed else container.kill()
         except Exception as error:  # whatever it is: the container is gone, or the engine is
-            if "already in progress" in str(error):
-                self._exit_code()
-        with self._end_lock:
-            if self._ended is not None:
-                self._ended.close()
-            self._ended = None
+            if stream and "already in progress" in str(error):
+                stream.exit_code()
+        if stream:
+            stream.close()
+            stream.forget_end()
         self._client.close()
 
 
@@ -5946,11 +5891,6 @@ def _remove_orphans(client: Any) -> None:
     for container in client.containers.list(filters={"label": "jupyter_exec.forsakable"}, ignore_removed=True):
         if has_ended(container.labels.get("jupyter_exec.owner", "")):
             _remove_quietly(container, os.getpid())
-
-
-def _log_of(stream: DockerStream) -> str:
-    log = stream.stderr.decode("utf-8", "replace").strip()
-    return f"; its log: {log}" if log else ""
 
 
 def docker_client() -> Any:
@@ -6079,8 +6019,24 @@ def _requirements(packages: Sequence[str]) -> list[str]:
     return sorted(" ".join(package.split()) for package in packages)
 
 
+# What the transport needs for itself -> what to use instead.
+_RESERVED = {
+    "command": "custom_image_name",
+    "detach": "nothing",
+    "image": "custom_image_name",
+    "log_config": "nothing, the stdout of the container is the transport",
+    "name": "container_name",
+    "remove": "auto_remove",
+    "stdin_open": "nothing",
+    "stream": "nothing",
+    "tty": "nothing",
+}
+
+
 def _check_keywords(given: Mapping[str, Any], ours: Iterable[str]) -> None:
-    """Raise TypeError for what docker-py would refuse, if it is installed."""
+    """Raise ValueError for what the transport needs, TypeError for what docker-py, if it is installed, would refuse."""
+    for name in sorted(_RESERVED.keys() & given.keys()):
+        raise ValueError(f"{name!r} is not for docker_kwargs; use {_RESERVED[name]}.")
     if not given:
         return
     try:

@@ -3467,7 +3467,7 @@ def test_a_host_that_is_the_first_process_hears_a_stop_at_once(containers: Any) 
         server.kernelspecs()
         (container,) = containers()
         container.stop(timeout=600)  # what the engine would wait before it kills
-        assert server._exit_code() == 137
+        assert server._stream and server._stream.exit_code() == 137
 
 
 def test_docker_timeout_and_death(boxed: JupyterCodeExecutor) -> None:
@@ -4064,7 +4064,7 @@ def test_no_permission_for_docker_says_what_to_do(monkeypatch: pytest.MonkeyPatc
         ({"packages": "six"}, "list of strings"),
         ({"packages": ["six", "--index-url=http://evil"]}, "option of pip"),
         ({"packages": ["six\n-r /etc/passwd"]}, "option of pip"),
-        ({"token": " "}, "open the gateway to anybody"),
+        ({"token": " "}, "open the gateway to everybody"),
     ],
 )
 def test_docker_keywords_that_do_not_go_together(options: dict[str, Any], says: str) -> None:
