@@ -71,7 +71,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, overload
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypedDict, TypeVar, overload
 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
@@ -80,6 +80,8 @@ if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import inspect
     import ssl
     import subprocess
+
+    from typing_extensions import Unpack  # type checkers know it, installed or not
 
 __version__ = "0.1.0"
 
@@ -129,7 +131,7 @@ App.start = start
 App.launch_instance()
 """
 MAX_WEBSOCKET_MESSAGE = 10 * 2**20  # bytes; tornado, below every Jupyter server, resets the connection beyond
-ENGINE_TIMEOUT = 10  # seconds for the Docker engine to answer at all; asked twice
+ENGINE_TIMEOUT = 20  # seconds for the Docker engine to answer at all, on a machine under load
 WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as start a container
 STOP_TIMEOUT = 10  # seconds for the Docker engine to end a container; stop() lasts no longer
 BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
@@ -1931,7 +1933,7 @@ class Loop:
 
     def post(self, job: Callable[[], None]) -> None:
         """Call `job()` in the loop's thread, after the jobs that were posted before."""
-        if os.getpid() != self._pid:
+        if self.is_inherited:
             raise JupyterExecError("This process was forked from the one with the server: make a new server here.")
         self._jobs.append(job)
         if not self._awake:
@@ -1962,6 +1964,11 @@ class Loop:
             self._selector.unregister(descriptor)
         elif callbacks:
             self._selector.register(descriptor, event, callbacks)
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this is a forked child of the process with the loop."""
+        return os.getpid() != self._pid
 
     @property
     def is_here(self) -> bool:
@@ -4546,7 +4553,7 @@ class RemoteKernelControl(KernelControl):
         self._server, self._kernel_name, self._id = server, kernel_name, kernel_id
         self.start_timeout = server.start_timeout
         self.owned = kernel_id is None
-        self._mailbox: Mailbox | None = None
+        self._mailbox = Mailbox()
         self._channels: Channels | None = None
 
     def start(self, mailbox: Mailbox) -> Channels:
@@ -4582,7 +4589,7 @@ class RemoteKernelControl(KernelControl):
             self._server.rest.request("POST", f"{self._path}/interrupt", {}, timeout=INTERRUPT_GRACE)
         except ServerError as error:
             if error.status == 404:
-                self._report("it is no longer on the server")
+                self._mailbox.put(KernelDied(cause="it is no longer on the server"))
         except JupyterExecError as error:
             logger.warning("The interrupt was not delivered: %s", error)
         sent()
@@ -4593,11 +4600,7 @@ class RemoteKernelControl(KernelControl):
             with contextlib.suppress(JupyterExecError):
                 self._server.rest.request("DELETE", self._path, timeout=INTERRUPT_GRACE)
             self._id = None
-            self._report("it was deleted on the server")
-
-    def _report(self, cause: str) -> None:
-        if self._mailbox:
-            self._mailbox.put(KernelDied(cause=cause))
+            self._mailbox.put(KernelDied(cause="it was deleted on the server"))
 
     def close(self) -> None:
         if self._channels:
@@ -4672,20 +4675,30 @@ async def aside(function: Callable[[], _T]) -> _T:
         pool.shutdown(wait=False)
 
 
-class EndsUnused(Stoppable):
-    """A server that ends when nobody refers to it any more."""
+class Server(Stoppable):
+    """A server with an I/O thread. It ends when it is stopped, or when nobody refers to it any more."""
 
-    _loop: Loop | None = None  # with its I/O thread, once it has one
+    _loop: Loop | None = None  # once there is something to end
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # This may be called at any point of any thread, with any lock held: the I/O thread ends it. That thread refers
         # to no server; a job that does keeps it until the end is done.
-        if self._loop and not is_finalizing():
-            with contextlib.suppress(JupyterExecError):  # this is a forked child
-                self._loop.post(self.stop)
+        if self._loop and not self._loop.is_inherited and not is_finalizing():
+            self._loop.post(self.stop)
+
+    def stop(self) -> None:
+        """End what was started here, all kernels included. May be called more than once."""
+        with self._lock:
+            self._stopped = True
+            loop, self._loop = self._loop, None
+        if loop and not loop.is_inherited:  # else a forked child has left the `with` of its parent
+            self._end(loop)
+
+    def _end(self, loop: Loop) -> None:
+        raise NotImplementedError
 
 
-class RemoteJupyterServer(EndsUnused):
+class RemoteJupyterServer(Server):
     """Kernels on a Jupyter server, kernel gateway or enterprise gateway that is there already.
 
     `env` is given to each kernel (an enterprise gateway wants KERNEL_USERNAME in it). With `kernel_id`, `start_kernel`
@@ -4754,18 +4767,13 @@ class RemoteJupyterServer(EndsUnused):
     def _is_none(self, path: str) -> ServerError:
         return ServerError("GET", self.connection_info.url + path, 200, "This is no Jupyter server.")
 
-    def stop(self) -> None:
-        """Delete the kernels that were started here and disconnect. May be called more than once."""
+    def _end(self, loop: Loop) -> None:
         for control in self._controls:
             if control.owned:
                 control.kill()
             control.close()
         self._controls.clear()
-        with self._lock:
-            self._stopped = True
-            loop, self._loop = self._loop, None
-        if loop:
-            loop.stop()
+        loop.stop()
 
 
 # ======================================================================================================
@@ -4773,31 +4781,25 @@ class RemoteJupyterServer(EndsUnused):
 # ======================================================================================================
 
 
-class TimedStream(Stream, Protocol):
-    """A Stream that can be told not to block, for the time before the loop has it."""
+class FarEnd(Stream, Protocol):
+    """stdin and stdout of a process over there that was started to become a kernel host."""
+
+    @property
+    def errors(self) -> Tail | None:
+        """Its stderr, to be read all the time."""
 
     def settimeout(self, seconds: float, /) -> None: ...
 
-
-@dataclass
-class FarEnd:
-    """A process over there that was started to become a kernel host."""
-
-    stream: TimedStream  # its stdin and stdout
-    describe_end: Callable[[], str]  # once the stream is closed: what is known of the end of the process
-    errors: Tail | None = None  # its stderr, to be read all the time
-
-    def close(self) -> None:
-        self.stream.close()
-        if self.errors:
-            self.errors.close()
+    def describe_end(self) -> str:
+        """Return what is known of the end of the process, once this is closed; "" if it is nothing."""
 
 
 class HostLink:
     """The client's end of the pipe to one kernel host: requests with answers, events, relayed messages."""
 
-    def __init__(self, far_end: FarEnd) -> None:
-        self.loop = Loop()
+    def __init__(self, far_end: FarEnd, context: Any) -> None:
+        """`context`: of ZeroMQ, for sockets of the loop, or None."""
+        self.loop, self.context = Loop(), context
         self.mailboxes: dict[str, Mailbox] = {}  # of each kernel process, by its name
         self.lost: str | None = None  # why the host is gone
         self._begun: dict[str, PipeCodec] = {}  # by kernel, a large message of which pieces have come
@@ -4805,18 +4807,10 @@ class HostLink:
         self._closing = False
         self._serial = itertools.count(1)
         self._answers: dict[int, Callable[[Json], None]] = {}
-        self._context: Any = None
-        self._context_lock = threading.Lock()
-        self._pipe = Pipe(self.loop, far_end.stream, self._on_parts, self._on_closed)
+        self._pipe = Pipe(self.loop, far_end, self._on_parts, self._on_closed)
         if far_end.errors:
             far_end.errors.watch(self.loop)
         self.loop.start("jupyter_exec I/O")
-
-    def context(self) -> Any:
-        """Return the ZeroMQ context of the loop's sockets."""
-        with self._context_lock:
-            self._context = self._context or new_context()
-            return self._context
 
     def call(self, op: str, **parameters: Any) -> Any:
         """Ask the host and return its result.
@@ -4905,12 +4899,9 @@ class HostLink:
             hang_up()
         else:
             self.loop.post(hang_up)
-        self.loop.post(self._destroy_context)
+        if self.context:
+            self.loop.post(functools.partial(self.context.destroy, 0))
         self.loop.stop()
-
-    def _destroy_context(self) -> None:
-        if self._context is not None:
-            self._context.destroy(linger=0)
 
 
 def _text(value: object) -> str:
@@ -4964,17 +4955,16 @@ def own_program(magic: str) -> bytes:
     def code() -> bytes:
         return marshal.dumps(loader.get_code(name)) if magic == importlib.util.MAGIC_NUMBER.hex() else b""
 
-    # Code first, if it need not be compiled, which would stop all threads for half a second; but of no loader that
-    # rewrites what it loads: the host may not have what the new code wants.
-    has_code = type(loader) is importlib.machinery.SourceFileLoader and os.path.exists(
-        globals().get("__cached__") or ""
-    )
     ways: list[tuple[bytes, Callable[[], bytes]]] = [
-        (b"c", lambda: code() if has_code else b""),
         (b"s", lambda: loader.get_source(name).encode("utf-8")),  # a zip has it too
         (b"s", lambda: Path(re.sub(r"\.pyc\Z", ".py", __file__)).read_bytes()),
         (b"c", code),  # a program without sources: only .pyc, or frozen
     ]
+    cached = globals().get("__cached__") or ""
+    if type(loader) is importlib.machinery.SourceFileLoader and os.path.exists(cached):
+        # Code first, if it need not be compiled, which would stop all threads for half a second; but of no loader that
+        # rewrites what it loads: the host may not have what the new code wants.
+        ways.insert(0, (b"c", code))
     for kind, way in ways:
         with contextlib.suppress(ImportError, OSError, AttributeError, NameError):
             if program := way():
@@ -4990,7 +4980,7 @@ def _as_soon_as(far_end: FarEnd, event: int, call: Callable[[], _T], deadline: D
     """Return `call()` when it does not block any more; meanwhile read the stderr, for which the command may wait."""
     errors = far_end.errors
     with selectors.DefaultSelector() as selector:
-        selector.register(far_end.stream.fileno(), event)
+        selector.register(far_end.fileno(), event)
         if errors:
             selector.register(errors, selectors.EVENT_READ)
         while True:
@@ -5010,12 +5000,12 @@ def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, in
 
     Raises: ConnectionClosed, ExecutionTimeout, JupyterExecError if its Python is too old.
     """
-    stream, seen = far_end.stream, b""
+    seen = b""
     pattern = rb"%s (\d{1,4}) (\d{1,4}) ([0-9a-f]{1,64}) (\d{1,10}) (\d{1,10})\n" % nonce.encode("ascii")
-    stream.settimeout(0)
+    far_end.settimeout(0)
     try:
         while not (found := re.search(pattern, seen)):
-            data = _as_soon_as(far_end, selectors.EVENT_READ, lambda: stream.recv(4096), deadline)
+            data = _as_soon_as(far_end, selectors.EVENT_READ, lambda: far_end.recv(4096), deadline)
             if not data or len(seen) > 2**20:
                 raise ConnectionClosed(f"no Python answered{_quote(seen)}")
             seen += data
@@ -5024,7 +5014,7 @@ def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, in
             raise JupyterExecError("its Python {}.{} is too old, 3.10 or newer is needed".format(*version))
         unsent = memoryview(own_program(found[3].decode()))
         while unsent:
-            sent = _as_soon_as(far_end, selectors.EVENT_WRITE, functools.partial(stream.send, unsent), deadline)
+            sent = _as_soon_as(far_end, selectors.EVENT_WRITE, functools.partial(far_end.send, unsent), deadline)
             unsent = unsent[sent:]
     except TimeoutError:
         raise ExecutionTimeout(f"no answer within {deadline.seconds:g} s{_quote(seen)}") from None
@@ -5044,7 +5034,7 @@ class HostedKernelControl(KernelControl):
 
     def __init__(self, server: HostServer, kernel_name: str) -> None:
         self._server = server
-        self.start_timeout = server.launch.start_timeout
+        self.start_timeout = server.launch["start_timeout"]
         self._kernel_name = kernel_name
         self._slot = f"k{next(server.serial)}"
         self._key = os.urandom(32).hex()
@@ -5058,18 +5048,10 @@ class HostedKernelControl(KernelControl):
         self._name = f"{self._slot}.{next(self._starts)}"
         link.mailboxes[self._name] = mailbox
         try:
-            result = link.call(
-                "start",
-                kernel=self._name,
-                slot=self._slot,
-                kernel_name=self._kernel_name,
-                key=self._key,
-                identity=os.urandom(16).hex(),
-                relay=self._server.relays,
-                own_python3=self._server.own_python3,
-                launch=asdict(self._server.launch),
-            )
-            return self._reach(link, mailbox, result)
+            order: Json = {"kernel": self._name, "slot": self._slot, "key": self._key, "relay": self._server.relays}
+            order |= {"kernel_name": self._kernel_name, "own_python3": self._server.own_python3}
+            order |= {"launch": self._server.launch, "identity": os.urandom(16).hex()}
+            return self._reach(link, mailbox, link.call("start", **order))
         except JupyterExecError as error:
             link.mailboxes.pop(self._name, None)
             if isinstance(error, ProtocolError):
@@ -5088,7 +5070,7 @@ class HostedKernelControl(KernelControl):
         places = [("tcp", "127.0.0.1"), ("ipc", os.path.join(self._server.directory, self._slot))]
         if (connection.transport, connection.ip) not in places or connection.key != self._key:
             raise ProtocolError("The kernel host names a connection that is not the kernel's.")
-        return ZmqChannels(link.loop, link.context(), connection, mailbox)
+        return ZmqChannels(link.loop, link.context, connection, mailbox)
 
     def interrupt(self, sent: Callable[[], None]) -> bool:
         if self._link and not self._by_message:
@@ -5108,8 +5090,7 @@ class HostedKernelControl(KernelControl):
         return lambda order, data, then: ask("file", then, data, **order)
 
 
-@dataclass(frozen=True)
-class LaunchOptions:
+class LaunchOptions(TypedDict, total=False):
     """How kernels are launched: keywords of LocalJupyterServer, CommandJupyterServer and DockerJupyterServer alike.
 
     On Linux an ipykernel is forked, in a fifth of the time, from a process that has imported ipykernel and the modules
@@ -5118,23 +5099,15 @@ class LaunchOptions:
     `start_timeout` is how many seconds the start of a kernel host may take, and then that of each kernel.
     """
 
-    preload: Sequence[str] | None = ()
-    ipython_defaults: bool = False
-    start_timeout: float = START_TIMEOUT
-
-    def __post_init__(self) -> None:
-        listed = isinstance(self.preload, Sequence) and not isinstance(self.preload, str)
-        if self.preload is not None and not (listed and all(isinstance(name, str) for name in self.preload)):
-            raise ValueError(f"preload must be a list of module names, or None, not {self.preload!r}.")
-        if not self.start_timeout > 0:
-            raise ValueError(f"start_timeout must be a number of seconds, not {self.start_timeout!r}.")
-
-    @classmethod
-    def names(cls) -> set[str]:
-        return {option.name for option in fields(cls)}
+    preload: Sequence[str] | None
+    ipython_defaults: bool
+    start_timeout: float
 
 
-class HostServer(EndsUnused):
+LAUNCH_DEFAULTS: Json = {"preload": (), "ipython_defaults": False, "start_timeout": START_TIMEOUT}
+
+
+class HostServer(Server):
     """What servers whose kernels are run by a kernel host have in common. Starts on first use."""
 
     class GenerateToken:
@@ -5146,15 +5119,21 @@ class HostServer(EndsUnused):
     _link: HostLink | None = None
     _gateway: RemoteJupyterServer | None = None
 
-    def __init__(self, transport: str, launch: Json) -> None:
+    def __init__(self, transport: str, launch: Mapping[str, Any]) -> None:
         if transport not in ("direct", "gateway"):
             raise ValueError(f'transport must be "direct" or "gateway", not {transport!r}.')
-        for name in launch.keys() - LaunchOptions.names():
+        for name in launch.keys() - LAUNCH_DEFAULTS.keys():
             raise TypeError(f"{type(self).__name__} has no keyword {name!r}.")
         super().__init__()
-        self.launch = LaunchOptions(**launch)
+        self.launch = LAUNCH_DEFAULTS | dict(launch)
         self.serial = itertools.count(1)
         self.transport = transport
+        preload, seconds = self.launch["preload"], self.launch["start_timeout"]
+        listed = isinstance(preload, Sequence) and not isinstance(preload, str)
+        if preload is not None and not (listed and all(isinstance(name, str) for name in preload)):
+            raise ValueError(f"preload must be a list of module names, or None, not {preload!r}.")
+        if not seconds > 0:
+            raise ValueError(f"start_timeout must be a number of seconds, not {seconds!r}.")
 
     def _open(self, program: str) -> FarEnd:
         """Start a Python somewhere that runs `program`. Raises: KernelStartFailed, SandboxError."""
@@ -5171,16 +5150,19 @@ class HostServer(EndsUnused):
             undo.callback(self._disconnect, failed=True)
             far_end = self._open(BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main"))
             undo.callback(far_end.close)
+            if far_end.errors:
+                undo.callback(far_end.errors.close)
             try:
-                who = greet_host(far_end, nonce, Deadline(self.launch.start_timeout))
+                who = greet_host(far_end, nonce, Deadline(self.launch["start_timeout"]))
             except JupyterExecError as error:
-                far_end.stream.close()
+                far_end.close()
                 end = far_end.describe_end() if isinstance(error, ConnectionClosed) else ""
                 raise self._start_error(f"{error}: {end}" if end else str(error)) from None
             self._check_host(*who)
+            link = HostLink(far_end, None if self.relays else new_context())
             undo.pop_all()
         logger.info("Kernel host started: process %d, user %d, in %.2f s", *who, time.monotonic() - began)
-        return HostLink(far_end)
+        return link
 
     def _check_host(self, pid: int, uid: int) -> None:
         """Say what is wrong with a host's process and user, as they are over there. Raises: SandboxError."""
@@ -5254,18 +5236,14 @@ class HostServer(EndsUnused):
     def token(self) -> str:
         return self.connection_info.token or ""
 
-    def stop(self) -> None:
-        """End the host, or the gateway, and all its kernels. May be called more than once."""
-        with self._lock:
-            self._stopped = True
-            link, gateway, self._link, self._gateway, self._loop = self._link, self._gateway, None, None, None
-        if gateway:
-            gateway.stop()
-        if link:
-            link.close()
-        if link or gateway:
-            self._disconnect()
-            logger.info("Server stopped")
+    def _end(self, loop: Loop) -> None:
+        if self._gateway:
+            self._gateway.stop()
+        if self._link:
+            self._link.close()
+        self._link = self._gateway = None
+        self._disconnect()
+        logger.info("Server stopped")
 
     def _disconnect(self, failed: bool = False) -> None:
         """Wait for the end of what `_open` started."""
@@ -5297,6 +5275,37 @@ NOT_ON_WINDOWS = (
 )
 
 
+class ProcessStream(NetStream):
+    """stdin and stdout of a process that it starts, in a session of its own: a Ctrl-C is not for it."""
+
+    def __init__(self, argv: list[str], **options: Any) -> None:
+        """Raises: OSError."""
+        import subprocess
+
+        ours, theirs = socket.socketpair()
+        super().__init__(ours)
+        self.errors = Tail()
+        options |= {"stdin": theirs, "stdout": theirs, "stderr": self.errors.writer}
+        try:
+            self.process = subprocess.Popen(argv, start_new_session=True, **options)
+        except BaseException:
+            ours.close()
+            self.errors.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(self.errors.writer)
+
+    def describe_end(self) -> str:
+        import subprocess
+
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            end = describe_exit(self.process.wait(0.2))
+            self.errors.drain()
+            return f"{end}; its stderr: {self.errors}" if str(self.errors) else end
+        return ""
+
+
 class CommandJupyterServer(HostServer):
     """Kernels at the other end of any command that gives a Python on stdin and stdout.
 
@@ -5314,7 +5323,7 @@ class CommandJupyterServer(HostServer):
         env: Mapping[str, str | None] | None = None,
         cwd: str | None = None,
         transport: str = "direct",
-        **launch: Any,
+        **launch: Unpack[LaunchOptions],
     ) -> None:
         if os.name == "nt":  # pipes of Windows cannot be waited for together with sockets
             raise JupyterExecError(f"{type(self).__name__} does not work on Windows: {NOT_ON_WINDOWS}.")
@@ -5334,23 +5343,14 @@ class CommandJupyterServer(HostServer):
 
     def _open(self, program: str) -> FarEnd:
         import shlex
-        import subprocess
 
         argv = [*self._argv, "-c", shlex.quote(program) if self._quoted else program]
         argv += [self.directory] if self.directory else []
-        errors, (ours, theirs) = Tail(), socket.socketpair()
-        far_end = FarEnd(ours, lambda: _describe_end(process, errors), errors)
-        ends: Json = {"stdin": theirs, "stdout": theirs, "stderr": errors.writer}
         try:
-            # In a session of its own: a Ctrl-C is not for it.
-            process = subprocess.Popen(argv, start_new_session=True, env=self._env, cwd=self._cwd, **ends)
+            far_end = ProcessStream(argv, env=self._env, cwd=self._cwd)
         except OSError as error:
-            far_end.close()
             raise self._start_error(describe_os_error(error)) from None
-        finally:
-            theirs.close()
-            os.close(errors.writer)
-        self._process = process
+        self._process = far_end.process
         if not self.relays:
             with contextlib.suppress(ImportError):  # needed soon; meanwhile the other Python starts
                 import zmq  # noqa: F401
@@ -5398,32 +5398,31 @@ class LocalJupyterServer(CommandJupyterServer):
         cwd: AnyPath | None = None,
         env: Mapping[str, str | None] | None = None,
         transport: str | None = None,
-        **launch: Any,
+        **launch: Unpack[LaunchOptions],
     ) -> None:
         implied = "direct" if ip is None and port is None and token is None else "gateway"
         cwd = None if cwd is None else os.fspath(cwd)
         compiled = globals().get("__compiled__")  # by Nuitka
-        if not python and (
-            getattr(sys, "frozen", False) or getattr(compiled, "standalone", compiled) or not sys.executable
-        ):
-            raise ValueError(
-                "This program is frozen, it is no Python: give python=, the path of one that has ipykernel."
-            )
+        frozen = getattr(sys, "frozen", False) or getattr(compiled, "standalone", compiled)
+        if not python and (frozen or not sys.executable):
+            reason = "This program is frozen, it is no Python"
+            raise ValueError(f"{reason}: give python=, the path of one that has ipykernel.")
         argv = [os.fspath(python or sys.executable)]
         super().__init__(argv, env=env, cwd=cwd, transport=transport or implied, **launch)
         self.own_python3 = python is not None
-        self._address = ip or "127.0.0.1", port
+        self._address = ip or "127.0.0.1", port or 0
         self._token = chosen_token(token)
-        handler = {"class": "logging.handlers.RotatingFileHandler", "level": log_level, "maxBytes": log_max_bytes}
-        handler |= {"backupCount": log_backup_count, "filename": os.path.abspath(log_file or os.devnull)}
-        self._logging = {"handlers": {"file": handler}, "loggers": {"KernelGatewayApp": {"handlers": ["file"]}}}
-        self._logs = log_file is not None
+        self._gateway_options = [f"--KernelGatewayApp.ip={self._address[0]}", f"--KernelGatewayApp.port={port or 0}"]
+        self._gateway_options += ["--KernelGatewayApp.port_retries=0", *GATEWAY_OPTIONS]
+        if log_file is not None:
+            handler = {"class": "logging.handlers.RotatingFileHandler", "level": log_level, "maxBytes": log_max_bytes}
+            handler |= {"backupCount": log_backup_count, "filename": os.path.abspath(log_file)}
+            log = {"handlers": {"file": handler}, "loggers": {"KernelGatewayApp": {"handlers": ["file"]}}}
+            self._gateway_options.append(f"--JupyterApp.logging_config={json.dumps(log)}")
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         ip, port = self._address
-        argv = [*self._argv, "-c", GATEWAY_PROGRAM, f"--KernelGatewayApp.ip={ip}"]
-        argv += [f"--KernelGatewayApp.port={port or 0}", "--KernelGatewayApp.port_retries=0", *GATEWAY_OPTIONS]
-        argv += [f"--JupyterApp.logging_config={json.dumps(self._logging)}"] if self._logs else []
+        argv = [*self._argv, "-c", GATEWAY_PROGRAM, *self._gateway_options]
         link, mailbox = self.link(), Mailbox()
         link.mailboxes["gateway"] = mailbox
         said = Path(self.directory, os.urandom(8).hex())
@@ -5432,10 +5431,9 @@ class LocalJupyterServer(CommandJupyterServer):
 
         def check() -> None:
             if isinstance(end := mailbox.get(0.05), KernelDied):
-                advice = (
-                    f"; run {self._argv[0]} -m pip install jupyter_kernel_gateway" if "No module" in end.stderr else ""
-                )
-                advice = advice or f"; is port {port} of {ip} in use?" * bool(port)
+                advice = f"; is port {port} of {ip} in use?" if port else ""
+                if "No module" in end.stderr:
+                    advice = f"; run {self._argv[0]} -m pip install jupyter_kernel_gateway"
                 raise KernelStartFailed(argv[:1], f"the gateway has ended ({end.sentence()}){advice}", None, end.stderr)
 
         deadline = Deadline(START_TIMEOUT)
@@ -5462,17 +5460,6 @@ class LocalJupyterServer(CommandJupyterServer):
             self.directory = ""
 
 
-def _describe_end(process: subprocess.Popen[Any], errors: Tail) -> str:
-    import subprocess
-
-    try:
-        code = process.wait(0.2)
-    except subprocess.TimeoutExpired:
-        return ""
-    errors.drain()
-    return describe_exit(code) + (f"; its stderr: {errors}" if str(errors) else "")
-
-
 # ======================================================================================================
 # 13. Docker
 # ======================================================================================================
@@ -5484,15 +5471,15 @@ class DockerStream(NetStream):
     Spec: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
     """
 
+    errors = None
     _HEAD = struct.Struct(">BxxxI")
 
-    def __init__(self, attached: Any, ended: Any) -> None:
-        """`attached` and `ended` are the answers of the engine, the second one when the container has ended."""
+    def __init__(self, attached: Any) -> None:
         super().__init__(getattr(attached, "_sock", attached))
         self._attached = attached  # the SDK's wrapper: it closes the socket when it is collected
         self._buffer = bytearray()
         self._stderr = bytearray()
-        self._ended = ended
+        self.ended: Any = None  # the engine's answer to "wait", which comes when the container has ended
         self._exit_code: int | None = None
         self._lock = threading.Lock()
 
@@ -5529,10 +5516,10 @@ class DockerStream(NetStream):
     def exit_code(self) -> int | None:
         """Wait, a while, for the end of the container, and for its removal if that is due."""
         with self._lock:  # the I/O thread asks when the pipe closes, stop() at the same time
-            if self._ended is not None:
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError), self._ended as answer:
+            if self.ended is not None:
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError), self.ended as answer:
                     self._exit_code = int(answer.json()["StatusCode"])
-                self._ended = None
+                self.ended = None
             return self._exit_code
 
     def describe_end(self) -> str:
@@ -5545,9 +5532,9 @@ class DockerStream(NetStream):
     def forget_end(self) -> None:
         """Wait no more."""
         with self._lock:
-            if self._ended is not None:
-                self._ended.close()
-            self._ended = None
+            if self.ended is not None:
+                self.ended.close()
+            self.ended = None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -5607,7 +5594,6 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
     _client: Any = None  # of the engine, while there is a container
     _container: Any = None
     _stream: DockerStream | None = None
-    _pid = 0  # of the process that has made the container
 
     def __init__(
         self,
@@ -5627,10 +5613,10 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         hardened: bool = False,
         **docker_kwargs: Any,
     ) -> None:
-        launch = {name: docker_kwargs.pop(name) for name in LaunchOptions.names() & docker_kwargs.keys()}
+        launch = {name: docker_kwargs.pop(name) for name in LAUNCH_DEFAULTS.keys() & docker_kwargs.keys()}
         implied = "direct" if token is None and stop_container else "gateway"
         super().__init__(transport or implied, launch)
-        _check_keywords(docker_kwargs, {*(DockerJupyterServer.__init__.__kwdefaults__ or {}), *LaunchOptions.names()})
+        _check_keywords(docker_kwargs, {*(DockerJupyterServer.__init__.__kwdefaults__ or {}), *LAUNCH_DEFAULTS})
         limits = {"read_only": True, "mem_limit": "1g", "nano_cpus": 10**9} if hardened else {}
         if docker_kwargs.keys() & {"cpu_period", "cpu_quota"}:  # say the same in another way, and not both are allowed
             limits.pop("nano_cpus", None)
@@ -5643,6 +5629,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._network = network or self._docker_kwargs.get("network_mode") or ("none" if hardened else "bridge")
         if self.transport == "gateway" and self._network == "none":
             raise ValueError('A gateway cannot be reached without a network: use transport="direct".')
+        self._target = "gateway" if self.transport == "gateway" else "kernel"  # of the Dockerfile
         self._token = chosen_token(token)
         self._custom_image, self._base_image, self._packages = custom_image_name, base_image, _requirements(packages)
         self._container_name, self._stop_container, self._auto_remove = container_name, stop_container, auto_remove
@@ -5661,10 +5648,10 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         client = self._new_client()
         with _engine_errors(self._image_name):
             self._container = self._create(client, ["python3", "-c", program])
-            self._stream = stream = self._attach(client)
+            stream = self._attach(client)
             self._container.start()
         logger.info("Container %s started: %s", self._container.name, self._container.id)
-        return FarEnd(stream, stream.describe_end)
+        return stream
 
     def _start_error(self, reason: str) -> JupyterExecError:
         log = self._stream.log if self._stream else ""
@@ -5675,7 +5662,11 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if uid == 0 and "user" not in self._docker_kwargs and not _is_root(user):
             raise SandboxError(f"User {user} of the image is root: give user=, such as {NORMAL_USER}", self._image_name)
         if pid != 1:
-            logger.warning(NOT_FIRST, self._container.name)
+            what = "its entrypoint does not `exec` its command, or init or pid_mode was given"
+            risk = "Code can stop the host, write into its pipe, and live on after this program"
+            logger.warning(
+                "The kernel host is not the first process of container %s: %s. %s.", self._container.name, what, risk
+            )
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         """Run the image's own command, with the port published on the loopback address of the engine only."""
@@ -5710,12 +5701,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if here and self._bind_dir and not os.path.isdir(self._bind_dir):
             client.close()
             raise SandboxError(f"bind_dir {self._bind_dir} does not exist")  # the engine would make it, for root
-        self._client, self._pid = client, os.getpid()
+        self._client = client
         return client
-
-    @property
-    def _target(self) -> str:
-        return "gateway" if self.transport == "gateway" else "kernel"
 
     @property
     def _image_name(self) -> str:
@@ -5744,16 +5731,9 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if self._base_image:
             arguments["BASE_IMAGE"] = self._base_image
         build_logger.info("Building the image %s, once; this takes a minute", self._image_name)
-        steps = client.api.build(
-            fileobj=io.BytesIO(self.DEFAULT_DOCKERFILE.encode("utf-8")),
-            tag=self._image_name,
-            target=self._target,
-            buildargs=arguments,
-            decode=True,
-            rm=True,
-            forcerm=True,
-            timeout=BUILD_TIMEOUT,
-        )
+        dockerfile = io.BytesIO(self.DEFAULT_DOCKERFILE.encode("utf-8"))
+        options: Json = {"tag": self._image_name, "target": self._target, "buildargs": arguments, "decode": True}
+        steps = client.api.build(fileobj=dockerfile, rm=True, forcerm=True, timeout=BUILD_TIMEOUT, **options)
         tail: deque[str] = deque(maxlen=20)
         cause, failed = "", False
         for step in steps:  # to the end: the engine's answer has to be read up
@@ -5767,10 +5747,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
                 cause, failed = cause or text, True
         if failed:
             base = self._base_image or "python:3.13-slim"
-            advice = (
-                f"it is built on {base}; where no registry is reached, base_image= must name an image that is there"
-            )
-            reason = f"The image could not be built: {cause[:500]} ({advice})"
+            advice = "where no registry is reached, base_image= must name an image that is there"
+            reason = f"The image could not be built: {cause[:500]} (it is built on {base}; {advice})"
             raise SandboxError(reason, self._image_name, "", "\n".join(tail))
 
     def _create(self, client: Any, command: list[str] | None) -> Any:
@@ -5850,17 +5828,18 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         """Attach to the container, and wait for its end, both before it starts: later would be too late."""
         url = client.api._url("/containers/{0}", self._container.id)
         post = functools.partial(client.api._post, stream=True, timeout=STOP_TIMEOUT)
-        ended = post(f"{url}/wait", params={"condition": "removed" if self._auto_remove else "next-exit"})
         # As attach_socket() does, which waits for ever if the engine does not answer.
         streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
         answer = post(f"{url}/attach", params=streams, headers={"Connection": "Upgrade", "Upgrade": "tcp"})
-        return DockerStream(client.api._get_raw_response_socket(answer), ended)
+        self._stream = stream = DockerStream(client.api._get_raw_response_socket(answer))
+        stream.ended = post(f"{url}/wait", params={"condition": "removed" if self._auto_remove else "next-exit"})
+        return stream
 
     def _disconnect(self, failed: bool = False) -> None:
         """End the container by force: it may be paused, and its host stopped, or slow. Remove it if it has `failed`."""
+        if not self._client:
+            return
         container, stream, self._container, self._stream = self._container, self._stream, None, None
-        if os.getpid() != self._pid:
-            return  # a forked child has left the `with` of its parent
         self._client.api.timeout = STOP_TIMEOUT
         try:
             if container and (self._stop_container or failed):
@@ -5872,12 +5851,6 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             stream.close()
             stream.forget_end()
         self._client.close()
-
-
-NOT_FIRST = (
-    "The kernel host is not the first process of container %s: its entrypoint does not `exec` its command, or init or "
-    "pid_mode was given. Code can stop the host, write into its pipe, and live on after this program."
-)
 
 
 def _remove_quietly(container: Any, owner: int) -> None:
@@ -5902,12 +5875,7 @@ def docker_client() -> Any:
     if (os.environ.get("DOCKER_HOST") or "npipe:" * (os.name == "nt")).startswith("npipe:"):
         raise SandboxError(f"Docker's named pipe of Windows is no socket, so it cannot be used here: {NOT_ON_WINDOWS}")
     with _engine_errors():
-        try:
-            client = docker.DockerClient(**_engine_in_use(), timeout=ENGINE_TIMEOUT)
-        except docker.errors.DockerException as error:
-            if "timed out" not in str(error):
-                raise
-            client = docker.DockerClient(**_engine_in_use(), timeout=ENGINE_TIMEOUT)  # a machine under load
+        client = docker.DockerClient(**_engine_in_use(), timeout=ENGINE_TIMEOUT)
         client.api.timeout = WAIT_TIMEOUT
         return client
 
