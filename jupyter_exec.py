@@ -4391,8 +4391,7 @@ class RestClient:
 
     def _refusal(self, method: str, path: str, response: Any, data: bytes) -> ServerError:
         """Return an answer that is not the one that was asked for as an error."""
-        kind = self.shown(response.getheader("Content-Type", "no type"))
-        says = f"This is no Jupyter server: it sends {kind}."
+        says = f"This is no Jupyter server: it sends {self.shown(response.getheader('Content-Type', 'no type'))}."
         if response.status >= 400:
             says = self.shown(_explanation(self._redacted(data.decode("utf-8", "replace"))))
         elif response.status >= 300 and "/hub/user/" in response.getheader("Location", ""):
@@ -5040,7 +5039,7 @@ class HostedKernelControl(KernelControl):
         self._key = os.urandom(32).hex()
         self._starts = itertools.count(1)
         self._name = ""  # of the process; a new one at each start
-        self._link: HostLink | None = None
+        self._link = server.link()
         self._by_message = False
 
     def start(self, mailbox: Mailbox) -> Channels:
@@ -5073,17 +5072,15 @@ class HostedKernelControl(KernelControl):
         return ZmqChannels(link.loop, link.context, connection, mailbox)
 
     def interrupt(self, sent: Callable[[], None]) -> bool:
-        if self._link and not self._by_message:
+        if not self._by_message:
             self._link.ask("interrupt", lambda answer: sent(), kernel=self._name)
         return not self._by_message
 
     def kill(self, dump: bool = False) -> None:
-        if self._link:
-            self._link.ask("kill", lambda answer: None, kernel=self._name, dump=dump)
+        self._link.ask("kill", lambda answer: None, kernel=self._name, dump=dump)
 
     def abandon(self) -> None:
-        if self._link:
-            self._link.close("the kernel host did not answer 'kill' in time")
+        self._link.close("the kernel host did not answer 'kill' in time")
 
     def files(self) -> AskFar:
         ask = self._server.link().ask
@@ -5616,7 +5613,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         launch = {name: docker_kwargs.pop(name) for name in LAUNCH_DEFAULTS.keys() & docker_kwargs.keys()}
         implied = "direct" if token is None and stop_container else "gateway"
         super().__init__(transport or implied, launch)
-        _check_keywords(docker_kwargs, {*(DockerJupyterServer.__init__.__kwdefaults__ or {}), *LAUNCH_DEFAULTS})
+        _check_keywords(docker_kwargs)
         limits = {"read_only": True, "mem_limit": "1g", "nano_cpus": 10**9} if hardened else {}
         if docker_kwargs.keys() & {"cpu_period", "cpu_quota"}:  # say the same in another way, and not both are allowed
             limits.pop("nano_cpus", None)
@@ -5957,10 +5954,7 @@ _SEPARATORS = {"environment": "=", "labels": "=", "tmpfs": ":"}
 
 
 def _is_root(user: str) -> bool:
-    name = user.partition(":")[0].strip()
-    with contextlib.suppress(ValueError):
-        return int(name) == 0  # "00" too
-    return name in ("", "root")
+    return bool(re.fullmatch(r"\s*(root|[+-]?0+|)\s*", user.partition(":")[0]))
 
 
 def _owner_of(bind_dir: str) -> str:
@@ -5988,20 +5982,12 @@ def _requirements(packages: Sequence[str]) -> list[str]:
 
 
 # What the transport needs for itself -> what to use instead.
-_RESERVED = {
-    "command": "custom_image_name",
-    "detach": "nothing",
-    "image": "custom_image_name",
-    "log_config": "nothing, the stdout of the container is the transport",
-    "name": "container_name",
-    "remove": "auto_remove",
-    "stdin_open": "nothing",
-    "stream": "nothing",
-    "tty": "nothing",
-}
+_RESERVED = dict.fromkeys(["detach", "stdin_open", "stream", "tty"], "nothing")
+_RESERVED |= {"command": "custom_image_name", "image": "custom_image_name", "name": "container_name"}
+_RESERVED |= {"log_config": "nothing, the stdout of the container is the transport", "remove": "auto_remove"}
 
 
-def _check_keywords(given: Mapping[str, Any], ours: Iterable[str]) -> None:
+def _check_keywords(given: Mapping[str, Any]) -> None:
     """Raise ValueError for what the transport needs, TypeError for what docker-py, if it is installed, would refuse."""
     for name in sorted(_RESERVED.keys() & given.keys()):
         raise ValueError(f"{name!r} is not for docker_kwargs; use {_RESERVED[name]}.")
@@ -6011,7 +5997,8 @@ def _check_keywords(given: Mapping[str, Any], ours: Iterable[str]) -> None:
         from docker.models.containers import RUN_CREATE_KWARGS, RUN_HOST_CONFIG_KWARGS
     except ImportError:
         return
-    known = [*RUN_CREATE_KWARGS, *RUN_HOST_CONFIG_KWARGS, "networking_config", "ports", "volumes", *ours]
+    known = [*RUN_CREATE_KWARGS, *RUN_HOST_CONFIG_KWARGS, "networking_config", "ports", "volumes", *LAUNCH_DEFAULTS]
+    known += DockerJupyterServer.__init__.__kwdefaults__ or ()
     for name in sorted(given.keys() - set(known)):
         import difflib
 
