@@ -2838,14 +2838,15 @@ class KernelClient:
         """Whether the kernel has ended, even if nobody has been told yet."""
         return self._death is not None or self._mailbox.ended
 
-    def start(self) -> None:
-        """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready."""
+    def start(self) -> KernelClient:
+        """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready; return itself."""
         self.close()
         self._mailbox, self._death, self.ready, self.kernel_info = self._new_mailbox(), None, False, {}
         self._ended = self._closing = False
         self._nudges.clear()
         self._session = os.urandom(16).hex()
         self._channels = self._control.start(self._mailbox)
+        return self
 
     def wait_ready(self) -> None:
         """Wait until the kernel answers on shell and is heard on iopub.
@@ -3241,9 +3242,7 @@ def attach_kernel(target: KernelConnection | AnyPath) -> KernelClient:
     """
     path = None if isinstance(target, KernelConnection) else os.path.abspath(target)
     connection = target if isinstance(target, KernelConnection) else read_connection_file(path or "")
-    client = KernelClient(AttachedKernelControl(connection, path))
-    client.start()
-    return client
+    return KernelClient(AttachedKernelControl(connection, path)).start()
 
 
 # ======================================================================================================
@@ -4691,9 +4690,10 @@ class Server(Stoppable):
             self._stopped = True
             loop, self._loop = self._loop, None
         if loop and not loop.is_inherited:  # else a forked child has left the `with` of its parent
-            self._end(loop)
+            self._end()
+            loop.stop()
 
-    def _end(self, loop: Loop) -> None:
+    def _end(self) -> None:
         raise NotImplementedError
 
 
@@ -4743,9 +4743,7 @@ class RemoteJupyterServer(Server):
             kernel_name = found
         control = RemoteKernelControl(self, kernel_name, self._kernel_id)
         self._controls.append(control)
-        client = KernelClient(control)
-        client.start()
-        return client
+        return KernelClient(control).start()
 
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict}."""
@@ -4766,13 +4764,12 @@ class RemoteJupyterServer(Server):
     def _is_none(self, path: str) -> ServerError:
         return ServerError("GET", self.connection_info.url + path, 200, "This is no Jupyter server.")
 
-    def _end(self, loop: Loop) -> None:
+    def _end(self) -> None:
         for control in self._controls:
             if control.owned:
                 control.kill()
             control.close()
         self._controls.clear()
-        loop.stop()
 
 
 # ======================================================================================================
@@ -5184,9 +5181,7 @@ class HostServer(Server):
         """
         if self.transport == "gateway":
             return self.get_client().start_kernel(kernel_name)
-        client = KernelClient(HostedKernelControl(self, kernel_name))
-        client.start()
-        return client
+        return KernelClient(HostedKernelControl(self, kernel_name)).start()
 
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict, with "resource_dir"}."""
@@ -5210,7 +5205,7 @@ class HostServer(Server):
                 self._gateway = None
             if self._gateway is None:
                 self._gateway = RemoteJupyterServer(self._start_gateway())
-                self._loop = self._gateway.loop
+                self._loop = self._loop or self._gateway.loop
             return self._gateway
 
     def _start_gateway(self) -> JupyterConnectionInfo:
@@ -5233,7 +5228,7 @@ class HostServer(Server):
     def token(self) -> str:
         return self.connection_info.token or ""
 
-    def _end(self, loop: Loop) -> None:
+    def _end(self) -> None:
         if self._gateway:
             self._gateway.stop()
         if self._link:
