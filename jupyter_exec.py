@@ -71,14 +71,17 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, overload
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypedDict, TypeVar, overload
 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
     import asyncio
     import hmac
     import inspect
+    import ssl
     import subprocess
+
+    from typing_extensions import Unpack  # type checkers know it, installed or not
 
 __version__ = "0.1.0"
 
@@ -122,7 +125,7 @@ App.start = start
 App.launch_instance()
 """
 MAX_WEBSOCKET_MESSAGE = 10 * 2**20  # bytes; tornado, below every Jupyter server, resets the connection beyond
-ENGINE_TIMEOUT = 10  # seconds for the Docker engine to answer at all; asked twice
+ENGINE_TIMEOUT = 20  # seconds for the Docker engine to answer at all, on a machine under load
 WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as start a container
 STOP_TIMEOUT = 10  # seconds for the Docker engine to end a container; stop() lasts no longer
 BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
@@ -1790,7 +1793,7 @@ class Loop:
 
     def post(self, job: Callable[[], None]) -> None:
         """Call `job()` in the loop's thread, after the jobs that were posted before."""
-        if os.getpid() != self._pid:
+        if self.is_inherited:
             raise JupyterExecError("This process was forked from the one with the server: make a new server here.")
         self._jobs.append(job)
         if not self._awake:
@@ -1821,6 +1824,16 @@ class Loop:
         elif callbacks:
             self._selector.register(descriptor, event, callbacks)
 
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this is a forked child of the process with the loop."""
+        return os.getpid() != self._pid
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the loop's thread."""
+        return self._thread is threading.current_thread()
+
     def start(self, name: str) -> None:
         self._thread = threading.Thread(target=self.run, name=name, daemon=True)
         self._thread.start()
@@ -1828,7 +1841,7 @@ class Loop:
     def stop(self) -> None:
         """End the loop after the jobs that were posted; wait for its thread, unless this is it."""
         self.post(functools.partial(setattr, self, "_running", False))
-        if self._thread and self._thread is not threading.current_thread():
+        if self._thread and not self.is_here:
             self._thread.join(CONTROL_TIMEOUT)
 
     def run(self) -> None:
@@ -2222,9 +2235,9 @@ AskFar = Callable[[Json, bytes, Callable[[Json], None]], None]
 class KernelControl(Protocol):
     """What can be done to a kernel besides sending it messages; servers implement `start` and what else they can."""
 
-    argv: list[str]  # of the kernel's process, empty if unknown
     owned: bool = True  # False: attached to, not to be killed or restarted
     supervised: bool = False  # a server restarts it when it ends by itself: only `kill` ends it
+    argv: Sequence[str] = ()  # of the kernel's process, empty if unknown
     connection_file: str | None = None  # on this machine
     start_timeout: float = START_TIMEOUT  # seconds for the kernel to be ready
 
@@ -2651,14 +2664,15 @@ class KernelClient:
         """Whether the kernel has ended, even if nobody has been told yet."""
         return self._death is not None or self._mailbox.ended
 
-    def start(self) -> None:
-        """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready."""
+    def start(self) -> KernelClient:
+        """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready; return itself."""
         self.close()
         self._mailbox, self._death, self.ready, self.kernel_info = self._new_mailbox(), None, False, {}
         self._ended = self._closing = False
         self._nudges.clear()
         self._session = os.urandom(16).hex()
         self._channels = self._control.start(self._mailbox)
+        return self
 
     def wait_ready(self) -> None:
         """Wait until the kernel answers on shell and is heard on iopub.
@@ -2685,14 +2699,12 @@ class KernelClient:
         heard = False
         self._send("shell", "kernel_info_request", {})
         while not (self.kernel_info and heard):
-            item = self._mailbox.get(
-                deadline.within(0.2)
-            )  # seconds until a kernel without iopub_welcome is asked again
+            item = self._mailbox.get(deadline.within(0.2))  # a kernel without iopub_welcome is asked again
             if isinstance(item, KernelDied):
                 self._death = item
-                raise KernelStartFailed(self._control.argv, item.cause, item.exit_code, item.stderr)
+                raise KernelStartFailed(list(self._control.argv), item.cause, item.exit_code, item.stderr)
             if deadline.expired:
-                raise KernelStartFailed(self._control.argv, f"no answer within {deadline.seconds:g} s")
+                raise KernelStartFailed(list(self._control.argv), f"no answer within {deadline.seconds:g} s")
             if item is None or isinstance(item, Reconnected):
                 self._send("shell", "kernel_info_request", {})
             else:
@@ -3028,15 +3040,14 @@ def _reported_death(message: Message) -> KernelDied | None:
 
 
 class AttachedKernelControl(KernelControl):
-    """Control of a kernel that somebody else started; it is never killed or restarted from here."""
+    """A kernel that somebody else started; it is never killed or restarted from here."""
 
-    owned, supervised, start_timeout = False, False, START_TIMEOUT
+    owned = False
 
     def __init__(self, connection: KernelConnection, connection_file: str | None) -> None:
         self._connection = connection
         self._loop: Loop | None = None
         self._context: Any = None
-        self.argv: list[str] = []
         self.connection_file = connection_file
 
     def start(self, mailbox: Mailbox) -> Channels:
@@ -3059,9 +3070,7 @@ def attach_kernel(target: KernelConnection | AnyPath) -> KernelClient:
     """
     path = None if isinstance(target, KernelConnection) else os.path.abspath(target)
     connection = target if isinstance(target, KernelConnection) else read_connection_file(path or "")
-    client = KernelClient(AttachedKernelControl(connection, path))
-    client.start()
-    return client
+    return KernelClient(AttachedKernelControl(connection, path)).start()
 
 
 # ======================================================================================================
@@ -4015,10 +4024,12 @@ class JupyterConnectionInfo:
 
 
 class DeadlineReader(io.RawIOBase):
-    """What http.client reads an answer from: a socket with a deadline and a limit for all of it, however it drips."""
+    """What http.client reads an answer from: a socket with a deadline and a limit for all of it, however it drips.
+
+    `ahead` is how many bytes may be read at once, and so beyond the end of the answer.
+    """
 
     def __init__(self, sock: socket.socket, deadline: Deadline, ahead: int) -> None:
-        """`ahead`: bytes that may be read at once, and so beyond the end of the answer."""
         self._socket, self._deadline, self._ahead = sock, deadline, ahead
         self._left = MAX_ANSWER
 
@@ -4040,7 +4051,7 @@ class DeadlineReader(io.RawIOBase):
 
 
 class RestClient:
-    """The REST interface of a Jupyter server, and its WebSockets: JSON, one connection that is kept alive.
+    """The REST interface of a Jupyter server, and its WebSockets: JSON, each request on a connection of its own.
 
     Spec: https://jupyter-server.readthedocs.io/en/stable/developers/rest-api.html
     """
@@ -4054,8 +4065,6 @@ class RestClient:
         self._prefix = "/" + info.base_url.strip("/") if info.base_url.strip("/") else ""
         # "Authorization: token X" is the one form that all servers accept (a kernel gateway no other).
         self._headers = {"Authorization": f"token {info.token}"} if info.token else {}
-        self._socket: socket.socket | None = None
-        self._lock = threading.Lock()
 
     def shown(self, text: object) -> str:
         """Return what a server says as it may be shown: short, printable, without the token that some echo."""
@@ -4066,25 +4075,11 @@ class RestClient:
 
     def request(self, method: str, path: str, body: object = None, *, timeout: float = CONTROL_TIMEOUT) -> Any:
         """Return the JSON that the server answers. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
-        deadline = Deadline(timeout)
-        with self._lock:
-            kept, self._socket = self._socket, None  # one at a time; others dial for themselves
-        if kept and method == "POST":  # never to be said twice, so not on a connection that may have ended
-            kept.close()
-        elif kept:
-            with contextlib.suppress(ConnectionClosed):
-                return self._request(kept, method, path, body, deadline)
-        return self._request(self._dial(deadline), method, path, body, deadline)
-
-    def _request(self, sock: socket.socket, method: str, path: str, body: object, deadline: Deadline) -> Any:
-        payload = b"" if body is None else dump_json(body)
-        headers = {"Accept": "application/json", "Content-Type": "application/json", "Content-Length": len(payload)}
-        response, data = self._ask(sock, method, path, headers, payload, deadline)
-        with self._lock:
-            keep = not response.will_close and self._socket is None
-            self._socket = sock if keep else self._socket
-        if not keep:
-            sock.close()
+        deadline, payload = Deadline(timeout), b"" if body is None else dump_json(body)
+        headers: Json = {"Accept": "application/json", "Connection": "close"}
+        headers |= {"Content-Type": "application/json", "Content-Length": len(payload)}
+        with self._dial(deadline) as sock:
+            response, data = self._ask(sock, deadline, method, path, headers, payload)
         if 200 <= response.status < 300:
             with contextlib.suppress(ValueError, RecursionError):
                 return json.loads(data) if data else None
@@ -4095,90 +4090,76 @@ class RestClient:
         key = base64.b64encode(os.urandom(16)).decode("ascii")
         headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
         headers |= {"Sec-WebSocket-Key": key, "Sec-WebSocket-Protocol": V1_SUBPROTOCOL}
-        sock = self._dial(deadline)
-        # Byte by byte: what comes behind the answer are frames already.
-        response, data = self._ask(sock, "GET", path, headers, b"", deadline, ahead=1)
-        try:
+        with contextlib.ExitStack() as stack:
+            sock = stack.enter_context(self._dial(deadline))
+            response, data = self._ask(sock, deadline, "GET", path, headers)
             if response.status != 101:
                 raise self._refusal("GET", path.partition("?")[0], response, data)
-            return sock, check_opening(key, response.getheader)
-        except JupyterExecError:
-            sock.close()
-            raise
+            subprotocol = check_opening(key, response.getheader)
+            stack.pop_all()
+        return sock, subprotocol
 
     def _dial(self, deadline: Deadline) -> socket.socket:
         """Connect, with TLS if that is wanted. Raises: ConnectionClosed, ExecutionTimeout."""
         info = self.info
-        port = info.port or (443 if info.use_https else 80)
         try:
-            sock = socket.create_connection((info.host, port), deadline.within(CONTROL_TIMEOUT))
-            return self._secure(sock) if info.use_https else sock
+            tls = self._tls if info.use_https else None
+            address = info.host, info.port or (443 if tls else 80)
+            sock = socket.create_connection(address, deadline.within(CONTROL_TIMEOUT))
+            return tls.wrap_socket(sock, server_hostname=info.host) if tls else sock
         except TimeoutError:
             raise ExecutionTimeout(f"No answer from {info.url} in time.") from None
         except (OSError, ValueError, OverflowError) as error:  # of names and numbers that are none, too
             if verdict := getattr(error, "verify_message", ""):
-                raise ConnectionClosed(
-                    f"The certificate of {info.url} is not trusted: {verdict}. Give ca_file."
-                ) from None
-            raise ConnectionClosed(f"Cannot connect to {info.url}: {getattr(error, 'strerror', 0) or error}.") from None
+                says = f"The certificate of {info.url} is not trusted: {verdict}. Give ca_file."
+            else:
+                says = f"Cannot connect to {info.url}: {getattr(error, 'strerror', 0) or error}."
+            raise ConnectionClosed(says) from None
 
-    def _secure(self, sock: socket.socket) -> socket.socket:
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
         import ssl
 
-        try:
-            context = ssl.create_default_context(cafile=self.info.ca_file)
-            if not self.info.verify:
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            if self.info.client_cert:
-                context.load_cert_chain(*self.info.client_cert)
-            return context.wrap_socket(sock, server_hostname=self.info.host)
-        except BaseException:
-            sock.close()
-            raise
+        context = ssl.create_default_context(cafile=self.info.ca_file)
+        if not self.info.verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if self.info.client_cert:
+            context.load_cert_chain(*self.info.client_cert)
+        return context
 
     def _ask(
-        self,
-        sock: socket.socket,
-        method: str,
-        path: str,
-        headers: Json,
-        payload: bytes,
-        deadline: Deadline,
-        ahead: int = 8192,
+        self, sock: socket.socket, deadline: Deadline, method: str, path: str, headers: Json, payload: bytes = b""
     ) -> tuple[Any, bytes]:
-        """Send a request; return the answer's head, an http.client.HTTPResponse, and body. Errors close the socket."""
+        """Send a request; return the head of the answer, an http.client.HTTPResponse, and its body."""
         import http.client
 
         headers = {"Host": self.info.authority, **headers, **self._headers}
         lines = [f"{method} {self._prefix}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-        source: Any = DeadlineReader(sock, deadline, ahead)
+        # Byte by byte before a WebSocket: what comes behind the answer are frames already.
+        source: Any = DeadlineReader(sock, deadline, 1 if "Upgrade" in headers else 8192)
         body = bytearray()
-        with contextlib.ExitStack() as stack:
-            stack.callback(sock.close)
-            try:
-                sock.settimeout(deadline.remaining or 1e-6)
-                sock.sendall("\r\n".join((*lines, "", "")).encode("ascii") + payload)
-                # Closed here, not by the garbage collector: then its reader may be closed before it.
-                with contextlib.closing(http.client.HTTPResponse(source, method=method)) as response:
-                    response.begin()
-                    while more := response.read1(2**16):
-                        body += more
-                    if response.length:
-                        raise EOFError("its answer is cut short")
-            except TimeoutError:
-                what = f"{method} {self.info.url}{path.partition('?')[0]}"
-                raise ExecutionTimeout(f"No answer to {what} within {deadline.seconds:g} s.") from None
-            except (OSError, EOFError, ValueError, http.client.HTTPException) as error:
-                # A server that is none may say anything; http.client lets some of its ValueErrors through.
-                why = f"{type(error).__name__}: {self.shown(error)}"
-                raise ConnectionClosed(f"{self.info.url} broke the connection: {why}.") from None
-            stack.pop_all()
+        try:
+            sock.settimeout(deadline.remaining or 1e-6)
+            sock.sendall("\r\n".join((*lines, "", "")).encode("ascii") + payload)
+            # Closed here, not by the garbage collector: then its reader may be closed before it.
+            with contextlib.closing(http.client.HTTPResponse(source, method=method)) as response:
+                response.begin()
+                while more := response.read1(2**16):
+                    body += more
+                if response.length:
+                    raise EOFError("its answer is cut short")
+        except TimeoutError:
+            what = f"{method} {self.info.url}{path.partition('?')[0]}"
+            raise ExecutionTimeout(f"No answer to {what} within {deadline.seconds:g} s.") from None
+        except (OSError, EOFError, ValueError, http.client.HTTPException) as error:
+            # A server that is none may say anything; http.client lets some of its ValueErrors through.
+            why = f"{type(error).__name__}: {self.shown(error)}"
+            raise ConnectionClosed(f"{self.info.url} broke the connection: {why}.") from None
         return response, bytes(body)
 
     def _refusal(self, method: str, path: str, response: Any, data: bytes) -> ServerError:
         """Return an answer that is not the one that was asked for as an error."""
-        kind = self.shown(response.getheader("Content-Type", "no type"))
-        says = f"This is no Jupyter server: it sends {kind}."
+        says = f"This is no Jupyter server: it sends {self.shown(response.getheader('Content-Type', 'no type'))}."
         if response.status >= 400:
             says = self.shown(_explanation(self._redacted(data.decode("utf-8", "replace"))))
         elif response.status >= 300 and "/hub/user/" in response.getheader("Location", ""):
@@ -4187,12 +4168,6 @@ class RestClient:
         elif response.status >= 300:
             says = "It redirects elsewhere, which is not followed with a token: check token, base_url, use_https."
         return ServerError(method, self.info.url + self.shown(path), response.status, says)
-
-    def close(self) -> None:
-        with self._lock:
-            if self._socket:
-                self._socket.close()
-                self._socket = None
 
 
 def _explanation(text: str) -> str:
@@ -4220,10 +4195,10 @@ class WebSocketChannels:
         self._loop, self._dial, self._mailbox = loop, dial, mailbox
         self._backlog: list[str | bytes] = []  # to send when there is a connection again
         self._outbox: Outbox | None = None  # None while there is no connection
-        self._heard_at = 0.0
         self._closed = False
         self._connect(Deadline(START_TIMEOUT))
         loop.post(self._take_over)
+        loop.post(functools.partial(loop.later, PING_INTERVAL, self._ping))
 
     def _connect(self, deadline: Deadline) -> None:
         sock, subprotocol = self._dial(deadline)
@@ -4235,10 +4210,6 @@ class WebSocketChannels:
         if self._closed:
             self._socket.close()
             return
-        if self._heard_at:
-            self._mailbox.put(Reconnected())
-        else:
-            self._loop.later(PING_INTERVAL, self._ping)
         self._heard_at = time.monotonic()
         self._outbox = Outbox(self._loop, self._socket, self._drop)
         self._loop.on_readable(self._socket.fileno(), self._read)
@@ -4303,6 +4274,7 @@ class WebSocketChannels:
             time.sleep(0.2)  # a server that accepts and closes is not asked without pause
             try:
                 self._connect(Deadline(min(CONTROL_TIMEOUT, RECONNECT_TIMEOUT)))
+                self._loop.post(functools.partial(self._mailbox.put, Reconnected()))
                 self._loop.post(self._take_over)
                 if self._closed:  # the loop may have ended before the job
                     self._socket.close()
@@ -4339,18 +4311,16 @@ class WebSocketChannels:
         self._close_socket()
 
 
-class RemoteKernelControl:
-    """KernelControl of a kernel on a Jupyter server, which starts it anew when it ends by itself."""
+class RemoteKernelControl(KernelControl):
+    """A kernel on a Jupyter server, which starts it anew when it ends by itself."""
 
     supervised = True
-    connection_file: str | None = None
 
     def __init__(self, server: RemoteJupyterServer, kernel_name: str, kernel_id: str | None) -> None:
         self._server, self._kernel_name, self._id = server, kernel_name, kernel_id
         self.start_timeout = server.start_timeout
-        self.argv: list[str] = []
         self.owned = kernel_id is None
-        self._mailbox: Mailbox | None = None
+        self._mailbox = Mailbox()
         self._channels: Channels | None = None
 
     def start(self, mailbox: Mailbox) -> Channels:
@@ -4386,7 +4356,7 @@ class RemoteKernelControl:
             self._server.rest.request("POST", f"{self._path}/interrupt", {}, timeout=INTERRUPT_GRACE)
         except ServerError as error:
             if error.status == 404:
-                self._report("it is no longer on the server")
+                self._mailbox.put(KernelDied(cause="it is no longer on the server"))
         except JupyterExecError as error:
             logger.warning("The interrupt was not delivered: %s", error)
         sent()
@@ -4397,24 +4367,13 @@ class RemoteKernelControl:
             with contextlib.suppress(JupyterExecError):
                 self._server.rest.request("DELETE", self._path, timeout=INTERRUPT_GRACE)
             self._id = None
-            self._report("it was deleted on the server")
-
-    def abandon(self) -> None:
-        pass  # the server is asked again
-
-    def files(self) -> None:
-        return None
-
-    def _report(self, cause: str) -> None:
-        if self._mailbox:
-            self._mailbox.put(KernelDied(cause=cause))
+            self._mailbox.put(KernelDied(cause="it was deleted on the server"))
 
     def close(self) -> None:
         if self._channels:
             self._channels.close()
 
 
-_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 
@@ -4430,7 +4389,7 @@ class JupyterServer(Protocol):
     def stop(self) -> None:
         """End all its kernels. May be called more than once."""
 
-    def __enter__(self: _S) -> _S: ...
+    def __enter__(self: _T) -> _T: ...
     def __exit__(self, *exc_info: object) -> None: ...
 
 
@@ -4458,13 +4417,13 @@ class Stoppable(Single):
     def stop(self) -> None:
         raise NotImplementedError
 
-    def __enter__(self: _S) -> _S:
+    def __enter__(self: _T) -> _T:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    async def __aenter__(self: _S) -> _S:
+    async def __aenter__(self: _T) -> _T:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -4483,7 +4442,31 @@ async def aside(function: Callable[[], _T]) -> _T:
         pool.shutdown(wait=False)
 
 
-class RemoteJupyterServer(Stoppable):
+class Server(Stoppable):
+    """A server with an I/O thread. It ends when it is stopped, or when nobody refers to it any more."""
+
+    _loop: Loop | None = None  # once there is something to end
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # This may be called at any point of any thread, with any lock held: the I/O thread ends it. That thread refers
+        # to no server; a job that does keeps it until the end is done.
+        if self._loop and not self._loop.is_inherited and not is_finalizing():
+            self._loop.post(self.stop)
+
+    def stop(self) -> None:
+        """End what was started here, all kernels included. May be called more than once."""
+        with self._lock:
+            self._stopped = True
+            loop, self._loop = self._loop, None
+        if loop and not loop.is_inherited:  # else a forked child has left the `with` of its parent
+            self._end()
+            loop.stop()
+
+    def _end(self) -> None:
+        raise NotImplementedError
+
+
+class RemoteJupyterServer(Server):
     """Kernels on a Jupyter server, kernel gateway or enterprise gateway that is there already.
 
     `env` is given to each kernel (an enterprise gateway wants KERNEL_USERNAME in it). With `kernel_id`, `start_kernel`
@@ -4505,14 +4488,7 @@ class RemoteJupyterServer(Stoppable):
         self.rest = RestClient(connection_info)
         self.env = dict(env or {})
         self._kernel_id = kernel_id
-        self._loop: Loop | None = None
         self._controls: list[RemoteKernelControl] = []
-
-    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # A server that nobody refers to deletes its kernels, in its I/O thread: see HostServer.__del__.
-        if (loop := getattr(self, "_loop", None)) and not is_finalizing():
-            with contextlib.suppress(JupyterExecError):  # this is a forked child
-                loop.post(self.stop)
 
     @property
     def loop(self) -> Loop:
@@ -4536,9 +4512,7 @@ class RemoteJupyterServer(Stoppable):
             kernel_name = found
         control = RemoteKernelControl(self, kernel_name, self._kernel_id)
         self._controls.append(control)
-        client = KernelClient(control)
-        client.start()
-        return client
+        return KernelClient(control).start()
 
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict}."""
@@ -4559,19 +4533,12 @@ class RemoteJupyterServer(Stoppable):
     def _is_none(self, path: str) -> ServerError:
         return ServerError("GET", self.connection_info.url + path, 200, "This is no Jupyter server.")
 
-    def stop(self) -> None:
-        """Delete the kernels that were started here and disconnect. May be called more than once."""
+    def _end(self) -> None:
         for control in self._controls:
             if control.owned:
                 control.kill()
             control.close()
         self._controls.clear()
-        self.rest.close()
-        with self._lock:
-            self._stopped = True
-            loop, self._loop = self._loop, None
-        if loop:
-            loop.stop()
 
 
 # ======================================================================================================
@@ -4579,27 +4546,25 @@ class RemoteJupyterServer(Stoppable):
 # ======================================================================================================
 
 
-class TimedStream(Stream, Protocol):
-    """A Stream that can be told not to block, for the time before the loop has it."""
+class FarEnd(Stream, Protocol):
+    """stdin and stdout of a process over there that was started to become a kernel host."""
+
+    @property
+    def errors(self) -> Tail | None:
+        """Its stderr, to be read all the time."""
 
     def settimeout(self, seconds: float, /) -> None: ...
 
-
-@dataclass
-class FarEnd:
-    """A process over there that was started to become a kernel host."""
-
-    stream: TimedStream  # its stdin and stdout
-    describe_end: Callable[[], str]  # once the stream is closed: what is known of the end of the process
-    errors: Tail | None = None  # its stderr, to be read all the time
+    def describe_end(self) -> str:
+        """Return what is known of the end of the process, once this is closed; "" if it is nothing."""
 
 
 class HostLink:
     """The client's end of the pipe to one kernel host: requests with answers, events, relayed messages."""
 
-    def __init__(self, far_end: FarEnd, pid: int, uid: int) -> None:
-        self.pid, self.uid = pid, uid
-        self.loop = Loop()
+    def __init__(self, far_end: FarEnd, context: Any) -> None:
+        """`context`: of ZeroMQ, for sockets of the loop, or None."""
+        self.loop, self.context = Loop(), context
         self.mailboxes: dict[str, Mailbox] = {}  # of each kernel process, by its name
         self.lost: str | None = None  # why the host is gone
         self._begun: dict[str, PipeCodec] = {}  # by kernel, a large message of which pieces have come
@@ -4607,18 +4572,10 @@ class HostLink:
         self._closing = False
         self._serial = itertools.count(1)
         self._answers: dict[int, Callable[[Json], None]] = {}
-        self._context: Any = None
-        self._context_lock = threading.Lock()
-        self._pipe = Pipe(self.loop, far_end.stream, self._on_parts, self._on_closed)
+        self._pipe = Pipe(self.loop, far_end, self._on_parts, self._on_closed)
         if far_end.errors:
             far_end.errors.watch(self.loop)
         self.loop.start("jupyter_exec I/O")
-
-    def context(self) -> Any:
-        """Return the ZeroMQ context of the loop's sockets."""
-        with self._context_lock:
-            self._context = self._context or new_context()
-            return self._context
 
     def call(self, op: str, **parameters: Any) -> Any:
         """Ask the host and return its result.
@@ -4635,10 +4592,6 @@ class HostLink:
         if "error" in answer:
             raise _host_error(answer)
         return answer.get("result")
-
-    def ask_far(self, order: Json, data: bytes, then: Callable[[Json], None]) -> None:
-        """Ask for a step of a file transfer: see `far_step`."""
-        self.ask("file", then, data, **order)
 
     def ask(self, op: str, then: Callable[[Json], None], data: bytes = b"", **parameters: object) -> None:
         """Send a request, and bytes, without waiting; `then(answer)` is called in the loop's thread."""
@@ -4706,19 +4659,14 @@ class HostLink:
     def close(self, reason: str = "the server was stopped") -> None:
         """Close the pipe, which ends the host and its kernels; end the loop and its sockets."""
         self._closing = True
-        if self.lost is None:
-            self.loop.post(functools.partial(self.hang_up, reason))
-        self.loop.post(self._destroy_context)
+        hang_up = functools.partial(self._pipe.close, reason)
+        if self.loop.is_here:
+            hang_up()
+        else:
+            self.loop.post(hang_up)
+        if self.context:
+            self.loop.post(functools.partial(self.context.destroy, 0))
         self.loop.stop()
-
-    def hang_up(self, reason: str = "the server object is gone") -> None:
-        """Close the pipe; for the loop's thread."""
-        self._closing = True
-        self._pipe.close(reason)
-
-    def _destroy_context(self) -> None:
-        if self._context is not None:
-            self._context.destroy(linger=0)
 
 
 def _text(value: object) -> str:
@@ -4772,17 +4720,16 @@ def own_program(magic: str) -> bytes:
     def code() -> bytes:
         return marshal.dumps(loader.get_code(name)) if magic == importlib.util.MAGIC_NUMBER.hex() else b""
 
-    # Code first, if it need not be compiled, which would stop all threads for half a second; but of no loader that
-    # rewrites what it loads: the host may not have what the new code wants.
-    has_code = type(loader) is importlib.machinery.SourceFileLoader and os.path.exists(
-        globals().get("__cached__") or ""
-    )
     ways: list[tuple[bytes, Callable[[], bytes]]] = [
-        (b"c", lambda: code() if has_code else b""),
         (b"s", lambda: loader.get_source(name).encode("utf-8")),  # a zip has it too
         (b"s", lambda: Path(re.sub(r"\.pyc\Z", ".py", __file__)).read_bytes()),
         (b"c", code),  # a program without sources: only .pyc, or frozen
     ]
+    cached = globals().get("__cached__") or ""
+    if type(loader) is importlib.machinery.SourceFileLoader and os.path.exists(cached):
+        # Code first, if it need not be compiled, which would stop all threads for half a second; but of no loader that
+        # rewrites what it loads: the host may not have what the new code wants.
+        ways.insert(0, (b"c", code))
     for kind, way in ways:
         with contextlib.suppress(ImportError, OSError, AttributeError, NameError):
             if program := way():
@@ -4794,19 +4741,15 @@ def own_program(magic: str) -> bytes:
     )
 
 
-_Result = TypeVar("_Result")
-
-
-def _as_soon_as(
-    stream: Stream, event: int, call: Callable[[], _Result], deadline: Deadline, errors: Tail | None
-) -> _Result:
+def _as_soon_as(far_end: FarEnd, event: int, call: Callable[[], _T], deadline: Deadline) -> _T:
     """Return `call()` when it does not block any more; meanwhile read the stderr, for which the command may wait."""
+    errors = far_end.errors
     with selectors.DefaultSelector() as selector:
-        selector.register(stream.fileno(), event)
+        selector.register(far_end.fileno(), event)
         if errors:
             selector.register(errors, selectors.EVENT_READ)
         while True:
-            with contextlib.suppress(BlockingIOError, InterruptedError):
+            with contextlib.suppress(BlockingIOError):
                 return call()
             if deadline.expired:
                 raise TimeoutError
@@ -4822,12 +4765,12 @@ def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, in
 
     Raises: ConnectionClosed, ExecutionTimeout, JupyterExecError if its Python is too old.
     """
-    stream, errors, seen = far_end.stream, far_end.errors, b""
+    seen = b""
     pattern = rb"%s (\d{1,4}) (\d{1,4}) ([0-9a-f]{1,64}) (\d{1,10}) (\d{1,10})\n" % nonce.encode("ascii")
-    stream.settimeout(0)
+    far_end.settimeout(0)
     try:
         while not (found := re.search(pattern, seen)):
-            data = _as_soon_as(stream, selectors.EVENT_READ, lambda: stream.recv(4096), deadline, errors)
+            data = _as_soon_as(far_end, selectors.EVENT_READ, lambda: far_end.recv(4096), deadline)
             if not data or len(seen) > 2**20:
                 raise ConnectionClosed(f"no Python answered{_quote(seen)}")
             seen += data
@@ -4836,7 +4779,7 @@ def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, in
             raise JupyterExecError("its Python {}.{} is too old, 3.10 or newer is needed".format(*version))
         unsent = memoryview(own_program(found[3].decode()))
         while unsent:
-            sent = _as_soon_as(stream, selectors.EVENT_WRITE, functools.partial(stream.send, unsent), deadline, errors)
+            sent = _as_soon_as(far_end, selectors.EVENT_WRITE, functools.partial(far_end.send, unsent), deadline)
             unsent = unsent[sent:]
     except TimeoutError:
         raise ExecutionTimeout(f"no answer within {deadline.seconds:g} s{_quote(seen)}") from None
@@ -4849,41 +4792,31 @@ def _quote(seen: bytes) -> str:
     return f"; it printed: {seen[-500:].decode('utf-8', 'replace').strip()}" if seen.strip() else ""
 
 
-class HostedKernelControl:
-    """KernelControl of a kernel that a server's host runs."""
+class HostedKernelControl(KernelControl):
+    """A kernel that a server's host runs."""
 
-    owned, supervised = True, False
+    owned = True
 
     def __init__(self, server: HostServer, kernel_name: str) -> None:
         self._server = server
-        self.start_timeout = server.launch.start_timeout
+        self.start_timeout = server.launch["start_timeout"]
         self._kernel_name = kernel_name
         self._slot = f"k{next(server.serial)}"
         self._key = os.urandom(32).hex()
         self._starts = itertools.count(1)
         self._name = ""  # of the process; a new one at each start
-        self._link: HostLink | None = None
+        self._link = server.link()
         self._by_message = False
-        self.argv: list[str] = []
-        self.connection_file: str | None = None
 
     def start(self, mailbox: Mailbox) -> Channels:
         link = self._link = self._server.link()
         self._name = f"{self._slot}.{next(self._starts)}"
         link.mailboxes[self._name] = mailbox
         try:
-            result = link.call(
-                "start",
-                kernel=self._name,
-                slot=self._slot,
-                kernel_name=self._kernel_name,
-                key=self._key,
-                identity=os.urandom(16).hex(),
-                relay=self._server.relays,
-                own_python3=self._server.own_python3,
-                launch=asdict(self._server.launch),
-            )
-            return self._reach(link, mailbox, result)
+            order: Json = {"kernel": self._name, "slot": self._slot, "key": self._key, "relay": self._server.relays}
+            order |= {"kernel_name": self._kernel_name, "own_python3": self._server.own_python3}
+            order |= {"launch": self._server.launch, "identity": os.urandom(16).hex()}
+            return self._reach(link, mailbox, link.call("start", **order))
         except JupyterExecError as error:
             link.mailboxes.pop(self._name, None)
             if isinstance(error, ProtocolError):
@@ -4902,30 +4835,25 @@ class HostedKernelControl:
         places = [("tcp", "127.0.0.1"), ("ipc", os.path.join(self._server.directory, self._slot))]
         if (connection.transport, connection.ip) not in places or connection.key != self._key:
             raise ProtocolError("The kernel host names a connection that is not the kernel's.")
-        return ZmqChannels(link.loop, link.context(), connection, mailbox)
+        return ZmqChannels(link.loop, link.context, connection, mailbox)
 
     def interrupt(self, sent: Callable[[], None]) -> bool:
-        if self._link and not self._by_message:
+        if not self._by_message:
             self._link.ask("interrupt", lambda answer: sent(), kernel=self._name)
         return not self._by_message
 
     def kill(self, dump: bool = False) -> None:
-        if self._link:
-            self._link.ask("kill", lambda answer: None, kernel=self._name, dump=dump)
+        self._link.ask("kill", lambda answer: None, kernel=self._name, dump=dump)
 
     def abandon(self) -> None:
-        if self._link:
-            self._link.close("the kernel host did not answer 'kill' in time")
+        self._link.close("the kernel host did not answer 'kill' in time")
 
     def files(self) -> AskFar:
-        return self._server.link().ask_far
-
-    def close(self) -> None:
-        pass  # the server has the link
+        ask = self._server.link().ask
+        return lambda order, data, then: ask("file", then, data, **order)
 
 
-@dataclass(frozen=True)
-class LaunchOptions:
+class LaunchOptions(TypedDict, total=False):
     """How kernels are launched: keywords of LocalJupyterServer, CommandJupyterServer and DockerJupyterServer alike.
 
     On Linux an ipykernel is forked, in a fifth of the time, from a process that has imported ipykernel and the modules
@@ -4934,24 +4862,19 @@ class LaunchOptions:
     `start_timeout` is how many seconds the start of a kernel host may take, and then that of each kernel.
     """
 
-    preload: Sequence[str] | None = ()
-    ipython_defaults: bool = False
-    start_timeout: float = START_TIMEOUT
-
-    def __post_init__(self) -> None:
-        listed = isinstance(self.preload, Sequence) and not isinstance(self.preload, str)
-        if self.preload is not None and not (listed and all(isinstance(name, str) for name in self.preload)):
-            raise ValueError(f"preload must be a list of module names, or None, not {self.preload!r}.")
-        if not self.start_timeout > 0:
-            raise ValueError(f"start_timeout must be a number of seconds, not {self.start_timeout!r}.")
-
-    @classmethod
-    def names(cls) -> set[str]:
-        return {option.name for option in fields(cls)}
+    preload: Sequence[str] | None
+    ipython_defaults: bool
+    start_timeout: float
 
 
-class HostServer(Stoppable):
+LAUNCH_DEFAULTS: Json = {"preload": (), "ipython_defaults": False, "start_timeout": START_TIMEOUT}
+
+
+class HostServer(Server):
     """What servers whose kernels are run by a kernel host have in common. Starts on first use."""
+
+    class GenerateToken:
+        """Stands for a token that is made up; AutoGen's default."""
 
     relays = True  # messages through the pipe, not straight over ZeroMQ
     own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
@@ -4959,25 +4882,21 @@ class HostServer(Stoppable):
     _link: HostLink | None = None
     _gateway: RemoteJupyterServer | None = None
 
-    def __init__(self, transport: str, launch: Json) -> None:
+    def __init__(self, transport: str, launch: Mapping[str, Any]) -> None:
         if transport not in ("direct", "gateway"):
             raise ValueError(f'transport must be "direct" or "gateway", not {transport!r}.')
-        for name in launch.keys() - LaunchOptions.names():
+        for name in launch.keys() - LAUNCH_DEFAULTS.keys():
             raise TypeError(f"{type(self).__name__} has no keyword {name!r}.")
         super().__init__()
-        self.launch = LaunchOptions(**launch)
+        self.launch = LAUNCH_DEFAULTS | dict(launch)
         self.serial = itertools.count(1)
         self.transport = transport
-
-    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # A server that nobody refers to ends, in its I/O thread: this may be called at any point of any thread, with
-        # any lock held. That thread refers to no server; a job that does keeps it until the end is done.
-        loop = self._link.loop if self._link else self._gateway and self._gateway._loop
-        if loop and not is_finalizing():
-            with contextlib.suppress(JupyterExecError):  # this is a forked child
-                if self._link:
-                    loop.post(self._link.hang_up)
-                loop.post(self.stop)
+        preload, seconds = self.launch["preload"], self.launch["start_timeout"]
+        listed = isinstance(preload, Sequence) and not isinstance(preload, str)
+        if preload is not None and not (listed and all(isinstance(name, str) for name in preload)):
+            raise ValueError(f"preload must be a list of module names, or None, not {preload!r}.")
+        if not seconds > 0:
+            raise ValueError(f"start_timeout must be a number of seconds, not {seconds!r}.")
 
     def _open(self, program: str) -> FarEnd:
         """Start a Python somewhere that runs `program`. Raises: KernelStartFailed, SandboxError."""
@@ -4990,21 +4909,27 @@ class HostServer(Stoppable):
     def _connect(self) -> HostLink:
         """Start a kernel host and greet it within `start_timeout`. Raises: KernelStartFailed, SandboxError."""
         nonce, began = os.urandom(16).hex(), time.monotonic()
-        far_end = self._open(BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main"))
-        try:
-            who = greet_host(far_end, nonce, Deadline(self.launch.start_timeout))
-        except BaseException as error:
-            far_end.stream.close()
-            end = far_end.describe_end() if isinstance(error, ConnectionClosed) else ""
-            failed = self._start_error(f"{error}: {end}" if end else str(error))
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._disconnect, failed=True)
+            far_end = self._open(BOOTSTRAP.replace("NONCE", nonce).replace("MAIN", "host_main"))
+            undo.callback(far_end.close)
             if far_end.errors:
-                far_end.errors.close()
-            self._disconnect()
-            if not isinstance(error, JupyterExecError):  # such as Ctrl-C
-                raise
-            raise failed from None
+                undo.callback(far_end.errors.close)
+            try:
+                who = greet_host(far_end, nonce, Deadline(self.launch["start_timeout"]))
+            except JupyterExecError as error:
+                far_end.close()
+                end = far_end.describe_end() if isinstance(error, ConnectionClosed) else ""
+                raise self._start_error(f"{error}: {end}" if end else str(error)) from None
+            self._check_host(*who)
+            link = HostLink(far_end, None if self.relays else new_context())
+            undo.pop_all()
         logger.info("Kernel host started: process %d, user %d, in %.2f s", *who, time.monotonic() - began)
-        return HostLink(far_end, *who)
+        return link
+
+    def _check_host(self, pid: int, uid: int) -> None:
+        """Say what is wrong with a host's process and user, as they are over there. Raises: SandboxError."""
+        return
 
     def link(self) -> HostLink:
         """Return the link to the host, which is started if there is none or the last one is gone."""
@@ -5015,6 +4940,7 @@ class HostServer(Stoppable):
                     self._link.close()
                     self._disconnect()
                 self._link = self._connect()
+                self._loop = self._link.loop
             return self._link
 
     def start_kernel(self, kernel_name: str = "python3") -> KernelClient:
@@ -5024,9 +4950,7 @@ class HostServer(Stoppable):
         """
         if self.transport == "gateway":
             return self.get_client().start_kernel(kernel_name)
-        client = KernelClient(HostedKernelControl(self, kernel_name))
-        client.start()
-        return client
+        return KernelClient(HostedKernelControl(self, kernel_name)).start()
 
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict, with "resource_dir"}."""
@@ -5045,18 +4969,16 @@ class HostServer(Stoppable):
             raise AttributeError('There is no server to connect to by the direct way: ask for transport="gateway".')
         with self._lock:
             self._check_usable()
-            if self._gateway and self._gateway_ended():
+            if self._gateway and self._link and "gateway" not in self._link.mailboxes:  # it has ended
                 self._gateway.stop()
                 self._gateway = None
             if self._gateway is None:
                 self._gateway = RemoteJupyterServer(self._start_gateway())
+                self._loop = self._loop or self._gateway.loop
             return self._gateway
 
-    def _gateway_ended(self) -> bool:
-        return False
-
     def _start_gateway(self) -> JupyterConnectionInfo:
-        raise NotImplementedError
+        raise JupyterExecError(f'{type(self).__name__} has no gateway: use transport="direct".')
 
     @property
     def connection_info(self) -> JupyterConnectionInfo:
@@ -5075,31 +4997,22 @@ class HostServer(Stoppable):
     def token(self) -> str:
         return self.connection_info.token or ""
 
-    def stop(self) -> None:
-        """End the host, or the gateway, and all its kernels. May be called more than once."""
-        with self._lock:
-            self._stopped = True
-            link, self._link = self._link, None
-            gateway, self._gateway = self._gateway, None
-        if gateway:
-            gateway.stop()
-        if link:
-            link.close()
-        if link or gateway:
-            self._disconnect()
-            logger.info("Server stopped")
+    def _end(self) -> None:
+        if self._gateway:
+            self._gateway.stop()
+        if self._link:
+            self._link.close()
+        self._link = self._gateway = None
+        self._disconnect()
+        logger.info("Server stopped")
 
-    def _disconnect(self) -> None:
-        """Wait for the end of what `_connect` started."""
+    def _disconnect(self, failed: bool = False) -> None:
+        """Wait for the end of what `_open` started."""
 
 
-class _GenerateToken:
-    """Stands for a token that is made up; AutoGen's default."""
-
-
-def chosen_token(token: str | _GenerateToken | None) -> str:
+def chosen_token(token: str | HostServer.GenerateToken | None) -> str:
     """Return the token, or a new one. Raises: ValueError for the empty one, which lets everybody in."""
-    if token == "":
+    if isinstance(token, str) and not token.strip():
         raise ValueError("An empty token would open the gateway to everybody: leave it out, one is made up.")
     return token if isinstance(token, str) else os.urandom(32).hex()
 
@@ -5115,14 +5028,43 @@ def await_server(info: JupyterConnectionInfo, check: Callable[[], None]) -> Jupy
             check()
             if deadline.expired:
                 raise
-        finally:
-            rest.close()
 
 
 NOT_ON_WINDOWS = (
     "use WSL, DockerJupyterServer with an engine that is reached over TCP (DOCKER_HOST=tcp://...), or a remote Jupyter "
     "server by JupyterConnectionInfo"
 )
+
+
+class ProcessStream(NetStream):
+    """stdin and stdout of a process that it starts, in a session of its own: a Ctrl-C is not for it."""
+
+    def __init__(self, argv: list[str], **options: Any) -> None:
+        """Raises: OSError."""
+        import subprocess
+
+        ours, theirs = socket.socketpair()
+        super().__init__(ours)
+        self.errors = Tail()
+        options |= {"stdin": theirs, "stdout": theirs, "stderr": self.errors.writer}
+        try:
+            self.process = subprocess.Popen(argv, start_new_session=True, **options)
+        except BaseException:
+            ours.close()
+            self.errors.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(self.errors.writer)
+
+    def describe_end(self) -> str:
+        import subprocess
+
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            end = describe_exit(self.process.wait(0.2))
+            self.errors.drain()
+            return f"{end}; its stderr: {self.errors}" if str(self.errors) else end
+        return ""
 
 
 class CommandJupyterServer(HostServer):
@@ -5142,7 +5084,7 @@ class CommandJupyterServer(HostServer):
         env: Mapping[str, str | None] | None = None,
         cwd: str | None = None,
         transport: str = "direct",
-        **launch: Any,
+        **launch: Unpack[LaunchOptions],
     ) -> None:
         if os.name == "nt":  # pipes of Windows cannot be waited for together with sockets
             raise JupyterExecError(f"{type(self).__name__} does not work on Windows: {NOT_ON_WINDOWS}.")
@@ -5154,34 +5096,31 @@ class CommandJupyterServer(HostServer):
         self._argv = list(argv)
         self._quoted = Path(argv[0]).stem == "ssh" if remote_shell is None else remote_shell
         self._cwd = cwd
-        self._env = _merged_env(env or {})
-        self._env.setdefault("SLURM_UNBUFFEREDIO", "1")  # srun would hold back what has no newline: all that is said
+        # srun would hold back what has no newline: all that is said. And MPLBACKEND is for this process: inherited by a
+        # kernel it would make inline pictures vanish.
+        merged = {"SLURM_UNBUFFEREDIO": "1", **os.environ, "MPLBACKEND": None, **(env or {})}
+        self._env = {name: value for name, value in merged.items() if value is not None}
         self._process: subprocess.Popen[Any] | None = None  # the command
 
     def _open(self, program: str) -> FarEnd:
-        errors = Tail()
+        import shlex
+
+        argv = [*self._argv, "-c", shlex.quote(program) if self._quoted else program]
+        argv += [self.directory] if self.directory else []
         try:
-            stream, process = _spawn(self._command(program), stderr=errors.writer, env=self._env, cwd=self._cwd)
+            far_end = ProcessStream(argv, env=self._env, cwd=self._cwd)
         except OSError as error:
-            errors.close()
             raise self._start_error(describe_os_error(error)) from None
-        finally:
-            os.close(errors.writer)
-        self._process = process
+        self._process = far_end.process
         if not self.relays:
             with contextlib.suppress(ImportError):  # needed soon; meanwhile the other Python starts
                 import zmq  # noqa: F401
-        return FarEnd(stream, lambda: _describe_end(process, errors), errors)
+        return far_end
 
     def _start_error(self, reason: str) -> JupyterExecError:
         return KernelStartFailed(self._argv, reason)
 
-    def _command(self, program: str) -> list[str]:
-        import shlex
-
-        return [*self._argv, "-c", shlex.quote(program) if self._quoted else program]
-
-    def _disconnect(self) -> None:
+    def _disconnect(self, failed: bool = False) -> None:
         import subprocess
 
         if process := self._process:
@@ -5205,13 +5144,12 @@ class LocalJupyterServer(CommandJupyterServer):
     """
 
     relays = False
-    GenerateToken = _GenerateToken
 
     def __init__(
         self,
         ip: str | None = None,
         port: int | None = None,
-        token: str | _GenerateToken | None = None,
+        token: str | HostServer.GenerateToken | None = None,
         log_file: AnyPath | None = None,
         log_level: str = "INFO",
         log_max_bytes: int = 2**20,
@@ -5221,48 +5159,42 @@ class LocalJupyterServer(CommandJupyterServer):
         cwd: AnyPath | None = None,
         env: Mapping[str, str | None] | None = None,
         transport: str | None = None,
-        **launch: Any,
+        **launch: Unpack[LaunchOptions],
     ) -> None:
         implied = "direct" if ip is None and port is None and token is None else "gateway"
         cwd = None if cwd is None else os.fspath(cwd)
         compiled = globals().get("__compiled__")  # by Nuitka
-        if not python and (
-            getattr(sys, "frozen", False) or getattr(compiled, "standalone", compiled) or not sys.executable
-        ):
-            raise ValueError(
-                "This program is frozen, it is no Python: give python=, the path of one that has ipykernel."
-            )
+        frozen = getattr(sys, "frozen", False) or getattr(compiled, "standalone", compiled)
+        if not python and (frozen or not sys.executable):
+            reason = "This program is frozen, it is no Python"
+            raise ValueError(f"{reason}: give python=, the path of one that has ipykernel.")
         argv = [os.fspath(python or sys.executable)]
         super().__init__(argv, env=env, cwd=cwd, transport=transport or implied, **launch)
         self.own_python3 = python is not None
-        self._address = ip or "127.0.0.1", port
+        self._address = ip or "127.0.0.1", port or 0
         self._token = chosen_token(token)
-        handler = {"class": "logging.handlers.RotatingFileHandler", "level": log_level, "maxBytes": log_max_bytes}
-        handler |= {"backupCount": log_backup_count, "filename": os.path.abspath(log_file or os.devnull)}
-        self._logging = {"handlers": {"file": handler}, "loggers": {"KernelGatewayApp": {"handlers": ["file"]}}}
-        self._logs = log_file is not None
-        self._gateway_mailbox = Mailbox()
-
-    def _gateway_ended(self) -> bool:
-        return self._gateway_mailbox.ended
+        self._gateway_options = [f"--KernelGatewayApp.ip={self._address[0]}", f"--KernelGatewayApp.port={port or 0}"]
+        self._gateway_options += ["--KernelGatewayApp.port_retries=0", *GATEWAY_OPTIONS]
+        if log_file is not None:
+            handler = {"class": "logging.handlers.RotatingFileHandler", "level": log_level, "maxBytes": log_max_bytes}
+            handler |= {"backupCount": log_backup_count, "filename": os.path.abspath(log_file)}
+            log = {"handlers": {"file": handler}, "loggers": {"KernelGatewayApp": {"handlers": ["file"]}}}
+            self._gateway_options.append(f"--JupyterApp.logging_config={json.dumps(log)}")
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         ip, port = self._address
-        argv = [*self._argv, "-c", GATEWAY_PROGRAM, f"--KernelGatewayApp.ip={ip}"]
-        argv += [f"--KernelGatewayApp.port={port or 0}", "--KernelGatewayApp.port_retries=0", *GATEWAY_OPTIONS]
-        argv += [f"--JupyterApp.logging_config={json.dumps(self._logging)}"] if self._logs else []
+        argv = [*self._argv, "-c", GATEWAY_PROGRAM, *self._gateway_options]
         link, mailbox = self.link(), Mailbox()
-        link.mailboxes["gateway"] = self._gateway_mailbox = mailbox
+        link.mailboxes["gateway"] = mailbox
         said = Path(self.directory, os.urandom(8).hex())
         env = {"KG_AUTH_TOKEN": self._token, "JUPYTER_EXEC_PORT_FILE": str(said)}
         link.call("spawn", kernel="gateway", argv=argv, env=env)
 
         def check() -> None:
             if isinstance(end := mailbox.get(0.05), KernelDied):
-                advice = (
-                    f"; run {self._argv[0]} -m pip install jupyter_kernel_gateway" if "No module" in end.stderr else ""
-                )
-                advice = advice or f"; is port {port} of {ip} in use?" * bool(port)
+                advice = f"; is port {port} of {ip} in use?" if port else ""
+                if "No module" in end.stderr:
+                    advice = f"; run {self._argv[0]} -m pip install jupyter_kernel_gateway"
                 raise KernelStartFailed(argv[:1], f"the gateway has ended ({end.sentence()}){advice}", None, end.stderr)
 
         deadline = Deadline(START_TIMEOUT)
@@ -5273,61 +5205,20 @@ class LocalJupyterServer(CommandJupyterServer):
         return await_server(JupyterConnectionInfo(ip, False, int(said.read_text()), self._token), check)
 
     def _open(self, program: str) -> FarEnd:
-        self._remove_directory()
         self.directory = make_directory()
-        try:
-            return super()._open(program)
-        except BaseException:
-            self._remove_directory()
-            raise
+        return super()._open(program)
 
-    def _command(self, program: str) -> list[str]:
-        return [*super()._command(program), self.directory]
+    def _disconnect(self, failed: bool = False) -> None:
+        import shutil
 
-    def _disconnect(self) -> None:
         if self._process:  # a host that was killed could not end what its kernels had started
             _kill_all(_family(-1, f"\0{_MARKER}={self._process.pid}/".encode()))
         super()._disconnect()
-        self._remove_directory()
-
-    def _remove_directory(self) -> None:
         if self.directory:
-            import shutil
-
             with contextlib.suppress(OSError):  # an empty one goes even where no more files can be opened
                 os.rmdir(self.directory)
             shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _spawn(argv: list[str], **options: Any) -> tuple[socket.socket, subprocess.Popen[Any]]:
-    """Start a process in a session of its own (a Ctrl-C is not for it); return the socket to its stdin and stdout."""
-    import subprocess
-
-    ours, theirs = socket.socketpair()
-    with theirs:
-        try:
-            ends: Json = {"stdin": theirs, "stdout": theirs}
-            return ours, subprocess.Popen(argv, start_new_session=True, **ends, **options)
-        except BaseException:
-            ours.close()
-            raise
-
-
-def _merged_env(changes: Mapping[str, str | None]) -> dict[str, str]:
-    # MPLBACKEND is for this process: inherited by a kernel it would make inline pictures vanish.
-    merged = {key: value for key, value in os.environ.items() if key != "MPLBACKEND"} | dict(changes)
-    return {key: value for key, value in merged.items() if value is not None}
-
-
-def _describe_end(process: subprocess.Popen[Any], errors: Tail) -> str:
-    import subprocess
-
-    try:
-        code = process.wait(0.2)
-    except subprocess.TimeoutExpired:
-        return ""
-    errors.drain()
-    return describe_exit(code) + (f"; its stderr: {errors}" if str(errors) else "")
+            self.directory = ""
 
 
 # ======================================================================================================
@@ -5336,18 +5227,22 @@ def _describe_end(process: subprocess.Popen[Any], errors: Tail) -> str:
 
 
 class DockerStream(NetStream):
-    """The attached streams of a container: its stdout is the pipe, its stderr the log, of which a tail is kept.
+    """The attached streams of a container, and its end: its stdout is the pipe, its stderr the log.
 
     Spec: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
     """
 
+    errors = None
     _HEAD = struct.Struct(">BxxxI")
 
     def __init__(self, attached: Any) -> None:
         super().__init__(getattr(attached, "_sock", attached))
         self._attached = attached  # the SDK's wrapper: it closes the socket when it is collected
         self._buffer = bytearray()
-        self.stderr = bytearray()
+        self._stderr = bytearray()
+        self.ended: Any = None  # the engine's answer to "wait", which comes when the container has ended
+        self._exit_code: int | None = None
+        self._lock = threading.Lock()
 
     def recv(self, size: int, /) -> bytes:
         while data := super().recv(size):
@@ -5357,24 +5252,50 @@ class DockerStream(NetStream):
 
     def _demultiplex(self, data: bytes) -> bytes:
         self._buffer += data
-        stdout, position = [], 0
-        while len(self._buffer) - position >= self._HEAD.size:
+        stdout = []
+        while len(self._buffer) >= self._HEAD.size:
             # "STREAM_TYPE can be: 0: stdin (is written on stdout), 1: stdout, 2: stderr"
-            kind, length = self._HEAD.unpack_from(self._buffer, position)
-            end = position + self._HEAD.size + length
+            kind, length = self._HEAD.unpack_from(self._buffer)
             if kind > 2:
                 raise ProtocolError("The attached container sends something that is no stream frame.")
+            end = self._HEAD.size + length
             if len(self._buffer) < end:
                 break
-            payload = bytes(memoryview(self._buffer)[position + self._HEAD.size : end])
+            payload = self._buffer[self._HEAD.size : end]
+            del self._buffer[:end]
             if kind == 2:
-                self.stderr += payload
-                del self.stderr[:-STDERR_TAIL]
+                self._stderr = (self._stderr + payload)[-STDERR_TAIL:]
             else:
                 stdout.append(payload)
-            position = end
-        del self._buffer[:position]
         return b"".join(stdout)
+
+    @property
+    def log(self) -> str:
+        """The end of the stderr."""
+        return self._stderr.decode("utf-8", "replace").strip()
+
+    def exit_code(self) -> int | None:
+        """Wait, a while, for the end of the container, and for its removal if that is due."""
+        with self._lock:  # the I/O thread asks when the pipe closes, stop() at the same time
+            if self.ended is not None:
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError), self.ended as answer:
+                    self._exit_code = int(answer.json()["StatusCode"])
+                self.ended = None
+            return self._exit_code
+
+    def describe_end(self) -> str:
+        code = self.exit_code()
+        cause = " (killed, perhaps because memory ran out)" if code == 137 else f" (exit code {code})"
+        # Podman says 0 whatever it was; a host ends in no such way.
+        end = "" if code is None else f"the container has ended{cause if code else ''}"
+        return f"{end}; its log: {self.log}" if self.log else end
+
+    def forget_end(self) -> None:
+        """Wait no more."""
+        with self._lock:
+            if self.ended is not None:
+                self.ended.close()
+            self.ended = None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -5400,7 +5321,6 @@ class DockerJupyterServer(HostServer):
     SandboxError.
     """
 
-    GenerateToken = _GenerateToken
     DEFAULT_DOCKERFILE: ClassVar[str] = """\
 # The image of jupyter_exec.DockerJupyterServer. Target "kernel": Python with ipykernel, enough for the direct way.
 ARG BASE_IMAGE=python:3.13-slim
@@ -5432,19 +5352,9 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
  --ZMQChannelsWebsocketConnection.limit_rate=False"]
 """
 
-    # What the transport needs for itself -> what to use instead.
-    _RESERVED: ClassVar[dict[str, str]] = {
-        "command": "custom_image_name",
-        "detach": "nothing",
-        "image": "custom_image_name",
-        "log_config": "nothing, the stdout of the container is the transport",
-        "name": "container_name",
-        "auto_remove": "auto_remove, which is a keyword of its own",
-        "remove": "auto_remove",
-        "stdin_open": "nothing",
-        "stream": "nothing",
-        "tty": "nothing",
-    }
+    _client: Any = None  # of the engine, while there is a container
+    _container: Any = None
+    _stream: DockerStream | None = None
 
     def __init__(
         self,
@@ -5454,7 +5364,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         auto_remove: bool = True,
         stop_container: bool = True,
         docker_env: Mapping[str, str] | None = None,
-        token: str | _GenerateToken | None = None,
+        token: str | HostServer.GenerateToken | None = None,
         base_image: str | None = None,
         packages: Sequence[str] = (),
         network: str | None = None,
@@ -5464,13 +5374,10 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         hardened: bool = False,
         **docker_kwargs: Any,
     ) -> None:
+        launch = {name: docker_kwargs.pop(name) for name in LAUNCH_DEFAULTS.keys() & docker_kwargs.keys()}
         implied = "direct" if token is None and stop_container else "gateway"
-        launch = {name: docker_kwargs.pop(name) for name in LaunchOptions.names() & docker_kwargs.keys()}
         super().__init__(transport or implied, launch)
-        for name in sorted(self._RESERVED.keys() & docker_kwargs.keys()):
-            raise ValueError(f"{name!r} is not for docker_kwargs; use {self._RESERVED[name]}.")
-        ours = {*(DockerJupyterServer.__init__.__kwdefaults__ or {}), *LaunchOptions.names()}
-        _check_keywords(docker_kwargs, ours)
+        _check_keywords(docker_kwargs)
         limits = {"read_only": True, "mem_limit": "1g", "nano_cpus": 10**9} if hardened else {}
         if docker_kwargs.keys() & {"cpu_period", "cpu_quota"}:  # say the same in another way, and not both are allowed
             limits.pop("nano_cpus", None)
@@ -5480,27 +5387,16 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             raise ValueError("Give network or network_mode, not both.")
         if custom_image_name and (packages or base_image):
             raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
-        if isinstance(token, str) and not token.strip():
-            raise ValueError("An empty token would open the gateway to anybody: give one, or leave it out.")
         self._network = network or self._docker_kwargs.get("network_mode") or ("none" if hardened else "bridge")
         if self.transport == "gateway" and self._network == "none":
             raise ValueError('A gateway cannot be reached without a network: use transport="direct".')
-        self._stop_container = stop_container
-        self._token = token
-        self._custom_image = custom_image_name
-        self._container_name = container_name
-        self._auto_remove = auto_remove
+        self._target = "gateway" if self.transport == "gateway" else "kernel"  # of the Dockerfile
+        self._token = chosen_token(token)
+        self._custom_image, self._base_image, self._packages = custom_image_name, base_image, _requirements(packages)
+        self._container_name, self._stop_container, self._auto_remove = container_name, stop_container, auto_remove
         self._env = dict(docker_env or {})
-        self._base_image = base_image
-        self._packages = _requirements(packages)
         self._bind_dir = None if bind_dir is None else os.path.abspath(bind_dir)
         self._work_dir = work_dir
-        self._client: Any = None
-        self._container: Any = None
-        self._ended: Any = None  # the engine's answer to "wait", when it comes
-        self._exit_status: int | None = None
-        self._end_lock = threading.Lock()
-        self._pid = 0  # of the process that has started the container
         for opening in _openings(self._docker_kwargs | {"network_mode": self._network}, self._bind_dir):
             logger.warning("The sandbox of Docker is opened: %s", opening)
 
@@ -5510,58 +5406,43 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         return self._container.id if self._container else None
 
     def _open(self, program: str) -> FarEnd:
-        client, stream = self._new_client(), None
-        try:
-            with _engine_errors(self._image_name):
-                self._container = self._create(client, self._image(client), ["python3", "-c", program])
-                stream = self._stream = self._attach(client)
-                self._container.start()
-            logger.info("Container %s started: %s", self._container.name, self._container.id)
-        except BaseException:
-            if stream:
-                stream.close()
-            self._disconnect(failed=True)
-            raise
-        server = weakref.ref(self)  # which ends when nobody else refers to it
-        return FarEnd(stream, lambda: f"{this._describe_end() if (this := server()) else ''}{_log_of(stream)}")
+        client = self._new_client()
+        with _engine_errors(self._image_name):
+            self._container = self._create(client, ["python3", "-c", program])
+            stream = self._attach(client)
+            self._container.start()
+        logger.info("Container %s started: %s", self._container.name, self._container.id)
+        return stream
 
     def _start_error(self, reason: str) -> JupyterExecError:
-        logs = self._stream.stderr.decode("utf-8", "replace")
-        return SandboxError(f"No kernel host answered: {reason}", self._image_name, self._container.name, logs)
+        log = self._stream.log if self._stream else ""
+        return SandboxError(f"No kernel host answered: {reason}", self._image_name, self._container.name, log)
 
-    def _connect(self) -> HostLink:
-        link = super()._connect()
+    def _check_host(self, pid: int, uid: int) -> None:
         user = self._container.attrs["Config"]["User"]
-        if link.uid == 0 and "user" not in self._docker_kwargs and not _is_root(user):
-            link.close()
-            self._disconnect()
+        if uid == 0 and "user" not in self._docker_kwargs and not _is_root(user):
             raise SandboxError(f"User {user} of the image is root: give user=, such as {NORMAL_USER}", self._image_name)
-        if link.pid != 1:
-            logger.warning(NOT_FIRST, self._container.name)
-        return link
+        if pid != 1:
+            what = "its entrypoint does not `exec` its command, or init or pid_mode was given"
+            risk = "Code can stop the host, write into its pipe, and live on after this program"
+            logger.warning(
+                "The kernel host is not the first process of container %s: %s. %s.", self._container.name, what, risk
+            )
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         """Run the image's own command, with the port published on the loopback address of the engine only."""
         client = self._new_client()
-        token = chosen_token(self._token)
         try:
             with _engine_errors(self._image_name):
                 _remove_orphans(client)
-                image = self._image(client)
-                options = self._options(client, image.attrs.get("Config") or {}, None)
-                for name in ("stdin_open", "log_config", "auto_remove", *([] if self._bind_dir else ["working_dir"])):
-                    del options[name]
-                options["environment"]["TOKEN"] = token
-                if self._stop_container:
-                    options["labels"]["jupyter_exec.forsakable"] = "1"
-                options["ports"] = {"8888/tcp": ("127.0.0.1", None)} | dict(options.get("ports") or {})
-                self._container = client.containers.create(image.id, **options)
+                self._container = self._create(client, None)
                 if self._stop_container:
                     weakref.finalize(self, _remove_quietly, self._container, os.getpid())  # at the program's end, too
                 self._container.start()
                 self._container.reload()
-                published = (self._container.ports.get("8888/tcp") or [{}])[0].get("HostPort", 0)
-            return await_server(JupyterConnectionInfo("127.0.0.1", False, int(published), token), self._check_gateway)
+                port = (self._container.ports.get("8888/tcp") or [{}])[0].get("HostPort", 0)
+            info = JupyterConnectionInfo("127.0.0.1", False, int(port), self._token)
+            return await_server(info, self._check_gateway)
         except BaseException:
             self._disconnect(failed=True)
             raise
@@ -5576,7 +5457,6 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         raise SandboxError("The container has ended before its gateway answered", self._image_name, "", logs)
 
     def _new_client(self) -> Any:
-        self._pid = os.getpid()
         client = docker_client()
         here = client.api.base_url.startswith("http+docker://")  # a socket of this machine
         if here and self._bind_dir and not os.path.isdir(self._bind_dir):
@@ -5584,10 +5464,6 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             raise SandboxError(f"bind_dir {self._bind_dir} does not exist")  # the engine would make it, for root
         self._client = client
         return client
-
-    @property
-    def _target(self) -> str:
-        return "gateway" if self.transport == "gateway" else "kernel"
 
     @property
     def _image_name(self) -> str:
@@ -5616,16 +5492,9 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if self._base_image:
             arguments["BASE_IMAGE"] = self._base_image
         build_logger.info("Building the image %s, once; this takes a minute", self._image_name)
-        steps = client.api.build(
-            fileobj=io.BytesIO(self.DEFAULT_DOCKERFILE.encode("utf-8")),
-            tag=self._image_name,
-            target=self._target,
-            buildargs=arguments,
-            decode=True,
-            rm=True,
-            forcerm=True,
-            timeout=BUILD_TIMEOUT,
-        )
+        dockerfile = io.BytesIO(self.DEFAULT_DOCKERFILE.encode("utf-8"))
+        options: Json = {"tag": self._image_name, "target": self._target, "buildargs": arguments, "decode": True}
+        steps = client.api.build(fileobj=dockerfile, rm=True, forcerm=True, timeout=BUILD_TIMEOUT, **options)
         tail: deque[str] = deque(maxlen=20)
         cause, failed = "", False
         for step in steps:  # to the end: the engine's answer has to be read up
@@ -5639,15 +5508,16 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
                 cause, failed = cause or text, True
         if failed:
             base = self._base_image or "python:3.13-slim"
-            advice = (
-                f" (it is built on {base}; where no registry is reached, base_image= must name an image that is there)"
-            )
-            reason = f"The image could not be built: {cause[:500]}{advice}"
+            advice = "where no registry is reached, base_image= must name an image that is there"
+            reason = f"The image could not be built: {cause[:500]} (it is built on {base}; {advice})"
             raise SandboxError(reason, self._image_name, "", "\n".join(tail))
 
-    def _create(self, client: Any, image: Any, command: list[str]) -> Any:
+    def _create(self, client: Any, command: list[str] | None) -> Any:
+        image = self._image(client)
         options = self._options(client, image.attrs.get("Config") or {}, command)
-        if not self._bind_dir and not self._has_work_dir(client, image):  # the engine would make it, owned by root
+        if command is None:
+            options["environment"]["TOKEN"] = self._token
+        elif not self._bind_dir and not self._has_work_dir(client, image):  # the engine would make it, owned by root
             options.setdefault("tmpfs", {}).setdefault(self._work_dir, _tmpfs(client, options["user"]))
         return client.containers.create(image.id, **options)
 
@@ -5666,28 +5536,30 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             probe.remove()
 
     def _options(self, client: Any, config: Json, command: list[str] | None) -> Json:
-        """Return the arguments of containers.create: ours, merged with those of the user."""
-        user = self._docker_kwargs["user"] if "user" in self._docker_kwargs else self._user(client, config)
+        """Return the arguments of containers.create: ours, merged with those of the user; no command: for a gateway."""
         options: Json = {
-            "command": command,
             "name": self._container_name or f"jupyter-exec-{os.urandom(8).hex()}",
-            "stdin_open": True,  # and not "detach": the engine then closes stdin when we have gone
-            "auto_remove": self._auto_remove,
-            "log_config": {"type": "none"},  # the stdout is our relay, not to be written to the engine's disk
             "network_mode": self._network,
             "use_config_proxy": self._network != "none",  # its proxies, and the passwords in their URLs
             "environment": dict(self._env),
-            "working_dir": self._work_dir,
             "labels": {"jupyter_exec": __version__, "jupyter_exec.owner": process_name(os.getpid())},
-            "user": user,
-            # The kernel host is to be PID 1: code can neither stop it nor open its pipe, which an init before it would
-            # have open too. It hears no SIGTERM either, so that `docker stop` would wait.
-            "init": command is None,
-            "stop_signal": None if command is None else "SIGKILL",
+            "user": self._docker_kwargs["user"] if "user" in self._docker_kwargs else self._user(client, config),
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
             "pids_limit": 512,  # processes and threads; a fork bomb ends there
+            # The kernel host is to be PID 1: code can neither stop it nor open its pipe, which an init before it would
+            # have open too. It hears no SIGTERM either, so that `docker stop` would wait.
+            "init": command is None,
         }
+        if command is None:
+            options["ports"] = {"8888/tcp": ("127.0.0.1", None)}
+            options["labels"] |= {"jupyter_exec.forsakable": "1"} if self._stop_container else {}
+        else:
+            options |= {"command": command, "stop_signal": "SIGKILL", "auto_remove": self._auto_remove}
+            options["stdin_open"] = True  # and not "detach": the engine then closes stdin when we have gone
+            options["log_config"] = {"type": "none"}  # the stdout is our relay, not to be written to the engine's disk
+        if command or self._bind_dir:
+            options["working_dir"] = self._work_dir
         # Of the engine's memory at most a half, unless told otherwise; and no swap beside the limit.
         options["mem_limit"] = self._docker_kwargs.get("mem_limit") or client.info()["MemTotal"] // 2
         options["memswap_limit"] = options["mem_limit"]
@@ -5696,7 +5568,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if self._docker_kwargs.get("read_only"):
             home = dict(entry.partition("=")[::2] for entry in config.get("Env") or []).get("HOME")
             places = ["/tmp", *([home] if home else []), *([] if self._bind_dir else [self._work_dir])]
-            options["tmpfs"] = dict.fromkeys(places, _tmpfs(client, user))
+            options["tmpfs"] = dict.fromkeys(places, _tmpfs(client, options["user"]))
         for name, value in self._docker_kwargs.items():
             options[name] = _merged(name, options.get(name), value)
         return options
@@ -5716,55 +5588,30 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
     def _attach(self, client: Any) -> DockerStream:
         """Attach to the container, and wait for its end, both before it starts: later would be too late."""
         url = client.api._url("/containers/{0}", self._container.id)
-        condition = "removed" if self._auto_remove else "next-exit"
-        self._exit_status = None
-        self._ended = client.api._post(
-            f"{url}/wait", params={"condition": condition}, stream=True, timeout=STOP_TIMEOUT
-        )
+        post = functools.partial(client.api._post, stream=True, timeout=STOP_TIMEOUT)
         # As attach_socket() does, which waits for ever if the engine does not answer.
         streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
-        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
-        answer = client.api._post(f"{url}/attach", params=streams, headers=headers, stream=True, timeout=STOP_TIMEOUT)
-        return DockerStream(client.api._get_raw_response_socket(answer))
-
-    def _exit_code(self) -> int | None:
-        """Wait, a while, for the end of the container, and for its removal if that is due."""
-        with self._end_lock:  # the I/O thread asks when the pipe closes, stop() at the same time
-            if self._ended is not None:
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError), self._ended as answer:
-                    self._exit_status = int(answer.json()["StatusCode"])
-                self._ended = None
-            return self._exit_status
-
-    def _describe_end(self) -> str:
-        code = self._exit_code()
-        cause = " (killed, perhaps because memory ran out)" if code == 137 else f" (exit code {code})"
-        # Podman says 0 whatever it was; a host ends in no such way.
-        return "" if code is None else f"the container has ended{cause if code else ''}"
+        answer = post(f"{url}/attach", params=streams, headers={"Connection": "Upgrade", "Upgrade": "tcp"})
+        self._stream = stream = DockerStream(client.api._get_raw_response_socket(answer))
+        stream.ended = post(f"{url}/wait", params={"condition": "removed" if self._auto_remove else "next-exit"})
+        return stream
 
     def _disconnect(self, failed: bool = False) -> None:
-        """End the container by force: it may be paused, and its host stopped, or slow."""
-        container, self._container = self._container, None
-        if os.getpid() != self._pid:
-            return  # a forked child has left the `with` of its parent
+        """End the container by force: it may be paused, and its host stopped, or slow. Remove it if it has `failed`."""
+        if not self._client:
+            return
+        container, stream, self._container, self._stream = self._container, self._stream, None, None
         self._client.api.timeout = STOP_TIMEOUT
         try:
             if container and (self._stop_container or failed):
                 container.remove(force=True) if self._auto_remove or failed else container.kill()
         except Exception as error:  # whatever it is: the container is gone, or the engine is
-            if "already in progress" in str(error):
-                self._exit_code()
-        with self._end_lock:
-            if self._ended is not None:
-                self._ended.close()
-            self._ended = None
+            if stream and "already in progress" in str(error):
+                stream.exit_code()
+        if stream:
+            stream.close()
+            stream.forget_end()
         self._client.close()
-
-
-NOT_FIRST = (
-    "The kernel host is not the first process of container %s: its entrypoint does not `exec` its command, or init or "
-    "pid_mode was given. Code can stop the host, write into its pipe, and live on after this program."
-)
 
 
 def _remove_quietly(container: Any, owner: int) -> None:
@@ -5780,11 +5627,6 @@ def _remove_orphans(client: Any) -> None:
             _remove_quietly(container, os.getpid())
 
 
-def _log_of(stream: DockerStream) -> str:
-    log = stream.stderr.decode("utf-8", "replace").strip()
-    return f"; its log: {log}" if log else ""
-
-
 def docker_client() -> Any:
     """Return a client of the engine that the environment names. Raises: SandboxError with what to do."""
     try:
@@ -5794,12 +5636,7 @@ def docker_client() -> Any:
     if (os.environ.get("DOCKER_HOST") or "npipe:" * (os.name == "nt")).startswith("npipe:"):
         raise SandboxError(f"Docker's named pipe of Windows is no socket, so it cannot be used here: {NOT_ON_WINDOWS}")
     with _engine_errors():
-        try:
-            client = docker.DockerClient(**_engine_in_use(), timeout=ENGINE_TIMEOUT)
-        except docker.errors.DockerException as error:
-            if "timed out" not in str(error):
-                raise
-            client = docker.DockerClient(**_engine_in_use(), timeout=ENGINE_TIMEOUT)  # a machine under load
+        client = docker.DockerClient(**_engine_in_use(), timeout=ENGINE_TIMEOUT)
         client.api.timeout = WAIT_TIMEOUT
         return client
 
@@ -5881,10 +5718,7 @@ _SEPARATORS = {"environment": "=", "labels": "=", "tmpfs": ":"}
 
 
 def _is_root(user: str) -> bool:
-    name = user.partition(":")[0].strip()
-    with contextlib.suppress(ValueError):
-        return int(name) == 0  # "00" too
-    return name in ("", "root")
+    return bool(re.fullmatch(r"\s*(root|[+-]?0+|)\s*", user.partition(":")[0]))
 
 
 def _owner_of(bind_dir: str) -> str:
@@ -5911,15 +5745,24 @@ def _requirements(packages: Sequence[str]) -> list[str]:
     return sorted(" ".join(package.split()) for package in packages)
 
 
-def _check_keywords(given: Mapping[str, Any], ours: Iterable[str]) -> None:
-    """Raise TypeError for what docker-py would refuse, if it is installed."""
+# What the transport needs for itself -> what to use instead.
+_RESERVED = dict.fromkeys(["detach", "stdin_open", "stream", "tty"], "nothing")
+_RESERVED |= {"command": "custom_image_name", "image": "custom_image_name", "name": "container_name"}
+_RESERVED |= {"log_config": "nothing, the stdout of the container is the transport", "remove": "auto_remove"}
+
+
+def _check_keywords(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for what the transport needs, TypeError for what docker-py, if it is installed, would refuse."""
+    for name in sorted(_RESERVED.keys() & given.keys()):
+        raise ValueError(f"{name!r} is not for docker_kwargs; use {_RESERVED[name]}.")
     if not given:
         return
     try:
         from docker.models.containers import RUN_CREATE_KWARGS, RUN_HOST_CONFIG_KWARGS
     except ImportError:
         return
-    known = [*RUN_CREATE_KWARGS, *RUN_HOST_CONFIG_KWARGS, "networking_config", "ports", "volumes", *ours]
+    known = [*RUN_CREATE_KWARGS, *RUN_HOST_CONFIG_KWARGS, "networking_config", "ports", "volumes", *LAUNCH_DEFAULTS]
+    known += DockerJupyterServer.__init__.__kwdefaults__ or ()
     for name in sorted(given.keys() - set(known)):
         import difflib
 
@@ -8281,9 +8124,7 @@ class AsyncJupyterCodeExecutor(Single):
         """Like JupyterCodeExecutor.list_files."""
         return await self._transfer(lambda executor, progress: executor.list_files(path), None)
 
-    async def _transfer(
-        self, work: Callable[[JupyterCodeExecutor, Progress], _Result], hook: Progress | None
-    ) -> _Result:
+    async def _transfer(self, work: Callable[[JupyterCodeExecutor, Progress], _T], hook: Progress | None) -> _T:
         """Do it beside the cells; once nobody waits for it any more, it ends at its next piece."""
         import asyncio
 
