@@ -42,20 +42,27 @@ Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html
 
 from __future__ import annotations
 
+import ast
+import atexit
 import base64
+import builtins
+import codecs
 import contextlib
 import contextvars
 import copy
 import errno
 import functools
 import heapq
+import inspect
 import io
 import itertools
 import json
+import keyword
 import logging
 import os
 import queue
 import re
+import reprlib
 import selectors
 import signal
 import socket
@@ -63,13 +70,14 @@ import stat
 import string
 import struct
 import sys
+import textwrap
 import threading
 import time
 import warnings
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, overload
 
@@ -77,8 +85,9 @@ if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
     import asyncio
     import hmac
-    import inspect
     import subprocess
+    import tempfile
+    from concurrent.futures import Future
 
 __version__ = "0.1.0"
 
@@ -6191,28 +6200,23 @@ def _openings(options: Mapping[str, Any], bind_dir: str | None) -> Iterator[str]
 
 def is_name(text: str) -> bool:
     """Whether Python takes a text for the name of a variable."""
-    import keyword
-
     return text.isidentifier() and not keyword.iskeyword(text)
 
 
-def functions_source(functions: Iterable[Callable[..., Any]]) -> str:
-    """Return a program that defines functions in a kernel. Raises: ValueError, see `function_source`."""
-    return "\n".join(["from __future__ import annotations", *map(function_source, functions)])
+def functions_source(functions: Iterable[Callable[..., Any]], *imports: str) -> str:
+    """Return a program that defines plain functions in a kernel, after the imports (statements) that they need.
 
-
-def function_source(function: Callable[..., Any]) -> str:
-    """Return the source of a plain function, to be defined in a kernel. Raises: ValueError if it is not plain."""
-    import inspect
-    import textwrap
-
-    try:
-        source = textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
-        source = ""
-    if not source.startswith(("def ", "async def ")) or function.__closure__:
-        raise ValueError(f"{function!r} cannot be sent to a kernel: it must be a plain function without closure.")
-    return source
+    Raises: ValueError for a function that is not plain.
+    """
+    program = ["from __future__ import annotations", *imports]
+    for function in functions:
+        try:
+            program.append(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError):
+            program.append("")
+        if not program[-1].startswith(("def ", "async def ")) or function.__closure__:
+            raise ValueError(f"{function!r} cannot be sent to a kernel: it must be a plain function without closure.")
+    return "\n".join(program)
 
 
 ApproveHook = Callable[[str, Json], Any]
@@ -6230,17 +6234,13 @@ def tool_call_ended() -> bool:
 
 def to_json(value: Any) -> Any:
     """Return JSON for what json.dumps does not know; in this program, and in a kernel that this source is sent to."""
-    import base64
-    import dataclasses
-    import datetime
-
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
     if hasattr(value, "model_dump"):  # pydantic
         return value.model_dump(mode="json")
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()
-    if isinstance(value, (datetime.date, datetime.time)):
+    if hasattr(value, "isoformat"):  # a date or a time
         return value.isoformat()
     if isinstance(value, (set, frozenset)):
         return list(value)
@@ -6258,8 +6258,6 @@ class ToolCaller:
     """
 
     def __init__(self, kernel: Any, tag: str, max_calls: int, max_size: int) -> None:
-        import atexit
-
         self._kernel, self._tag, self._max_calls, self._max_size = kernel, tag, max_calls, max_size
         self._client = kernel.get_parent("shell")["header"]["session"]
         self._pid = os.getpid()
@@ -6299,7 +6297,25 @@ class ToolCaller:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(ToolError("The cell has ended: nobody answers any more."))
 
-    def call(self, name: str, args: Any, kwargs: Any) -> Any:
+    def stub(self, shape: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
+        """Return what stands for a tool; calling `shape` checks the arguments."""
+
+        @functools.wraps(shape)
+        def stub(*args: Any, **kwargs: Any) -> Any:
+            shape(*args, **kwargs)
+            future = self._call(shape.__name__, args, kwargs)
+            if error := future.exception():
+                raise error
+            return future.result()
+
+        @functools.wraps(shape)
+        async def async_stub(*args: Any, **kwargs: Any) -> Any:
+            shape(*args, **kwargs)
+            return await asyncio.wrap_future(self._call(shape.__name__, args, kwargs))
+
+        return async_stub if is_async else stub
+
+    def _call(self, name: str, args: Any, kwargs: Any) -> Any:
         """Send a call; returns its future."""
         try:
             text = json.dumps({"name": name, "args": args, "kwargs": kwargs}, default=to_json)
@@ -6318,8 +6334,6 @@ class ToolCaller:
 
     def _request(self, prompt: str, ident: Any, parent: Any, password: bool = False) -> Any:
         """Stand in for the kernel's `_input_request`: return what a person types, or the future of a call."""
-        from concurrent.futures import Future
-
         if os.getpid() != self._pid:
             raise ToolError("Only the kernel's own process can call tools and ask for input: use threads.")
         future: Future[Any] = Future()
@@ -6382,8 +6396,6 @@ class ToolCaller:
                     future.set_result(answer["value"])
 
     def _error_of(self, error: str, message: str, tool: str) -> BaseException:
-        import builtins
-
         kinds: dict[str, Any] = {**vars(builtins), "ToolError": ToolError, "ToolRefused": ToolRefused}
         try:
             raised: BaseException = kinds[error](*[message] * bool(message))
@@ -6392,26 +6404,6 @@ class ToolCaller:
         if tool and hasattr(raised, "add_note"):
             raised.add_note(f"Raised by the tool {tool}, in the program that runs this kernel.")
         return raised
-
-
-def tool_stub(caller: ToolCaller, shape: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
-    """Return what stands for a tool in the kernel; sent with ToolCaller. Calling `shape` checks the arguments."""
-    import asyncio
-
-    @functools.wraps(shape)
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        shape(*args, **kwargs)
-        future = caller.call(shape.__name__, args, kwargs)
-        if error := future.exception():
-            raise error
-        return future.result()
-
-    @functools.wraps(shape)
-    async def async_stub(*args: Any, **kwargs: Any) -> Any:
-        shape(*args, **kwargs)
-        return await asyncio.wrap_future(caller.call(shape.__name__, args, kwargs))
-
-    return async_stub if is_async else stub
 
 
 def define_tools(shell: Any, tag: str, max_calls: int, max_size: int, heads: dict[str, tuple[str, str | None]]) -> None:
@@ -6423,7 +6415,7 @@ def define_tools(shell: Any, tag: str, max_calls: int, max_size: int, heads: dic
     for name, (head, documentation) in heads.items():
         scope: Any = {"__name__": "__main__"}
         exec(f"from __future__ import annotations\n{head.removeprefix('async ')} {documentation!r}", scope)
-        shell.user_ns[name] = tool_stub(caller, scope[name], head.startswith("async "))
+        shell.user_ns[name] = caller.stub(scope[name], head.startswith("async "))
     shell.user_ns.update(ToolError=ToolError, ToolRefused=ToolRefused)
 
 
@@ -6435,9 +6427,6 @@ class Verbatim(str):
 
 def tool_signature(function: Callable[..., Any]) -> inspect.Signature:
     """Return a function's signature, which as text needs no names: `(city: str, days: int = 3) -> list[str]`."""
-    import ast
-    import inspect
-
     options: Json = {}
     if sys.version_info >= (3, 14):
         import annotationlib  # annotations may name what is not there at run time
@@ -6479,8 +6468,6 @@ class Tools:
         timeout: float | None,
     ) -> None:
         """Raises: ValueError for what cannot be a tool."""
-        import inspect
-
         if approve is not None and not callable(approve):
             raise ValueError("approve must be a function of name and arguments.")
         if not isinstance(functions, Iterable):
@@ -6505,28 +6492,28 @@ class Tools:
 
     def prelude(self) -> str:
         """Return a cell that defines the tools in a kernel that has just started."""
-        import inspect
-
         self.tag = f"jupyter_exec {os.urandom(8).hex()} "
-        functions = functions_source((to_json, tool_stub, define_tools))
+        modules = (
+            "asyncio, atexit, base64, builtins, contextlib, functools, itertools, json, os, socket, sys, threading"
+        )
         lines, first = inspect.findsource(ToolCaller.__init__)  # to find that of a class, the whole file is parsed
         first = max(number for number in range(first) if lines[number].startswith("class "))
-        program = [
-            functions,
-            "import contextlib, functools, itertools, json, os, socket, sys, threading",
+        program = functions_source(
+            (to_json, define_tools),
+            f"import {modules}",
             "from collections import deque",
+            "from concurrent.futures import Future",
+            "from dataclasses import fields, is_dataclass",
             f"class ToolError(Exception): {ToolError.__doc__!r}",
             f"class ToolRefused(ToolError): {ToolRefused.__doc__!r}",
             "".join(inspect.getblock(lines[first:])),
-            f"define_tools(get_ipython(), {self.tag!r}, {self.max_calls}, {MAX_TOOL_JSON}, {self._heads!r})",
-        ]
+        )
+        program += f"define_tools(get_ipython(), {self.tag!r}, {self.max_calls}, {MAX_TOOL_JSON}, {self._heads!r})"
         scope = "{'__name__': 'tools', 'get_ipython': get_ipython}"
-        return f"exec(compile({chr(10).join(program)!r}, '<tools>', 'exec', dont_inherit=True), {scope})"
+        return f"exec(compile({program!r}, '<tools>', 'exec', dont_inherit=True), {scope})"
 
     def describe(self, limit: int) -> str:
         """Return stubs of the tools for a model, with as much of their docstrings as `limit` characters allow."""
-        import textwrap
-
         for cut in (r".*", r".*?(?=\n\n|\Z)", r".{0,80}?(?=\n|\Z)", ""):
             stubs = []
             for head, documentation in self._heads.values():
@@ -6556,7 +6543,6 @@ class ToolCall:
     def result(self, value: Any) -> Any:
         """Return a value, or what an awaitable gives, in the event loop of the caller if there is one."""
         import asyncio
-        import inspect
 
         if not inspect.isawaitable(value):
             return value
@@ -6605,8 +6591,6 @@ class ToolCall:
 
 def tool_failure(error: BaseException, tool: str) -> Json:
     """Return what the kernel is told of an exception: a built-in one keeps its type, its text is bounded."""
-    import builtins
-
     kind, message = type(error), ""
     with contextlib.suppress(Exception):  # whatever its __str__ does
         message = str(error.args[0] if len(error.args) == 1 else error)
@@ -6714,8 +6698,6 @@ class CellTools:
 
 def calls_note(calls: Sequence[Json]) -> str:
     """Return a sentence about the tool calls of a cell, so that nobody makes them twice."""
-    import reprlib
-
     counts: dict[str, dict[str, int]] = {}  # of each call, by status
     for call in calls:
         arguments = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in call["arguments"].items())
@@ -6790,7 +6772,7 @@ def _kernel_program() -> str:
     steps: list[Callable[..., Any]] = [kernel_step, variable_step]
     steps += [far_step, far_open, far_read, far_write, far_end, far_list]
     try:
-        return f"{functions_source(steps)}\nimport base64, contextlib, errno, json, os, stat, sys"
+        return functions_source(steps, "import base64, contextlib, errno, json, os, stat, sys")
     except ValueError:
         raise JupyterExecError("This program is frozen, without the source that the kernel would need.") from None
 
@@ -6862,21 +6844,21 @@ class FarFiles:
         raise FileTransferError(path, f"nothing was heard for {TRANSFER_TIMEOUT:g} s")
 
     def write(self, path: str, pieces: Iterable[bytes], done: Callable[[int], None]) -> None:
-        """Make a file of pieces; it appears when it is complete. `done(size)` is called for each that has arrived."""
+        """Make a file of pieces; it appears when it is complete. `done(size)`: so many bytes have arrived."""
         part = f".{os.urandom(16).hex()}.part"
         waiting: deque[tuple[queue.SimpleQueue[Json], int]] = deque()
 
         def settle(count: int) -> None:
             while len(waiting) > count:
-                answers, size = waiting.popleft()
+                answers, end = waiting.popleft()
                 self._take(path, answers)
-                done(size)
+                done(end)
 
         try:
-            offset = 0
+            end = 0
             for piece in pieces:
-                waiting.append((self._send("write", path, piece, part=part, offset=offset), len(piece)))
-                offset += len(piece)
+                begin, end = end, end + len(piece)
+                waiting.append((self._send("write", path, piece, part=part, offset=begin), end))
                 settle(self._window - 1)
             settle(0)
             self._take(path, self._send("finish", path, part=part))
@@ -6886,8 +6868,8 @@ class FarFiles:
                 self._send("drop", path, part=part)
             raise
 
-    def read(self, path: str, max_bytes: int) -> Iterator[tuple[bytes, int]]:
-        """Yield a file in pieces, each with the size of the whole as known then."""
+    def read(self, path: str, max_bytes: int) -> Iterator[tuple[bytes, int, int]]:
+        """Yield a file in pieces, each with its end and the size of the whole as known then."""
         waiting: deque[queue.SimpleQueue[Json]] = deque()
         asked = got = size = 0
         identity, is_end = None, False
@@ -6907,7 +6889,7 @@ class FarFiles:
                 raise FileTransferError(path, f"it is larger than max_bytes={max_bytes}", "EFBIG")
             if is_end and size > got:
                 raise FileTransferError(path, "it became shorter while it was read")
-            yield piece, size
+            yield piece, got, size
 
     def entries(self, path: str) -> list[FarFile]:
         entries = self._take(path, self._send("list", path, limit=MAX_LISTED)).get("entries")
@@ -6923,15 +6905,6 @@ def _far_file(entry: Any) -> FarFile:
     if not (0 <= mode < 2**32 and 0 <= size < 2**64 and abs(modified) < 2**64):
         raise ProtocolError(_STRANGE)
     return FarFile(name, size, modified, _KINDS.get(stat.S_IFMT(mode), "other"))
-
-
-def _value_size(name: str, answer: Json, limit: int) -> int:
-    size = answer.get("size")
-    if not isinstance(size, int):
-        raise ProtocolError(_STRANGE)
-    if size > limit:
-        raise VariableError(name, f"its JSON has {size} bytes, more than max_bytes={limit}")
-    return size
 
 
 @contextlib.contextmanager
@@ -6989,19 +6962,13 @@ def write_all(file: Any, data: bytes) -> None:
         view = view[len(view) if written is None else written :]
 
 
-class Meter:
-    """Tells a hook how far a transfer is."""
-
-    def __init__(self, hook: Progress | None, total: int | None) -> None:
-        self._hook, self.total, self._done = hook, total, 0
-
-    def add(self, size: int) -> None:
-        self._done += size
-        if self._hook:
-            try:
-                self._hook(self._done, self.total)
-            except Exception:
-                logger.warning("on_progress raised; the transfer goes on", exc_info=True)
+def tell_progress(hook: Progress | None, total: int | None, done: int) -> None:
+    """Tell a hook how far a transfer is."""
+    try:
+        if hook:
+            hook(done, total)
+    except Exception:
+        logger.warning("on_progress raised; the transfer goes on", exc_info=True)
 
 
 # ======================================================================================================
@@ -7238,11 +7205,6 @@ def run_shell(shell: str, script: str, pip_options: str) -> None:
 
     Raises: CalledProcessError with the exit status, without a traceback.
     """
-    import os
-    import subprocess
-    import sys
-    import tempfile
-
     silent = '{0}() {{ [ "${{1-}}" != install ] || set -- "$@" {1}; command {0} "$@"; }}; '
     command = "".join(silent.format(pip, pip_options) for pip in ("pip", "pip3")) + '. "$0"'
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
@@ -7274,15 +7236,6 @@ def follow_shell(process: subprocess.Popen[bytes]) -> int:
 
     An interrupt ends all that the script has started. What it has left in the background goes on, with its output.
     """
-    import codecs
-    import contextlib
-    import os
-    import selectors
-    import signal
-    import sys
-    import threading
-    import time
-
     selector = selectors.DefaultSelector()
     for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -7331,10 +7284,12 @@ def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, st
     if speaks_python and language in _SHELLS and code.lstrip()[:1] not in ("!", "%"):
         shell, script = _SHELLS[language], code.replace("\r\n", "\n")
         shown = f"%%{shell}\n{script}"
+        modules = "codecs, contextlib, os, selectors, signal, subprocess, sys, tempfile, threading, time"
         try:
-            program = f"{functions_source((follow_shell, run_shell))}\nrun_shell({shell!r}, {script!r}, {_QUIET!r})"
+            program = functions_source((follow_shell, run_shell), f"import {modules}")
         except ValueError:  # a frozen program without source files: IPython's own way, with its flaws
             return shown, shown
+        program += f"run_shell({shell!r}, {script!r}, {_QUIET!r})"
         return f"exec({program!r}, {{}})", shown
     own = {"", kernel_language.lower(), kernel_name.lower(), *(_SHELLS if speaks_python else ())}
     if language in own or (speaks_python and _PYTHON_NAMES.fullmatch(language)):
@@ -7362,8 +7317,6 @@ These functions are there, too. They run outside of the kernel: arguments and re
 
 def system_message_for(functions: Sequence[Callable[..., Any]], tools: Tools) -> str:
     """Return CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of functions and tools."""
-    import inspect
-
     lines = [
         f"    {function.__name__}{inspect.signature(function)}: {inspect.getdoc(function) or ''}".rstrip(" :")
         for function in functions
@@ -8071,7 +8024,7 @@ class JupyterCodeExecutor(Stoppable):
         name = os.path.basename(os.path.abspath(here or "")) if path is None else os.fspath(path)
         with transfer_errors(name, here), source_file(source) as file, self._far_files() as files:
             total = os.stat(here).st_size if here else memoryview(source).nbytes if isinstance(source, bytes) else None
-            files.write(name, file_pieces(file, files.piece), Meter(on_progress, total).add)
+            files.write(name, file_pieces(file, files.piece), functools.partial(tell_progress, on_progress, total))
         return name
 
     @overload
@@ -8093,13 +8046,13 @@ class JupyterCodeExecutor(Stoppable):
         Raises: FileTransferError, also for a file of more than `max_bytes`.
         """
         path, here = os.fspath(path), target if isinstance(target, str | os.PathLike) else None
-        memory, meter = io.BytesIO(), Meter(on_progress, None)
+        memory = io.BytesIO()
         with transfer_errors(path, here), contextlib.ExitStack() as stack:
             files = stack.enter_context(self._far_files())
             file = stack.enter_context(target_file(here)) if here else memory if target is None else target
-            for piece, meter.total in files.read(path, max_bytes):
+            for piece, done, total in files.read(path, max_bytes):
                 write_all(file, piece)
-                meter.add(len(piece))
+                tell_progress(on_progress, total, done)
         return memory.getvalue() if target is None else None
 
     def list_files(self, path: AnyPath = ".") -> list[FarFile]:
@@ -8127,7 +8080,9 @@ class JupyterCodeExecutor(Stoppable):
             except (TypeError, ValueError, RecursionError) as error:
                 raise VariableError(name, f"it is no JSON here. {type(error).__name__}: {error}") from None
         data = f"{{{','.join(texts)}}}".encode("utf-8", "surrogatepass")
-        self._exchange(", ".join(values), "set", data, len(data))
+        with self._variable_steps(", ".join(values)) as ask:
+            for offset in range(0, len(data), CELL_PIECE):
+                ask(data[offset : offset + CELL_PIECE], step="set", offset=offset, size=len(data))
 
     def get_variable(self, name: str, *, max_bytes: int = MAX_JSON) -> Any:
         """Return the value of a variable of the kernel, if it can be written as JSON; tuples come as lists.
@@ -8138,7 +8093,18 @@ class JupyterCodeExecutor(Stoppable):
         """
         if not name.isidentifier():
             raise VariableError(name, "it is no name of a variable")
-        data = self._exchange(name, "get", b"", max_bytes)
+        data = bytearray()
+        size: Any = 1
+        with self._variable_steps(name) as ask:
+            while len(data) < size:
+                end = len(data) + CELL_PIECE
+                answer = ask(step="get", offset=len(data), size=CELL_PIECE, limit=max_bytes)
+                size = answer.get("size")
+                if isinstance(size, int) and size > max_bytes:
+                    raise VariableError(name, f"its JSON has {size} bytes, more than max_bytes={max_bytes}")
+                data += answer["bytes"]
+                if not isinstance(size, int) or len(data) != min(size, end):
+                    raise ProtocolError(_STRANGE)
         try:
             text = data.decode("utf-8", "surrogatepass")
             if len(text) > LARGE_PART and json_weight(text) > 4 * max(max_bytes, LARGE_PART):
@@ -8147,34 +8113,29 @@ class JupyterCodeExecutor(Stoppable):
         except (ValueError, RecursionError) as error:
             raise VariableError(name, f"what came is no JSON. {error}") from None
 
-    def _exchange(self, name: str, step: str, data: bytes, limit: int) -> bytes:
-        """Send JSON of variables in pieces, or return that of one."""
-        # What an earlier call has left, when Ctrl-C ended it, had the same key.
-        order: Json = {"step": step, "name": name, "key": f"{os.getpid()} {id(self)}", "limit": limit}
-        received = bytearray()
+    @contextlib.contextmanager
+    def _variable_steps(self, name: str) -> Iterator[Callable[..., Json]]:
+        """Give the way to the kernel's variables, one piece of their JSON at a time."""
+
+        def ask(data: bytes = b"", **order: Any) -> Json:
+            self._check_usable()
+            # What an earlier call has left, when Ctrl-C ended it, had the same key.
+            order |= {"name": name, "key": f"{os.getpid()} {id(self)}"}
+            answer = ask_kernel(self._kernel, order, data, self._hooks[0])
+            if "error" in answer:
+                raise VariableError(name, clean_text(_text(answer["error"])))
+            return answer
+
         try:
             with self._turns.turn():
                 self._make_ready()
-                offset, size = 0, len(data) or 1
-                while offset < size:
-                    self._check_usable()
-                    order |= {"offset": offset, "size": len(data) or CELL_PIECE}
-                    answer = ask_kernel(self._kernel, order, data[offset : offset + CELL_PIECE], self._hooks[0])
-                    if "error" in answer:
-                        raise VariableError(name, clean_text(_text(answer["error"])))
-                    offset += CELL_PIECE
-                    if step == "get":
-                        received += answer["bytes"]
-                        size = _value_size(name, answer, limit)
-                        if len(received) != min(size, offset):
-                            raise ProtocolError(_STRANGE)
+                yield ask
         except VariableError:
             raise
         except KernelBusy:
             raise VariableError(name, "the kernel is still running earlier code") from None
         except JupyterExecError as error:
             raise VariableError(name, str(error)) from error
-        return bytes(received)
 
     def save_notebook(self, path: AnyPath) -> None:
         """Write the session so far as a notebook: each cell with its outputs, failed and timed-out ones too.

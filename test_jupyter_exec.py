@@ -7505,7 +7505,7 @@ def test_a_shell_that_is_missing_is_said(executor: JupyterCodeExecutor, monkeypa
 
 
 def test_shell_blocks_without_source_files(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_source(functions: Any) -> str:
+    def no_source(*arguments: Any) -> str:
         raise ValueError("no source")
 
     monkeypatch.setattr(jupyter_exec, "functions_source", no_source)
