@@ -7102,44 +7102,38 @@ class Journal:
 
     def add(self, code: str, result: ExecutionResult) -> None:
         """Keep a cell. A full disk, or an output that cannot be written, costs its place here, not its result."""
-        with self._lock:
-            self._add(code, result)
-
-    def _add(self, code: str, result: ExecutionResult) -> None:
         try:
             cell = notebook_cell(code) | {"execution_count": result.execution_count}
             line = dump_json(cell | {"outputs": notebook_outputs(result.outputs, result.note)}) + b"\n"
             if self._size + len(line) > MAX_FILE_BYTES:
                 outputs = notebook_outputs([], "The outputs of this cell were not kept: too large")
                 line = dump_json(cell | {"outputs": outputs}) + b"\n"
-            if self._file is None:
-                import tempfile
+            with self._lock:
+                if self._file is None:
+                    import tempfile
 
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
-                weakref.finalize(self, self._file.close)
-            self._file.seek(self._size)
-            self._file.write(line)
-            self._file.flush()
-            self._size += len(line)
+                    self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
+                    weakref.finalize(self, self._file.close)
+                self._file.seek(self._size)
+                self._file.write(line)
+                self._file.flush()
+                self._size += len(line)
         except (OSError, ValueError, RecursionError) as error:
             self._trouble = str(error)
             logger.warning("A cell is not kept for the notebook: %s", error)
 
     def write(self, file: IO[bytes], metadata: Json) -> None:
         """Write a notebook. Spec: https://nbformat.readthedocs.io/en/latest/format_description.html"""
-        with self._lock:
-            self._write(file, metadata)
-
-    def _write(self, file: IO[bytes], metadata: Json) -> None:
         head = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata}
         file.write(dump_json(head)[:-1] + b',"cells":[\n')
         left, comma = self._size, b""
-        if self._file:
-            self._file.seek(0)
-            while left > 0:
-                line = self._file.readline()
-                file.write(comma + line)
-                left, comma = left - len(line), b","
+        with self._lock:
+            if self._file:
+                self._file.seek(0)
+                while left > 0:
+                    line = self._file.readline()
+                    file.write(comma + line)
+                    left, comma = left - len(line), b","
         if self._trouble:
             source = f"Cells are missing here, since they could not be kept: {self._trouble}"
             cell = {"cell_type": "markdown", "id": "missing", "metadata": {}, "source": source}
@@ -7338,8 +7332,12 @@ class _UserCapability:
         agent.update_system_message(agent.system_message + self._message)
 
 
-class KernelBusy(JupyterExecError):
-    """A cell whose time was over is still running, and this call does not wait for it."""
+class NotRun(JupyterExecError):
+    """Code that does not wait for its turn any more; `result` says why."""
+
+    def __init__(self, result: ExecutionResult) -> None:
+        super().__init__(result.note)
+        self.result = result
 
 
 class Turns:
@@ -7361,7 +7359,7 @@ class Turns:
     def turn(self, evict: Callable[[], None] | None = None, job: Job | None = None) -> Iterator[None]:
         """Wait until it is the caller's turn. With `evict` it is the next one: called until the one that is in leaves.
 
-        Raises: JupyterExecError if it is closed; KernelBusy if the one that is in was detached.
+        Raises: JupyterExecError if it is closed; NotRun if the one that is in was detached, or the job interrupted.
         """
         self._enter(evict, job)
         try:
@@ -7443,9 +7441,9 @@ class Turns:
             elif self.closed:
                 raise JupyterExecError(_STOPPED)
             elif job and job.interrupted:
-                raise JupyterExecError(_NOT_BEGUN)
+                raise NotRun(_not_begun())
             elif self.detached and not (job and job.patient):
-                raise KernelBusy(_BUSY)
+                raise NotRun(ExecutionResult("error", 1, "busy", _BUSY, []))
             else:
                 self._changed.wait()
 
@@ -7470,26 +7468,19 @@ class CellCall:
     ) -> None:
         if not isinstance(code, str):
             raise TypeError("code must be a string; execute_code_blocks takes code blocks.")
-        self._code, self._timeout, self._on_output, self._on_input = code, timeout, on_output, on_input
-        self.last: ExecutionResult | None = None
+        self._code, self._timeout, self._hooks = code, timeout, (on_output, on_input)
 
     def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
         executor._make_ready()
-        code, timeout = self._code, self._timeout
-        self.last = result = executor._run_cell(code, code, timeout, self._on_output, self._on_input, job=job)
-        return result
+        return executor._run_cell(self._code, self._code, self._timeout, *self._hooks, job=job)
 
     def so_far(self, result: ExecutionResult) -> ExecutionResult:
-        """Return what the call has done by now; `result` is that of its running cell."""
+        """Return what the call has done by now; `result` is that of its running cell, or says why it was not run."""
         return result
 
     def text(self, result: ExecutionResult | None) -> str:
         """Return the text so far; `result` is that of its latest cell."""
         return _text_so_far(result)
-
-    def not_run(self, result: ExecutionResult) -> ExecutionResult:
-        self.last = result
-        return result
 
 
 class BlocksCall:
@@ -7528,7 +7519,6 @@ class BlocksCall:
         return CodeResult(last.exit_code, text, self._files.paths, last.kernel_state, last.status, last.note)
 
     def so_far(self, result: ExecutionResult) -> CodeResult:
-        """Return what the call has done by now; `result` is that of its running cell."""
         copied = BlocksCall([], self._folder, self._limit)
         copied._ended, copied._gaps, copied._files.paths = self._ended, self._gaps[:], self._files.paths[:]
         copied._add(result)
@@ -7537,15 +7527,6 @@ class BlocksCall:
     def text(self, result: ExecutionResult | None) -> str:
         texts, last = self._ended
         return "\n".join([*texts, *[_text_so_far(result)] * (result is not last)])
-
-    def not_run(self, result: ExecutionResult) -> CodeResult:
-        self._add(result)
-        return self._total("")
-
-    @property
-    def last(self) -> ExecutionResult | None:
-        """The result of the last block that has ended."""
-        return self._ended[1]
 
 
 class Job:
@@ -7591,18 +7572,16 @@ class Job:
         """
         if not self.done:
             return "running" if self._cell else "waiting"
-        status = "failed" if self._error else self._call.last.status if self._call.last else "ok"
+        status = "failed" if self._error else self._result.status
         return {"ok": "done", "error": "done"}.get(status, status)
 
     @property
     def output(self) -> str:
         """The text so far, as it will stand in the result; head and tail of what is over `max_output` characters."""
-        if isinstance(self._result, CodeResult):
-            return self._result.output
-        if isinstance(self._result, ExecutionResult):
-            return shorten(self._result.text, self._limit, (), "")
-        cell = self._cell
-        return shorten(self._call.text(cell.so_far() if cell else None), self._limit, (), "")
+        cell, result = self._cell, self._result
+        if isinstance(result, CodeResult):
+            return result.output
+        return shorten(self._call.text(result or (cell.so_far() if cell else None)), self._limit, (), "")
 
     def wait(self, seconds: float | None = None) -> Any:
         """Return the result (of a string an ExecutionResult, of blocks a CodeResult), None if it takes longer.
@@ -7642,13 +7621,10 @@ class Job:
         try:
             with self._turns.turn(job=self):
                 self._result = self._call.run(executor, self)
-        except KernelBusy as error:
-            self._result = self._call.not_run(ExecutionResult("error", 1, "busy", str(error), []))
+        except NotRun as error:
+            self._result = self._call.so_far(error.result)
         except BaseException as error:
-            if self.interrupted and str(error) == _NOT_BEGUN:
-                self._result = self._call.not_run(_not_begun())
-            else:
-                self._error = error
+            self._error = error
         del executor
         self._tell(self.ended)
         self._tell(self.answered)
@@ -7837,8 +7813,8 @@ class JupyterCodeExecutor(Stoppable):
         try:
             with self._turns.turn():
                 return self._run_block(block, on_result=on_result)
-        except KernelBusy as error:
-            return ExecutionResult("error", 1, "busy", str(error), [])
+        except NotRun as error:
+            return error.result
 
     def execute(
         self,
@@ -8132,7 +8108,7 @@ class JupyterCodeExecutor(Stoppable):
                 yield ask
         except VariableError:
             raise
-        except KernelBusy:
+        except NotRun:
             raise VariableError(name, "the kernel is still running earlier code") from None
         except JupyterExecError as error:
             raise VariableError(name, str(error)) from error
@@ -9146,8 +9122,7 @@ class BlockCall(CellCall):
     language = ""
 
     def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
-        self.last = result = executor._run_block(CodeBlock(self._code, self.language), self._timeout, job=job)
-        return result
+        return executor._run_block(CodeBlock(self._code, self.language), self._timeout, job=job)
 
 
 def _mcp_text(text: str) -> list[Json]:
