@@ -4714,6 +4714,15 @@ class Stoppable(Single):
         await aside(self.stop)
 
 
+async def settled(future: asyncio.Future[_T]) -> _T:
+    """Return what a future gives. If that is cancelled it goes on, and nobody has to hear of its error."""
+    import asyncio
+
+    future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    await asyncio.wait([future])
+    return future.result()
+
+
 async def aside(function: Callable[[], _T]) -> _T:
     """Call a function in a thread of its own, so that it does not block the loop; it goes on if that is cancelled."""
     import asyncio
@@ -4721,7 +4730,7 @@ async def aside(function: Callable[[], _T]) -> _T:
 
     pool = ThreadPoolExecutor(1, "jupyter_exec")
     try:
-        return await asyncio.shield(asyncio.wrap_future(pool.submit(contextvars.copy_context().run, function)))
+        return await settled(asyncio.wrap_future(pool.submit(contextvars.copy_context().run, function)))
     finally:
         pool.shutdown(wait=False)
 
@@ -8282,7 +8291,7 @@ class AsyncJupyterCodeExecutor(Single):
         while not self._executor:
             if not self._starting or self._starting.done() or self._starting.get_loop() is not self._loop:
                 self._starting = asyncio.ensure_future(aside(self._made))
-            await asyncio.shield(self._starting)
+            await settled(self._starting)
         self._executor._tools.loop = self._loop
         return self._executor
 

@@ -6483,8 +6483,9 @@ def test_files_and_variables_for_asyncio(tmp_path: Path) -> None:
             assert (await cell).text == "gone\n"
             await executor.set_variables(x=[1, 2])
             assert await executor.get_variable("x") == [1, 2]
-            begun = asyncio.Event()
+            begun, troubles = asyncio.Event(), []
             loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda loop, context: troubles.append(context))
             tell: Any = lambda done, total: loop.call_soon_threadsafe(begun.set)  # noqa: E731
             endless = asyncio.ensure_future(executor.upload(zeros(10**12), "never", on_progress=tell))
             await asyncio.wait_for(begun.wait(), PATIENCE)
@@ -6496,6 +6497,8 @@ def test_files_and_variables_for_asyncio(tmp_path: Path) -> None:
             )
             await executor.stop()
             executor._executor and executor._executor._server.stop()
+            gc.collect()
+            assert troubles == []  # an error that nobody waits for is none
 
     asyncio.run(main())
 
