@@ -79,7 +79,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, overload
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypeVar, cast, overload
 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
@@ -6228,6 +6228,7 @@ def functions_source(functions: Iterable[Callable[..., Any]], *imports: str) -> 
     return "\n".join(program)
 
 
+AnyTools = Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]]
 ApproveHook = Callable[[str, Json], Any]
 # The tool calls that the running code is part of, the innermost last.
 _CALLS: contextvars.ContextVar[tuple[ToolCall, ...]] = contextvars.ContextVar("tool calls", default=())
@@ -6469,13 +6470,7 @@ def tool_signature(function: Callable[..., Any]) -> inspect.Signature:
 class Tools:
     """The functions of this program that the code of one executor may call, and what it may cost."""
 
-    def __init__(
-        self,
-        functions: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]],
-        approve: ApproveHook | None,
-        max_calls: int,
-        timeout: float | None,
-    ) -> None:
+    def __init__(self, functions: AnyTools, approve: ApproveHook | None, max_calls: int, timeout: float | None) -> None:
         """Raises: ValueError for what cannot be a tool."""
         if approve is not None and not callable(approve):
             raise ValueError("approve must be a function of name and arguments.")
@@ -7661,6 +7656,25 @@ class Job:
             self._on_event.remove(listener)
 
 
+class ConnectionInfo(Protocol):
+    """Where a Jupyter server is, in AutoGen's words."""
+
+    host: str
+    use_https: bool
+    port: int | None
+    token: str | None
+
+
+class JupyterConnectable(Protocol):
+    """AutoGen's servers, and any other object that says where a Jupyter server is."""
+
+    @property
+    def connection_info(self) -> ConnectionInfo: ...
+
+
+AnyServer = JupyterServer | JupyterConnectable | ConnectionInfo | KernelConnection | AnyPath
+
+
 def _end_forgotten(kernel: KernelClient) -> None:
     if kernel.alive and not kernel.ended:
         warnings.warn("A JupyterCodeExecutor was forgotten, not stopped; its kernel is ended.", ResourceWarning, 2)
@@ -7705,7 +7719,7 @@ class JupyterCodeExecutor(Stoppable):
 
     def __init__(
         self,
-        jupyter_server: Any,
+        jupyter_server: AnyServer,
         kernel_name: str = "python3",
         timeout: float = 60,
         output_dir: AnyPath = ".",
@@ -7716,7 +7730,7 @@ class JupyterCodeExecutor(Stoppable):
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
         on_timeout: str = "interrupt",
-        tools: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]] = (),
+        tools: AnyTools = (),
         approve: ApproveHook | None = None,
         max_tool_calls: int = 256,
         tool_timeout: float | None = None,
@@ -7733,12 +7747,12 @@ class JupyterCodeExecutor(Stoppable):
         self._on_timeout = on_timeout
         self._functions = tuple(functions)
         self._startup = startup
-        self._tools = Tools(tools, approve, max_tool_calls, tool_timeout)
+        self._tools = tools if isinstance(tools, Tools) else Tools(tools, approve, max_tool_calls, tool_timeout)
         self._prelude()  # raises for a function that cannot be sent
         self._journal = Journal()
         self._hooks = on_output, on_input
         self._turns = Turns(self._tools.check_outside)
-        self._server = jupyter_server
+        self._server: Any = jupyter_server
         self._own_server: RemoteJupyterServer | None = None  # made here, for a JupyterConnectionInfo
         self._job: Job | None = None  # the last that was submitted or detached
         self._kernel = self._new_kernel()
@@ -8223,7 +8237,7 @@ class AsyncJupyterCodeExecutor(Single):
 
     def __init__(
         self,
-        jupyter_server: Any,
+        jupyter_server: AnyServer,
         kernel_name: str = "python3",
         timeout: float = 60,
         output_dir: AnyPath = ".",
@@ -8234,12 +8248,12 @@ class AsyncJupyterCodeExecutor(Single):
         on_output: AsyncHook | None = None,
         on_input: AsyncHook | None = None,
         on_timeout: str = "interrupt",
-        tools: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]] = (),
+        tools: AnyTools = (),
         approve: ApproveHook | None = None,
         max_tool_calls: int = 256,
         tool_timeout: float | None = None,
     ) -> None:
-        tools = tools if isinstance(tools, Mapping) else list(tools)
+        self._tools = Tools(tools, approve, max_tool_calls, tool_timeout)
         self._make = functools.partial(
             JupyterCodeExecutor,
             jupyter_server,
@@ -8252,12 +8266,9 @@ class AsyncJupyterCodeExecutor(Single):
             on_output=self._hook(on_output),
             on_input=self._hook(on_input),
             on_timeout=on_timeout,
-            tools=tools,
-            approve=approve,
-            max_tool_calls=max_tool_calls,
-            tool_timeout=tool_timeout,
+            tools=cast("Any", self._tools),
         )
-        self._functions, self._tools = functions, Tools(tools, None, 0, None)  # for `system_message`
+        self._functions = functions
         self._executor: JupyterCodeExecutor | None = None
         self._starting: Any = None  # a task
         self._guard = threading.Lock()  # of _executor
@@ -8430,11 +8441,7 @@ class AsyncJupyterCodeExecutor(Single):
         self, source: AnyPath | bytes | IO[bytes], path: AnyPath | None = None, *, on_progress: Progress | None = None
     ) -> str:
         """Like JupyterCodeExecutor.upload. Cancelling ends it; `on_progress` is called in a thread."""
-
-        def work(executor: JupyterCodeExecutor, progress: Progress) -> str:
-            return executor.upload(source, path, on_progress=progress)
-
-        return await self._transfer(work, on_progress)
+        return await self._transfer(JupyterCodeExecutor.upload, on_progress, source, path)
 
     @overload
     async def download(self, path: AnyPath, *, max_bytes: int = ..., on_progress: Progress | None = ...) -> bytes: ...
@@ -8448,19 +8455,14 @@ class AsyncJupyterCodeExecutor(Single):
         self, path: Any, target: Any = None, *, max_bytes: int = MAX_DOWNLOAD, on_progress: Progress | None = None
     ) -> bytes | None:
         """Like JupyterCodeExecutor.download. Cancelling ends it; `on_progress` is called in a thread."""
-
-        def work(executor: JupyterCodeExecutor, progress: Progress) -> bytes | None:
-            return executor.download(path, target, max_bytes=max_bytes, on_progress=progress)
-
-        return await self._transfer(work, on_progress)
+        method: Callable[..., bytes | None] = JupyterCodeExecutor.download
+        return await self._transfer(method, on_progress, path, target, max_bytes=max_bytes)
 
     async def list_files(self, path: AnyPath = ".") -> list[FarFile]:
         """Like JupyterCodeExecutor.list_files."""
-        return await self._transfer(lambda executor, progress: executor.list_files(path), None)
+        return await self._transfer(lambda executor, on_progress: executor.list_files(path), None)
 
-    async def _transfer(
-        self, work: Callable[[JupyterCodeExecutor, Progress], _Result], hook: Progress | None
-    ) -> _Result:
+    async def _transfer(self, method: Callable[..., _T], hook: Progress | None, *args: Any, **options: Any) -> _T:
         """Do it beside the cells; once nobody waits for it any more, it ends at its next piece."""
         import asyncio
 
@@ -8468,14 +8470,14 @@ class AsyncJupyterCodeExecutor(Single):
         if not executor._kernel.files():  # they go through the kernel
             self._check_outside()
 
-        def progress(done: int, total: int | None) -> None:
+        def on_progress(done: int, total: int | None) -> None:
             if not wanted:
                 raise asyncio.CancelledError
             if hook:
                 hook(done, total)
 
         try:
-            return await aside(lambda: work(executor, progress))
+            return await aside(lambda: method(executor, *args, on_progress=on_progress, **options))
         finally:
             wanted = False
 
@@ -8494,10 +8496,7 @@ class AsyncJupyterCodeExecutor(Single):
     async def restart(self) -> None:
         """Like JupyterCodeExecutor.restart."""
         self._check_outside()
-        if self._executor:
-            await aside(self._executor.restart)
-        else:
-            await self.start()
+        await (aside(self._executor.restart) if self._executor else self.start())
 
     def interrupt(self) -> None:
         """Like JupyterCodeExecutor.interrupt."""
@@ -8512,13 +8511,12 @@ class AsyncJupyterCodeExecutor(Single):
     async def stop(self) -> None:
         """End the kernel. May be called more than once."""
         self._check_outside()
+        await aside(self._end)
 
-        def end() -> None:
-            with self._guard:
-                if self._executor:
-                    self._executor.stop()
-
-        await aside(end)
+    def _end(self) -> None:
+        with self._guard:
+            if self._executor:
+                self._executor.stop()
 
     async def __aenter__(self) -> AsyncJupyterCodeExecutor:
         await self.start()

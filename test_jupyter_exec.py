@@ -6058,7 +6058,7 @@ def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path, monkeypatch:
         executor.upload(b"1", "in")
         assert executor.download("in") == b"1"
         assert executor.execute("1").status == "ok"
-        with JupyterCodeExecutor(executor.connection_file) as attached:
+        with JupyterCodeExecutor(executor.connection_file or "") as attached:
             for act in (lambda: attached.upload(b"1", "in"), lambda: attached.get_variable("x")):
                 with pytest.raises(JupyterExecError, match="The kernel runs R, and only Python kernels"):
                     act()
@@ -6396,7 +6396,7 @@ def test_what_cannot_be_had_from_a_kernel_is_told(executor: JupyterCodeExecutor,
 
 def test_two_clients_of_one_kernel_set_long_values_at_once(executor: JupyterCodeExecutor) -> None:
     executor.execute("1")
-    with JupyterCodeExecutor(executor.connection_file) as other, ThreadPoolExecutor(2) as pool:
+    with JupyterCodeExecutor(executor.connection_file or "") as other, ThreadPoolExecutor(2) as pool:
         values = {"one": ["a" * 10**6] * 5, "two": ["b" * 10**6] * 5}
         set_by = zip((executor, other), values.items(), strict=True)
         for done in [pool.submit(one.set_variables, **{name: value}) for one, (name, value) in set_by]:
@@ -6794,7 +6794,7 @@ def test_a_job_ends_with_an_executor_that_is_collected(
 ) -> None:
     run(executor, "1")
     before = set(threading.enumerate())
-    target = executor.connection_file if kind == "attached" else server
+    target: Any = executor.connection_file if kind == "attached" else server
     other: Any = JupyterCodeExecutor(target, on_timeout="detach")
     pid = int(run(other, "import os; os.getpid()").output)
     job = other.submit(FOR_EVER)
@@ -8408,7 +8408,7 @@ print(os.read(reading, 1000).decode(), add(1))
 
 def test_tools_of_an_attached_executor(executor: JupyterCodeExecutor) -> None:
     run(executor, "x = 5")
-    path = executor.connection_file
+    path = executor.connection_file or ""
     for number in (1, 2):
         with JupyterCodeExecutor(path, tools=[named("here", lambda number=number: number)]) as attached:
             assert run(attached, "x, here()").output == f"(5, {number})"
@@ -8739,7 +8739,7 @@ def test_the_readmes_web_service_streams_and_interrupts_on_disconnect(tmp_path: 
 
 def test_copies_of_an_executor_are_itself(executor: JupyterCodeExecutor) -> None:
     assert copy.copy(executor) is copy.deepcopy(executor) is executor
-    other = AsyncJupyterCodeExecutor(None)
+    other = AsyncJupyterCodeExecutor("")
     assert copy.copy(other) is copy.deepcopy(other) is other
 
 
