@@ -59,6 +59,7 @@ import itertools
 import json
 import keyword
 import logging
+import math
 import os
 import queue
 import re
@@ -393,6 +394,13 @@ def describe_exit(exit_code: int | None) -> str:
 def text_of(value: object) -> str:
     """Return `value` as text if it is a string or a number, else "": `str` of a deeply nested list would raise."""
     return str(value) if isinstance(value, str | int | float) else ""
+
+
+def part_of(value: Any, *names: str) -> Any:
+    """Return what a foreign JSON object has under names in names, None if it has not."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 @dataclass(slots=True)
@@ -2808,8 +2816,7 @@ class KernelClient:
     @property
     def language(self) -> str:
         """The name of the language that the kernel speaks, as it said; "" before it is ready."""
-        info = self.kernel_info.get("language_info")
-        return text_of(info.get("name")) if isinstance(info, dict) else ""
+        return text_of(part_of(self.kernel_info, "language_info", "name"))
 
     def files(self) -> AskFar | None:
         """Return the way to the files where the kernel runs, if there is one beside its cells."""
@@ -6800,12 +6807,11 @@ def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: Output
     result = kernel.execute("", TRANSFER_TIMEOUT, hooks, silent=True, store_history=False, expression=expression)
     if result.status != "ok":
         raise JupyterExecError(result.note or "The kernel did not answer.")
-    value = result.value if isinstance(result.value, dict) else {}
-    shown = value.get("data")
-    text = shown.get("text/plain") if isinstance(shown, dict) else None
-    found = re.fullmatch(r"'([A-Za-z0-9+/=]*) ([A-Za-z0-9+/=]*)'", text) if isinstance(text, str) else None
+    text = text_of(part_of(result.value, "data", "text/plain"))
+    found = re.fullmatch(r"'([A-Za-z0-9+/=]*) ([A-Za-z0-9+/=]*)'", text)
     if not found:
-        raise JupyterExecError(f"The kernel did not do it. {clean_text(text_of(value.get('evalue')))[:STDERR_TAIL]}")
+        says = clean_text(text_of(part_of(result.value, "evalue")))
+        raise JupyterExecError(f"The kernel did not do it. {says[:STDERR_TAIL]}")
     try:
         head, data = (base64.b64decode(part, validate=True) for part in found.groups())
     except ValueError:
@@ -8571,10 +8577,7 @@ class Document:
     @property
     def kernel_name(self) -> str | None:
         """The kernel that a notebook names."""
-        metadata = self._body["metadata"]
-        spec = metadata.get("kernelspec") if isinstance(metadata, dict) else None
-        name = spec.get("name") if isinstance(spec, dict) else None
-        return name if isinstance(name, str) else None
+        return text_of(part_of(self._body, "metadata", "kernelspec", "name")) or None
 
     def new_step(
         self, source: str, tags: Sequence[str] = (), kind: str = "code", language: str = "", line: int = 0
@@ -8755,7 +8758,7 @@ class LivePrinter:
         elif result.note:
             self._line(f"jupyter-exec: {result.note}", sys.stderr)
 
-    def close(self) -> None:
+    def close(self, *trouble: object) -> None:
         self._ended.set()
         self._write(sys.stderr, "")
 
@@ -8805,19 +8808,14 @@ class JsonPrinter:
 
     def end(self, step: Step, result: ExecutionResult, place: str) -> None:
         text = render(result.outputs, result.note, self._files.save)
-        block = {
-            "source": step.cell["source"],
-            "language": step.language,
-            "status": result.status,
-            "exit_code": result.exit_code,
-        }
-        self._blocks.append(
-            block | {"duration": round(result.duration, 3), "output": text, "output_files": self._files.paths}
-        )
+        block = {"source": step.cell["source"], "language": step.language, "status": result.status}
+        block |= {"exit_code": result.exit_code, "duration": round(result.duration, 3)}
+        self._blocks.append(block | {"output": text, "output_files": self._files.paths})
         self._end = {"exit_code": self._end["exit_code"] or result.exit_code, "kernel_state": result.kernel_state}
 
-    def close(self) -> None:
-        end = self._end | {"exit_code": self._end["exit_code"] or self.status}
+    def close(self, kind: type[BaseException] | None, *trouble: object) -> None:
+        status = self.status if kind is None else 130 if kind is KeyboardInterrupt else 2
+        end = self._end | {"exit_code": self._end["exit_code"] or status}
         put(sys.stdout, json.dumps(end | {"blocks": self._blocks}))
 
 
@@ -8851,7 +8849,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("-c", dest="code", metavar="CODE", help="run this code")
     run.add_argument("--kernel", metavar="NAME", help="kernel name (default: the notebook's own, else python3)")
     run.add_argument(
-        "--timeout", type=float, default=float("inf"), metavar="S", help="seconds for one cell (default: none)"
+        "--timeout", type=float, default=math.inf, metavar="S", help="seconds for one cell (default: none)"
     )
     run.add_argument("--keep-going", action="store_true", help="run the next cell after one that failed")
     run.add_argument(
@@ -8866,7 +8864,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output-dir", default=".", metavar="DIR", help="where pictures and other files go (default: .)")
     run.add_argument("--html", action="store_true", help="save the HTML of tables too")
     run.add_argument(
-        "--notebook", metavar="FILE", help="write the notebook that was run, after each cell; it may be FILE itself"
+        "--notebook", metavar="FILE", help="write what was run to it, after each cell; FILE itself will do"
     )
     run.add_argument("--unlabelled", action="store_true", help="run blocks of a .md file that name no language, too")
     run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
@@ -8875,18 +8873,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--get", nargs="+", action="extend", default=[], metavar="PATH", help="bring it to DIR at the end")
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
-    mcp = commands.add_parser(
-        "mcp", help="serve run_code and other tools to a language model by MCP, on stdin and stdout"
-    )
+    mcp = commands.add_parser("mcp", help="serve run_code and other tools to a language model by MCP, on stdin, stdout")
     for command in (run, kernels, mcp):
-        where = command.add_mutually_exclusive_group()
-        where.add_argument("--python", metavar="PATH", help="the local interpreter that python3 means")
-        where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (give FILE first)")
-        where.add_argument("--server", metavar="URL", help="on a Jupyter server; the token comes from JUPYTER_TOKEN")
-        for name, (_, metavar, says) in _OPTIONS.items():
-            action: Json = {"metavar": metavar} if metavar else {"action": "store_true"}
-            command.add_argument(name, help=says, **(action | ({"action": "append"} if name == "--package" else {})))
+        _add_places(command)
     return parser
+
+
+def _add_places(command: argparse.ArgumentParser) -> None:
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--python", metavar="PATH", help="the local interpreter that python3 means")
+    where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (give FILE first)")
+    where.add_argument("--server", metavar="URL", help="on a Jupyter server; the token comes from JUPYTER_TOKEN")
+    for name, (_, metavar, says) in _OPTIONS.items():
+        action: Json = {"metavar": metavar} if metavar else {"action": "store_true"}
+        command.add_argument(name, help=says, **(action | ({"action": "append"} if name == "--package" else {})))
 
 
 # Options that belong to one kind of server -> (that option, name of the value, help).
@@ -8981,14 +8981,13 @@ def _drop_unwritten() -> None:
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    is_code = options.code is not None
-    document = _script("code", options.code) if is_code else read_document(options.file, options.unlabelled)
+    is_file = options.code is None
+    document = read_document(options.file, options.unlabelled) if is_file else _script("code", options.code)
     kernel_name = options.kernel or document.kernel_name or "python3"
     if options.parameters:
         document.add_parameters(options.parameters)
-    notebook = Path(options.notebook) if options.notebook else None
-    if notebook and not notebook.parent.is_dir():
-        raise ValueError(f"There is no directory for {notebook}.")
+    if options.notebook and not Path(options.notebook).parent.is_dir():
+        raise ValueError(f"There is no directory for {options.notebook}.")
     names = list(map(os.path.basename, options.get))
     if {"", ".", ".."} & set(names) or len(set(names)) < len(names):
         raise ValueError("--get must name files, each with another last part, by which it is called here.")
@@ -9012,20 +9011,10 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             startup=_startup(options, arguments) if speaks_python else "",
         )
         stack.enter_context(executor)
-        stack.callback(printer.close)
-
-        def save() -> None:
-            if notebook:
-                document.save(notebook)
-
-        printer.status = 2
+        stack.push(printer.close)
         for source in options.put:
             executor.upload(source)
-        try:
-            status = _run_steps(executor, document, steps, printer, options, save)
-        except KeyboardInterrupt:
-            printer.status = 130
-            raise
+        status = _run_steps(executor, document, steps, printer, options)
         for path, name in zip(options.get, names, strict=True):
             try:
                 executor.download(path, Path(options.output_dir, name))
@@ -9077,7 +9066,6 @@ def _run_steps(
     steps: Iterable[Step],
     printer: LivePrinter | JsonPrinter,
     options: argparse.Namespace,
-    save: Callable[[], None],
 ) -> int:
     """Run cells until one fails; returns the exit status."""
     status, folder, stem = 0, Folder(options.output_dir), Path(options.file or "code").stem.lstrip("-") or "stdin"
@@ -9086,7 +9074,8 @@ def _run_steps(
 
         def keep(result: ExecutionResult, step: Step = step, began: float = began) -> None:
             step.record(result, began)
-            save()
+            if options.notebook:
+                document.save(Path(options.notebook))
 
         printer.begin(CellFiles(folder, f"{stem}-{number}", options.html))
         try:
@@ -9161,12 +9150,12 @@ async def _mcp_answer(job: Job, seconds: float) -> list[Json]:
     return _mcp_text(f"The code is still running: call wait for the rest, or interrupt. {says}")
 
 
-async def _soon(awaitable: Awaitable[_T], seconds: float) -> _T:
+async def _soon(awaitable: Awaitable[_T]) -> _T:
     """Wait for something. Raises: ValueError if it takes too long."""
     import asyncio
 
     try:
-        return await asyncio.wait_for(awaitable, seconds)
+        return await asyncio.wait_for(awaitable, MCP_PATIENCE)
     except asyncio.TimeoutError:
         why = "the kernel is still being started, or runs code that has to be waited for or interrupted"
         raise ValueError(f"Not done within {MCP_PATIENCE:g} s: {why}. Try again.") from None
@@ -9204,7 +9193,7 @@ class McpTools:
         beginning and the end. Nobody answers input().
         """
         deadline = Deadline(MCP_PATIENCE)
-        executor = await _soon(self._executor(session)._started(), MCP_PATIENCE)
+        executor = await _soon(self._executor(session)._started())
         while (job := self._jobs.get(session)) and not job.done:
             if deadline.expired:
                 advice = "Wait for that, interrupt it, or use another session."
@@ -9230,7 +9219,7 @@ class McpTools:
     async def restart(self, session: str = "default") -> list[Json]:
         """Give a session a fresh kernel: its code is ended, all its variables are lost, files stay."""
         self._jobs.pop(session, None)
-        await _soon(self._executor(session).restart(), MCP_PATIENCE)
+        await _soon(self._executor(session).restart())
         return _mcp_text(f"Session {session!r} has a fresh kernel; all its variables are lost.")
 
     async def read_file(self, path: str, session: str = "default") -> list[Json]:
@@ -9238,7 +9227,7 @@ class McpTools:
 
         A relative path begins in the directory in which the session's kernel was started.
         """
-        data = await _soon(self._executor(session).download(path, max_bytes=MCP_FILE), MCP_PATIENCE)
+        data = await _soon(self._executor(session).download(path, max_bytes=MCP_FILE))
         coded = base64.b64encode(data).decode("ascii")
         for head, mime_type in _IMAGE_HEADS.items():
             if data.startswith(head):
@@ -9258,13 +9247,13 @@ class McpTools:
         file of that name is replaced.
         """
         data = base64.b64decode(content, validate=True) if is_base64 else content.encode("utf-8", "replace")
-        await _soon(self._executor(session).upload(data, path), MCP_PATIENCE)
+        await _soon(self._executor(session).upload(data, path))
         return _mcp_text(f"{len(data)} bytes were written to {path}.")
 
     async def list_files(self, path: str = ".", session: str = "default") -> list[Json]:
         """List a directory where the code runs: size in bytes, time of the last change (UTC), name."""
         lines = []
-        for file in await _soon(self._executor(session).list_files(path), MCP_PATIENCE):
+        for file in await _soon(self._executor(session).list_files(path)):
             name = file.name if file.name.isprintable() else repr(file.name)
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(max(0, min(file.modified, 2**37))))
             lines.append(f"{file.size:>10}  {when}  {name}{'/' * (file.kind == 'directory')}")
