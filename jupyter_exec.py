@@ -7356,10 +7356,9 @@ class Turns:
     def __init__(self, check: Callable[[], None]) -> None:
         """`check()` raises for who must not wait, since the thread that is in waits for it."""
         self._check = check
-        self._changed = threading.Condition(threading.Lock())
-        self._queue: list[int] = []  # thread ids, or tickets; the first one is in
-        self._tickets = itertools.count(-1, -1)
-        self._depth = 0
+        self._changed = threading.Condition()
+        self._queue: list[object] = []  # jobs, and what stands for other calls; it is the turn of the first one
+        self._thread, self._depth = 0, 0  # that is in, and how often
         self.evictions = 0  # how many have come that evict
         self.overtaken = False  # whether one of them came before the thread that is in, while that one waited
         self.detached = False  # the thread that is in does not count as one to wait for
@@ -7371,35 +7370,40 @@ class Turns:
 
         Raises: JupyterExecError if it is closed; NotRun if the one that is in was detached, or the job interrupted.
         """
-        self._enter(evict, job)
+        if not self.mine:
+            self._enter(evict, job)
+        self._depth += 1
         try:
             yield
         finally:
-            with self._changed:
-                self._depth -= 1
-                if not self._depth:
-                    self._leave(self._queue[0])
+            self._depth -= 1
+            if not self._depth:
+                self._thread = 0
+                self.leave(self._queue[0])
 
     @property
     def mine(self) -> bool:
         """Whether the calling thread is in."""
-        return self._queue[:1] == [threading.get_ident()]
+        return self._thread == threading.get_ident()
 
-    def ticket(self) -> tuple[int, int]:
-        """Queue for a thread that will come; returns its place, and how many evictions there were."""
+    def come(self, job: Job) -> int:
+        """Queue for the thread of a job; returns how many evictions there were."""
         self._check()
         with self._changed:
-            self._queue.append(next(self._tickets))
-            return self._queue[-1], self.evictions
+            self._queue.append(job)
+            return self.evictions
 
-    def give_back(self, ticket: int) -> None:
+    def leave(self, place: object) -> None:
         with self._changed:
-            self._leave(ticket)
+            if self._queue[0] is place:
+                self.detached = False
+            self._queue.remove(place)
+            self._changed.notify_all()
 
     def detach(self, job: Job) -> bool:
         """Have nobody wait for a job any more that is in, if it is."""
         with self._changed:
-            is_in = self._queue[:1] == [job.thread]
+            is_in = self._queue[:1] == [job]
             self.detached = self.detached or is_in
             self._changed.notify_all()
         return is_in
@@ -7414,40 +7418,31 @@ class Turns:
         self.wake()
 
     def _enter(self, evict: Callable[[], None] | None, job: Job | None) -> None:
-        me = threading.get_ident()
+        place: object = job or object()
         if not evict:
             self._check()
         with self._changed:
-            if self._queue[:1] != [me]:
-                self.evictions += evict is not None
-                since = job.since if job else self.evictions
-                if job:
-                    self._queue[self._queue.index(job.ticket)] = job.thread = me
-                else:
-                    self._queue.insert(1 if evict else len(self._queue), me)
-                try:
-                    self._wait(me, evict, job)
-                except BaseException:
-                    self._leave(me)
-                    raise
-                self.overtaken = since != self.evictions
-            self._depth += 1
+            self.evictions += evict is not None
+            if not job:
+                self._queue.insert(1 if evict else len(self._queue), place)
+            since = job.since if job else self.evictions
+            try:
+                self._wait(place, evict, job)
+            except BaseException:
+                self.leave(place)
+                raise
+            self.overtaken = since != self.evictions
+            self._thread = threading.get_ident()
 
-    def _leave(self, place: int) -> None:
-        if self._queue[0] == place:
-            self.detached = False
-        self._queue.remove(place)
-        self._changed.notify_all()
-
-    def _wait(self, me: int, evict: Callable[[], None] | None, job: Job | None) -> None:
-        while self._queue[0] != me or (self.closed and not evict):
+    def _wait(self, place: object, evict: Callable[[], None] | None, job: Job | None) -> None:
+        while self._queue[0] is not place or (self.closed and not evict):
             if evict:
                 self._changed.release()
                 try:
                     evict()
                 finally:
                     self._changed.acquire()
-                self._changed.wait_for(lambda: self._queue[0] == me, EVICTION_RETRY)
+                self._changed.wait_for(lambda: self._queue[0] is place, EVICTION_RETRY)
             elif self.closed:
                 raise JupyterExecError(_STOPPED)
             elif job and job.interrupted:
@@ -7467,22 +7462,17 @@ def _text_so_far(result: ExecutionResult | None) -> str:
 
 
 class CellCall:
-    """A call that runs one cell; `timeout` and hooks that are None are the executor's."""
+    """A call that runs one cell; `timeout` and hooks (on_output, on_input) that are None are the executor's."""
 
-    def __init__(
-        self,
-        code: str,
-        timeout: float | None = None,
-        on_output: OutputHook | None = None,
-        on_input: InputHook | None = None,
-    ) -> None:
+    def __init__(self, code: str, timeout: float | None = None, **hooks: Any) -> None:
         if not isinstance(code, str):
             raise TypeError("code must be a string; execute_code_blocks takes code blocks.")
-        self._code, self._timeout, self._hooks = code, timeout, (on_output, on_input)
+        self._code, self._timeout = code, timeout
+        self._hooks = {name: hook for name, hook in hooks.items() if hook}
 
     def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
         executor._make_ready()
-        return executor._run_cell(self._code, self._code, self._timeout, *self._hooks, job=job)
+        return executor._run_cell(self._code, self._code, self._timeout, job, **self._hooks)
 
     def so_far(self, result: ExecutionResult) -> ExecutionResult:
         """Return what the call has done by now; `result` is that of its running cell, or says why it was not run."""
@@ -7509,7 +7499,7 @@ class BlocksCall:
 
     def run(self, executor: JupyterCodeExecutor, job: Job | None) -> CodeResult:
         for block in self._blocks:
-            result = executor._run_block(block, self._timeout, self._files.record, job)
+            result = executor._run_block(block, self._timeout, job, record=self._files.record)
             self._add(result)
             if result.status != "ok":
                 break
@@ -7548,7 +7538,6 @@ class Job:
     def __init__(self, executor: JupyterCodeExecutor, call: CellCall | BlocksCall, *, patient: bool = False) -> None:
         """`patient`: it waits for its turn even while the cell of a detached job runs."""
         self.patient, self.interrupted = patient, False
-        self.thread = 0
         self._call, self._limit = call, executor._max_output
         self._kernel, self._turns = executor._kernel, executor._turns
         self._cell: Cell | None = None  # the latest
@@ -7557,12 +7546,12 @@ class Job:
         self._error: BaseException | None = None
         self.answered, self.ended = threading.Event(), threading.Event()  # `answered` also if it was detached
         self._on_event: list[Callable[[], object]] = []
-        self.ticket, self.since = self._turns.ticket()
+        self.since = self._turns.come(self)
         thread = threading.Thread(target=self._run, args=(executor._worker(),), name="jupyter_exec job", daemon=True)
         try:
             thread.start()
         except BaseException:
-            self._turns.give_back(self.ticket)
+            self._turns.leave(self)
             raise
 
     @property
@@ -7756,7 +7745,7 @@ class JupyterCodeExecutor(Stoppable):
         self._tools = tools if isinstance(tools, Tools) else Tools(tools, approve, max_tool_calls, tool_timeout)
         self._prelude()  # raises for a function that cannot be sent
         self._journal = Journal()
-        self._hooks = on_output, on_input
+        self._hooks: Json = {"on_output": on_output, "on_input": on_input}
         self._turns = Turns(self._tools.check_outside)
         self._server: Any = jupyter_server
         self._own_server: RemoteJupyterServer | None = None  # made here, for a JupyterConnectionInfo
@@ -7830,9 +7819,7 @@ class JupyterCodeExecutor(Stoppable):
         result: CodeResult = self._answer(BlocksCall(code_blocks, self._folder, self._max_output))
         return result
 
-    def execute_block(
-        self, block: Any, *, on_result: Callable[[ExecutionResult], None] | None = None
-    ) -> ExecutionResult:
+    def execute_block(self, block: Any, *, on_result: ResultHook | None = None) -> ExecutionResult:
         """Run one code block in its language. Like `execute`, but never raises for what the kernel did.
 
         `on_result` gets the result of a block that was run even if Ctrl-C ends this call.
@@ -7857,7 +7844,7 @@ class JupyterCodeExecutor(Stoppable):
 
         Raises: KernelError if no kernel could be had, ConnectionClosed if the server is gone.
         """
-        result: ExecutionResult = self._answer(CellCall(code, timeout, on_output, on_input))
+        result: ExecutionResult = self._answer(CellCall(code, timeout, on_output=on_output, on_input=on_input))
         return result
 
     def submit(self, code: Any, *, timeout: float | None = None) -> Job:
@@ -7910,17 +7897,12 @@ class JupyterCodeExecutor(Stoppable):
         return worker
 
     def _run_block(
-        self,
-        block: Any,
-        timeout: float | None = None,
-        record: OutputHook | None = None,
-        job: Job | None = None,
-        on_result: Callable[[ExecutionResult], None] | None = None,
+        self, block: Any, timeout: float | None = None, job: Job | None = None, **hooks: Any
     ) -> ExecutionResult:
         try:
             self._make_ready()
             cell, shown = cell_of(block, self._kernel_name, self._kernel.language)
-            result = self._run_cell(cell, shown, timeout, record=record, job=job, on_result=on_result)
+            result = self._run_cell(cell, shown, timeout, job, **hooks)
         except (JupyterExecError, ValueError) as error:
             if self._kernel.alive and self._kernel.ready:  # too large for the server, not its language: not run
                 return ExecutionResult("error", 1, "intact", str(error), [])
@@ -7937,14 +7919,11 @@ class JupyterCodeExecutor(Stoppable):
         code: str,
         shown: str,
         timeout: float | None,
-        on_output: OutputHook | None = None,
-        on_input: InputHook | None = None,
-        *,
-        record: OutputHook | None = None,
-        on_result: Callable[[ExecutionResult], None] | None = None,
-        job: Job | None = None,
+        job: Job | None,
+        on_result: ResultHook | None = None,
+        **hooks: Any,
     ) -> ExecutionResult:
-        """Run a cell, which stands in the notebook as `shown`."""
+        """Run a cell, which stands in the notebook as `shown`; `hooks` are those of Hooks."""
         if job and job.interrupted:
             return _not_begun()
         evictions = self._turns.evictions
@@ -7966,18 +7945,12 @@ class JupyterCodeExecutor(Stoppable):
             if on_result:
                 on_result(result)
 
-        hooks = Hooks(
-            on_output or self._hooks[0],
-            on_input or self._hooks[1],
-            record=record,
-            on_request=calls.take if self._tools.functions else None,
-            on_timeout=job.detach if job and self._on_timeout == "detach" else None,
-            on_result=keep,
-        )
-        seconds = self._timeout if timeout is None else timeout
-        on_start = job.begin if job else None
+        hooks = {**self._hooks, **hooks, "on_result": keep}
+        hooks["on_request"] = calls.take if self._tools.functions else None
+        hooks["on_timeout"] = job.detach if job and self._on_timeout == "detach" else None
+        seconds, on_start = self._timeout if timeout is None else timeout, job.begin if job else None
         try:
-            return self._kernel.execute(code, seconds, hooks, max_output=self._max_output, on_start=on_start)
+            return self._kernel.execute(code, seconds, Hooks(**hooks), max_output=self._max_output, on_start=on_start)
         finally:
             calls.close()
 
@@ -8004,7 +7977,7 @@ class JupyterCodeExecutor(Stoppable):
             return
 
         def ask_by_cell(order: Json, data: bytes, then: Callable[[Json], None]) -> None:
-            answer = ask_kernel(self._kernel, order, data, self._hooks[0])
+            answer = ask_kernel(self._kernel, order, data, self._hooks["on_output"])
             then({"bytes": answer.pop("bytes"), "result": answer})
 
         with self._turns.turn():
@@ -8126,7 +8099,7 @@ class JupyterCodeExecutor(Stoppable):
             self._check_usable()
             # What an earlier call has left, when Ctrl-C ended it, had the same key.
             order |= {"name": name, "key": f"{os.getpid()} {id(self)}"}
-            answer = ask_kernel(self._kernel, order, data, self._hooks[0])
+            answer = ask_kernel(self._kernel, order, data, self._hooks["on_output"])
             if "error" in answer:
                 raise VariableError(name, clean_text(_text(answer["error"])))
             return answer
@@ -8392,7 +8365,7 @@ class AsyncJupyterCodeExecutor(Single):
     ) -> ExecutionResult:
         """Like JupyterCodeExecutor.execute."""
         result: ExecutionResult = await self._answer(
-            CellCall(code, timeout, self._hook(on_output), self._hook(on_input))
+            CellCall(code, timeout, on_output=self._hook(on_output), on_input=self._hook(on_input))
         )
         return result
 
