@@ -6753,7 +6753,7 @@ def kernel_step(order: Json, data: str, names: Json) -> str:
 def variable_step(order: Json, names: Json) -> Json:
     """Take in a piece of {name: value} in JSON, or hand out one of a value; what is left is kept until the next."""
     kept = vars(sys).setdefault("_jupyter_exec", {})
-    key, offset, size = order["key"], order["offset"], order["size"]
+    key, offset, size, name = order["key"], order["offset"], order["size"], order["path"]
     is_last = True
     try:
         if order["step"] == "set":
@@ -6764,11 +6764,11 @@ def variable_step(order: Json, names: Json) -> Json:
                 names.update(json.loads(text.decode("utf-8", "surrogatepass")))
             return {}
         if not offset:
-            if order["name"] not in names:
+            if name not in names:
                 return {"error": "the kernel has none of that name"}
-            kept[key] = json.dumps(names[order["name"]], ensure_ascii=False).encode("utf-8", "surrogatepass")
+            kept[key] = json.dumps(names[name], ensure_ascii=False).encode("utf-8", "surrogatepass")
         text = kept[key]
-        is_last = offset + size >= len(text) or len(text) > order["limit"]
+        is_last = offset + size > len(text) or len(text) > order["limit"]
         return {"size": len(text), "bytes": bytes(text[offset : offset + size])}
     except Exception as error:
         return {"error": f"it is no JSON in the kernel. {type(error).__name__}: {error}"}
@@ -6820,7 +6820,7 @@ def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: Output
 
 
 class FarFiles:
-    """The files where a kernel runs; `far_step` is the other side. Paths are those of the kernel.
+    """The files where a kernel runs, or its variables; `far_step` or `kernel_step` is the other side.
 
     `ask` sends an order, `check()` raises if a transfer is no longer wanted. Raises: FileTransferError in each method.
     """
@@ -6853,6 +6853,9 @@ class FarFiles:
             self._check()
         raise FileTransferError(path, f"nothing was heard for {TRANSFER_TIMEOUT:g} s")
 
+    def step(self, step: str, path: str, data: bytes = b"", **parameters: object) -> Json:
+        return self._take(path, self._send(step, path, data, **parameters))
+
     def write(self, path: str, pieces: Iterable[bytes], done: Callable[[int], None]) -> None:
         """Make a file of pieces; it appears when it is complete. `done(size)`: so many bytes have arrived."""
         part = f".{os.urandom(16).hex()}.part"
@@ -6871,21 +6874,23 @@ class FarFiles:
                 waiting.append((self._send("write", path, piece, part=part, offset=begin), end))
                 settle(self._window - 1)
             settle(0)
-            self._take(path, self._send("finish", path, part=part))
+            self.step("finish", path, part=part)
         except BaseException:
             self._check = lambda: None
             with contextlib.suppress(JupyterExecError):  # if nobody is there, there is nothing to remove
                 self._send("drop", path, part=part)
             raise
 
-    def read(self, path: str, max_bytes: int) -> Iterator[tuple[bytes, int, int]]:
+    def read(
+        self, path: str, max_bytes: int, step: str = "read", **parameters: Any
+    ) -> Iterator[tuple[bytes, int, int]]:
         """Yield a file in pieces, each with its end and the size of the whole as known then."""
         waiting: deque[queue.SimpleQueue[Json]] = deque()
         asked = got = size = 0
         identity, is_end = None, False
         while not is_end:
             while not waiting or (len(waiting) < self._window and asked < size):
-                waiting.append(self._send("read", path, offset=asked, size=self.piece))
+                waiting.append(self._send(step, path, offset=asked, size=self.piece, limit=max_bytes, **parameters))
                 asked += self.piece
             answer = self._take(path, waiting.popleft())
             piece, now, identity = answer["bytes"], answer.get("size"), identity or answer.get("file")
@@ -6896,13 +6901,13 @@ class FarFiles:
             got, is_end = got + len(piece), len(piece) < self.piece
             size = max(size, now, got)
             if size > max_bytes:
-                raise FileTransferError(path, f"it is larger than max_bytes={max_bytes}", "EFBIG")
+                raise FileTransferError(path, f"it is larger than max_bytes={max_bytes}: {size} bytes", "EFBIG")
             if is_end and size > got:
                 raise FileTransferError(path, "it became shorter while it was read")
             yield piece, got, size
 
     def entries(self, path: str) -> list[FarFile]:
-        entries = self._take(path, self._send("list", path, limit=MAX_LISTED)).get("entries")
+        entries = self.step("list", path, limit=MAX_LISTED).get("entries")
         if not isinstance(entries, list) or len(entries) > MAX_LISTED:
             raise ProtocolError(_STRANGE)
         return sorted(map(_far_file, entries), key=lambda entry: entry.name)
@@ -7159,19 +7164,13 @@ def notebook_cell(source: str, kind: str = "code", metadata: Json | None = None)
 
 def notebook_outputs(outputs: Iterable[Json], note: str) -> list[Json]:
     """Return the outputs of a cell as nbformat allows them, with the note about it as the last."""
-    said = {"output_type": "stream", "name": "stderr", "text": note}
-    return [*map(_notebook_output, outputs), *[said] * bool(note)]
-
-
-def _notebook_output(output: Json) -> Json:
-    # A MIME value is a string unless the type is JSON.
-    if "data" not in output:
-        return output
-    data = {
-        mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
-        for mime, value in output["data"].items()
-    }
-    return output | {"data": data}
+    shown = [dict(output) for output in outputs]
+    for output in filter(lambda output: "data" in output, shown):
+        output["data"] = {  # a MIME value is a string unless the type is JSON
+            mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
+            for mime, value in output["data"].items()
+        }
+    return [*shown, *[{"output_type": "stream", "name": "stderr", "text": note}] * bool(note)]
 
 
 _PYTHON_NAMES = re.compile(r"i?py(thon)?[\d.]*")
@@ -7196,12 +7195,10 @@ _TEXT_CELL = re.compile(r"\s*%%(?!time|capture)")  # %%writefile, %%html, ...: w
 
 
 def _silence_pip(code: str) -> str:
-    def silent(line: re.Match[str]) -> str:
-        if line["indent"] is None:
-            return line[0]
-        return f"""{line["indent"]}!"{{__import__('sys').executable}}" -m pip install {_QUIET}"""
-
-    return _PIP_LINE.sub(silent, code) if "pip" in code and not _TEXT_CELL.match(code) else code
+    if "pip" not in code or _TEXT_CELL.match(code):
+        return code
+    install = f"""!"{{__import__('sys').executable}}" -m pip install {_QUIET}"""
+    return _PIP_LINE.sub(lambda line: line[0] if line["indent"] is None else line["indent"] + install, code)
 
 
 def run_shell(shell: str, script: str, pip_options: str) -> None:
@@ -7969,10 +7966,10 @@ class JupyterCodeExecutor(Stoppable):
                 self._kernel.ready = True
 
     @contextlib.contextmanager
-    def _far_files(self) -> Iterator[FarFiles]:
+    def _far_files(self, through_kernel: bool = False) -> Iterator[FarFiles]:
         """Give the way to the kernel's files; one that leads through the kernel itself is had by turns."""
         self._check_usable()
-        if ask := self._kernel.files():
+        if not through_kernel and (ask := self._kernel.files()):
             yield FarFiles(ask, TRANSFER_PIECE, TRANSFER_WINDOW, self._check_usable)
             return
 
@@ -8058,9 +8055,9 @@ class JupyterCodeExecutor(Stoppable):
             except (TypeError, ValueError, RecursionError) as error:
                 raise VariableError(name, f"it is no JSON here. {type(error).__name__}: {error}") from None
         data = f"{{{','.join(texts)}}}".encode("utf-8", "surrogatepass")
-        with self._variable_steps(", ".join(values)) as ask:
+        with self._variables(", ".join(values)) as (files, key):
             for offset in range(0, len(data), CELL_PIECE):
-                ask(data[offset : offset + CELL_PIECE], step="set", offset=offset, size=len(data))
+                files.step("set", "", data[offset : offset + CELL_PIECE], key=key, offset=offset, size=len(data))
 
     def get_variable(self, name: str, *, max_bytes: int = MAX_JSON) -> Any:
         """Return the value of a variable of the kernel, if it can be written as JSON; tuples come as lists.
@@ -8071,18 +8068,8 @@ class JupyterCodeExecutor(Stoppable):
         """
         if not name.isidentifier():
             raise VariableError(name, "it is no name of a variable")
-        data = bytearray()
-        size: Any = 1
-        with self._variable_steps(name) as ask:
-            while len(data) < size:
-                end = len(data) + CELL_PIECE
-                answer = ask(step="get", offset=len(data), size=CELL_PIECE, limit=max_bytes)
-                size = answer.get("size")
-                if isinstance(size, int) and size > max_bytes:
-                    raise VariableError(name, f"its JSON has {size} bytes, more than max_bytes={max_bytes}")
-                data += answer["bytes"]
-                if not isinstance(size, int) or len(data) != min(size, end):
-                    raise ProtocolError(_STRANGE)
+        with self._variables(name) as (files, key):
+            data = b"".join(piece for piece, _, _ in files.read(name, max_bytes, "get", key=key))
         try:
             text = data.decode("utf-8", "surrogatepass")
             if len(text) > LARGE_PART and json_weight(text) > 4 * max(max_bytes, LARGE_PART):
@@ -8092,24 +8079,13 @@ class JupyterCodeExecutor(Stoppable):
             raise VariableError(name, f"what came is no JSON. {error}") from None
 
     @contextlib.contextmanager
-    def _variable_steps(self, name: str) -> Iterator[Callable[..., Json]]:
-        """Give the way to the kernel's variables, one piece of their JSON at a time."""
-
-        def ask(data: bytes = b"", **order: Any) -> Json:
-            self._check_usable()
-            # What an earlier call has left, when Ctrl-C ended it, had the same key.
-            order |= {"name": name, "key": f"{os.getpid()} {id(self)}"}
-            answer = ask_kernel(self._kernel, order, data, self._hooks["on_output"])
-            if "error" in answer:
-                raise VariableError(name, clean_text(_text(answer["error"])))
-            return answer
-
+    def _variables(self, name: str) -> Iterator[tuple[FarFiles, str]]:
+        """Give the way to the kernel's variables, and a key for their JSON while it is under way."""
         try:
-            with self._turns.turn():
-                self._make_ready()
-                yield ask
-        except VariableError:
-            raise
+            with self._far_files(through_kernel=True) as files:
+                yield files, f"{os.getpid()} {id(self)}"  # what an earlier call has left, ended by Ctrl-C, had the same
+        except FileTransferError as error:
+            raise VariableError(name, error.reason) from None
         except NotRun:
             raise VariableError(name, "the kernel is still running earlier code") from None
         except JupyterExecError as error:

@@ -6372,7 +6372,7 @@ HOSTILE_VALUES = {
     "a.b": ("", "is no name of a variable"),
     "m": ("import os as m", "it is no JSON in the kernel. TypeError: Object of type module"),
     "deep": ("deep = []\nfor _ in range(10**5): deep = [deep]", "RecursionError"),
-    "big": ("big = 'x' * 10**6", "its JSON has 1000002 bytes, more than max_bytes=1000000"),
+    "big": ("big = 'x' * 10**6", "it is larger than max_bytes=1000000: 1000002 bytes"),
     "many": ("many = [[]] * 200_000", "too many parts"),
     "long": ("import sys; sys.set_int_max_str_digits(0); long = 10**5000", "what came is no JSON|Exceeds the limit"),
     "raising": ("class D(dict):\n    def items(self): raise SystemExit('out')\nraising = D(a=1)", "'raising'"),
