@@ -7410,10 +7410,6 @@ class Turns:
         with self._changed:
             self._changed.notify_all()
 
-    def close(self) -> None:
-        self.closed = True
-        self.wake()
-
     def _enter(self, evict: Callable[[], None] | None, job: Job | None) -> None:
         place: object = job or object()
         if not evict:
@@ -7491,7 +7487,8 @@ class BlocksCall:
             raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
         self._folder, self._limit, self._timeout = folder, limit, timeout
         self._files = CallFiles(folder, limit)
-        self._ended: tuple[list[str], ExecutionResult | None] = [], None  # texts of the blocks, and the last's result
+        nothing = ExecutionResult("ok", 0, "intact", "", [])
+        self._ended: tuple[list[str], ExecutionResult] = [], nothing  # texts of the blocks, and the last's result
         self._gaps: list[int] = []
 
     def run(self, executor: JupyterCodeExecutor, job: Job | None) -> CodeResult:
@@ -7511,8 +7508,6 @@ class BlocksCall:
     def _total(self, where: str) -> CodeResult:
         texts, last = self._ended
         text = shorten("\n".join(texts), self._limit, self._gaps, where)
-        if last is None:
-            return CodeResult(0, text, self._files.paths)
         return CodeResult(last.exit_code, text, self._files.paths, last.kernel_state, last.status, last.note)
 
     def so_far(self, result: ExecutionResult) -> CodeResult:
@@ -8136,7 +8131,8 @@ class JupyterCodeExecutor(Stoppable):
 
         It ends the running cell; calls that wait for their turn raise JupyterExecError at once.
         """
-        self._turns.close()
+        self._turns.closed = True
+        self._turns.wake()
         with self._turns.turn(self._kernel.abort if self._kernel.owned else self._kernel.interrupt):
             self._kernel.shutdown()
             if self._own_server:
@@ -8504,9 +8500,10 @@ class Step:
         tags = self.cell["metadata"].get("tags")
         return isinstance(tags, list) and tag in tags
 
-    def record(self, result: ExecutionResult, began: float) -> None:
-        """Write what the cell did into it; `began` is in seconds since the epoch."""
-        times = {"iopub.status.busy": began, "shell.execute_reply": began + result.duration}
+    def record(self, result: ExecutionResult) -> None:
+        """Write what the cell did into it; it has just ended."""
+        now = time.time()
+        times = {"iopub.status.busy": now - result.duration, "shell.execute_reply": now}
         self.cell["metadata"]["execution"] = {
             name: f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at))}.{int(at % 1 * 10**6):06}Z"
             for name, at in times.items()
@@ -9018,17 +9015,17 @@ def _run_steps(
 ) -> int:
     """Run cells until one fails; returns the exit status."""
     status, folder, stem = 0, Folder(options.output_dir), Path(options.file or "code").stem.lstrip("-") or "stdin"
+
+    def keep(step: Step, result: ExecutionResult) -> None:
+        step.record(result)
+        if options.notebook:
+            document.save(Path(options.notebook))
+
     for number, step in enumerate(steps, 1):
-        began = time.time()
-
-        def keep(result: ExecutionResult, step: Step = step, began: float = began) -> None:
-            step.record(result, began)
-            if options.notebook:
-                document.save(Path(options.notebook))
-
         printer.begin(CellFiles(folder, f"{stem}-{number}", options.html))
+        block = CodeBlock(step.cell["source"], step.language)
         try:
-            result = executor.execute_block(CodeBlock(step.cell["source"], step.language), on_result=keep)
+            result = executor.execute_block(block, on_result=functools.partial(keep, step))
         except KeyboardInterrupt:
             raise printer.trouble or KeyboardInterrupt from None
         printer.end(step, result, document.place(step, result))
