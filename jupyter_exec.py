@@ -76,7 +76,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -6339,9 +6339,8 @@ class ToolCaller:
         except (ValueError, TypeError, RecursionError) as error:
             raise TypeError(f"{name}(): {error}") from None
         if len(text) > self._max_size:
-            raise ToolError(
-                f"{name}(): the arguments are {len(text)} characters of JSON; {self._max_size} is the limit."
-            )
+            much = f"{len(text)} characters of JSON; {self._max_size} is the limit"
+            raise ToolError(f"{name}(): the arguments are {much}.")
         last = self._last
         if last is None or self._kernel.get_parent("shell")["header"]["session"] != self._client:
             raise ToolError(f"{name}() was called while no cell of its program was running.")
@@ -6576,10 +6575,10 @@ class ToolCall:
 
     def check_approved(self) -> None:
         """Raises: ToolRefused."""
+        said: Any = True
         try:
-            said = (
-                self.result(self.tools.approve(self.name, dict(self.bound.arguments))) if self.tools.approve else True
-            )
+            if self.tools.approve:
+                said = self.result(self.tools.approve(self.name, dict(self.bound.arguments)))
         except Exception as error:
             logger.warning("approve raised; the call of %s is refused", self.name, exc_info=True)
             said = f"The call of {self.name} was refused: the hook that approves calls raised {type(error).__name__}."
@@ -6594,9 +6593,8 @@ class ToolCall:
         except (ValueError, TypeError, RecursionError) as error:
             raise ToolError(f"The result of {self.name} cannot be sent: {error}") from None
         if len(text) > MAX_TOOL_JSON:
-            raise ToolError(
-                f"The result of {self.name} is {len(text)} characters of JSON; {MAX_TOOL_JSON} is the limit."
-            )
+            much = f"{len(text)} characters of JSON; {MAX_TOOL_JSON} is the limit"
+            raise ToolError(f"The result of {self.name} is {much}.")
         return text
 
 
@@ -6709,11 +6707,10 @@ class CellTools:
 
 def calls_note(calls: Sequence[Json]) -> str:
     """Return a sentence about the tool calls of a cell, so that nobody makes them twice."""
-    counts: dict[str, dict[str, int]] = {}  # of each call, by status
+    counts: dict[str, Counter[str]] = {}  # of each call, by status
     for call in calls:
         arguments = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in call["arguments"].items())
-        text, same = f"{call['name']}({arguments})", counts.setdefault(call["status"], {})
-        same[text] = same.get(text, 0) + 1
+        counts.setdefault(call["status"], Counter())[f"{call['name']}({arguments})"] += 1
     parts = []
     for status, same in counts.items():
         shown = [text + f" ({count} times)" * (count > 1) for text, count in same.items()]
@@ -7906,33 +7903,22 @@ class JupyterCodeExecutor(Stoppable):
                 result.exit_code = int(status[1])
         return result
 
-    def _run_cell(
-        self,
-        code: str,
-        shown: str,
-        timeout: float | None,
-        job: Job | None,
-        on_result: ResultHook | None = None,
-        **hooks: Any,
-    ) -> ExecutionResult:
+    def _run_cell(self, code: str, shown: str, timeout: float | None, job: Job | None, **hooks: Any) -> ExecutionResult:
         """Run a cell, which stands in the notebook as `shown`; `hooks` are those of Hooks."""
         if job and job.interrupted:
             return _not_begun()
-        evictions = self._turns.evictions
-        calls = CellTools(self._tools)
+        evictions, calls, on_result = self._turns.evictions, CellTools(self._tools), hooks.get("on_result")
 
         def keep(result: ExecutionResult) -> None:
             result.calls = calls.close()
             if result.status == "died" and self._turns.evictions != evictions:
                 what = "executor was stopped" if self._turns.closed else "kernel was restarted"
                 result.note = f"The {what} while the code ran; all variables are lost"
-            if self._turns.overtaken:
-                self._turns.overtaken = False
-                result.note = "\n".join(filter(None, (_FRESH, result.note)))
             if result.status == "timeout" and code == shown:  # no shell script
                 result.note += place_of(result, code)
-            if result.status != "ok":
-                result.note = "\n".join(filter(None, (result.note, calls_note(result.calls))))
+            called = calls_note(result.calls) if result.status != "ok" else ""
+            result.note = "\n".join(filter(None, (_FRESH * self._turns.overtaken, result.note, called)))
+            self._turns.overtaken = False
             self._journal.add(shown, result)
             if on_result:
                 on_result(result)
@@ -8336,9 +8322,8 @@ class AsyncJupyterCodeExecutor(Single):
         on_input: AsyncHook | None = None,
     ) -> ExecutionResult:
         """Like JupyterCodeExecutor.execute."""
-        result: ExecutionResult = await self._answer(
-            CellCall(code, timeout, on_output=self._hook(on_output), on_input=self._hook(on_input))
-        )
+        call = CellCall(code, timeout, on_output=self._hook(on_output), on_input=self._hook(on_input))
+        result: ExecutionResult = await self._answer(call)
         return result
 
     async def stream(
@@ -8598,10 +8583,8 @@ def read_document(source: str, unlabelled: bool = False) -> Document:
         if info.strip() or unlabelled:
             document.steps.append(document.new_step(block.code, language=block.language, line=line))
         else:
-            put(
-                sys.stderr,
-                f"jupyter-exec: {source}:{line}: skipped a block that names no language (--unlabelled runs it)",
-            )
+            says = "skipped a block that names no language (--unlabelled runs it)"
+            put(sys.stderr, f"jupyter-exec: {source}:{line}: {says}")
     return document
 
 
@@ -8629,9 +8612,8 @@ def _notebook(name: str, body: Json) -> Document:
     for cell in cells:
         source, metadata = cell.get("source"), cell.get("metadata")
         source = "".join(map(str, source)) if isinstance(source, list) else text_of(source)
-        document.steps.append(
-            Step(cell | {"source": source, "metadata": metadata if isinstance(metadata, dict) else {}})
-        )
+        metadata = metadata if isinstance(metadata, dict) else {}
+        document.steps.append(Step(cell | {"source": source, "metadata": metadata}))
     return document
 
 
@@ -8697,10 +8679,8 @@ class LivePrinter:
     def end(self, step: Step, result: ExecutionResult, place: str) -> None:
         if result.status != "ok":
             error = result.error
-            what = result.note or (
-                f"{error['ename']}: {error['evalue']}" if error else f"exit status {result.exit_code}"
-            )
-            self._line(f"jupyter-exec: {place}: {what}", sys.stderr)
+            failed = f"{error['ename']}: {error['evalue']}" if error else f"exit status {result.exit_code}"
+            self._line(f"jupyter-exec: {place}: {result.note or failed}", sys.stderr)
         elif result.note:
             self._line(f"jupyter-exec: {result.note}", sys.stderr)
 
@@ -8745,9 +8725,6 @@ class JsonPrinter:
         self._blocks: list[Json] = []
         self._end = {"exit_code": 0, "kernel_state": "intact"}
         self.status = 0  # of the command
-
-    def __call__(self, output: Json) -> None:
-        pass
 
     def begin(self, files: CellFiles) -> None:
         self._files = files
@@ -8810,7 +8787,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output-dir", default=".", metavar="DIR", help="where pictures and other files go (default: .)")
     run.add_argument("--html", action="store_true", help="save the HTML of tables too")
     run.add_argument(
-        "--notebook", metavar="FILE", help="write what was run to it, after each cell; FILE itself will do"
+        "--notebook", metavar="FILE", help="write the notebook that was run, after each cell; it may be FILE itself"
     )
     run.add_argument("--unlabelled", action="store_true", help="run blocks of a .md file that name no language, too")
     run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
@@ -8819,7 +8796,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--get", nargs="+", action="extend", default=[], metavar="PATH", help="bring it to DIR at the end")
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
-    mcp = commands.add_parser("mcp", help="serve run_code and other tools to a language model by MCP, on stdin, stdout")
+    mcp = commands.add_parser("mcp", help="serve run_code and other tools to a language model by MCP (stdio)")
     for command in (run, kernels, mcp):
         _add_places(command)
     return parser
@@ -8870,16 +8847,14 @@ def _server_of(options: argparse.Namespace) -> JupyterServer:
 
     url = urlsplit(options.server)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError(
-            f"{options.server.partition('?')[0]} is no URL of a Jupyter server, such as https://host:8888/."
-        )
+        shown = options.server.partition("?")[0]
+        raise ValueError(f"{shown} is no URL of a Jupyter server, such as https://host:8888/.")
     token = parse_qs(url.query).get("token", [os.environ.get("JUPYTER_TOKEN")])[0]
     if options.token_file:
         token = Path(options.token_file).read_text(encoding="utf-8").strip()
     base_url = url.path.rstrip("/") or "/"
-    return RemoteJupyterServer(
-        JupyterConnectionInfo(url.hostname, url.scheme == "https", url.port, token, base_url, options.ca_file)
-    )
+    info = JupyterConnectionInfo(url.hostname, url.scheme == "https", url.port, token, base_url, options.ca_file)
+    return RemoteJupyterServer(info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -8952,7 +8927,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             kernel_name,
             options.timeout,
             options.output_dir,
-            on_output=printer,
+            on_output=printer if isinstance(printer, LivePrinter) else None,
             on_input=_ask if sys.stdin and sys.stdin.isatty() and options.file != "-" else None,
             startup=_startup(options, arguments) if speaks_python else "",
         )
