@@ -42,20 +42,28 @@ Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html
 
 from __future__ import annotations
 
+import ast
+import atexit
 import base64
+import builtins
+import codecs
 import contextlib
 import contextvars
 import copy
 import errno
 import functools
 import heapq
+import inspect
 import io
 import itertools
 import json
+import keyword
 import logging
+import math
 import os
 import queue
 import re
+import reprlib
 import selectors
 import signal
 import socket
@@ -63,23 +71,25 @@ import stat
 import string
 import struct
 import sys
+import textwrap
 import threading
 import time
 import warnings
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypedDict, TypeVar, overload
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypedDict, TypeVar, cast, overload
 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
     import asyncio
     import hmac
-    import inspect
     import ssl
     import subprocess
+    import tempfile
+    from concurrent.futures import Future
 
     from typing_extensions import Unpack  # type checkers know it, installed or not
 
@@ -370,6 +380,13 @@ def describe_exit(exit_code: int | None) -> str:
 def text_of(value: object) -> str:
     """Return `value` as text if it is a string or a number, else "": `str` of a deeply nested list would raise."""
     return str(value) if isinstance(value, str | int | float) else ""
+
+
+def part_of(value: Any, *names: str) -> Any:
+    """Return what a foreign JSON object has under names in names, None if it has not."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 @dataclass(slots=True)
@@ -2642,8 +2659,7 @@ class KernelClient:
     @property
     def language(self) -> str:
         """The name of the language that the kernel speaks, as it said; "" before it is ready."""
-        info = self.kernel_info.get("language_info")
-        return text_of(info.get("name")) if isinstance(info, dict) else ""
+        return text_of(part_of(self.kernel_info, "language_info", "name"))
 
     def files(self) -> AskFar | None:
         """Return the way to the files where the kernel runs, if there is one beside its cells."""
@@ -4430,6 +4446,15 @@ class Stoppable(Single):
         await aside(self.stop)
 
 
+async def settled(future: asyncio.Future[_T]) -> _T:
+    """Return what a future gives. If that is cancelled it goes on, and nobody has to hear of its error."""
+    import asyncio
+
+    future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    await asyncio.wait([future])
+    return future.result()
+
+
 async def aside(function: Callable[[], _T]) -> _T:
     """Call a function in a thread of its own, so that it does not block the loop; it goes on if that is cancelled."""
     import asyncio
@@ -4437,7 +4462,7 @@ async def aside(function: Callable[[], _T]) -> _T:
 
     pool = ThreadPoolExecutor(1, "jupyter_exec")
     try:
-        return await asyncio.shield(asyncio.wrap_future(pool.submit(contextvars.copy_context().run, function)))
+        return await settled(asyncio.wrap_future(pool.submit(contextvars.copy_context().run, function)))
     finally:
         pool.shutdown(wait=False)
 
@@ -5800,30 +5825,26 @@ def _openings(options: Mapping[str, Any], bind_dir: str | None) -> Iterator[str]
 
 def is_name(text: str) -> bool:
     """Whether Python takes a text for the name of a variable."""
-    import keyword
-
     return text.isidentifier() and not keyword.iskeyword(text)
 
 
-def functions_source(functions: Iterable[Callable[..., Any]]) -> str:
-    """Return a program that defines functions in a kernel. Raises: ValueError, see `function_source`."""
-    return "\n".join(["from __future__ import annotations", *map(function_source, functions)])
+def functions_source(functions: Iterable[Callable[..., Any]], *imports: str) -> str:
+    """Return a program that defines plain functions in a kernel, after the imports (statements) that they need.
+
+    Raises: ValueError for a function that is not plain.
+    """
+    program = ["from __future__ import annotations", *imports]
+    for function in functions:
+        try:
+            program.append(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError):
+            program.append("")
+        if not program[-1].startswith(("def ", "async def ")) or function.__closure__:
+            raise ValueError(f"{function!r} cannot be sent to a kernel: it must be a plain function without closure.")
+    return "\n".join(program)
 
 
-def function_source(function: Callable[..., Any]) -> str:
-    """Return the source of a plain function, to be defined in a kernel. Raises: ValueError if it is not plain."""
-    import inspect
-    import textwrap
-
-    try:
-        source = textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
-        source = ""
-    if not source.startswith(("def ", "async def ")) or function.__closure__:
-        raise ValueError(f"{function!r} cannot be sent to a kernel: it must be a plain function without closure.")
-    return source
-
-
+AnyTools = Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]]
 ApproveHook = Callable[[str, Json], Any]
 # The tool calls that the running code is part of, the innermost last.
 _CALLS: contextvars.ContextVar[tuple[ToolCall, ...]] = contextvars.ContextVar("tool calls", default=())
@@ -5839,17 +5860,13 @@ def tool_call_ended() -> bool:
 
 def to_json(value: Any) -> Any:
     """Return JSON for what json.dumps does not know; in this program, and in a kernel that this source is sent to."""
-    import base64
-    import dataclasses
-    import datetime
-
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
     if hasattr(value, "model_dump"):  # pydantic
         return value.model_dump(mode="json")
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()
-    if isinstance(value, (datetime.date, datetime.time)):
+    if hasattr(value, "isoformat"):  # a date or a time
         return value.isoformat()
     if isinstance(value, (set, frozenset)):
         return list(value)
@@ -5867,8 +5884,6 @@ class ToolCaller:
     """
 
     def __init__(self, kernel: Any, tag: str, max_calls: int, max_size: int) -> None:
-        import atexit
-
         self._kernel, self._tag, self._max_calls, self._max_size = kernel, tag, max_calls, max_size
         self._client = kernel.get_parent("shell")["header"]["session"]
         self._pid = os.getpid()
@@ -5908,16 +5923,33 @@ class ToolCaller:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(ToolError("The cell has ended: nobody answers any more."))
 
-    def call(self, name: str, args: Any, kwargs: Any) -> Any:
+    def stub(self, shape: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
+        """Return what stands for a tool; calling `shape` checks the arguments."""
+
+        @functools.wraps(shape)
+        def stub(*args: Any, **kwargs: Any) -> Any:
+            shape(*args, **kwargs)
+            future = self._call(shape.__name__, args, kwargs)
+            if error := future.exception():
+                raise error
+            return future.result()
+
+        @functools.wraps(shape)
+        async def async_stub(*args: Any, **kwargs: Any) -> Any:
+            shape(*args, **kwargs)
+            return await asyncio.wrap_future(self._call(shape.__name__, args, kwargs))
+
+        return async_stub if is_async else stub
+
+    def _call(self, name: str, args: Any, kwargs: Any) -> Any:
         """Send a call; returns its future."""
         try:
             text = json.dumps({"name": name, "args": args, "kwargs": kwargs}, default=to_json)
         except (ValueError, TypeError, RecursionError) as error:
             raise TypeError(f"{name}(): {error}") from None
         if len(text) > self._max_size:
-            raise ToolError(
-                f"{name}(): the arguments are {len(text)} characters of JSON; {self._max_size} is the limit."
-            )
+            much = f"{len(text)} characters of JSON; {self._max_size} is the limit"
+            raise ToolError(f"{name}(): the arguments are {much}.")
         last = self._last
         if last is None or self._kernel.get_parent("shell")["header"]["session"] != self._client:
             raise ToolError(f"{name}() was called while no cell of its program was running.")
@@ -5927,8 +5959,6 @@ class ToolCaller:
 
     def _request(self, prompt: str, ident: Any, parent: Any, password: bool = False) -> Any:
         """Stand in for the kernel's `_input_request`: return what a person types, or the future of a call."""
-        from concurrent.futures import Future
-
         if os.getpid() != self._pid:
             raise ToolError("Only the kernel's own process can call tools and ask for input: use threads.")
         future: Future[Any] = Future()
@@ -5991,8 +6021,6 @@ class ToolCaller:
                     future.set_result(answer["value"])
 
     def _error_of(self, error: str, message: str, tool: str) -> BaseException:
-        import builtins
-
         kinds: dict[str, Any] = {**vars(builtins), "ToolError": ToolError, "ToolRefused": ToolRefused}
         try:
             raised: BaseException = kinds[error](*[message] * bool(message))
@@ -6001,26 +6029,6 @@ class ToolCaller:
         if tool and hasattr(raised, "add_note"):
             raised.add_note(f"Raised by the tool {tool}, in the program that runs this kernel.")
         return raised
-
-
-def tool_stub(caller: ToolCaller, shape: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
-    """Return what stands for a tool in the kernel; sent with ToolCaller. Calling `shape` checks the arguments."""
-    import asyncio
-
-    @functools.wraps(shape)
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        shape(*args, **kwargs)
-        future = caller.call(shape.__name__, args, kwargs)
-        if error := future.exception():
-            raise error
-        return future.result()
-
-    @functools.wraps(shape)
-    async def async_stub(*args: Any, **kwargs: Any) -> Any:
-        shape(*args, **kwargs)
-        return await asyncio.wrap_future(caller.call(shape.__name__, args, kwargs))
-
-    return async_stub if is_async else stub
 
 
 def define_tools(shell: Any, tag: str, max_calls: int, max_size: int, heads: dict[str, tuple[str, str | None]]) -> None:
@@ -6032,7 +6040,7 @@ def define_tools(shell: Any, tag: str, max_calls: int, max_size: int, heads: dic
     for name, (head, documentation) in heads.items():
         scope: Any = {"__name__": "__main__"}
         exec(f"from __future__ import annotations\n{head.removeprefix('async ')} {documentation!r}", scope)
-        shell.user_ns[name] = tool_stub(caller, scope[name], head.startswith("async "))
+        shell.user_ns[name] = caller.stub(scope[name], head.startswith("async "))
     shell.user_ns.update(ToolError=ToolError, ToolRefused=ToolRefused)
 
 
@@ -6044,9 +6052,6 @@ class Verbatim(str):
 
 def tool_signature(function: Callable[..., Any]) -> inspect.Signature:
     """Return a function's signature, which as text needs no names: `(city: str, days: int = 3) -> list[str]`."""
-    import ast
-    import inspect
-
     options: Json = {}
     if sys.version_info >= (3, 14):
         import annotationlib  # annotations may name what is not there at run time
@@ -6080,16 +6085,8 @@ def tool_signature(function: Callable[..., Any]) -> inspect.Signature:
 class Tools:
     """The functions of this program that the code of one executor may call, and what it may cost."""
 
-    def __init__(
-        self,
-        functions: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]],
-        approve: ApproveHook | None,
-        max_calls: int,
-        timeout: float | None,
-    ) -> None:
+    def __init__(self, functions: AnyTools, approve: ApproveHook | None, max_calls: int, timeout: float | None) -> None:
         """Raises: ValueError for what cannot be a tool."""
-        import inspect
-
         if approve is not None and not callable(approve):
             raise ValueError("approve must be a function of name and arguments.")
         if not isinstance(functions, Iterable):
@@ -6114,28 +6111,28 @@ class Tools:
 
     def prelude(self) -> str:
         """Return a cell that defines the tools in a kernel that has just started."""
-        import inspect
-
         self.tag = f"jupyter_exec {os.urandom(8).hex()} "
-        functions = functions_source((to_json, tool_stub, define_tools))
+        modules = (
+            "asyncio, atexit, base64, builtins, contextlib, functools, itertools, json, os, socket, sys, threading"
+        )
         lines, first = inspect.findsource(ToolCaller.__init__)  # to find that of a class, the whole file is parsed
         first = max(number for number in range(first) if lines[number].startswith("class "))
-        program = [
-            functions,
-            "import contextlib, functools, itertools, json, os, socket, sys, threading",
+        program = functions_source(
+            (to_json, define_tools),
+            f"import {modules}",
             "from collections import deque",
+            "from concurrent.futures import Future",
+            "from dataclasses import fields, is_dataclass",
             f"class ToolError(Exception): {ToolError.__doc__!r}",
             f"class ToolRefused(ToolError): {ToolRefused.__doc__!r}",
             "".join(inspect.getblock(lines[first:])),
-            f"define_tools(get_ipython(), {self.tag!r}, {self.max_calls}, {MAX_TOOL_JSON}, {self._heads!r})",
-        ]
+        )
+        program += f"define_tools(get_ipython(), {self.tag!r}, {self.max_calls}, {MAX_TOOL_JSON}, {self._heads!r})"
         scope = "{'__name__': 'tools', 'get_ipython': get_ipython}"
-        return f"exec(compile({chr(10).join(program)!r}, '<tools>', 'exec', dont_inherit=True), {scope})"
+        return f"exec(compile({program!r}, '<tools>', 'exec', dont_inherit=True), {scope})"
 
     def describe(self, limit: int) -> str:
         """Return stubs of the tools for a model, with as much of their docstrings as `limit` characters allow."""
-        import textwrap
-
         for cut in (r".*", r".*?(?=\n\n|\Z)", r".{0,80}?(?=\n|\Z)", ""):
             stubs = []
             for head, documentation in self._heads.values():
@@ -6165,7 +6162,6 @@ class ToolCall:
     def result(self, value: Any) -> Any:
         """Return a value, or what an awaitable gives, in the event loop of the caller if there is one."""
         import asyncio
-        import inspect
 
         if not inspect.isawaitable(value):
             return value
@@ -6188,10 +6184,10 @@ class ToolCall:
 
     def check_approved(self) -> None:
         """Raises: ToolRefused."""
+        said: Any = True
         try:
-            said = (
-                self.result(self.tools.approve(self.name, dict(self.bound.arguments))) if self.tools.approve else True
-            )
+            if self.tools.approve:
+                said = self.result(self.tools.approve(self.name, dict(self.bound.arguments)))
         except Exception as error:
             logger.warning("approve raised; the call of %s is refused", self.name, exc_info=True)
             said = f"The call of {self.name} was refused: the hook that approves calls raised {type(error).__name__}."
@@ -6206,16 +6202,13 @@ class ToolCall:
         except (ValueError, TypeError, RecursionError) as error:
             raise ToolError(f"The result of {self.name} cannot be sent: {error}") from None
         if len(text) > MAX_TOOL_JSON:
-            raise ToolError(
-                f"The result of {self.name} is {len(text)} characters of JSON; {MAX_TOOL_JSON} is the limit."
-            )
+            much = f"{len(text)} characters of JSON; {MAX_TOOL_JSON} is the limit"
+            raise ToolError(f"The result of {self.name} is {much}.")
         return text
 
 
 def tool_failure(error: BaseException, tool: str) -> Json:
     """Return what the kernel is told of an exception: a built-in one keeps its type, its text is bounded."""
-    import builtins
-
     kind, message = type(error), ""
     with contextlib.suppress(Exception):  # whatever its __str__ does
         message = str(error.args[0] if len(error.args) == 1 else error)
@@ -6323,13 +6316,10 @@ class CellTools:
 
 def calls_note(calls: Sequence[Json]) -> str:
     """Return a sentence about the tool calls of a cell, so that nobody makes them twice."""
-    import reprlib
-
-    counts: dict[str, dict[str, int]] = {}  # of each call, by status
+    counts: dict[str, Counter[str]] = {}  # of each call, by status
     for call in calls:
         arguments = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in call["arguments"].items())
-        text, same = f"{call['name']}({arguments})", counts.setdefault(call["status"], {})
-        same[text] = same.get(text, 0) + 1
+        counts.setdefault(call["status"], Counter())[f"{call['name']}({arguments})"] += 1
     parts = []
     for status, same in counts.items():
         shown = [text + f" ({count} times)" * (count > 1) for text, count in same.items()]
@@ -6369,7 +6359,7 @@ def kernel_step(order: Json, data: str, names: Json) -> str:
 def variable_step(order: Json, names: Json) -> Json:
     """Take in a piece of {name: value} in JSON, or hand out one of a value; what is left is kept until the next."""
     kept = vars(sys).setdefault("_jupyter_exec", {})
-    key, offset, size = order["key"], order["offset"], order["size"]
+    key, offset, size, name = order["key"], order["offset"], order["size"], order["path"]
     is_last = True
     try:
         if order["step"] == "set":
@@ -6380,11 +6370,11 @@ def variable_step(order: Json, names: Json) -> Json:
                 names.update(json.loads(text.decode("utf-8", "surrogatepass")))
             return {}
         if not offset:
-            if order["name"] not in names:
+            if name not in names:
                 return {"error": "the kernel has none of that name"}
-            kept[key] = json.dumps(names[order["name"]], ensure_ascii=False).encode("utf-8", "surrogatepass")
+            kept[key] = json.dumps(names[name], ensure_ascii=False).encode("utf-8", "surrogatepass")
         text = kept[key]
-        is_last = offset + size >= len(text) or len(text) > order["limit"]
+        is_last = offset + size > len(text) or len(text) > order["limit"]
         return {"size": len(text), "bytes": bytes(text[offset : offset + size])}
     except Exception as error:
         return {"error": f"it is no JSON in the kernel. {type(error).__name__}: {error}"}
@@ -6399,7 +6389,7 @@ def _kernel_program() -> str:
     steps: list[Callable[..., Any]] = [kernel_step, variable_step]
     steps += [far_step, far_open, far_read, far_write, far_end, far_list]
     try:
-        return f"{functions_source(steps)}\nimport base64, contextlib, errno, json, os, stat, sys"
+        return functions_source(steps, "import base64, contextlib, errno, json, os, stat, sys")
     except ValueError:
         raise JupyterExecError("This program is frozen, without the source that the kernel would need.") from None
 
@@ -6423,12 +6413,11 @@ def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: Output
     result = kernel.execute("", TRANSFER_TIMEOUT, hooks, silent=True, store_history=False, expression=expression)
     if result.status != "ok":
         raise JupyterExecError(result.note or "The kernel did not answer.")
-    value = result.value if isinstance(result.value, dict) else {}
-    shown = value.get("data")
-    text = shown.get("text/plain") if isinstance(shown, dict) else None
-    found = re.fullmatch(r"'([A-Za-z0-9+/=]*) ([A-Za-z0-9+/=]*)'", text) if isinstance(text, str) else None
+    text = text_of(part_of(result.value, "data", "text/plain"))
+    found = re.fullmatch(r"'([A-Za-z0-9+/=]*) ([A-Za-z0-9+/=]*)'", text)
     if not found:
-        raise JupyterExecError(f"The kernel did not do it. {clean_text(text_of(value.get('evalue')))[:STDERR_TAIL]}")
+        says = clean_text(text_of(part_of(result.value, "evalue")))
+        raise JupyterExecError(f"The kernel did not do it. {says[:STDERR_TAIL]}")
     try:
         head, data = (base64.b64decode(part, validate=True) for part in found.groups())
     except ValueError:
@@ -6437,7 +6426,7 @@ def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: Output
 
 
 class FarFiles:
-    """The files where a kernel runs; `far_step` is the other side. Paths are those of the kernel.
+    """The files where a kernel runs, or its variables; `far_step` or `kernel_step` is the other side.
 
     `ask` sends an order, `check()` raises if a transfer is no longer wanted. Raises: FileTransferError in each method.
     """
@@ -6470,39 +6459,44 @@ class FarFiles:
             self._check()
         raise FileTransferError(path, f"nothing was heard for {TRANSFER_TIMEOUT:g} s")
 
+    def step(self, step: str, path: str, data: bytes = b"", **parameters: object) -> Json:
+        return self._take(path, self._send(step, path, data, **parameters))
+
     def write(self, path: str, pieces: Iterable[bytes], done: Callable[[int], None]) -> None:
-        """Make a file of pieces; it appears when it is complete. `done(size)` is called for each that has arrived."""
+        """Make a file of pieces; it appears when it is complete. `done(size)`: so many bytes have arrived."""
         part = f".{os.urandom(16).hex()}.part"
         waiting: deque[tuple[queue.SimpleQueue[Json], int]] = deque()
 
         def settle(count: int) -> None:
             while len(waiting) > count:
-                answers, size = waiting.popleft()
+                answers, end = waiting.popleft()
                 self._take(path, answers)
-                done(size)
+                done(end)
 
         try:
-            offset = 0
+            end = 0
             for piece in pieces:
-                waiting.append((self._send("write", path, piece, part=part, offset=offset), len(piece)))
-                offset += len(piece)
+                begin, end = end, end + len(piece)
+                waiting.append((self._send("write", path, piece, part=part, offset=begin), end))
                 settle(self._window - 1)
             settle(0)
-            self._take(path, self._send("finish", path, part=part))
+            self.step("finish", path, part=part)
         except BaseException:
             self._check = lambda: None
             with contextlib.suppress(JupyterExecError):  # if nobody is there, there is nothing to remove
                 self._send("drop", path, part=part)
             raise
 
-    def read(self, path: str, max_bytes: int) -> Iterator[tuple[bytes, int]]:
-        """Yield a file in pieces, each with the size of the whole as known then."""
+    def read(
+        self, path: str, max_bytes: int, step: str = "read", **parameters: Any
+    ) -> Iterator[tuple[bytes, int, int]]:
+        """Yield a file in pieces, each with its end and the size of the whole as known then."""
         waiting: deque[queue.SimpleQueue[Json]] = deque()
         asked = got = size = 0
         identity, is_end = None, False
         while not is_end:
             while not waiting or (len(waiting) < self._window and asked < size):
-                waiting.append(self._send("read", path, offset=asked, size=self.piece))
+                waiting.append(self._send(step, path, offset=asked, size=self.piece, limit=max_bytes, **parameters))
                 asked += self.piece
             answer = self._take(path, waiting.popleft())
             piece, now, identity = answer["bytes"], answer.get("size"), identity or answer.get("file")
@@ -6513,13 +6507,13 @@ class FarFiles:
             got, is_end = got + len(piece), len(piece) < self.piece
             size = max(size, now, got)
             if size > max_bytes:
-                raise FileTransferError(path, f"it is larger than max_bytes={max_bytes}", "EFBIG")
+                raise FileTransferError(path, f"it is larger than max_bytes={max_bytes}: {size} bytes", "EFBIG")
             if is_end and size > got:
                 raise FileTransferError(path, "it became shorter while it was read")
-            yield piece, size
+            yield piece, got, size
 
     def entries(self, path: str) -> list[FarFile]:
-        entries = self._take(path, self._send("list", path, limit=MAX_LISTED)).get("entries")
+        entries = self.step("list", path, limit=MAX_LISTED).get("entries")
         if not isinstance(entries, list) or len(entries) > MAX_LISTED:
             raise ProtocolError(_STRANGE)
         return sorted(map(_far_file, entries), key=lambda entry: entry.name)
@@ -6532,15 +6526,6 @@ def _far_file(entry: Any) -> FarFile:
     if not (0 <= mode < 2**32 and 0 <= size < 2**64 and abs(modified) < 2**64):
         raise ProtocolError(_STRANGE)
     return FarFile(name, size, modified, _KINDS.get(stat.S_IFMT(mode), "other"))
-
-
-def _value_size(name: str, answer: Json, limit: int) -> int:
-    size = answer.get("size")
-    if not isinstance(size, int):
-        raise ProtocolError(_STRANGE)
-    if size > limit:
-        raise VariableError(name, f"its JSON has {size} bytes, more than max_bytes={limit}")
-    return size
 
 
 @contextlib.contextmanager
@@ -6598,19 +6583,13 @@ def write_all(file: Any, data: bytes) -> None:
         view = view[len(view) if written is None else written :]
 
 
-class Meter:
-    """Tells a hook how far a transfer is."""
-
-    def __init__(self, hook: Progress | None, total: int | None) -> None:
-        self._hook, self.total, self._done = hook, total, 0
-
-    def add(self, size: int) -> None:
-        self._done += size
-        if self._hook:
-            try:
-                self._hook(self._done, self.total)
-            except Exception:
-                logger.warning("on_progress raised; the transfer goes on", exc_info=True)
+def tell_progress(hook: Progress | None, total: int | None, done: int) -> None:
+    """Tell a hook how far a transfer is."""
+    try:
+        if hook:
+            hook(done, total)
+    except Exception:
+        logger.warning("on_progress raised; the transfer goes on", exc_info=True)
 
 
 # ======================================================================================================
@@ -6744,44 +6723,38 @@ class Journal:
 
     def add(self, code: str, result: ExecutionResult) -> None:
         """Keep a cell. A full disk, or an output that cannot be written, costs its place here, not its result."""
-        with self._lock:
-            self._add(code, result)
-
-    def _add(self, code: str, result: ExecutionResult) -> None:
         try:
             cell = notebook_cell(code) | {"execution_count": result.execution_count}
             line = dump_json(cell | {"outputs": notebook_outputs(result.outputs, result.note)}) + b"\n"
             if self._size + len(line) > MAX_FILE_BYTES:
                 outputs = notebook_outputs([], "The outputs of this cell were not kept: too large")
                 line = dump_json(cell | {"outputs": outputs}) + b"\n"
-            if self._file is None:
-                import tempfile
+            with self._lock:
+                if self._file is None:
+                    import tempfile
 
-                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
-                weakref.finalize(self, self._file.close)
-            self._file.seek(self._size)
-            self._file.write(line)
-            self._file.flush()
-            self._size += len(line)
+                    self._file = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the executor
+                    weakref.finalize(self, self._file.close)
+                self._file.seek(self._size)
+                self._file.write(line)
+                self._file.flush()
+                self._size += len(line)
         except (OSError, ValueError, RecursionError) as error:
             self._trouble = str(error)
             logger.warning("A cell is not kept for the notebook: %s", error)
 
     def write(self, file: IO[bytes], metadata: Json) -> None:
         """Write a notebook. Spec: https://nbformat.readthedocs.io/en/latest/format_description.html"""
-        with self._lock:
-            self._write(file, metadata)
-
-    def _write(self, file: IO[bytes], metadata: Json) -> None:
         head = {"nbformat": 4, "nbformat_minor": 5, "metadata": metadata}
         file.write(dump_json(head)[:-1] + b',"cells":[\n')
         left, comma = self._size, b""
-        if self._file:
-            self._file.seek(0)
-            while left > 0:
-                line = self._file.readline()
-                file.write(comma + line)
-                left, comma = left - len(line), b","
+        with self._lock:
+            if self._file:
+                self._file.seek(0)
+                while left > 0:
+                    line = self._file.readline()
+                    file.write(comma + line)
+                    left, comma = left - len(line), b","
         if self._trouble:
             source = f"Cells are missing here, since they could not be kept: {self._trouble}"
             cell = {"cell_type": "markdown", "id": "missing", "metadata": {}, "source": source}
@@ -6797,19 +6770,13 @@ def notebook_cell(source: str, kind: str = "code", metadata: Json | None = None)
 
 def notebook_outputs(outputs: Iterable[Json], note: str) -> list[Json]:
     """Return the outputs of a cell as nbformat allows them, with the note about it as the last."""
-    said = {"output_type": "stream", "name": "stderr", "text": note}
-    return [*map(_notebook_output, outputs), *[said] * bool(note)]
-
-
-def _notebook_output(output: Json) -> Json:
-    # A MIME value is a string unless the type is JSON.
-    if "data" not in output:
-        return output
-    data = {
-        mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
-        for mime, value in output["data"].items()
-    }
-    return output | {"data": data}
+    shown = [dict(output) for output in outputs]
+    for output in filter(lambda output: "data" in output, shown):
+        output["data"] = {  # a MIME value is a string unless the type is JSON
+            mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
+            for mime, value in output["data"].items()
+        }
+    return [*shown, *[{"output_type": "stream", "name": "stderr", "text": note}] * bool(note)]
 
 
 _PYTHON_NAMES = re.compile(r"i?py(thon)?[\d.]*")
@@ -6834,12 +6801,10 @@ _TEXT_CELL = re.compile(r"\s*%%(?!time|capture)")  # %%writefile, %%html, ...: w
 
 
 def _silence_pip(code: str) -> str:
-    def silent(line: re.Match[str]) -> str:
-        if line["indent"] is None:
-            return line[0]
-        return f"""{line["indent"]}!"{{__import__('sys').executable}}" -m pip install {_QUIET}"""
-
-    return _PIP_LINE.sub(silent, code) if "pip" in code and not _TEXT_CELL.match(code) else code
+    if "pip" not in code or _TEXT_CELL.match(code):
+        return code
+    install = f"""!"{{__import__('sys').executable}}" -m pip install {_QUIET}"""
+    return _PIP_LINE.sub(lambda line: line[0] if line["indent"] is None else line["indent"] + install, code)
 
 
 def run_shell(shell: str, script: str, pip_options: str) -> None:
@@ -6847,11 +6812,6 @@ def run_shell(shell: str, script: str, pip_options: str) -> None:
 
     Raises: CalledProcessError with the exit status, without a traceback.
     """
-    import os
-    import subprocess
-    import sys
-    import tempfile
-
     silent = '{0}() {{ [ "${{1-}}" != install ] || set -- "$@" {1}; command {0} "$@"; }}; '
     command = "".join(silent.format(pip, pip_options) for pip in ("pip", "pip3")) + '. "$0"'
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
@@ -6883,15 +6843,6 @@ def follow_shell(process: subprocess.Popen[bytes]) -> int:
 
     An interrupt ends all that the script has started. What it has left in the background goes on, with its output.
     """
-    import codecs
-    import contextlib
-    import os
-    import selectors
-    import signal
-    import sys
-    import threading
-    import time
-
     selector = selectors.DefaultSelector()
     for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -6943,10 +6894,12 @@ def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, st
     if speaks_python and language in _SHELLS and code.lstrip()[:1] not in ("!", "%"):
         shell, script = _SHELLS[language], code.replace("\r\n", "\n")
         shown = f"%%{shell}\n{script}"
+        modules = "codecs, contextlib, os, selectors, signal, subprocess, sys, tempfile, threading, time"
         try:
-            program = f"{functions_source((follow_shell, run_shell))}\nrun_shell({shell!r}, {script!r}, {_QUIET!r})"
+            program = functions_source((follow_shell, run_shell), f"import {modules}")
         except ValueError:  # a frozen program without source files: IPython's own way, with its flaws
             return shown, shown
+        program += f"run_shell({shell!r}, {script!r}, {_QUIET!r})"
         return f"exec({program!r}, {{}})", shown
     own = {"", kernel_language.lower(), kernel_name.lower(), *(_SHELLS if speaks_python else ())}
     if language in own or (speaks_python and _PYTHON_NAMES.fullmatch(language)):
@@ -6974,8 +6927,6 @@ These functions are there, too. They run outside of the kernel: arguments and re
 
 def system_message_for(functions: Sequence[Callable[..., Any]], tools: Tools) -> str:
     """Return CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of functions and tools."""
-    import inspect
-
     lines = [
         f"    {function.__name__}{inspect.signature(function)}: {inspect.getdoc(function) or ''}".rstrip(" :")
         for function in functions
@@ -6997,8 +6948,12 @@ class _UserCapability:
         agent.update_system_message(agent.system_message + self._message)
 
 
-class KernelBusy(JupyterExecError):
-    """A cell whose time was over is still running, and this call does not wait for it."""
+class NotRun(JupyterExecError):
+    """Code that does not wait for its turn any more; `result` says why."""
+
+    def __init__(self, result: ExecutionResult) -> None:
+        super().__init__(result.note)
+        self.result = result
 
 
 class Turns:
@@ -7007,10 +6962,9 @@ class Turns:
     def __init__(self, check: Callable[[], None]) -> None:
         """`check()` raises for who must not wait, since the thread that is in waits for it."""
         self._check = check
-        self._changed = threading.Condition(threading.Lock())
-        self._queue: list[int] = []  # thread ids, or tickets; the first one is in
-        self._tickets = itertools.count(-1, -1)
-        self._depth = 0
+        self._changed = threading.Condition()
+        self._queue: list[object] = []  # jobs, and what stands for other calls; it is the turn of the first one
+        self._thread, self._depth = 0, 0  # that is in, and how often
         self.evictions = 0  # how many have come that evict
         self.overtaken = False  # whether one of them came before the thread that is in, while that one waited
         self.detached = False  # the thread that is in does not count as one to wait for
@@ -7020,37 +6974,42 @@ class Turns:
     def turn(self, evict: Callable[[], None] | None = None, job: Job | None = None) -> Iterator[None]:
         """Wait until it is the caller's turn. With `evict` it is the next one: called until the one that is in leaves.
 
-        Raises: JupyterExecError if it is closed; KernelBusy if the one that is in was detached.
+        Raises: JupyterExecError if it is closed; NotRun if the one that is in was detached, or the job interrupted.
         """
-        self._enter(evict, job)
+        if not self.mine:
+            self._enter(evict, job)
+        self._depth += 1
         try:
             yield
         finally:
-            with self._changed:
-                self._depth -= 1
-                if not self._depth:
-                    self._leave(self._queue[0])
+            self._depth -= 1
+            if not self._depth:
+                self._thread = 0
+                self.leave(self._queue[0])
 
     @property
     def mine(self) -> bool:
         """Whether the calling thread is in."""
-        return self._queue[:1] == [threading.get_ident()]
+        return self._thread == threading.get_ident()
 
-    def ticket(self) -> tuple[int, int]:
-        """Queue for a thread that will come; returns its place, and how many evictions there were."""
+    def come(self, job: Job) -> int:
+        """Queue for the thread of a job; returns how many evictions there were."""
         self._check()
         with self._changed:
-            self._queue.append(next(self._tickets))
-            return self._queue[-1], self.evictions
+            self._queue.append(job)
+            return self.evictions
 
-    def give_back(self, ticket: int) -> None:
+    def leave(self, place: object) -> None:
         with self._changed:
-            self._leave(ticket)
+            if self._queue[0] is place:
+                self.detached = False
+            self._queue.remove(place)
+            self._changed.notify_all()
 
     def detach(self, job: Job) -> bool:
         """Have nobody wait for a job any more that is in, if it is."""
         with self._changed:
-            is_in = self._queue[:1] == [job.thread]
+            is_in = self._queue[:1] == [job]
             self.detached = self.detached or is_in
             self._changed.notify_all()
         return is_in
@@ -7060,51 +7019,38 @@ class Turns:
         with self._changed:
             self._changed.notify_all()
 
-    def close(self) -> None:
-        self.closed = True
-        self.wake()
-
     def _enter(self, evict: Callable[[], None] | None, job: Job | None) -> None:
-        me = threading.get_ident()
+        place: object = job or object()
         if not evict:
             self._check()
         with self._changed:
-            if self._queue[:1] != [me]:
-                self.evictions += evict is not None
-                since = job.since if job else self.evictions
-                if job:
-                    self._queue[self._queue.index(job.ticket)] = job.thread = me
-                else:
-                    self._queue.insert(1 if evict else len(self._queue), me)
-                try:
-                    self._wait(me, evict, job)
-                except BaseException:
-                    self._leave(me)
-                    raise
-                self.overtaken = since != self.evictions
-            self._depth += 1
+            self.evictions += evict is not None
+            if not job:
+                self._queue.insert(1 if evict else len(self._queue), place)
+            since = job.since if job else self.evictions
+            try:
+                self._wait(place, evict, job)
+            except BaseException:
+                self.leave(place)
+                raise
+            self.overtaken = since != self.evictions
+            self._thread = threading.get_ident()
 
-    def _leave(self, place: int) -> None:
-        if self._queue[0] == place:
-            self.detached = False
-        self._queue.remove(place)
-        self._changed.notify_all()
-
-    def _wait(self, me: int, evict: Callable[[], None] | None, job: Job | None) -> None:
-        while self._queue[0] != me or (self.closed and not evict):
+    def _wait(self, place: object, evict: Callable[[], None] | None, job: Job | None) -> None:
+        while self._queue[0] is not place or (self.closed and not evict):
             if evict:
                 self._changed.release()
                 try:
                     evict()
                 finally:
                     self._changed.acquire()
-                self._changed.wait_for(lambda: self._queue[0] == me, 0.2)  # seconds to the next attempt
+                self._changed.wait_for(lambda: self._queue[0] is place, 0.2)  # seconds to the next attempt
             elif self.closed:
                 raise JupyterExecError(_STOPPED)
             elif job and job.interrupted:
-                raise JupyterExecError(_NOT_BEGUN)
+                raise NotRun(_not_begun())
             elif self.detached and not (job and job.patient):
-                raise KernelBusy(_BUSY)
+                raise NotRun(ExecutionResult("error", 1, "busy", _BUSY, []))
             else:
                 self._changed.wait()
 
@@ -7118,37 +7064,25 @@ def _text_so_far(result: ExecutionResult | None) -> str:
 
 
 class CellCall:
-    """A call that runs one cell; `timeout` and hooks that are None are the executor's."""
+    """A call that runs one cell; `timeout` and hooks (on_output, on_input) that are None are the executor's."""
 
-    def __init__(
-        self,
-        code: str,
-        timeout: float | None = None,
-        on_output: OutputHook | None = None,
-        on_input: InputHook | None = None,
-    ) -> None:
+    def __init__(self, code: str, timeout: float | None = None, **hooks: Any) -> None:
         if not isinstance(code, str):
             raise TypeError("code must be a string; execute_code_blocks takes code blocks.")
-        self._code, self._timeout, self._on_output, self._on_input = code, timeout, on_output, on_input
-        self.last: ExecutionResult | None = None
+        self._code, self._timeout = code, timeout
+        self._hooks = {name: hook for name, hook in hooks.items() if hook}
 
     def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
         executor._make_ready()
-        code, timeout = self._code, self._timeout
-        self.last = result = executor._run_cell(code, code, timeout, self._on_output, self._on_input, job=job)
-        return result
+        return executor._run_cell(self._code, self._code, self._timeout, job, **self._hooks)
 
     def so_far(self, result: ExecutionResult) -> ExecutionResult:
-        """Return what the call has done by now; `result` is that of its running cell."""
+        """Return what the call has done by now; `result` is that of its running cell, or says why it was not run."""
         return result
 
     def text(self, result: ExecutionResult | None) -> str:
         """Return the text so far; `result` is that of its latest cell."""
         return _text_so_far(result)
-
-    def not_run(self, result: ExecutionResult) -> ExecutionResult:
-        self.last = result
-        return result
 
 
 class BlocksCall:
@@ -7162,12 +7096,13 @@ class BlocksCall:
             raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
         self._folder, self._limit, self._timeout = folder, limit, timeout
         self._files = CallFiles(folder, limit)
-        self._ended: tuple[list[str], ExecutionResult | None] = [], None  # texts of the blocks, and the last's result
+        nothing = ExecutionResult("ok", 0, "intact", "", [])
+        self._ended: tuple[list[str], ExecutionResult] = [], nothing  # texts of the blocks, and the last's result
         self._gaps: list[int] = []
 
     def run(self, executor: JupyterCodeExecutor, job: Job | None) -> CodeResult:
         for block in self._blocks:
-            result = executor._run_block(block, self._timeout, self._files.record, job)
+            result = executor._run_block(block, self._timeout, job, record=self._files.record)
             self._add(result)
             if result.status != "ok":
                 break
@@ -7182,12 +7117,9 @@ class BlocksCall:
     def _total(self, where: str) -> CodeResult:
         texts, last = self._ended
         text = shorten("\n".join(texts), self._limit, self._gaps, where)
-        if last is None:
-            return CodeResult(0, text, self._files.paths)
         return CodeResult(last.exit_code, text, self._files.paths, last.kernel_state, last.status, last.note)
 
     def so_far(self, result: ExecutionResult) -> CodeResult:
-        """Return what the call has done by now; `result` is that of its running cell."""
         copied = BlocksCall([], self._folder, self._limit)
         copied._ended, copied._gaps, copied._files.paths = self._ended, self._gaps[:], self._files.paths[:]
         copied._add(result)
@@ -7196,15 +7128,6 @@ class BlocksCall:
     def text(self, result: ExecutionResult | None) -> str:
         texts, last = self._ended
         return "\n".join([*texts, *[_text_so_far(result)] * (result is not last)])
-
-    def not_run(self, result: ExecutionResult) -> CodeResult:
-        self._add(result)
-        return self._total("")
-
-    @property
-    def last(self) -> ExecutionResult | None:
-        """The result of the last block that has ended."""
-        return self._ended[1]
 
 
 class Job:
@@ -7216,7 +7139,6 @@ class Job:
     def __init__(self, executor: JupyterCodeExecutor, call: CellCall | BlocksCall, *, patient: bool = False) -> None:
         """`patient`: it waits for its turn even while the cell of a detached job runs."""
         self.patient, self.interrupted = patient, False
-        self.thread = 0
         self._call, self._limit = call, executor._max_output
         self._kernel, self._turns = executor._kernel, executor._turns
         self._cell: Cell | None = None  # the latest
@@ -7225,12 +7147,12 @@ class Job:
         self._error: BaseException | None = None
         self.answered, self.ended = threading.Event(), threading.Event()  # `answered` also if it was detached
         self._on_event: list[Callable[[], object]] = []
-        self.ticket, self.since = self._turns.ticket()
+        self.since = self._turns.come(self)
         thread = threading.Thread(target=self._run, args=(executor._worker(),), name="jupyter_exec job", daemon=True)
         try:
             thread.start()
         except BaseException:
-            self._turns.give_back(self.ticket)
+            self._turns.leave(self)
             raise
 
     @property
@@ -7250,18 +7172,16 @@ class Job:
         """
         if not self.done:
             return "running" if self._cell else "waiting"
-        status = "failed" if self._error else self._call.last.status if self._call.last else "ok"
+        status = "failed" if self._error else self._result.status
         return {"ok": "done", "error": "done"}.get(status, status)
 
     @property
     def output(self) -> str:
         """The text so far, as it will stand in the result; head and tail of what is over `max_output` characters."""
-        if isinstance(self._result, CodeResult):
-            return self._result.output
-        if isinstance(self._result, ExecutionResult):
-            return shorten(self._result.text, self._limit, (), "")
-        cell = self._cell
-        return shorten(self._call.text(cell.so_far() if cell else None), self._limit, (), "")
+        cell, result = self._cell, self._result
+        if isinstance(result, CodeResult):
+            return result.output
+        return shorten(self._call.text(result or (cell.so_far() if cell else None)), self._limit, (), "")
 
     def wait(self, seconds: float | None = None) -> Any:
         """Return the result (of a string an ExecutionResult, of blocks a CodeResult), None if it takes longer.
@@ -7301,13 +7221,10 @@ class Job:
         try:
             with self._turns.turn(job=self):
                 self._result = self._call.run(executor, self)
-        except KernelBusy as error:
-            self._result = self._call.not_run(ExecutionResult("error", 1, "busy", str(error), []))
+        except NotRun as error:
+            self._result = self._call.so_far(error.result)
         except BaseException as error:
-            if self.interrupted and str(error) == _NOT_BEGUN:
-                self._result = self._call.not_run(_not_begun())
-            else:
-                self._error = error
+            self._error = error
         del executor
         self._tell(self.ended)
         self._tell(self.answered)
@@ -7333,6 +7250,25 @@ class Job:
                     changed.clear()
         finally:
             self._on_event.remove(listener)
+
+
+class ConnectionInfo(Protocol):
+    """Where a Jupyter server is, in AutoGen's words."""
+
+    host: str
+    use_https: bool
+    port: int | None
+    token: str | None
+
+
+class JupyterConnectable(Protocol):
+    """AutoGen's servers, and any other object that says where a Jupyter server is."""
+
+    @property
+    def connection_info(self) -> ConnectionInfo: ...
+
+
+AnyServer = JupyterServer | JupyterConnectable | ConnectionInfo | KernelConnection | AnyPath
 
 
 def _end_forgotten(kernel: KernelClient) -> None:
@@ -7379,7 +7315,7 @@ class JupyterCodeExecutor(Stoppable):
 
     def __init__(
         self,
-        jupyter_server: Any,
+        jupyter_server: AnyServer,
         kernel_name: str = "python3",
         timeout: float = 60,
         output_dir: AnyPath = ".",
@@ -7390,7 +7326,7 @@ class JupyterCodeExecutor(Stoppable):
         on_output: OutputHook | None = None,
         on_input: InputHook | None = None,
         on_timeout: str = "interrupt",
-        tools: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]] = (),
+        tools: AnyTools = (),
         approve: ApproveHook | None = None,
         max_tool_calls: int = 256,
         tool_timeout: float | None = None,
@@ -7407,12 +7343,12 @@ class JupyterCodeExecutor(Stoppable):
         self._on_timeout = on_timeout
         self._functions = tuple(functions)
         self._startup = startup
-        self._tools = Tools(tools, approve, max_tool_calls, tool_timeout)
+        self._tools = tools if isinstance(tools, Tools) else Tools(tools, approve, max_tool_calls, tool_timeout)
         self._prelude()  # raises for a function that cannot be sent
         self._journal = Journal()
-        self._hooks = on_output, on_input
+        self._hooks: Json = {"on_output": on_output, "on_input": on_input}
         self._turns = Turns(self._tools.check_outside)
-        self._server = jupyter_server
+        self._server: Any = jupyter_server
         self._own_server: RemoteJupyterServer | None = None  # made here, for a JupyterConnectionInfo
         self._job: Job | None = None  # the last that was submitted or detached
         self._kernel = self._new_kernel()
@@ -7484,9 +7420,7 @@ class JupyterCodeExecutor(Stoppable):
         result: CodeResult = self._answer(BlocksCall(code_blocks, self._folder, self._max_output))
         return result
 
-    def execute_block(
-        self, block: Any, *, on_result: Callable[[ExecutionResult], None] | None = None
-    ) -> ExecutionResult:
+    def execute_block(self, block: Any, *, on_result: ResultHook | None = None) -> ExecutionResult:
         """Run one code block in its language. Like `execute`, but never raises for what the kernel did.
 
         `on_result` gets the result of a block that was run even if Ctrl-C ends this call.
@@ -7496,8 +7430,8 @@ class JupyterCodeExecutor(Stoppable):
         try:
             with self._turns.turn():
                 return self._run_block(block, on_result=on_result)
-        except KernelBusy as error:
-            return ExecutionResult("error", 1, "busy", str(error), [])
+        except NotRun as error:
+            return error.result
 
     def execute(
         self,
@@ -7511,7 +7445,7 @@ class JupyterCodeExecutor(Stoppable):
 
         Raises: KernelError if no kernel could be had, ConnectionClosed if the server is gone.
         """
-        result: ExecutionResult = self._answer(CellCall(code, timeout, on_output, on_input))
+        result: ExecutionResult = self._answer(CellCall(code, timeout, on_output=on_output, on_input=on_input))
         return result
 
     def submit(self, code: Any, *, timeout: float | None = None) -> Job:
@@ -7564,17 +7498,12 @@ class JupyterCodeExecutor(Stoppable):
         return worker
 
     def _run_block(
-        self,
-        block: Any,
-        timeout: float | None = None,
-        record: OutputHook | None = None,
-        job: Job | None = None,
-        on_result: Callable[[ExecutionResult], None] | None = None,
+        self, block: Any, timeout: float | None = None, job: Job | None = None, **hooks: Any
     ) -> ExecutionResult:
         try:
             self._make_ready()
             cell, shown = cell_of(block, self._kernel_name, self._kernel.language)
-            result = self._run_cell(cell, shown, timeout, record=record, job=job, on_result=on_result)
+            result = self._run_cell(cell, shown, timeout, job, **hooks)
         except (JupyterExecError, ValueError) as error:
             if self._kernel.alive and self._kernel.ready:  # too large for the server, not its language: not run
                 return ExecutionResult("error", 1, "intact", str(error), [])
@@ -7586,52 +7515,32 @@ class JupyterCodeExecutor(Stoppable):
                 result.exit_code = int(status[1])
         return result
 
-    def _run_cell(
-        self,
-        code: str,
-        shown: str,
-        timeout: float | None,
-        on_output: OutputHook | None = None,
-        on_input: InputHook | None = None,
-        *,
-        record: OutputHook | None = None,
-        on_result: Callable[[ExecutionResult], None] | None = None,
-        job: Job | None = None,
-    ) -> ExecutionResult:
-        """Run a cell, which stands in the notebook as `shown`."""
+    def _run_cell(self, code: str, shown: str, timeout: float | None, job: Job | None, **hooks: Any) -> ExecutionResult:
+        """Run a cell, which stands in the notebook as `shown`; `hooks` are those of Hooks."""
         if job and job.interrupted:
             return _not_begun()
-        evictions = self._turns.evictions
-        calls = CellTools(self._tools)
+        evictions, calls, on_result = self._turns.evictions, CellTools(self._tools), hooks.get("on_result")
 
         def keep(result: ExecutionResult) -> None:
             result.calls = calls.close()
             if result.status == "died" and self._turns.evictions != evictions:
                 what = "executor was stopped" if self._turns.closed else "kernel was restarted"
                 result.note = f"The {what} while the code ran; all variables are lost"
-            if self._turns.overtaken:
-                self._turns.overtaken = False
-                result.note = "\n".join(filter(None, (_FRESH, result.note)))
             if result.status == "timeout" and code == shown:  # no shell script
                 result.note += place_of(result, code)
-            if result.status != "ok":
-                result.note = "\n".join(filter(None, (result.note, calls_note(result.calls))))
+            called = calls_note(result.calls) if result.status != "ok" else ""
+            result.note = "\n".join(filter(None, (_FRESH * self._turns.overtaken, result.note, called)))
+            self._turns.overtaken = False
             self._journal.add(shown, result)
             if on_result:
                 on_result(result)
 
-        hooks = Hooks(
-            on_output or self._hooks[0],
-            on_input or self._hooks[1],
-            record=record,
-            on_request=calls.take if self._tools.functions else None,
-            on_timeout=job.detach if job and self._on_timeout == "detach" else None,
-            on_result=keep,
-            on_start=job.begin if job else None,
-        )
+        hooks = {**self._hooks, **hooks, "on_result": keep, "on_start": job.begin if job else None}
+        hooks["on_request"] = calls.take if self._tools.functions else None
+        hooks["on_timeout"] = job.detach if job and self._on_timeout == "detach" else None
         seconds = self._timeout if timeout is None else timeout
         try:
-            return self._kernel.execute(code, seconds, hooks, max_output=self._max_output)
+            return self._kernel.execute(code, seconds, Hooks(**hooks), max_output=self._max_output)
         finally:
             calls.close()
 
@@ -7650,15 +7559,15 @@ class JupyterCodeExecutor(Stoppable):
                 self._kernel.ready = True
 
     @contextlib.contextmanager
-    def _far_files(self) -> Iterator[FarFiles]:
+    def _far_files(self, through_kernel: bool = False) -> Iterator[FarFiles]:
         """Give the way to the kernel's files; one that leads through the kernel itself is had by turns."""
         self._check_usable()
-        if ask := self._kernel.files():
+        if not through_kernel and (ask := self._kernel.files()):
             yield FarFiles(ask, 2**18, 4, self._check_usable)  # so that other things get their turn
             return
 
         def ask_by_cell(order: Json, data: bytes, then: Callable[[Json], None]) -> None:
-            answer = ask_kernel(self._kernel, order, data, self._hooks[0])
+            answer = ask_kernel(self._kernel, order, data, self._hooks["on_output"])
             then({"bytes": answer.pop("bytes"), "result": answer})
 
         with self._turns.turn():
@@ -7683,7 +7592,7 @@ class JupyterCodeExecutor(Stoppable):
         name = os.path.basename(os.path.abspath(here or "")) if path is None else os.fspath(path)
         with transfer_errors(name, here), source_file(source) as file, self._far_files() as files:
             total = os.stat(here).st_size if here else memoryview(source).nbytes if isinstance(source, bytes) else None
-            files.write(name, file_pieces(file, files.piece), Meter(on_progress, total).add)
+            files.write(name, file_pieces(file, files.piece), functools.partial(tell_progress, on_progress, total))
         return name
 
     @overload
@@ -7705,13 +7614,13 @@ class JupyterCodeExecutor(Stoppable):
         Raises: FileTransferError, also for a file of more than `max_bytes`.
         """
         path, here = os.fspath(path), target if isinstance(target, str | os.PathLike) else None
-        memory, meter = io.BytesIO(), Meter(on_progress, None)
+        memory = io.BytesIO()
         with transfer_errors(path, here), contextlib.ExitStack() as stack:
             files = stack.enter_context(self._far_files())
             file = stack.enter_context(target_file(here)) if here else memory if target is None else target
-            for piece, meter.total in files.read(path, max_bytes):
+            for piece, done, total in files.read(path, max_bytes):
                 write_all(file, piece)
-                meter.add(len(piece))
+                tell_progress(on_progress, total, done)
         return memory.getvalue() if target is None else None
 
     def list_files(self, path: AnyPath = ".") -> list[FarFile]:
@@ -7739,7 +7648,9 @@ class JupyterCodeExecutor(Stoppable):
             except (TypeError, ValueError, RecursionError) as error:
                 raise VariableError(name, f"it is no JSON here. {type(error).__name__}: {error}") from None
         data = f"{{{','.join(texts)}}}".encode("utf-8", "surrogatepass")
-        self._exchange(", ".join(values), "set", data, len(data))
+        with self._variables(", ".join(values)) as (files, key):
+            for offset in range(0, len(data), CELL_PIECE):
+                files.step("set", "", data[offset : offset + CELL_PIECE], key=key, offset=offset, size=len(data))
 
     def get_variable(self, name: str, *, max_bytes: int = MAX_JSON) -> Any:
         """Return the value of a variable of the kernel, if it can be written as JSON; tuples come as lists.
@@ -7750,7 +7661,8 @@ class JupyterCodeExecutor(Stoppable):
         """
         if not name.isidentifier():
             raise VariableError(name, "it is no name of a variable")
-        data = self._exchange(name, "get", b"", max_bytes)
+        with self._variables(name) as (files, key):
+            data = b"".join(piece for piece, _, _ in files.read(name, max_bytes, "get", key=key))
         try:
             text = data.decode("utf-8", "surrogatepass")
             if len(text) > LARGE_PART and json_weight(text) > 4 * max(max_bytes, LARGE_PART):
@@ -7759,34 +7671,18 @@ class JupyterCodeExecutor(Stoppable):
         except (ValueError, RecursionError) as error:
             raise VariableError(name, f"what came is no JSON. {error}") from None
 
-    def _exchange(self, name: str, step: str, data: bytes, limit: int) -> bytes:
-        """Send JSON of variables in pieces, or return that of one."""
-        # What an earlier call has left, when Ctrl-C ended it, had the same key.
-        order: Json = {"step": step, "name": name, "key": f"{os.getpid()} {id(self)}", "limit": limit}
-        received = bytearray()
+    @contextlib.contextmanager
+    def _variables(self, name: str) -> Iterator[tuple[FarFiles, str]]:
+        """Give the way to the kernel's variables, and a key for their JSON while it is under way."""
         try:
-            with self._turns.turn():
-                self._make_ready()
-                offset, size = 0, len(data) or 1
-                while offset < size:
-                    self._check_usable()
-                    order |= {"offset": offset, "size": len(data) or CELL_PIECE}
-                    answer = ask_kernel(self._kernel, order, data[offset : offset + CELL_PIECE], self._hooks[0])
-                    if "error" in answer:
-                        raise VariableError(name, clean_text(_text(answer["error"])))
-                    offset += CELL_PIECE
-                    if step == "get":
-                        received += answer["bytes"]
-                        size = _value_size(name, answer, limit)
-                        if len(received) != min(size, offset):
-                            raise ProtocolError(_STRANGE)
-        except VariableError:
-            raise
-        except KernelBusy:
+            with self._far_files(through_kernel=True) as files:
+                yield files, f"{os.getpid()} {id(self)}"  # what an earlier call has left, ended by Ctrl-C, had the same
+        except FileTransferError as error:
+            raise VariableError(name, error.reason) from None
+        except NotRun:
             raise VariableError(name, "the kernel is still running earlier code") from None
         except JupyterExecError as error:
             raise VariableError(name, str(error)) from error
-        return bytes(received)
 
     def save_notebook(self, path: AnyPath) -> None:
         """Write the session so far as a notebook: each cell with its outputs, failed and timed-out ones too.
@@ -7833,7 +7729,8 @@ class JupyterCodeExecutor(Stoppable):
 
         It ends the running cell; calls that wait for their turn raise JupyterExecError at once.
         """
-        self._turns.close()
+        self._turns.closed = True
+        self._turns.wake()
         with self._turns.turn(self._kernel.abort if self._kernel.owned else self._kernel.interrupt):
             self._kernel.shutdown()
             if self._own_server:
@@ -7889,7 +7786,7 @@ class AsyncJupyterCodeExecutor(Single):
 
     def __init__(
         self,
-        jupyter_server: Any,
+        jupyter_server: AnyServer,
         kernel_name: str = "python3",
         timeout: float = 60,
         output_dir: AnyPath = ".",
@@ -7900,12 +7797,12 @@ class AsyncJupyterCodeExecutor(Single):
         on_output: AsyncHook | None = None,
         on_input: AsyncHook | None = None,
         on_timeout: str = "interrupt",
-        tools: Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]] = (),
+        tools: AnyTools = (),
         approve: ApproveHook | None = None,
         max_tool_calls: int = 256,
         tool_timeout: float | None = None,
     ) -> None:
-        tools = tools if isinstance(tools, Mapping) else list(tools)
+        self._tools = Tools(tools, approve, max_tool_calls, tool_timeout)
         self._make = functools.partial(
             JupyterCodeExecutor,
             jupyter_server,
@@ -7918,12 +7815,9 @@ class AsyncJupyterCodeExecutor(Single):
             on_output=self._hook(on_output),
             on_input=self._hook(on_input),
             on_timeout=on_timeout,
-            tools=tools,
-            approve=approve,
-            max_tool_calls=max_tool_calls,
-            tool_timeout=tool_timeout,
+            tools=cast("Any", self._tools),
         )
-        self._functions, self._tools = functions, Tools(tools, None, 0, None)  # for `system_message`
+        self._functions = functions
         self._executor: JupyterCodeExecutor | None = None
         self._starting: Any = None  # a task
         self._guard = threading.Lock()  # of _executor
@@ -7957,7 +7851,7 @@ class AsyncJupyterCodeExecutor(Single):
         while not self._executor:
             if not self._starting or self._starting.done() or self._starting.get_loop() is not self._loop:
                 self._starting = asyncio.ensure_future(aside(self._made))
-            await asyncio.shield(self._starting)
+            await settled(self._starting)
         self._executor._tools.loop = self._loop
         return self._executor
 
@@ -8040,9 +7934,8 @@ class AsyncJupyterCodeExecutor(Single):
         on_input: AsyncHook | None = None,
     ) -> ExecutionResult:
         """Like JupyterCodeExecutor.execute."""
-        result: ExecutionResult = await self._answer(
-            CellCall(code, timeout, self._hook(on_output), self._hook(on_input))
-        )
+        call = CellCall(code, timeout, on_output=self._hook(on_output), on_input=self._hook(on_input))
+        result: ExecutionResult = await self._answer(call)
         return result
 
     async def stream(
@@ -8096,11 +7989,7 @@ class AsyncJupyterCodeExecutor(Single):
         self, source: AnyPath | bytes | IO[bytes], path: AnyPath | None = None, *, on_progress: Progress | None = None
     ) -> str:
         """Like JupyterCodeExecutor.upload. Cancelling ends it; `on_progress` is called in a thread."""
-
-        def work(executor: JupyterCodeExecutor, progress: Progress) -> str:
-            return executor.upload(source, path, on_progress=progress)
-
-        return await self._transfer(work, on_progress)
+        return await self._transfer(JupyterCodeExecutor.upload, on_progress, source, path)
 
     @overload
     async def download(self, path: AnyPath, *, max_bytes: int = ..., on_progress: Progress | None = ...) -> bytes: ...
@@ -8114,17 +8003,14 @@ class AsyncJupyterCodeExecutor(Single):
         self, path: Any, target: Any = None, *, max_bytes: int = MAX_DOWNLOAD, on_progress: Progress | None = None
     ) -> bytes | None:
         """Like JupyterCodeExecutor.download. Cancelling ends it; `on_progress` is called in a thread."""
-
-        def work(executor: JupyterCodeExecutor, progress: Progress) -> bytes | None:
-            return executor.download(path, target, max_bytes=max_bytes, on_progress=progress)
-
-        return await self._transfer(work, on_progress)
+        method: Callable[..., bytes | None] = JupyterCodeExecutor.download
+        return await self._transfer(method, on_progress, path, target, max_bytes=max_bytes)
 
     async def list_files(self, path: AnyPath = ".") -> list[FarFile]:
         """Like JupyterCodeExecutor.list_files."""
-        return await self._transfer(lambda executor, progress: executor.list_files(path), None)
+        return await self._transfer(lambda executor, on_progress: executor.list_files(path), None)
 
-    async def _transfer(self, work: Callable[[JupyterCodeExecutor, Progress], _T], hook: Progress | None) -> _T:
+    async def _transfer(self, method: Callable[..., _T], hook: Progress | None, *args: Any, **options: Any) -> _T:
         """Do it beside the cells; once nobody waits for it any more, it ends at its next piece."""
         import asyncio
 
@@ -8132,14 +8018,14 @@ class AsyncJupyterCodeExecutor(Single):
         if not executor._kernel.files():  # they go through the kernel
             self._check_outside()
 
-        def progress(done: int, total: int | None) -> None:
+        def on_progress(done: int, total: int | None) -> None:
             if not wanted:
                 raise asyncio.CancelledError
             if hook:
                 hook(done, total)
 
         try:
-            return await aside(lambda: work(executor, progress))
+            return await aside(lambda: method(executor, *args, on_progress=on_progress, **options))
         finally:
             wanted = False
 
@@ -8158,10 +8044,7 @@ class AsyncJupyterCodeExecutor(Single):
     async def restart(self) -> None:
         """Like JupyterCodeExecutor.restart."""
         self._check_outside()
-        if self._executor:
-            await aside(self._executor.restart)
-        else:
-            await self.start()
+        await (aside(self._executor.restart) if self._executor else self.start())
 
     def interrupt(self) -> None:
         """Like JupyterCodeExecutor.interrupt."""
@@ -8176,13 +8059,12 @@ class AsyncJupyterCodeExecutor(Single):
     async def stop(self) -> None:
         """End the kernel. May be called more than once."""
         self._check_outside()
+        await aside(self._end)
 
-        def end() -> None:
-            with self._guard:
-                if self._executor:
-                    self._executor.stop()
-
-        await aside(end)
+    def _end(self) -> None:
+        with self._guard:
+            if self._executor:
+                self._executor.stop()
 
     async def __aenter__(self) -> AsyncJupyterCodeExecutor:
         await self.start()
@@ -8215,9 +8097,10 @@ class Step:
         tags = self.cell["metadata"].get("tags")
         return isinstance(tags, list) and tag in tags
 
-    def record(self, result: ExecutionResult, began: float) -> None:
-        """Write what the cell did into it; `began` is in seconds since the epoch."""
-        times = {"iopub.status.busy": began, "shell.execute_reply": began + result.duration}
+    def record(self, result: ExecutionResult) -> None:
+        """Write what the cell did into it; it has just ended."""
+        now = time.time()
+        times = {"iopub.status.busy": now - result.duration, "shell.execute_reply": now}
         self.cell["metadata"]["execution"] = {
             name: f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(at))}.{int(at % 1 * 10**6):06}Z"
             for name, at in times.items()
@@ -8237,10 +8120,7 @@ class Document:
     @property
     def kernel_name(self) -> str | None:
         """The kernel that a notebook names."""
-        metadata = self._body["metadata"]
-        spec = metadata.get("kernelspec") if isinstance(metadata, dict) else None
-        name = spec.get("name") if isinstance(spec, dict) else None
-        return name if isinstance(name, str) else None
+        return text_of(part_of(self._body, "metadata", "kernelspec", "name")) or None
 
     def new_step(
         self, source: str, tags: Sequence[str] = (), kind: str = "code", language: str = "", line: int = 0
@@ -8318,10 +8198,8 @@ def read_document(source: str, unlabelled: bool = False) -> Document:
         if info.strip() or unlabelled:
             document.steps.append(document.new_step(block.code, language=block.language, line=line))
         else:
-            put(
-                sys.stderr,
-                f"jupyter-exec: {source}:{line}: skipped a block that names no language (--unlabelled runs it)",
-            )
+            says = "skipped a block that names no language (--unlabelled runs it)"
+            put(sys.stderr, f"jupyter-exec: {source}:{line}: {says}")
     return document
 
 
@@ -8349,9 +8227,8 @@ def _notebook(name: str, body: Json) -> Document:
     for cell in cells:
         source, metadata = cell.get("source"), cell.get("metadata")
         source = "".join(map(str, source)) if isinstance(source, list) else text_of(source)
-        document.steps.append(
-            Step(cell | {"source": source, "metadata": metadata if isinstance(metadata, dict) else {}})
-        )
+        metadata = metadata if isinstance(metadata, dict) else {}
+        document.steps.append(Step(cell | {"source": source, "metadata": metadata}))
     return document
 
 
@@ -8427,14 +8304,12 @@ class LivePrinter:
     def end(self, step: Step, result: ExecutionResult, place: str) -> None:
         if result.status not in ("ok", "exited"):
             error = result.error
-            what = result.note or (
-                f"{error['ename']}: {error['evalue']}" if error else f"exit status {result.exit_code}"
-            )
-            self._line(f"jupyter-exec: {place}: {what}", sys.stderr)
+            failed = f"{error['ename']}: {error['evalue']}" if error else f"exit status {result.exit_code}"
+            self._line(f"jupyter-exec: {place}: {result.note or failed}", sys.stderr)
         elif result.note and result.status == "ok":
             self._line(f"jupyter-exec: {result.note}", sys.stderr)
 
-    def close(self) -> None:
+    def close(self, *trouble: object) -> None:
         self._ended.set()
         self._write(sys.stderr, "")
 
@@ -8478,27 +8353,19 @@ class JsonPrinter:
         self._end = {"exit_code": 0, "kernel_state": "intact"}
         self.status = 0  # of the command
 
-    def __call__(self, output: Json) -> None:
-        pass
-
     def begin(self, files: CellFiles) -> None:
         self._files = files
 
     def end(self, step: Step, result: ExecutionResult, place: str) -> None:
         text = render(result.outputs, result.note, self._files.save)
-        block = {
-            "source": step.cell["source"],
-            "language": step.language,
-            "status": result.status,
-            "exit_code": result.exit_code,
-        }
-        self._blocks.append(
-            block | {"duration": round(result.duration, 3), "output": text, "output_files": self._files.paths}
-        )
+        block = {"source": step.cell["source"], "language": step.language, "status": result.status}
+        block |= {"exit_code": result.exit_code, "duration": round(result.duration, 3)}
+        self._blocks.append(block | {"output": text, "output_files": self._files.paths})
         self._end = {"exit_code": self._end["exit_code"] or result.exit_code, "kernel_state": result.kernel_state}
 
-    def close(self) -> None:
-        end = self._end | {"exit_code": self._end["exit_code"] or self.status}
+    def close(self, kind: type[BaseException] | None, *trouble: object) -> None:
+        status = self.status if kind is None else 130 if kind is KeyboardInterrupt else 2
+        end = self._end | {"exit_code": self._end["exit_code"] or status}
         put(sys.stdout, json.dumps(end | {"blocks": self._blocks}))
 
 
@@ -8532,7 +8399,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("-c", dest="code", metavar="CODE", help="run this code")
     run.add_argument("--kernel", metavar="NAME", help="kernel name (default: the notebook's own, else python3)")
     run.add_argument(
-        "--timeout", type=float, default=float("inf"), metavar="S", help="seconds for one cell (default: none)"
+        "--timeout", type=float, default=math.inf, metavar="S", help="seconds for one cell (default: none)"
     )
     run.add_argument("--keep-going", action="store_true", help="run the next cell after one that failed")
     run.add_argument(
@@ -8556,18 +8423,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--get", nargs="+", action="extend", default=[], metavar="PATH", help="bring it to DIR at the end")
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
-    mcp = commands.add_parser(
-        "mcp", help="serve run_code and other tools to a language model by MCP, on stdin and stdout"
-    )
+    mcp = commands.add_parser("mcp", help="serve run_code and other tools to a language model by MCP (stdio)")
     for command in (run, kernels, mcp):
-        where = command.add_mutually_exclusive_group()
-        where.add_argument("--python", metavar="PATH", help="the local interpreter that python3 means")
-        where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (give FILE first)")
-        where.add_argument("--server", metavar="URL", help="on a Jupyter server; the token comes from JUPYTER_TOKEN")
-        for name, (_, metavar, says) in _OPTIONS.items():
-            action: Json = {"metavar": metavar} if metavar else {"action": "store_true"}
-            command.add_argument(name, help=says, **(action | ({"action": "append"} if name == "--package" else {})))
+        _add_places(command)
     return parser
+
+
+def _add_places(command: argparse.ArgumentParser) -> None:
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--python", metavar="PATH", help="the local interpreter that python3 means")
+    where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (give FILE first)")
+    where.add_argument("--server", metavar="URL", help="on a Jupyter server; the token comes from JUPYTER_TOKEN")
+    for name, (_, metavar, says) in _OPTIONS.items():
+        action: Json = {"metavar": metavar} if metavar else {"action": "store_true"}
+        command.add_argument(name, help=says, **(action | ({"action": "append"} if name == "--package" else {})))
 
 
 # Options that belong to one kind of server -> (that option, name of the value, help).
@@ -8605,16 +8474,14 @@ def _server_of(options: argparse.Namespace) -> JupyterServer:
 
     url = urlsplit(options.server)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError(
-            f"{options.server.partition('?')[0]} is no URL of a Jupyter server, such as https://host:8888/."
-        )
+        shown = options.server.partition("?")[0]
+        raise ValueError(f"{shown} is no URL of a Jupyter server, such as https://host:8888/.")
     token = parse_qs(url.query).get("token", [os.environ.get("JUPYTER_TOKEN")])[0]
     if options.token_file:
         token = Path(options.token_file).read_text(encoding="utf-8").strip()
     base_url = url.path.rstrip("/") or "/"
-    return RemoteJupyterServer(
-        JupyterConnectionInfo(url.hostname, url.scheme == "https", url.port, token, base_url, options.ca_file)
-    )
+    info = JupyterConnectionInfo(url.hostname, url.scheme == "https", url.port, token, base_url, options.ca_file)
+    return RemoteJupyterServer(info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -8662,14 +8529,13 @@ def _drop_unwritten() -> None:
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    is_code = options.code is not None
-    document = _script("code", options.code) if is_code else read_document(options.file, options.unlabelled)
+    is_file = options.code is None
+    document = read_document(options.file, options.unlabelled) if is_file else _script("code", options.code)
     kernel_name = options.kernel or document.kernel_name or "python3"
     if options.parameters:
         document.add_parameters(options.parameters)
-    notebook = Path(options.notebook) if options.notebook else None
-    if notebook and not notebook.parent.is_dir():
-        raise ValueError(f"There is no directory for {notebook}.")
+    if options.notebook and not Path(options.notebook).parent.is_dir():
+        raise ValueError(f"There is no directory for {options.notebook}.")
     names = list(map(os.path.basename, options.get))
     if {"", ".", ".."} & set(names) or len(set(names)) < len(names):
         raise ValueError("--get must name files, each with another last part, by which it is called here.")
@@ -8683,30 +8549,20 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         if not speaks_python and (arguments or options.parameters):
             raise ValueError(f"Arguments and parameters are for Python, and the kernel speaks {language}.")
         printer = JsonPrinter() if options.json else LivePrinter(len(steps))
-        printer.status = 2  # until the code has run
-        stack.callback(printer.close)
+        stack.push(printer.close)
         executor = JupyterCodeExecutor(
             server,
             kernel_name,
             options.timeout,
             options.output_dir,
-            on_output=printer,
+            on_output=printer if isinstance(printer, LivePrinter) else None,
             on_input=_ask if sys.stdin and sys.stdin.isatty() and options.file != "-" else None,
             startup=_startup(options, arguments) if speaks_python else "",
         )
         stack.enter_context(executor)
-
-        def save() -> None:
-            if notebook:
-                document.save(notebook)
-
         for source in options.put:
             executor.upload(source)
-        try:
-            status = _run_steps(executor, document, steps, printer, options, save)
-        except KeyboardInterrupt:
-            printer.status = 130
-            raise
+        status = _run_steps(executor, document, steps, printer, options)
         for path, name in zip(options.get, names, strict=True):
             try:
                 executor.download(path, Path(options.output_dir, name))
@@ -8759,20 +8615,20 @@ def _run_steps(
     steps: Sequence[Step],
     printer: LivePrinter | JsonPrinter,
     options: argparse.Namespace,
-    save: Callable[[], None],
 ) -> int:
     """Run cells until one fails; returns the exit status."""
     status, folder, stem = 0, Folder(options.output_dir), Path(options.file or "code").stem.lstrip("-") or "stdin"
+
+    def keep(step: Step, result: ExecutionResult) -> None:
+        step.record(result)
+        if options.notebook:
+            document.save(Path(options.notebook))
+
     for number, step in enumerate(steps, 1):
-        began = time.time()
-
-        def keep(result: ExecutionResult, step: Step = step, began: float = began) -> None:
-            step.record(result, began)
-            save()
-
         printer.begin(CellFiles(folder, f"{stem}-{number}", options.html))
+        block = CodeBlock(step.cell["source"], step.language)
         try:
-            result = executor.execute_block(CodeBlock(step.cell["source"], step.language), on_result=keep)
+            result = executor.execute_block(block, on_result=functools.partial(keep, step))
         except KeyboardInterrupt:
             raise printer.trouble or KeyboardInterrupt from None
         place = document.place(step, result)
@@ -8819,8 +8675,7 @@ class BlockCall(CellCall):
     language = ""
 
     def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
-        self.last = result = executor._run_block(CodeBlock(self._code, self.language), self._timeout, job=job)
-        return result
+        return executor._run_block(CodeBlock(self._code, self.language), self._timeout, job=job)
 
 
 def _mcp_text(text: str) -> list[Json]:
@@ -8852,12 +8707,12 @@ async def _mcp_answer(job: Job, seconds: float) -> list[Json]:
     return _mcp_text(f"The code is still running: call wait for the rest, or interrupt. {says}")
 
 
-async def _soon(awaitable: Awaitable[_T], seconds: float) -> _T:
+async def _soon(awaitable: Awaitable[_T]) -> _T:
     """Wait for something. Raises: ValueError if it takes too long."""
     import asyncio
 
     try:
-        return await asyncio.wait_for(awaitable, seconds)
+        return await asyncio.wait_for(awaitable, MCP_PATIENCE)
     except asyncio.TimeoutError:
         why = "the kernel is still being started, or runs code that has to be waited for or interrupted"
         raise ValueError(f"Not done within {MCP_PATIENCE:g} s: {why}. Try again.") from None
@@ -8895,7 +8750,7 @@ class McpTools:
         beginning and the end. Nobody answers input().
         """
         deadline = Deadline(MCP_PATIENCE)
-        executor = await _soon(self._executor(session)._started(), MCP_PATIENCE)
+        executor = await _soon(self._executor(session)._started())
         while (job := self._jobs.get(session)) and not job.done:
             if deadline.expired:
                 advice = "Wait for that, interrupt it, or use another session."
@@ -8921,7 +8776,7 @@ class McpTools:
     async def restart(self, session: str = "default") -> list[Json]:
         """Give a session a fresh kernel: its code is ended, all its variables are lost, files stay."""
         self._jobs.pop(session, None)
-        await _soon(self._executor(session).restart(), MCP_PATIENCE)
+        await _soon(self._executor(session).restart())
         return _mcp_text(f"Session {session!r} has a fresh kernel; all its variables are lost.")
 
     async def read_file(self, path: str, session: str = "default") -> list[Json]:
@@ -8929,7 +8784,7 @@ class McpTools:
 
         A relative path begins in the directory in which the session's kernel was started.
         """
-        data = await _soon(self._executor(session).download(path, max_bytes=MCP_FILE), MCP_PATIENCE)
+        data = await _soon(self._executor(session).download(path, max_bytes=MCP_FILE))
         coded = base64.b64encode(data).decode("ascii")
         for head, mime_type in _IMAGE_HEADS.items():
             if data.startswith(head):
@@ -8949,13 +8804,13 @@ class McpTools:
         file of that name is replaced.
         """
         data = base64.b64decode(content, validate=True) if is_base64 else content.encode("utf-8", "replace")
-        await _soon(self._executor(session).upload(data, path), MCP_PATIENCE)
+        await _soon(self._executor(session).upload(data, path))
         return _mcp_text(f"{len(data)} bytes were written to {path}.")
 
     async def list_files(self, path: str = ".", session: str = "default") -> list[Json]:
         """List a directory where the code runs: size in bytes, time of the last change (UTC), name."""
         lines = []
-        for file in await _soon(self._executor(session).list_files(path), MCP_PATIENCE):
+        for file in await _soon(self._executor(session).list_files(path)):
             name = file.name if file.name.isprintable() else repr(file.name)
             when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(max(0, min(file.modified, 2**37))))
             lines.append(f"{file.size:>10}  {when}  {name}{'/' * (file.kind == 'directory')}")
