@@ -5716,8 +5716,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
         if isinstance(token, str) and not token.strip():
             raise ValueError("An empty token would open the gateway to anybody: give one, or leave it out.")
-        self._network = network or self._docker_kwargs.get("network_mode") or ("none" if hardened else "bridge")
-        if self.transport == "gateway" and self._network == "none":
+        self.network = network or self._docker_kwargs.get("network_mode") or ("none" if hardened else "bridge")
+        if self.transport == "gateway" and self.network == "none":
             raise ValueError('A gateway cannot be reached without a network: use transport="direct".')
         self._stop_container = stop_container
         self._token = token
@@ -5735,7 +5735,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._exit_status: int | None = None
         self._end_lock = threading.Lock()
         self._pid = 0  # of the process that has started the container
-        for opening in _openings(self._docker_kwargs | {"network_mode": self._network}, self._bind_dir):
+        for opening in _openings(self._docker_kwargs | {"network_mode": self.network}, self._bind_dir):
             logger.warning("The sandbox of Docker is opened: %s", opening)
 
     @property
@@ -5846,6 +5846,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         return client.images.get(self._image_name)
 
     def _build(self, client: Any) -> None:
+        import docker.errors
+
         arguments = {"PACKAGES": "\n".join(self._packages)}
         if self._base_image:
             arguments["BASE_IMAGE"] = self._base_image
@@ -5872,11 +5874,12 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             if "error" in step:
                 cause, failed = cause or text, True
         if failed:
-            base = self._base_image or "python:3.13-slim"
-            advice = (
-                f" (it is built on {base}; where no registry is reached, base_image= must name an image that is there)"
-            )
-            reason = f"The image could not be built: {cause[:500]}{advice}"
+            reason = f"The image could not be built: {cause[:500]}"
+            try:
+                client.images.get(base := self._base_image or "python:3.13-slim")
+            except docker.errors.NotFound:
+                advice = "pull or load it, or name by base_image= a Python image that is there"
+                reason = f"The base image {base} is not on the engine and could not be pulled: {advice}"
             raise SandboxError(reason, self._image_name, "", "\n".join(tail))
 
     def _create(self, client: Any, image: Any, command: list[str]) -> Any:
@@ -5908,8 +5911,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             "stdin_open": True,  # and not "detach": the engine then closes stdin when we have gone
             "auto_remove": self._auto_remove,
             "log_config": {"type": "none"},  # the stdout is our relay, not to be written to the engine's disk
-            "network_mode": self._network,
-            "use_config_proxy": self._network != "none",  # its proxies, and the passwords in their URLs
+            "network_mode": self.network,
+            "use_config_proxy": self.network != "none",  # its proxies, and the passwords in their URLs
             "environment": dict(self._env),
             "working_dir": self._work_dir,
             "labels": {"jupyter_exec": __version__, "jupyter_exec.owner": process_name(os.getpid())},
@@ -7344,12 +7347,13 @@ def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, st
     raise ValueError(f"The kernel runs {kernel_language}{others}, not {block.language}: the block was not run.")
 
 
-CODE_WRITER_SYSTEM_MESSAGE = """\
+INSTALL = "Install packages with `%pip install NAME`."
+CODE_WRITER_SYSTEM_MESSAGE = f"""\
 You can run Python code in a Jupyter kernel by writing it in a fenced code block that starts with ```python.
 The kernel keeps its state: variables, imports and functions of earlier blocks are there in later ones, so write small
 blocks, one step at a time, and never repeat what has already run. After an error only the failing block has to be
 corrected and run again. The value of a block's last expression is shown, and so is what it prints.
-Plots and other pictures come back as paths of files: call plt.show(). Install packages with `%pip install NAME`.
+Plots and other pictures come back as paths of files: call plt.show(). {INSTALL}
 Shell commands go into a block that starts with ```bash. The code cannot ask for input.
 If the reply says that all variables are lost, the kernel is fresh: run again what you need.
 """
@@ -7360,15 +7364,18 @@ These functions are there, too. They run outside of the kernel: arguments and re
 """
 
 
-def system_message_for(functions: Sequence[Callable[..., Any]], tools: Tools) -> str:
+def system_message_for(functions: Sequence[Callable[..., Any]], tools: Tools, server: Any) -> str:
     """Return CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of functions and tools."""
     import inspect
 
+    text = CODE_WRITER_SYSTEM_MESSAGE
+    if isinstance(server, DockerJupyterServer) and server.network == "none":
+        text = text.replace(INSTALL, "There is no network: use the packages that are installed.")
     lines = [
         f"    {function.__name__}{inspect.signature(function)}: {inspect.getdoc(function) or ''}".rstrip(" :")
         for function in functions
     ]
-    text = "\n".join([CODE_WRITER_SYSTEM_MESSAGE + "These functions are defined already:" * bool(lines), *lines])
+    text = "\n".join([text + "These functions are defined already:" * bool(lines), *lines])
     if not tools.functions:
         return text
     text = f"{text.rstrip()}\n{TOOLS_MESSAGE}"
@@ -7838,7 +7845,7 @@ class JupyterCodeExecutor(Stoppable):
     @property
     def system_message(self) -> str:
         """CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of the installed functions and tools."""
-        return system_message_for(self._functions, self._tools)
+        return system_message_for(self._functions, self._tools, self._server)
 
     @property
     def user_capability(self) -> _UserCapability:
@@ -8322,7 +8329,7 @@ class AsyncJupyterCodeExecutor(Single):
     @property
     def system_message(self) -> str:
         """Like JupyterCodeExecutor.system_message."""
-        return system_message_for(self._functions, self._tools)
+        return system_message_for(self._functions, self._tools, self._make.args[0])
 
     @property
     def connection_file(self) -> str | None:
@@ -8642,15 +8649,18 @@ class Document:
 
         Raises: ValueError for a name that is none.
         """
-        lines = ["# Parameters"]
-        for name, value in pairs:
-            if not is_name(name):
-                raise ValueError(f"-p {name}: this cannot be the name of a variable")
-            lines.append(f"{name} = {_literal(value)}")
         self.steps = [step for step in self.steps if not step.has_tag("injected-parameters")]
         at = next((i for i, step in enumerate(self.steps, 1) if step.has_tag("parameters")), 0)
         if not at:
             put(sys.stderr, f"jupyter-exec: no cell of {self.name} is tagged parameters: -p is set at the top")
+        lines = ["# Parameters"]
+        for name, value in pairs:
+            if not is_name(name):
+                raise ValueError(f"-p {name}: this cannot be the name of a variable")
+            if at and not re.search(rf"\b{name}\b.*=", self.steps[at - 1].cell["source"]):
+                says = f"the cell of {self.name} that is tagged parameters does not set it"
+                put(sys.stderr, f"jupyter-exec: -p {name}: {says}")
+            lines.append(f"{name} = {_literal(value)}")
         self.steps.insert(at, self.new_step("\n".join(lines), ["injected-parameters"]))
 
     def save(self, path: Path) -> None:
@@ -8685,12 +8695,13 @@ def _literal(text: str) -> str:
     return repr(text)
 
 
-def read_document(source: str, unlabelled: bool = False) -> Document:
+def read_document(source: str, unlabelled: bool = False, is_script: bool = False) -> Document:
     """Return the document in a .py, .md or .ipynb file, or on stdin for "-".
 
     In Python `# %%` begins a cell. Of a .md file the fenced blocks that name a language are code; `unlabelled`: all.
+    Any other file is a script if its text says so, or the caller by `is_script`.
 
-    Raises: OSError; ProtocolError for a notebook that is none.
+    Raises: OSError; ProtocolError for a notebook that is none; ValueError for a file that is no code.
     """
     if source == "-":
         return _script("<stdin>", sys.stdin.read())
@@ -8699,6 +8710,9 @@ def read_document(source: str, unlabelled: bool = False) -> Document:
         return _notebook(source, json_object(data, f"notebook {source}"))
     text = data.decode("utf-8-sig", "replace")
     if not source.endswith((".md", ".markdown")):
+        if not (is_script or source.endswith(".py") or _is_python(source, text)):
+            what = ".py, .md and .ipynb files are, and what begins with #! and names python"
+            raise ValueError(f"{source} is no code that can be run: {what}. For another language give --kernel.")
         return _script(source, text)
     document = Document(source, {})
     for line, info, block in fenced_blocks(text):
@@ -8710,6 +8724,15 @@ def read_document(source: str, unlabelled: bool = False) -> Document:
                 f"jupyter-exec: {source}:{line}: skipped a block that names no language (--unlabelled runs it)",
             )
     return document
+
+
+def _is_python(source: str, text: str) -> bool:
+    if Path(source).suffix or text.startswith("#!"):
+        return bool(re.match("#!.*python", text))
+    with contextlib.suppress(SyntaxError, ValueError):
+        compile(text, source, "exec")
+        return True
+    return False
 
 
 def _script(name: str, text: str) -> Document:
@@ -8927,9 +8950,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--unlabelled", action="store_true", help="run blocks of a .md file that name no language, too")
     run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
     run.add_argument(
-        "--put", nargs="+", action="extend", default=[], metavar="FILE", help="bring it to the kernel first"
+        "--put", action="append", default=[], metavar="FILE", help="bring it to the kernel first; may be repeated"
     )
-    run.add_argument("--get", nargs="+", action="extend", default=[], metavar="PATH", help="bring it to DIR at the end")
+    run.add_argument(
+        "--get", action="append", default=[], metavar="PATH", help="bring it to DIR at the end; may be repeated"
+    )
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
     mcp = commands.add_parser(
         "mcp", help="serve run_code and other tools to a language model by MCP, on stdin and stdout"
@@ -9038,7 +9063,11 @@ def _drop_unwritten() -> None:
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     is_code = options.code is not None
-    document = _script("code", options.code) if is_code else read_document(options.file, options.unlabelled)
+    document = (
+        _script("code", options.code)
+        if is_code
+        else read_document(options.file, options.unlabelled, bool(options.kernel))
+    )
     kernel_name = options.kernel or document.kernel_name or "python3"
     if options.parameters:
         document.add_parameters(options.parameters)

@@ -3564,6 +3564,16 @@ def test_a_build_that_fails_says_the_cause_first(containers: Any) -> None:
     assert str(caught.value).startswith("The image could not be built: Could not find a version that satisfies the req")
 
 
+def test_a_base_image_that_is_not_there_is_told_before_dockers_words(containers: Any) -> None:
+    with docker_server(base_image="no-such.example.invalid/base:1") as server, pytest.raises(SandboxError) as caught:
+        server.kernelspecs()
+    says, _, rest = str(caught.value).partition("\n")
+    assert says.startswith(
+        "The base image no-such.example.invalid/base:1 is not on the engine and could not be pulled: "
+    )
+    assert "base_image=" in says and "no-such.example.invalid" in rest
+
+
 def test_bind_dir_is_the_working_directory_with_the_owners_uid(containers: Any, tmp_path: Path) -> None:
     os.chown(tmp_path, 4321, 4321)
     os.chmod(tmp_path.parent, 0o755)
@@ -7600,6 +7610,16 @@ def test_functions_are_there_from_the_start_and_after_every_restart(server: Loca
         assert executor.system_message.startswith(jupyter_exec.CODE_WRITER_SYSTEM_MESSAGE)
 
 
+def test_without_a_network_no_model_is_told_to_install_packages(server: LocalJupyterServer) -> None:
+    jail = DockerJupyterServer(hardened=True)  # which is never started
+    with JupyterCodeExecutor(server) as executor:
+        assert "%pip install" in executor.system_message
+        executor._server = jail
+        texts = [executor.system_message, AsyncJupyterCodeExecutor(jail).system_message]
+        executor._server = server
+    assert ["There is no network" in text and "pip" not in text for text in texts] == [True, True]
+
+
 def test_functions_are_there_after_their_definition_was_interrupted(server: LocalJupyterServer) -> None:
     with JupyterCodeExecutor(server, functions=[add_two]) as executor:
         execute = executor._kernel.execute
@@ -9377,6 +9397,38 @@ def test_parameters_are_set_as_papermill_does(tmp_path: Path) -> None:
         assert "cannot be the name of a variable" in cli("run", "a.ipynb", "-p", name, "1", cwd=tmp_path).stderr
 
 
+@pytest.mark.parametrize(("source", "warned"), [("year = 1", ["yaer"]), ("a, yaer = 1, 2", ["year"]), (None, [])])
+def test_a_parameter_that_the_notebook_does_not_set_is_warned_of(
+    source: str | None, warned: list[str], tmp_path: Path
+) -> None:
+    tagged = [v4.new_code_cell(source, metadata={"tags": ["parameters"]})] if source else []
+    notebook_file(tmp_path / "a.ipynb", *tagged, "1")
+    result = cli("run", "a.ipynb", "-p", "year", "2026", "-p", "yaer", "2026", cwd=tmp_path)
+    assert (
+        re.findall(r"-p (\w+): the cell of a.ipynb that is tagged parameters does not set it", result.stderr) == warned
+    )
+    assert result.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "status"),
+    [
+        ("data.csv", "6,7", 2),
+        ("page.html", "print(42)", 2),
+        ("plain", "two words", 2),
+        ("plain", "print(42)", 0),
+        ("job.txt", "#!/usr/bin/env python3\nprint(42)", 0),
+        ("a.b.py", "print(42)", 0),
+    ],
+)
+def test_only_what_is_code_is_run(name: str, text: str, status: int, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    result = cli("run", name, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (status, "" if status else "42\n")
+    says = f"jupyter-exec: {name} is no code that can be run: .py, .md and .ipynb files are, and what begins with #! "
+    assert result.stderr.startswith(says if status else "")
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -9593,8 +9645,20 @@ def test_run_takes_files_there_and_brings_files_back(tmp_path: Path) -> None:
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text(name)
     code = "import os; os.mkdir('d'); open('d/sum.txt', 'w').write(open('a.csv').read() + open('b.csv').read()); 1 / 0"
-    files = ["--put", "../a.csv", "../b.csv", "--get", "d/sum.txt", "no.txt", "--output-dir", "../out"]
-    result = cli("run", "-c", code, *files, cwd=tmp_path / "far")
+    (tmp_path / "a.py").write_text(code)
+    files = [
+        "--output-dir",
+        "../out",
+        "--get",
+        "d/sum.txt",
+        "--get",
+        "no.txt",
+        "--put",
+        "../a.csv",
+        "--put",
+        "../b.csv",
+    ]
+    result = cli("run", *files, "../a.py", "--cwd", ".", cwd=tmp_path / "far")
     assert (result.returncode, os.listdir(tmp_path / "out")) == (1, ["sum.txt"])
     assert (tmp_path / "out/sum.txt").read_text() == "a.csvb.csv"
     assert result.stderr.endswith("jupyter-exec: The file 'no.txt' at the kernel: No such file or directory\n")
@@ -9607,7 +9671,7 @@ def test_run_takes_files_there_and_brings_files_back(tmp_path: Path) -> None:
         (["--get", "no.txt", "--json"], "The file 'no.txt' at the kernel: No such file"),
         (["--put", "no.txt"], "The file 'no.txt' here: No such file"),
         (["--get", "a/.."], "--get must name files"),
-        (["--get", "a/x", "b/x"], "--get must name files"),
+        (["--get", "a/x", "--get", "b/x"], "--get must name files"),
     ],
 )
 def test_run_says_which_file_it_could_not_take(options: list[str], says: str, tmp_path: Path) -> None:
