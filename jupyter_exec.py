@@ -5412,8 +5412,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             raise ValueError("Give network or network_mode, not both.")
         if custom_image_name and (packages or base_image):
             raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
-        self._network = network or self._docker_kwargs.get("network_mode") or ("none" if hardened else "bridge")
-        if self.transport == "gateway" and self._network == "none":
+        self.network = network or self._docker_kwargs.get("network_mode") or ("none" if hardened else "bridge")
+        if self.transport == "gateway" and self.network == "none":
             raise ValueError('A gateway cannot be reached without a network: use transport="direct".')
         self._target = "gateway" if self.transport == "gateway" else "kernel"  # of the Dockerfile
         self._token = chosen_token(token)
@@ -5422,7 +5422,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._env = dict(docker_env or {})
         self._bind_dir = None if bind_dir is None else os.path.abspath(bind_dir)
         self._work_dir = work_dir
-        for opening in _openings(self._docker_kwargs | {"network_mode": self._network}, self._bind_dir):
+        for opening in _openings(self._docker_kwargs | {"network_mode": self.network}, self._bind_dir):
             logger.warning("The sandbox of Docker is opened: %s", opening)
 
     @property
@@ -5513,6 +5513,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         return client.images.get(self._image_name)
 
     def _build(self, client: Any) -> None:
+        import docker.errors
+
         arguments = {"PACKAGES": "\n".join(self._packages)}
         if self._base_image:
             arguments["BASE_IMAGE"] = self._base_image
@@ -5532,9 +5534,12 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             if "error" in step:
                 cause, failed = cause or text, True
         if failed:
-            base = self._base_image or "python:3.13-slim"
-            advice = "where no registry is reached, base_image= must name an image that is there"
-            reason = f"The image could not be built: {cause[:500]} (it is built on {base}; {advice})"
+            reason = f"The image could not be built: {cause[:500]}"
+            try:
+                client.images.get(base := self._base_image or "python:3.13-slim")
+            except docker.errors.NotFound:
+                advice = "pull or load it, or name by base_image= a Python image that is there"
+                reason = f"The base image {base} is not on the engine and could not be pulled: {advice}"
             raise SandboxError(reason, self._image_name, "", "\n".join(tail))
 
     def _create(self, client: Any, command: list[str] | None) -> Any:
@@ -5564,8 +5569,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         """Return the arguments of containers.create: ours, merged with those of the user; no command: for a gateway."""
         options: Json = {
             "name": self._container_name or f"jupyter-exec-{os.urandom(8).hex()}",
-            "network_mode": self._network,
-            "use_config_proxy": self._network != "none",  # its proxies, and the passwords in their URLs
+            "network_mode": self.network,
+            "use_config_proxy": self.network != "none",  # its proxies, and the passwords in their URLs
             "environment": dict(self._env),
             "labels": {"jupyter_exec": __version__, "jupyter_exec.owner": process_name(os.getpid())},
             "user": self._docker_kwargs["user"] if "user" in self._docker_kwargs else self._user(client, config),
@@ -6909,12 +6914,13 @@ def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, st
     raise ValueError(f"The kernel runs {kernel_language}{others}, not {block.language}: the block was not run.")
 
 
-CODE_WRITER_SYSTEM_MESSAGE = """\
+INSTALL = "Install packages with `%pip install NAME`."
+CODE_WRITER_SYSTEM_MESSAGE = f"""\
 You can run Python code in a Jupyter kernel by writing it in a fenced code block that starts with ```python.
 The kernel keeps its state: variables, imports and functions of earlier blocks are there in later ones, so write small
 blocks, one step at a time, and never repeat what has already run. After an error only the failing block has to be
 corrected and run again. The value of a block's last expression is shown, and so is what it prints.
-Plots and other pictures come back as paths of files: call plt.show(). Install packages with `%pip install NAME`.
+Plots and other pictures come back as paths of files: call plt.show(). {INSTALL}
 Shell commands go into a block that starts with ```bash. The code cannot ask for input.
 If the reply says that all variables are lost, the kernel is fresh: run again what you need.
 """
@@ -6925,13 +6931,16 @@ These functions are there, too. They run outside of the kernel: arguments and re
 """
 
 
-def system_message_for(functions: Sequence[Callable[..., Any]], tools: Tools) -> str:
+def system_message_for(functions: Sequence[Callable[..., Any]], tools: Tools, server: Any) -> str:
     """Return CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of functions and tools."""
+    text = CODE_WRITER_SYSTEM_MESSAGE
+    if isinstance(server, DockerJupyterServer) and server.network == "none":
+        text = text.replace(INSTALL, "There is no network: use the packages that are installed.")
     lines = [
         f"    {function.__name__}{inspect.signature(function)}: {inspect.getdoc(function) or ''}".rstrip(" :")
         for function in functions
     ]
-    text = "\n".join([CODE_WRITER_SYSTEM_MESSAGE + "These functions are defined already:" * bool(lines), *lines])
+    text = "\n".join([text + "These functions are defined already:" * bool(lines), *lines])
     if not tools.functions:
         return text
     text = f"{text.rstrip()}\n{TOOLS_MESSAGE}"
@@ -7386,7 +7395,7 @@ class JupyterCodeExecutor(Stoppable):
     @property
     def system_message(self) -> str:
         """CODE_WRITER_SYSTEM_MESSAGE with the signatures and docstrings of the installed functions and tools."""
-        return system_message_for(self._functions, self._tools)
+        return system_message_for(self._functions, self._tools, self._server)
 
     @property
     def user_capability(self) -> _UserCapability:
@@ -7828,7 +7837,7 @@ class AsyncJupyterCodeExecutor(Single):
     @property
     def system_message(self) -> str:
         """Like JupyterCodeExecutor.system_message."""
-        return system_message_for(self._functions, self._tools)
+        return system_message_for(self._functions, self._tools, self._make.args[0])
 
     @property
     def connection_file(self) -> str | None:
@@ -8135,15 +8144,18 @@ class Document:
 
         Raises: ValueError for a name that is none.
         """
-        lines = ["# Parameters"]
-        for name, value in pairs:
-            if not is_name(name):
-                raise ValueError(f"-p {name}: this cannot be the name of a variable")
-            lines.append(f"{name} = {_literal(value)}")
         self.steps = [step for step in self.steps if not step.has_tag("injected-parameters")]
         at = next((i for i, step in enumerate(self.steps, 1) if step.has_tag("parameters")), 0)
         if not at:
             put(sys.stderr, f"jupyter-exec: no cell of {self.name} is tagged parameters: -p is set at the top")
+        lines = ["# Parameters"]
+        for name, value in pairs:
+            if not is_name(name):
+                raise ValueError(f"-p {name}: this cannot be the name of a variable")
+            if at and not re.search(rf"\b{name}\b.*=", self.steps[at - 1].cell["source"]):
+                says = f"the cell of {self.name} that is tagged parameters does not set it"
+                put(sys.stderr, f"jupyter-exec: -p {name}: {says}")
+            lines.append(f"{name} = {_literal(value)}")
         self.steps.insert(at, self.new_step("\n".join(lines), ["injected-parameters"]))
 
     def save(self, path: Path) -> None:
@@ -8178,12 +8190,13 @@ def _literal(text: str) -> str:
     return repr(text)
 
 
-def read_document(source: str, unlabelled: bool = False) -> Document:
+def read_document(source: str, unlabelled: bool = False, is_script: bool = False) -> Document:
     """Return the document in a .py, .md or .ipynb file, or on stdin for "-".
 
     In Python `# %%` begins a cell. Of a .md file the fenced blocks that name a language are code; `unlabelled`: all.
+    Any other file is a script if its text says so, or the caller by `is_script`.
 
-    Raises: OSError; ProtocolError for a notebook that is none.
+    Raises: OSError; ProtocolError for a notebook that is none; ValueError for a file that is no code.
     """
     if source == "-":
         return _script("<stdin>", sys.stdin.read())
@@ -8192,6 +8205,9 @@ def read_document(source: str, unlabelled: bool = False) -> Document:
         return _notebook(source, json_object(data, f"notebook {source}"))
     text = data.decode("utf-8-sig", "replace")
     if not source.endswith((".md", ".markdown")):
+        if not (is_script or source.endswith(".py") or _is_python(source, text)):
+            what = ".py, .md and .ipynb files are, and what begins with #! and names python"
+            raise ValueError(f"{source} is no code that can be run: {what}. For another language give --kernel.")
         return _script(source, text)
     document = Document(source, {})
     for line, info, block in fenced_blocks(text):
@@ -8201,6 +8217,15 @@ def read_document(source: str, unlabelled: bool = False) -> Document:
             says = "skipped a block that names no language (--unlabelled runs it)"
             put(sys.stderr, f"jupyter-exec: {source}:{line}: {says}")
     return document
+
+
+def _is_python(source: str, text: str) -> bool:
+    if Path(source).suffix or text.startswith("#!"):
+        return bool(re.match("#!.*python", text))
+    with contextlib.suppress(SyntaxError, ValueError):
+        compile(text, source, "exec")
+        return True
+    return False
 
 
 def _script(name: str, text: str) -> Document:
@@ -8419,9 +8444,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--unlabelled", action="store_true", help="run blocks of a .md file that name no language, too")
     run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
     run.add_argument(
-        "--put", nargs="+", action="extend", default=[], metavar="FILE", help="bring it to the kernel first"
+        "--put", action="append", default=[], metavar="FILE", help="bring it to the kernel first; may be repeated"
     )
-    run.add_argument("--get", nargs="+", action="extend", default=[], metavar="PATH", help="bring it to DIR at the end")
+    run.add_argument(
+        "--get", action="append", default=[], metavar="PATH", help="bring it to DIR at the end; may be repeated"
+    )
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
     mcp = commands.add_parser("mcp", help="serve run_code and other tools to a language model by MCP (stdio)")
     for command in (run, kernels, mcp):
@@ -8529,8 +8556,8 @@ def _drop_unwritten() -> None:
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    is_file = options.code is None
-    document = read_document(options.file, options.unlabelled) if is_file else _script("code", options.code)
+    read = functools.partial(read_document, options.file, options.unlabelled, bool(options.kernel))
+    document = read() if options.code is None else _script("code", options.code)
     kernel_name = options.kernel or document.kernel_name or "python3"
     if options.parameters:
         document.add_parameters(options.parameters)
