@@ -153,8 +153,7 @@ MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes
 MAX_SPILL = 256 * 2**20  # characters of such a file
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
 MAX_KEPT = 128 * 2**20  # bytes of a cell's outputs other than streams that are kept
-MAX_LINE = 2**20  # characters of a line, erased ones included, before it is looked whether half of them are left
-MAX_MODEL_IMAGE = 4 * 2**20  # bytes of a picture for a language model; in base64 a third more
+MAX_LINE = 2**20  # characters of an open line, beyond which it is ended unless half of it is erased
 MAX_FILES = 500  # files of one call
 MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
 HOOK_RUNS_CELL = "A cell is running: its hooks cannot run another one."
@@ -498,10 +497,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def new_signer(key: str, signature_scheme: str) -> hmac.HMAC | None:
-    """Return an HMAC to copy for each message, None if messages are not signed.
-
-    Raises: ProtocolError for an unknown signature scheme.
-    """
+    """Return an HMAC to copy for each message, None if none is signed. Raises: ProtocolError for an unknown scheme."""
     import hmac
 
     kind, _, digest = signature_scheme.partition("-")
@@ -559,9 +555,8 @@ DELIMITER = b"<IDS|MSG>"
 class ZmqCodec:
     """Message <-> the parts of one ZeroMQ multipart message, signed with the kernel's key.
 
-    It keeps no record of signatures: so a forged copy cannot make it refuse the genuine message.
-
-    Raises: ProtocolError for an unknown signature scheme.
+    It keeps no record of signatures: so a forged copy cannot make it refuse the genuine message. Raises: ProtocolError
+    for an unknown signature scheme.
 
     Spec: https://jupyter-client.readthedocs.io/en/stable/messaging.html#the-wire-protocol
     """
@@ -616,10 +611,7 @@ _STREAM_START = re.compile(rb'\{\s*"name"\s*:\s*"std(?:out|err)"\s*,\s*"text"\s*
 
 
 def messages_of(channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
-    """Parse [header, parent_header, metadata, content, *buffers]; a huge message of type stream comes in pieces.
-
-    Raises: ProtocolError.
-    """
+    """Parse [header, parent_header, metadata, content, *buffers]; a huge stream in pieces. Raises: ProtocolError."""
     if max(map(len, parts[:3])) > MAX_HEADER:
         raise ProtocolError(f"The header of a message is larger than {MAX_HEADER} bytes.")
     header, parent_header = json_object(parts[0], "header"), _object_or_null(parts[1], "parent_header")
@@ -640,10 +632,7 @@ def messages_of(channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
 
 
 def stream_pieces(content: bytes | memoryview) -> Iterator[bytes | memoryview]:
-    """Cut the JSON of a stream message into several of the kind, of STREAM_PIECE bytes each.
-
-    So a print of 200 MB is never parsed as a whole. Anything else is not cut.
-    """
+    """Cut the JSON of a stream into several of STREAM_PIECE bytes: a print of 200 MB is never parsed as a whole."""
     start = _STREAM_START.match(content[:100])
     if not start or len(content) <= STREAM_PIECE or content[-2:] != b'"}':
         yield content
@@ -721,7 +710,7 @@ class JsonCodec:
         parts: list[Any] = [data] if isinstance(data, str) else _cut_parts(">I", data)
         body = json_object(parts[0], "message")
         # Deviation: xeus kernels send null for an empty object.
-        objects = [{} if body.get(name) is None else body[name] for name in self._OBJECTS]
+        objects = [body.get("header"), *({} if body.get(name) is None else body[name] for name in self._OBJECTS[1:])]
         if not all(isinstance(value, dict) for value in objects):
             raise ProtocolError("A part of a message is not a JSON object.")
         size = json_weight(parts[0]) + sum(map(len, parts[1:]))
@@ -793,7 +782,6 @@ def check_opening(key: str, header: Callable[[str], str | None]) -> str | None:
     guid = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
     digest = hashlib.sha1(key.encode("ascii") + guid, usedforsecurity=False).digest()
     answered = header("Sec-WebSocket-Accept") == base64.b64encode(digest).decode("ascii")
-    extended = bool(header("Sec-WebSocket-Extensions"))
     tokens = [token.strip() for token in (header("Connection") or "").lower().split(",")]
     # Jupyter: if no subprotocol is selected, "the Jupyter Server must reply with an empty string".
     subprotocol = header("Sec-WebSocket-Protocol") or None
@@ -801,7 +789,9 @@ def check_opening(key: str, header: Callable[[str], str | None]) -> str | None:
         "4.2.2: an |Upgrade| header field with value websocket": (header("Upgrade") or "").lower() == "websocket",
         "4.2.2: a |Connection| header field with value Upgrade": "upgrade" in tokens,
         "4.2.2: a |Sec-WebSocket-Accept| header field that answers the key": answered,
-        '9: "A server MUST NOT respond with any extension not requested by the client."': not extended,
+        '9: "A server MUST NOT respond with any extension not requested by the client."': not header(
+            "Sec-WebSocket-Extensions"
+        ),
         '4.1: "a subprotocol not requested by the client"': subprotocol in (None, V1_SUBPROTOCOL),
     }
     for rule, kept in rules.items():
@@ -1444,11 +1434,11 @@ class ExecutionResult:
         """Those of `files` that are pictures."""
         return [file for file in self.files if file.mime_type.startswith("image/")]
 
-    def parts(self, max_chars: int = 20_000, max_images: int = 4, max_image_bytes: int = MAX_MODEL_IMAGE) -> list[Json]:
+    def parts(self, max_chars: int = 20_000, max_images: int = 4, max_image_bytes: int = 4 * 2**20) -> list[Json]:
         """Return what a language model should see, in order, within a budget: text, and pictures in base64.
 
         Each is {"type": "text", "text": ...} or {"type": "image", "mime_type": ..., "data": ...}. Of longer text head
-        and tail are left; a picture that does not fit in is named in the text.
+        and tail are left; a picture that does not fit in (in base64 it is a third larger) is named in the text.
         """
         texts: list[str] = []  # before, between and behind the images
         images: list[OutputFile] = []
@@ -1480,10 +1470,7 @@ class ExecutionResult:
         return parts
 
     def to_messages(self, form: str, **budget: int) -> list[Json]:
-        """Return `parts(**budget)` as content blocks, plain dicts: "anthropic", "openai", "openai-chat" or "mcp".
-
-        Raises: ValueError for another form.
-        """
+        """Return `parts(**budget)` as blocks for "anthropic", "openai", "openai-chat" or "mcp". Raises: ValueError."""
         if form not in _BLOCKS:
             raise ValueError(f"form must be one of {', '.join(_BLOCKS)}, not {form!r}.")
         text_type = "input_text" if form == "openai" else "text"
@@ -1495,10 +1482,7 @@ class ExecutionResult:
         ]
 
     def save(self, directory: AnyPath) -> list[str]:
-        """Write `files` into a directory, under names of our own; return their paths.
-
-        Raises: ValueError if the directory does not exist.
-        """
+        """Write `files` under names of our own; return their paths. Raises: ValueError if there is no directory."""
         saved = CallFiles(Folder(directory), None)
         for output in self.outputs:
             saved.save(output.get("data") or {})
@@ -1823,12 +1807,9 @@ class Loop:
 
     def on_readable(self, descriptor: int, callback: Callable[[], object] | None) -> None:
         """Call `callback()` whenever there is something to read; None ends that."""
-        self._watch(descriptor, selectors.EVENT_READ, callback)
+        self.watch(descriptor, selectors.EVENT_READ, callback)
 
-    def on_writable(self, descriptor: int, callback: Callable[[], object] | None) -> None:
-        self._watch(descriptor, selectors.EVENT_WRITE, callback)
-
-    def _watch(self, descriptor: int, event: int, callback: Callable[[], object] | None) -> None:
+    def watch(self, descriptor: int, event: int, callback: Callable[[], object] | None) -> None:
         key = self._selector.get_map().get(descriptor)
         callbacks = key.data if key else {}
         callbacks.pop(event, None)
@@ -2023,14 +2004,14 @@ class Outbox:
                 self._sent_at = time.monotonic()
                 self._begun = self._begun[sent:]
         except BlockingIOError:
-            self._loop.on_writable(self._descriptor, self._write)
+            self._loop.watch(self._descriptor, selectors.EVENT_WRITE, self._write)
             if not self._watched:
                 self._watched = True
                 self._loop.later(CONTROL_TIMEOUT, self._check_progress)
         except OSError as error:
             self._on_stuck(f"writing failed: {error.strerror}")
         else:
-            self._loop.on_writable(self._descriptor, None)
+            self._loop.watch(self._descriptor, selectors.EVENT_WRITE, None)
 
     def _next(self) -> memoryview:
         lane = "" if "" in self._lanes else next(iter(self._lanes))
@@ -2063,7 +2044,7 @@ class Outbox:
     def close(self) -> None:
         self._begun = memoryview(b"")
         self._lanes.clear()
-        self._loop.on_writable(self._descriptor, None)
+        self._loop.watch(self._descriptor, selectors.EVENT_WRITE, None)
 
 
 class Tail:
@@ -2175,11 +2156,11 @@ MailItem = RawMessage | KernelDied | Reconnected
 class Mailbox:
     """What came from one kernel, in order: the I/O thread puts raw messages in, the caller's thread takes them out.
 
-    Beyond MAILBOX_LIMIT unread bytes output is dropped. A kernel that sends twice as much is killed.
+    Beyond MAILBOX_LIMIT unread bytes output is dropped. At twice as much `on_flood()` is called once, in the I/O
+    thread, to kill the kernel.
     """
 
     def __init__(self, on_flood: Callable[[], None] | None = None) -> None:
-        """`on_flood()` is called once, in the I/O thread, to kill a kernel that sends too much."""
         # Each with its size, and whether it is an execute_reply.
         self._queue: queue.SimpleQueue[tuple[MailItem, int, bool]] = queue.SimpleQueue()
         self._on_flood = on_flood
@@ -2269,10 +2250,7 @@ class KernelControl(Protocol):
         return False
 
     def kill(self, dump: bool = False) -> None:
-        """Kill the kernel, if it is ours; the mailbox gets its KernelDied.
-
-        With `dump` it writes its Python stack to its stderr before, where that can be.
-        """
+        """Kill the kernel, if it is ours; with `dump` it writes its stack before, where it can. `mailbox` is told."""
         return
 
     def abandon(self) -> None:
@@ -2339,15 +2317,15 @@ class KernelSockets:
     It reads in batches, so that a flood from one kernel delays no other.
     """
 
-    def __init__(
-        self, loop: Loop, context: Any, connection: KernelConnection, identity: bytes, deliver: Deliver
-    ) -> None:
-        """Connect shell, iopub, stdin and control. Raises: zmq.ZMQError."""
-        import zmq
-
+    def __init__(self, loop: Loop, deliver: Deliver) -> None:
         self._loop, self._deliver = loop, deliver
         self.by_channel: dict[str, Any] = {}
         self._queued: set[str] = set()  # channels whose next batch was posted to the loop
+
+    def open(self, context: Any, connection: KernelConnection, identity: bytes) -> None:
+        """Connect shell, iopub, stdin and control. Raises: zmq.ZMQError."""
+        import zmq
+
         kinds = {"shell": zmq.DEALER, "iopub": zmq.SUB, "stdin": zmq.DEALER, "control": zmq.DEALER}
         try:
             for channel, kind in kinds.items():
@@ -2365,7 +2343,7 @@ class KernelSockets:
                     # "stdin: ... the client's identity must be the same as that of its shell socket."
                     sock.identity = identity
                 sock.connect(connection.address(channel))
-                loop.on_readable(sock.fd, functools.partial(self._read, channel))
+                self._loop.on_readable(sock.fd, functools.partial(self._read, channel))
         except zmq.ZMQError:  # too many open files
             self.close()
             raise
@@ -2411,18 +2389,15 @@ class ZmqChannels:
         """With `watch`, a lost connection is reported as the death of the kernel: nobody else reports it."""
         self._loop, self._mailbox = loop, mailbox
         self._codec = ZmqCodec(connection.key, connection.signature_scheme)
-        self._sockets: KernelSockets | None = None
+        self._sockets = KernelSockets(loop, lambda *raw: mailbox.put(raw))
         self._monitor: Any = None  # a socket that tells of a lost connection
         loop.post(functools.partial(self._open, context, connection, watch))
 
     def _open(self, context: Any, connection: KernelConnection, watch: bool) -> None:
         import zmq
 
-        identity = os.urandom(16).hex().encode()
         try:
-            self._sockets = KernelSockets(
-                self._loop, context, connection, identity, lambda *raw: self._mailbox.put(raw)
-            )
+            self._sockets.open(context, connection, os.urandom(16).hex().encode())
             if watch:
                 self._monitor = self._sockets.by_channel["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
                 self._loop.on_readable(self._monitor.fd, self._on_disconnected)
@@ -2435,11 +2410,7 @@ class ZmqChannels:
         read_messages(self._monitor, lambda event: self._mailbox.put(death))
 
     def send(self, message: Message) -> None:
-        self._loop.post(functools.partial(self._send, message.channel, self._codec.encode(message)))
-
-    def _send(self, channel: str, parts: list[bytes]) -> None:
-        if self._sockets:
-            self._sockets.send(channel, parts)
+        self._loop.post(functools.partial(self._sockets.send, message.channel, self._codec.encode(message)))
 
     def decode(self, raw: RawMessage) -> Iterator[Message]:
         return self._codec.decode(*raw)
@@ -2448,12 +2419,10 @@ class ZmqChannels:
         self._loop.post(self._close)
 
     def _close(self) -> None:
-        if self._sockets and self._monitor:
+        if self._monitor and self._sockets.by_channel:
             self._loop.on_readable(self._monitor.fd, None)
             self._sockets.by_channel["shell"].disable_monitor()
-        if self._sockets:
-            self._sockets.close()
-        self._sockets = None
+        self._sockets.close()
 
 
 class PipeChannels:
@@ -3479,7 +3448,8 @@ class KernelHost:
         kernel.files = [path, *(f"{connection.ip}-{port}" for port in range(1, 6) if is_ipc)]
         if request["relay"]:
             identity, deliver = request["identity"].encode("ascii"), functools.partial(self._relay, kernel)
-            kernel.sockets = KernelSockets(self._loop, self._context, connection, identity, deliver)
+            kernel.sockets = KernelSockets(self._loop, deliver)
+            kernel.sockets.open(self._context, connection, identity)
         mode = str(spec.get("interrupt_mode", "signal"))
         return {"argv": argv, "connection": connection.to_json(), "interrupt_mode": mode}
 
