@@ -3210,7 +3210,8 @@ def _is_ipykernel(argv: list[str]) -> bool:
 def _is_forkable(argv: list[str], spec: Json) -> bool:
     """Whether a fork server can make this kernel; one with an environment of its own must have it from the start."""
     is_launcher = _is_ipykernel(argv) and argv[1:3] == ["-m", "ipykernel_launcher"]
-    return sys.platform == "linux" and is_launcher and not spec.get("env")
+    can_order = hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "send_fds")  # not in every Python
+    return sys.platform == "linux" and can_order and is_launcher and not spec.get("env")
 
 
 def _mark(name: str) -> str:
@@ -3959,7 +3960,8 @@ def host_main(program: bytes) -> None:
     signal.signal(signal.SIGHUP, lambda *_: None)
     signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # kernels would inherit what the program has blocked
+    if hasattr(signal, "pthread_sigmask"):  # kernels would inherit what the program has blocked
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
         # Adopt the daemons that kernels start, and forked kernels, to reap them.
         host.adopts = _prctl(_PR_SET_CHILD_SUBREAPER, 1)
