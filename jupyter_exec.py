@@ -8382,10 +8382,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jupyter-exec", description="Run code in a stateful Jupyter kernel.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    as_written = argparse.RawDescriptionHelpFormatter
-    run = commands.add_parser(
-        "run", help="run a file, its cells in order, in one kernel", epilog=_EXAMPLES, formatter_class=as_written
-    )
+    run = commands.add_parser("run", help="run a file, its cells in order, in one kernel", epilog=_EXAMPLES)
+    run.formatter_class = argparse.RawDescriptionHelpFormatter
     what = run.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "file",
