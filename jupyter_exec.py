@@ -1809,7 +1809,7 @@ class Execution:
         return other
 
     def result(self, duration: float) -> ExecutionResult:
-        """Return the result; call it once. `duration` is in seconds. README's table of failures lists the sentences."""
+        """Return the result; call it once. `duration` is in seconds."""
         outputs = self._outputs.all()
         status, exit_code, state, note = self._outcome()
         if status == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
