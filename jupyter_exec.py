@@ -1671,7 +1671,7 @@ class Execution:
         return [entry.get("keepkernel") for entry in self._payload if entry.get("source") == "ask_exit"]
 
     def result(self, duration: float) -> ExecutionResult:
-        """Return the result so far; `duration` is in seconds. README's table of failures lists the sentences."""
+        """Return the result so far; `duration` is in seconds."""
         outputs, missing = self._outputs.so_far()
         outcome = self._outcome(missing)
         if outcome[0] == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
