@@ -2214,15 +2214,26 @@ def test_a_cell_that_ended_in_time_is_no_timeout_however_slow_the_hook(executor:
     assert executor.execute("print('go')", timeout=0.3, on_output=slow).status == "ok"
 
 
-def test_ctrl_c_keeps_the_cell_for_the_notebook(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
-    def interrupt(output: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
+def raising(kind: type[BaseException]) -> None:
+    raise kind
 
-    with pytest.raises(KeyboardInterrupt):
-        executor.execute("print('go', flush=True)\nwhile True: pass", on_output=interrupt)
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_a_cell_that_a_signal_ends_is_in_the_notebook(
+    executor: JupyterCodeExecutor, tmp_path: Path, end: type[BaseException], by_signal: bool
+) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: raising(end))
+    hook = functools.partial(os.kill, os.getpid(), signal.SIGUSR1) if by_signal else functools.partial(raising, end)
+    try:
+        with pytest.raises(end):
+            executor.execute("print('so far', flush=True)\nwhile True: pass", on_output=lambda output: hook())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     executor.save_notebook(tmp_path / "n.ipynb")
     (cell,) = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
-    assert cell.outputs[0].text == "go\n"
+    assert cell.outputs[0].text == "so far\n"
+    assert "Interrupted" in cell.outputs[-1].text
     assert run(executor, "1").output == "1"
 
 
@@ -2323,18 +2334,28 @@ def kernels_dir(tmp_path: Path) -> Path:
     return path
 
 
-def add_spec(kernels: Path, name: str, **spec: Any) -> None:
+def add_spec(kernels: Path, name: str, argv: Any, **spec: Any) -> dict[str, str]:
+    """Write a kernelspec; returns the environment in which it is found."""
     (kernels / name).mkdir()
+    spec = {"argv": argv, "display_name": name, "language": "python", **spec}
     (kernels / name / "kernel.json").write_text(json.dumps(spec))
+    return {"JUPYTER_PATH": str(kernels.parent)}
+
+
+@contextlib.contextmanager
+def kernel_of(kernels: Path, argv: list[str], name: str = "own", **spec: Any) -> Iterator[JupyterCodeExecutor]:
+    """An executor of a kernel of a kernelspec of its own."""
+    with LocalJupyterServer(env=add_spec(kernels, name, argv, **spec)) as server:
+        with JupyterCodeExecutor(server, name) as executor:
+            yield executor
 
 
 IPYKERNEL = ["python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
 
 def test_kernelspecs_are_found_as_jupyter_finds_them(kernels_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_spec(kernels_dir, "Mine", argv=IPYKERNEL, display_name="Mine", language="python")
-    add_spec(kernels_dir, "python3", argv=IPYKERNEL, display_name="Own Python", language="python")
-    add_spec(kernels_dir, "broken", argv="no list")
+    for name, argv in {"Mine": IPYKERNEL, "python3": IPYKERNEL, "broken": "no list"}.items():
+        add_spec(kernels_dir, name, argv)
     (kernels_dir / "not a kernel").mkdir()
     monkeypatch.setenv("JUPYTER_PATH", str(kernels_dir.parent))
     judge = KernelSpecManager().find_kernel_specs()
@@ -2344,31 +2365,19 @@ def test_kernelspecs_are_found_as_jupyter_finds_them(kernels_dir: Path, monkeypa
 
 
 def test_kernelspec_argv_env_and_name(kernels_dir: Path) -> None:
-    argv = [
-        "python",
-        "-c",
-        "import sys; sys.argv[1:] = sys.argv[3:]; from ipykernel_launcher import app",
-        "{resource_dir}",
-        "{x}",
-    ]
     argv = [*IPYKERNEL, "{resource_dir}|{prefix}|{unknown}"]
-    add_spec(kernels_dir, "mine", argv=argv, display_name="m", language="python", env={"A": "${B}-x", "C": "$$"})
-    environment = {"JUPYTER_PATH": str(kernels_dir.parent), "B": "b"}
-    with LocalJupyterServer(env=environment) as server, JupyterCodeExecutor(server, "MINE") as executor:
-        assert run(executor, "import os, sys; print(os.environ['A'], os.environ['C'], sys.executable)").output == (
-            f"b-x $ {sys.executable}\n"
-        )
-        assert run(executor, "print(sys.argv[-3])").output == f"{kernels_dir}/mine|{sys.prefix}|{{unknown}}\n"
+    env = add_spec(kernels_dir, "mine", argv, env={"A": "${B}-x", "C": "$$"})
+    with LocalJupyterServer(env=env | {"B": "b"}) as server, JupyterCodeExecutor(server, "MINE") as executor:
+        shown = run(executor, "import os, sys; print(os.environ['A'], os.environ['C'], sys.executable, sys.argv[-3])")
+    assert shown.output == f"b-x $ {sys.executable} {kernels_dir}/mine|{sys.prefix}|{{unknown}}\n"
 
 
 def test_interrupt_mode_message(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "m", argv=IPYKERNEL, display_name="m", language="python", interrupt_mode="message")
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with JupyterCodeExecutor(server, "m") as executor:
-            assert run(executor, "x = 1").exit_code == 0
-            result = executor.execute("while True: pass", timeout=0.5)
-            assert (result.status, result.kernel_state) == ("timeout", "intact")
-            assert run(executor, "x").output == "1"
+    with kernel_of(kernels_dir, IPYKERNEL, interrupt_mode="message") as executor:
+        assert run(executor, "x = 1").exit_code == 0
+        result = executor.execute("while True: pass", timeout=0.5)
+        assert (result.status, result.kernel_state) == ("timeout", "intact")
+        assert run(executor, "x").output == "1"
 
 
 def test_kernels_are_lean_and_history_works_all_the_same(executor: JupyterCodeExecutor) -> None:
@@ -2376,70 +2385,65 @@ def test_kernels_are_lean_and_history_works_all_the_same(executor: JupyterCodeEx
     assert run(executor, "In[2], Out[2], _").output == "('a + 1', 2, 2)"
     assert run(executor, "%history").output.startswith("a = 1\na + 1\n")
     assert run(executor, "get_ipython().history_manager.enabled").output == "False"
+    with LocalJupyterServer(ipython_defaults=True) as server, JupyterCodeExecutor(server) as other:
+        assert run(other, "get_ipython().history_manager.enabled").output == "True"
 
 
-def test_ipythons_defaults_are_a_keyword_away() -> None:
-    with LocalJupyterServer(ipython_defaults=True) as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "get_ipython().history_manager.enabled").output == "True"
-
-
-TCP_KERNEL = ["python", "{resource_dir}/start.py", "{connection_file}"]
-
-
-def test_kernels_that_may_not_know_ipc_get_tcp_ports(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "tcp", argv=TCP_KERNEL, display_name="t", language="python")
-    start = "import sys; from ipykernel import kernelapp; kernelapp.launch_new_instance(['-f', sys.argv[1]])"
-    (kernels_dir / "tcp" / "start.py").write_text(start)
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with JupyterCodeExecutor(server, "tcp") as executor:
-            assert json.loads(Path(executor.connection_file or "").read_text())["transport"] == "tcp"
-            assert run(executor, "1 + 1").output == "2"
-
-
-def test_a_tcp_kernel_whose_port_was_taken_is_launched_again(kernels_dir: Path, tmp_path: Path) -> None:
-    add_spec(kernels_dir, "tcp", argv=TCP_KERNEL, display_name="t", language="python")
-    (kernels_dir / "tcp" / "start.py").write_text(f"""
+TCP_KERNEL = """
 import pathlib, sys
-mark = pathlib.Path({str(tmp_path / "mark")!r})
+mark = pathlib.Path(sys.argv[2])
 if not mark.exists():
     mark.touch()
     sys.exit("zmq.error.ZMQError: Address already in use")
 from ipykernel import kernelapp
 kernelapp.launch_new_instance(["-f", sys.argv[1]])
-""")
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with JupyterCodeExecutor(server, "tcp") as executor:
-            assert run(executor, "1 + 1").output == "2"
+"""
+
+
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_kernels_that_may_not_know_ipc_get_tcp_ports_that_are_free(
+    kernels_dir: Path, tmp_path: Path, is_taken: bool
+) -> None:
+    mark = tmp_path / "mark"
+    if not is_taken:
+        mark.touch()
+    with kernel_of(kernels_dir, ["python", "-c", TCP_KERNEL, "{connection_file}", str(mark)]) as executor:
+        assert json.loads(Path(executor.connection_file or "").read_text())["transport"] == "tcp"
+        assert run(executor, "1 + 1").output == "2"
+    assert mark.exists()
+
+
+NO_LICENCE = ["python", "-c", "import sys; sys.exit(' '.join(['no', 'licence', 'found']))"]
 
 
 def test_a_kernel_that_dies_at_start_is_reported_with_its_stderr(kernels_dir: Path) -> None:
-    argv = ["python", "-c", "import sys; sys.exit(' '.join(['no', 'licence', 'found']))"]
-    add_spec(kernels_dir, "bad", argv=argv, display_name="b", language="python")
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        executor = JupyterCodeExecutor(server, "bad")
+    with kernel_of(kernels_dir, NO_LICENCE) as executor:
         result = run(executor, "1")
         assert (result.exit_code, result.kernel_state) == (1, "lost")
         assert "no licence found" in result.output
         assert "exit code 1" in result.output
         with pytest.raises(KernelStartFailed, match="no licence found"):
             executor.execute("1")
-        with JupyterCodeExecutor(server) as other:
+        job = executor.submit("1")
+        with pytest.raises(KernelStartFailed):
+            job.wait(PATIENCE)
+        assert (job.done, job.status, job.output) == (True, "failed", "")
+        with JupyterCodeExecutor(executor._server) as other:
             assert run(other, "1").output == "1"
 
 
-def test_a_kernelspec_with_a_missing_program_is_reported(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "gone", argv=["/no/such/program"], display_name="g", language="python")
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with pytest.raises(KernelStartFailed, match="No such file or directory: /no/such/program"):
-            JupyterCodeExecutor(server, "gone")
-
-
-def test_a_kernelspec_that_wants_a_provisioner_is_refused(kernels_dir: Path) -> None:
-    metadata = {"kernel_provisioner": {"provisioner_name": "yarn"}}
-    add_spec(kernels_dir, "yarn", argv=["python"], display_name="y", language="python", metadata=metadata)
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with pytest.raises(KernelStartFailed, match="provisioner"):
-            JupyterCodeExecutor(server, "yarn")
+@pytest.mark.parametrize(
+    ("argv", "metadata", "says"),
+    [
+        (["/no/such/program"], {}, "No such file or directory: /no/such/program"),
+        (["python"], {"kernel_provisioner": {"provisioner_name": "yarn"}}, "provisioner"),
+    ],
+)
+def test_a_kernelspec_that_cannot_be_launched_is_reported(
+    kernels_dir: Path, argv: Any, metadata: Any, says: str
+) -> None:
+    with pytest.raises(KernelStartFailed, match=says), kernel_of(kernels_dir, argv, metadata=metadata):
+        pass
 
 
 @pytest.mark.slow
@@ -2462,18 +2466,25 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path / "bin" / "python")
 
 
-def test_a_python_without_ipykernel_says_what_to_install(bare_python: str, tmp_path: Path) -> None:
+def test_a_python_that_lacks_a_package_says_what_to_install(bare_python: str, tmp_path: Path) -> None:
     with LocalJupyterServer(python=bare_python) as server:
         with pytest.raises(ValueError, match="Kernel python3 is not installed") as caught:
             JupyterCodeExecutor(server)
         assert f"{bare_python} -m pip install ipykernel" in str(caught.value)
-
-
-def test_a_host_without_pyzmq_says_what_to_install(bare_python: str, tmp_path: Path) -> None:
     (tmp_path / "ipykernel.py").touch()
-    with CommandJupyterServer([bare_python], env={"PYTHONPATH": str(tmp_path)}) as server:
+    with CommandJupyterServer([bare_python], env={"PYTHONPATH": str(tmp_path)}) as command:
         with pytest.raises(KernelStartFailed, match=f"pyzmq.*{bare_python} -m pip install pyzmq"):
-            JupyterCodeExecutor(server)
+            JupyterCodeExecutor(command)
+    with LocalJupyterServer(python=bare_python, transport="gateway") as server:
+        with pytest.raises(KernelStartFailed, match=f"{bare_python} -m pip install jupyter_kernel_gateway"):
+            server.get_client()
+
+
+def program_file(path: Path, text: str) -> str:
+    """Write a program; returns its path."""
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -2516,11 +2527,10 @@ def test_of_the_stderr_of_a_command_only_the_end_is_kept(short_path: Path) -> No
 
 
 def test_a_python_that_is_too_old_is_reported(tmp_path: Path) -> None:
-    fake = tmp_path / "python"
-    fake.write_text(f"#!{sys.executable}\nimport sys\nsys.version_info = (3, 8)\nexec(sys.argv[2])\n")
-    fake.chmod(0o755)
-    with LocalJupyterServer(python=fake) as server, pytest.raises(KernelStartFailed, match=r"3\.8 is too old"):
-        JupyterCodeExecutor(server)
+    old = f"#!{sys.executable}\nimport sys\nsys.version_info = (3, 8)\nexec(sys.argv[2])\n"
+    with LocalJupyterServer(python=program_file(tmp_path / "python", old)) as server:
+        with pytest.raises(KernelStartFailed, match=r"3\.8 is too old"):
+            JupyterCodeExecutor(server)
 
 
 def test_noise_before_the_greeting_does_not_confuse() -> None:
@@ -2528,35 +2538,23 @@ def test_noise_before_the_greeting_does_not_confuse() -> None:
         assert "python3" in server.kernelspecs()
 
 
-def test_a_host_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jupyter_exec, "SHUTDOWN_GRACE", 0.1)
-    with (
-        CommandJupyterServer(["sh", "-c", "exec sleep 30"], start_timeout=0.3) as server,
-        pytest.raises(KernelStartFailed, match=r"no answer within 0\.3 s"),
-    ):
-        server.kernelspecs()
-
-
-def test_a_command_is_asked_to_end_before_it_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_host_that_never_answers_is_given_up_and_asked_to_end_before_it_is_killed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """srun takes its job out of the queue when it is terminated, and leaves it there when it is killed."""
     monkeypatch.setattr(jupyter_exec, "SHUTDOWN_GRACE", 0.5)
-    (tmp_path / "srun").write_text(
-        f"#!/bin/sh\ntrap 'echo taken back >{tmp_path}/queue; exit 1' TERM\nwhile :; do sleep 0.05; done"
-    )
-    (tmp_path / "srun").chmod(0o755)
-    with CommandJupyterServer([str(tmp_path / "srun"), "python3"], start_timeout=0.3) as server:
-        with pytest.raises(KernelStartFailed, match="no answer within"):
+    text = f"#!/bin/sh\ntrap 'echo taken back >{tmp_path}/queue; exit 1' TERM\nwhile :; do sleep 0.05; done"
+    with CommandJupyterServer([program_file(tmp_path / "srun", text), "python3"], start_timeout=0.3) as server:
+        with pytest.raises(KernelStartFailed, match=r"no answer within 0\.3 s"):
             server.kernelspecs()
     assert (tmp_path / "queue").read_text() == "taken back\n"
 
 
 @pytest.mark.slow
-def test_what_has_no_newline_comes_through_srun_at_once(tmp_path: Path) -> None:
-    with CommandJupyterServer(["env", sys.executable]) as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "import os; os.environ['SLURM_UNBUFFEREDIO']").output == "'1'"
-    with CommandJupyterServer(["env", sys.executable], env={"SLURM_UNBUFFEREDIO": "0"}) as server:
-        with JupyterCodeExecutor(server) as executor:
-            assert run(executor, "import os; os.environ['SLURM_UNBUFFEREDIO']").output == "'0'"
+@pytest.mark.parametrize(("env", "value"), [({}, "1"), ({"SLURM_UNBUFFEREDIO": "0"}, "0")])
+def test_what_has_no_newline_comes_through_srun_at_once(env: dict[str, str], value: str) -> None:
+    with CommandJupyterServer(["env", sys.executable], env=env) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "import os; os.environ['SLURM_UNBUFFEREDIO']").output == repr(value)
 
 
 @pytest.mark.parametrize(
@@ -2742,8 +2740,8 @@ def is_forked(executor: JupyterCodeExecutor) -> bool:
 
 @pytest.mark.slow
 def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "own", argv=IPYKERNEL, display_name="o", language="python", env={"PYTHONOPTIMIZE": "1"})
-    with LocalJupyterServer(preload=[], env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+    env = add_spec(kernels_dir, "own", IPYKERNEL, env={"PYTHONOPTIMIZE": "1"})
+    with LocalJupyterServer(preload=[], env=env) as server:
         with JupyterCodeExecutor(server) as forked, JupyterCodeExecutor(server, "own") as own:
             assert is_forked(forked)
             assert not is_forked(own)
@@ -2859,23 +2857,16 @@ def test_preload_finds_modules_of_the_working_directory_and_pictures_come_inline
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preload", [[], ["typing_extensions"]])
-def test_a_restarted_kernel_sees_what_was_installed(bare_python: str, tmp_path: Path, preload: list[str]) -> None:
-    # The environment has all that a kernel needs by a .pth file, and a package that "an install" makes newer.
-    site = Path(run_bare(bare_python, "import site; print(site.getsitepackages()[0])"))
-    shared = Path(pytest.__file__).parents[1]
-    (site / "shared.pth").write_text(str(shared))
-    (site / "typing_extensions.py").write_text(f"exec(open({str(shared / 'typing_extensions.py')!r}).read()); new = 1")
-    try:
-        with LocalJupyterServer(python=bare_python, preload=preload) as server, JupyterCodeExecutor(server) as executor:
-            assert is_forked(executor)
-            (site / "fresh.py").write_text("")
-            (site / "typing_extensions.py").unlink()
-            executor.restart()
-            assert run(executor, "import fresh, typing_extensions; hasattr(typing_extensions, 'new')").output == "False"
-            assert is_forked(executor)
-    finally:
-        for path in site.glob("*.p*"):
-            path.unlink()
+def test_a_restarted_kernel_sees_what_was_installed(bare_python: str, bare_site: Path, preload: list[str]) -> None:
+    old, new = (path / "typing_extensions.py" for path in (bare_site, Path(pytest.__file__).parents[1]))
+    old.write_text(f"exec(open({str(new)!r}).read()); old = 1")
+    with LocalJupyterServer(python=bare_python, preload=preload) as server, JupyterCodeExecutor(server) as executor:
+        assert is_forked(executor)
+        (bare_site / "fresh.py").write_text("")
+        old.unlink()
+        executor.restart()
+        assert run(executor, "import fresh, typing_extensions; hasattr(typing_extensions, 'old')").output == "False"
+        assert is_forked(executor)
 
 
 def test_a_restarted_kernel_sees_an_edited_module_that_was_preloaded(tmp_path: Path) -> None:
@@ -2910,14 +2901,19 @@ def test_a_fork_server_that_hangs_is_replaced_by_a_launch(monkeypatch: pytest.Mo
         assert run(one, "x").output == "1"
 
 
-def test_commands_of_a_cell_are_those_of_the_kernels_environment(bare_python: str) -> None:
+@pytest.fixture
+def bare_site(bare_python: str) -> Iterator[Path]:
+    """The packages of the bare Python, which has all that a kernel needs by a .pth file."""
     site = Path(run_bare(bare_python, "import site; print(site.getsitepackages()[0])"))
     (site / "shared.pth").write_text(str(Path(pytest.__file__).parents[1]))
-    try:
-        with LocalJupyterServer(python=bare_python) as server, JupyterCodeExecutor(server) as executor:
-            assert run(executor, "!command -v python").output.split() == [bare_python]
-    finally:
-        (site / "shared.pth").unlink()
+    yield site
+    for path in site.glob("*.p*"):
+        path.unlink()
+
+
+def test_commands_of_a_cell_are_those_of_the_kernels_environment(bare_python: str, bare_site: Path) -> None:
+    with LocalJupyterServer(python=bare_python) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "!command -v python").output.split() == [bare_python]
 
 
 def run_bare(python: str, program: str) -> str:
@@ -2925,18 +2921,12 @@ def run_bare(python: str, program: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_python_that_cannot_fork_kernels_launches_them(tmp_path: Path) -> None:
-    wrapper = tmp_path / "python3"
-    wrapper.write_text(f'#!/bin/sh\n{sys.executable} "$@"\n')
-    wrapper.chmod(0o755)
-    spec = tmp_path / "kernels" / "wrapped"
-    spec.mkdir(parents=True)
-    argv = [str(wrapper), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "w", "language": "python"}))
-    for preload in ([], ["json"]):
-        with LocalJupyterServer(preload=preload, env={"JUPYTER_PATH": str(tmp_path)}) as server:
-            with JupyterCodeExecutor(server, "wrapped") as executor:
-                assert not is_forked(executor)
+@pytest.mark.parametrize("preload", [[], ["json"]])
+def test_a_python_that_cannot_fork_kernels_launches_them(kernels_dir: Path, preload: list[str]) -> None:
+    wrapper = program_file(kernels_dir / "python3", f'#!/bin/sh\n{sys.executable} "$@"\n')
+    env = add_spec(kernels_dir, "wrapped", [wrapper, *IPYKERNEL[1:]])
+    with LocalJupyterServer(preload=preload, env=env) as server, JupyterCodeExecutor(server, "wrapped") as executor:
+        assert not is_forked(executor)
 
 
 def test_a_kernel_of_another_version_than_the_host_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2953,9 +2943,13 @@ def test_kernels_ordered_from_a_dying_fork_server_start_all_the_same() -> None:
             os.kill(fork_server_of(server), signal.SIGKILL)
             with JupyterCodeExecutor(server) as second, JupyterCodeExecutor(server) as third:
                 assert run(second, "1").output == run(third, "1").output == "1"
-        host = server._process
-        assert host
-        eventually(lambda: len(descendants(host.pid)) == 2, "only the fork server and one kernel")
+        only_one_kernel(server)
+
+
+def only_one_kernel(server: LocalJupyterServer) -> None:
+    host = server._process
+    assert host
+    eventually(lambda: len(descendants(host.pid)) == 2, "only the fork server and one kernel")
 
 
 def test_kernels_that_are_stopped_at_once_cost_no_fork_server() -> None:
@@ -2978,9 +2972,7 @@ def test_a_kernel_given_up_before_it_is_forked_leaves_nothing(tmp_path: Path) ->
         with open(tmp_path / "gate", "w"):
             pass
         assert run(executor, "1").output == "1"
-        host = server._process
-        assert host
-        eventually(lambda: len(descendants(host.pid)) == 2, "only the fork server and one kernel")
+        only_one_kernel(server)
 
 
 def test_what_left_the_session_without_exec_dies_with_its_kernel(executor: JupyterCodeExecutor) -> None:
@@ -3014,19 +3006,12 @@ def test_a_server_works_without_with_and_starts_on_first_use() -> None:
     assert run(executor, "1").output == "1"
     server.stop()
     server.stop()
-    with pytest.raises(ConnectionClosed, match="stopped"):
-        server.start_kernel()
-
-
-def test_stopping_the_server_is_told_in_the_result() -> None:
-    server = LocalJupyterServer()
-    executor = JupyterCodeExecutor(server)
-    run(executor, "1")
-    server.stop()
     result = run(executor, "1")
     assert result.exit_code != 0
     assert "the server was stopped" in result.output
     executor.stop()
+    with pytest.raises(ConnectionClosed, match="stopped"):
+        server.start_kernel()
 
 
 def test_python_cwd_and_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -3042,17 +3027,24 @@ def test_python_cwd_and_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_given_python_means_python3_whatever_kernelspecs_say(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "python3", argv=["/no/such/program"], display_name="p", language="python")
-    environment = {"JUPYTER_PATH": str(kernels_dir.parent)}
-    with LocalJupyterServer(python=sys.executable, env=environment) as server, JupyterCodeExecutor(server) as executor:
+    env = add_spec(kernels_dir, "python3", ["/no/such/program"])
+    with LocalJupyterServer(python=sys.executable, env=env) as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "1").output == "1"
-    with LocalJupyterServer(env=environment) as server, pytest.raises(KernelStartFailed, match="/no/such/program"):
+    with LocalJupyterServer(env=env) as server, pytest.raises(KernelStartFailed, match="/no/such/program"):
         JupyterCodeExecutor(server)
 
 
-def test_a_missing_working_directory_is_refused() -> None:
+def test_a_missing_working_directory_or_token_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Working directory /no/such/directory does not exist"):
         LocalJupyterServer(cwd="/no/such/directory")
+    with pytest.raises(ValueError, match="open the gateway to everybody"):
+        LocalJupyterServer(token="")
+    (tmp_path / "gone").mkdir()
+    with LocalJupyterServer(cwd=tmp_path / "gone") as server:
+        server.kernelspecs()
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(KernelStartFailed, match="the working directory was removed"):
+            server.start_kernel()
 
 
 @pytest.mark.parametrize("relay", [False, True])
@@ -3077,15 +3069,6 @@ def test_no_temporary_directory_is_a_clear_error(relay: bool, tmp_path: Path, mo
         server = LocalJupyterServer()
     with server, pytest.raises((KernelStartFailed, ConnectionClosed), match="set TMPDIR to one that can"):
         server.kernelspecs()
-
-
-def test_a_removed_working_directory_is_a_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "gone").mkdir()
-    with LocalJupyterServer(cwd=tmp_path / "gone") as server:
-        server.kernelspecs()
-        (tmp_path / "gone").rmdir()
-        with pytest.raises(KernelStartFailed, match="the working directory was removed"):
-            server.start_kernel()
 
 
 def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
@@ -3131,9 +3114,8 @@ def test_a_kernel_reached_only_through_the_pipe(tmp_path: Path) -> None:
         result = executor.execute("while True: print('y' * 1000)", timeout=0.5)
         assert (result.status, result.kernel_state) == ("timeout", "intact")
         assert run(executor, "x").output == "6"
-        assert run(
-            executor, "import os, time; print('last words', flush=True); time.sleep(0.5); os._exit(3)"
-        ).output.startswith("last words\n")
+        died = run(executor, "import os, time; print('last words', flush=True); time.sleep(0.5); os._exit(3)")
+        assert died.output.startswith("last words\n")
         assert run(executor, "'x' in dir()").output == "False"
 
 
@@ -3404,10 +3386,11 @@ def test_docker_kernels_share_one_hardened_container(boxed: JupyterCodeExecutor,
 def test_hardened_is_one_word_for_limits_that_may_be_said_otherwise(
     containers: Any, options: dict[str, Any], limits: tuple[Any, ...]
 ) -> None:
-    with docker_server(**{"network": None, "hardened": True, **options}) as server:
+    # A directory to work in that is not in the image is writable all the same.
+    with docker_server(**{"network": None, "hardened": True, "work_dir": "/else/where", **options}) as server:
         assert server.container_id is None
         with JupyterCodeExecutor(server) as executor:
-            assert run(executor, "open('file', 'w').write('x')").output == "1"
+            assert run(executor, "import os; os.getcwd(), open('file', 'w').write('x')").output == "('/else/where', 1)"
         (container,) = containers()
         assert container.id == server.container_id
         config = container.attrs["HostConfig"]
@@ -3429,11 +3412,13 @@ def test_processes_have_readable_names_and_the_log_tells_of_their_life(
     assert "secret" not in caplog.text and "output" not in caplog.text
 
 
-def test_docker_pictures_come_out_of_the_box(boxed: JupyterCodeExecutor) -> None:
-    png = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
-    code = f"from IPython.display import Image\nimport base64\nImage(base64.b64decode('{png}'), format='png')"
-    (path,) = run(boxed, code).output_files
-    assert Path(path).read_bytes().startswith(b"\x89PNG")
+def test_code_in_a_container_can_neither_stop_its_host_nor_reach_the_pipe(boxed: JupyterCodeExecutor) -> None:
+    with JupyterCodeExecutor(boxed._server) as bystander:
+        run(bystander, "y = 7")
+        assert run(boxed, ATTACKS).output == "denied\n" * 3
+        assert run(bystander, "y").output == "7"
+    (path,) = run(boxed, "from IPython.display import HTML\nHTML('<b>')").output_files
+    assert Path(path).read_text() == "<b>"
 
 
 ATTACKS = """
@@ -3446,13 +3431,6 @@ for attack in (lambda: os.listdir("/proc/1/fd"), lambda: open("/proc/1/fd/4", "w
     except PermissionError:
         print("denied")
 """
-
-
-def test_code_in_a_container_can_neither_stop_its_host_nor_reach_the_pipe(boxed: JupyterCodeExecutor) -> None:
-    with JupyterCodeExecutor(boxed._server) as bystander:
-        run(bystander, "y = 7")
-        assert run(boxed, ATTACKS).output == "denied\n" * 3
-        assert run(bystander, "y").output == "7"
 
 
 def test_orphans_in_a_container_are_reaped(boxed: JupyterCodeExecutor) -> None:
@@ -3527,21 +3505,15 @@ def test_the_container_of_a_killed_client_is_gone(containers: Any) -> None:
     # The fixture waits until it is gone.
 
 
-def test_a_container_that_is_to_stay_is_stopped_only(engine: Any, containers: Any) -> None:
+def test_a_container_that_is_to_stay_is_stopped_only_and_has_its_name_alone(engine: Any, containers: Any) -> None:
     with docker_server(auto_remove=False, container_name=f"{RUN}-stays") as server:
         server.kernelspecs()
+        with docker_server(container_name=f"{RUN}-stays") as other, pytest.raises(SandboxError, match="already in use"):
+            JupyterCodeExecutor(other)
+        assert "python3" in server.kernelspecs()
     container = engine.containers.get(f"{RUN}-stays")
     assert container.status == "exited"
     container.remove()
-
-
-def test_docker_name_taken(containers: Any) -> None:
-    with docker_server(container_name=f"{RUN}-name") as server:
-        server.kernelspecs()
-        with docker_server(container_name=f"{RUN}-name") as other:
-            with pytest.raises(SandboxError, match="already in use"):
-                JupyterCodeExecutor(other)
-        assert "python3" in server.kernelspecs()
 
 
 @pytest.mark.slow
@@ -3567,8 +3539,11 @@ def test_docker_environment_network_and_packages(
 @pytest.mark.slow
 def test_a_build_that_fails_says_the_cause_first(containers: Any) -> None:
     with docker_server(packages=["there-is-no-such-package"]) as server, pytest.raises(SandboxError) as caught:
-        server.kernelspecs()
-    assert str(caught.value).startswith("The image could not be built: Could not find a version that satisfies the req")
+        JupyterCodeExecutor(server)
+    assert re.match(
+        "The image could not be built: Could not find a version that satisfies the req.*there-is-no-such-package",
+        str(caught.value),
+    )
 
 
 def test_bind_dir_is_the_working_directory_with_the_owners_uid(containers: Any, tmp_path: Path) -> None:
@@ -3624,18 +3599,9 @@ def test_as_whom_code_runs_in_a_bind_dir(tmp_path: Path, owner: tuple[int, int],
     ("info", "user"), [({"SecurityOptions": ["name=rootless"]}, "0:0"), ({"Rootless": True}, "0:0"), ({}, "1007:1007")]
 )
 def test_root_of_a_rootless_engine_is_the_owner_of_a_bind_dir(info: Any, user: str, tmp_path: Path) -> None:
-    class Engine:
-        def info(self) -> Any:
-            return info
-
     os.chown(tmp_path, 1007, 1007)
-    assert docker_server(bind_dir=tmp_path)._user(Engine(), {}) == user
-
-
-@pytest.mark.slow
-def test_docker_work_dir_that_is_not_in_the_image_is_writable(containers: Any) -> None:
-    with docker_server(work_dir="/elsewhere/deep") as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "import os; open('made', 'w').close(); print(os.getcwd())").output == "/elsewhere/deep\n"
+    engine = types.SimpleNamespace(info=lambda: info)
+    assert docker_server(bind_dir=tmp_path)._user(engine, {}) == user
 
 
 @pytest.mark.slow
@@ -3976,34 +3942,40 @@ def test_unfit_images_are_reported(containers: Any, image: Callable[[str], str],
     assert re.search(says, str(caught.value), re.DOTALL)
 
 
-def test_missing_custom_image_is_reported(containers: Any) -> None:
-    with docker_server(custom_image_name="no/such:image") as server, pytest.raises(SandboxError) as caught:
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"custom_image_name": "no/such:image"}, "Custom image no/such:image does not exist"),
+        ({"mem_limit": "1 apple"}, "1 apple"),
+    ],
+)
+def test_what_the_engine_refuses_is_reported(containers: Any, options: dict[str, Any], says: str) -> None:
+    with docker_server(**options) as server, pytest.raises(SandboxError, match=says):
         JupyterCodeExecutor(server)
-    assert "Custom image no/such:image does not exist" in str(caught.value)
 
 
-@pytest.mark.slow
-def test_a_failing_build_is_reported_with_its_end(containers: Any) -> None:
-    with docker_server(packages=["no-such-package-at-all-1234"]) as server, pytest.raises(SandboxError) as caught:
-        JupyterCodeExecutor(server)
-    assert "could not be built" in str(caught.value)
-    assert "no-such-package-at-all-1234" in str(caught.value)
-
-
-def test_docker_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "asked", "says"),
+    [
+        ("Read timed out. (read timeout=10)", 2, "The Docker engine does not answer: try again, restart it"),
+        ("[Errno 13] Permission denied", 1, "No permission to use Docker: add yourself to the group docker"),
+    ],
+)
+def test_docker_that_does_not_answer_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, error: str, asked: int, says: str
+) -> None:
     import docker
 
-    error = docker.errors.DockerException("Error while fetching server API version: Read timed out. (read timeout=10)")
-    asked: list[int] = []
+    timeouts: list[int] = []
 
-    def stall(timeout: int, **address: Any) -> None:
-        asked.append(timeout)
-        raise error
+    def fail(timeout: int, **address: Any) -> None:
+        timeouts.append(timeout)
+        raise docker.errors.DockerException(f"Error while fetching server API version: {error}")
 
-    monkeypatch.setattr(docker, "DockerClient", stall)
-    with pytest.raises(SandboxError, match="The Docker engine does not answer: try again, restart it"):
-        jupyter_exec.docker_client()
-    assert asked == [10, 10]
+    monkeypatch.setattr(docker, "DockerClient", fail)
+    with pytest.raises(SandboxError, match=says):
+        JupyterCodeExecutor(DockerJupyterServer())
+    assert timeouts == [10] * asked
 
 
 @pytest.mark.parametrize(
@@ -4042,21 +4014,17 @@ def test_the_engine_is_that_of_the_docker_command(
         assert jupyter_exec._engine_in_use().get("base_url") == engine
 
 
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        ("unix:///no/such.sock", "Docker is not running: start it, or use LocalJupyterServer"),
+        ("npipe:////./pipe/docker_engine", "named pipe of Windows is no socket"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
-def test_docker_not_running_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
-    with pytest.raises(SandboxError, match="Docker is not running: start it, or use LocalJupyterServer"):
-        JupyterCodeExecutor(DockerJupyterServer())
-
-
-def test_no_permission_for_docker_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    import docker
-
-    def refuse(**options: Any) -> None:
-        raise docker.errors.DockerException("Error while fetching server API version: [Errno 13] Permission denied")
-
-    monkeypatch.setattr(docker, "DockerClient", refuse)
-    with pytest.raises(SandboxError, match="No permission to use Docker: add yourself to the group docker"):
+def test_docker_not_running_says_what_to_do(monkeypatch: pytest.MonkeyPatch, host: str, says: str) -> None:
+    monkeypatch.setenv("DOCKER_HOST", host)
+    with pytest.raises(SandboxError, match=says):
         JupyterCodeExecutor(DockerJupyterServer())
 
 
@@ -4072,6 +4040,7 @@ def test_no_permission_for_docker_says_what_to_do(monkeypatch: pytest.MonkeyPatc
         ({"packages": ["six", "--index-url=http://evil"]}, "option of pip"),
         ({"packages": ["six\n-r /etc/passwd"]}, "option of pip"),
         ({"token": " "}, "open the gateway to anybody"),
+        ({"network": "none", "transport": "gateway"}, "cannot be reached without a network"),
     ],
 )
 def test_docker_keywords_that_do_not_go_together(options: dict[str, Any], says: str) -> None:
@@ -4122,6 +4091,24 @@ def test_merging_of_docker_options(name: str, ours: Any, theirs: Any, merged: An
     assert jupyter_exec._merged(name, ours, theirs) == merged
 
 
+OPENINGS: list[dict[str, Any]] = [
+    {"privileged": True},
+    {"cap_add": ["SYS_ADMIN"]},
+    {"security_opt": ["no-new-privileges:false"]},
+    {"security_opt": ("seccomp=unconfined",)},
+    {"network": "host"},
+    {"network_mode": "container:other"},
+    {"pid_mode": "host"},
+    {"user": "00"},
+    {"user": 0},
+    {"pids_limit": -1},
+    {"volumes": ["/var/run/docker.sock:/var/run/docker.sock"]},
+    {"volumes": {"/": {"bind": "/host", "mode": "ro"}}},
+    {"mounts": [{"Source": "/run/podman/podman.sock", "Target": "/x", "Type": "bind"}]},
+    {"bind_dir": "/"},
+]
+
+
 @pytest.mark.parametrize(
     ("name", "meant"), [("mem_limitt", "mem_limit"), ("package", "packages"), ("bind_dirr", "bind_dir"), ("xyzzy", "")]
 )
@@ -4130,41 +4117,18 @@ def test_an_unknown_docker_keyword_is_named(name: str, meant: str) -> None:
         docker_server(**{name: 1})
 
 
-def test_a_docker_keyword_with_a_strange_value_is_our_error(containers: Any) -> None:
-    with docker_server(mem_limit="1 apple") as server, pytest.raises(SandboxError, match="1 apple"):
-        server.kernelspecs()
-
-
 @pytest.mark.parametrize(
-    "options",
+    ("warnings_of", "options"),
     [
-        {"privileged": True},
-        {"cap_add": ["SYS_ADMIN"]},
-        {"security_opt": ["no-new-privileges:false"]},
-        {"security_opt": ("seccomp=unconfined",)},
-        {"network": "host"},
-        {"network_mode": "container:other"},
-        {"pid_mode": "host"},
-        {"user": "00"},
-        {"user": 0},
-        {"pids_limit": -1},
-        {"volumes": ["/var/run/docker.sock:/var/run/docker.sock"]},
-        {"volumes": {"/": {"bind": "/host", "mode": "ro"}}},
-        {"mounts": [{"Source": "/run/podman/podman.sock", "Target": "/x", "Type": "bind"}]},
-        {"bind_dir": "/"},
+        *((1, options) for options in OPENINGS),
+        (0, {"bind_dir": tempfile.gettempdir(), "user": "1000", "read_only": True, "pids_limit": 9, "cap_add": []}),
+        (0, {"security_opt": ["label=type:x"], "volumes": [f"{HERE}:/x"], "ipc_mode": "private"}),
     ],
     ids=str,
 )
-def test_what_opens_the_sandbox_is_warned_of(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_opens_the_sandbox_is_warned_of(warnings_of: int, options: dict[str, Any], caplog: Any) -> None:
     DockerJupyterServer(**options)
-    (record,) = caplog.records
-    assert (record.name, record.levelname) == ("jupyter_exec", "WARNING")
-
-
-def test_usual_options_warn_of_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"security_opt": ["label=type:x"], "volumes": [f"{tmp_path}:/x"], "ipc_mode": "private"}
-    DockerJupyterServer(bind_dir=tmp_path, user="1000", read_only=True, pids_limit=9, cap_add=[], **options)
-    assert caplog.text == ""
+    assert [(record.name, record.levelname) for record in caplog.records] == [("jupyter_exec", "WARNING")] * warnings_of
 
 
 @pytest.mark.parametrize("user", ["", "0", "00", "0000:0", "+0", "root", "root:x", "0:1000"])
@@ -4350,14 +4314,11 @@ def test_a_remote_server_that_nobody_refers_to_deletes_its_kernels_and_ends(gate
         eventually(lambda: set(threading.enumerate()) <= threads, "the thread has ended")
 
 
-def test_remote_kernel_gets_its_environment(gateway: Peer) -> None:
-    with gateway.client(env={"KERNEL_GREETING": "hello"}) as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "import os; os.environ['KERNEL_GREETING']").output == "'hello'"
-
-
-def test_remote_input(gateway: Peer) -> None:
-    with JupyterCodeExecutor(gateway.info, on_input=lambda prompt, password: "blue") as executor:
-        assert run(executor, "input('colour? ')").output.endswith("'blue'")
+def test_remote_kernel_gets_its_environment_and_input(gateway: Peer) -> None:
+    with gateway.client(env={"KERNEL_GREETING": "hello"}) as server:
+        with JupyterCodeExecutor(server, on_input=lambda prompt, password: "blue") as executor:
+            code = "import os; os.environ['KERNEL_GREETING'], input('colour? ')"
+            assert run(executor, code).output.endswith("('hello', 'blue')")
 
 
 def test_the_default_subprotocol_works_too(jupyter_server: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -4368,35 +4329,45 @@ def test_the_default_subprotocol_works_too(jupyter_server: Peer, monkeypatch: py
         assert isinstance(executor._kernel._channels._codec, jupyter_exec.JsonCodec)
 
 
-def test_a_dropped_connection_is_made_anew_and_the_rest_replayed(
-    jupyter_server: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate = tmp_path / "gate"
-    code = f"import os, time\nprint('first', flush=True)\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\nn += 1\n7"
+@pytest.fixture
+def connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[socket.socket]:
+    """The connections that WebSockets were opened on; tmp_path/gate is there when the first was dropped."""
     opened: list[socket.socket] = []
     websocket = jupyter_exec.RestClient.websocket
 
     def counting(*arguments: Any) -> Any:
         if opened:  # nothing that comes from now on can have come over the first connection
             eventually(lambda: opened[0].fileno() == -1, "the first connection was dropped")
-            gate.touch()
+            (tmp_path / "gate").touch()
         result = websocket(*arguments)
         opened.append(result[0])
         return result
 
     monkeypatch.setattr(jupyter_exec.RestClient, "websocket", counting)
+    return opened
+
+
+def waiting_for(gate: Path, before: str = "") -> str:
+    """Code that runs until a file is there."""
+    return f"import os, time\n{before}\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
+
+
+def test_a_dropped_connection_is_made_anew_and_the_rest_replayed(
+    jupyter_server: Peer, tmp_path: Path, connections: list[socket.socket]
+) -> None:
     with JupyterCodeExecutor(jupyter_server.info) as executor:
         run(executor, "n = 0")
 
         def cut(output: dict[str, Any]) -> None:
             if output.get("text") == "first\n":
-                opened[0].shutdown(socket.SHUT_RDWR)
+                connections[0].shutdown(socket.SHUT_RDWR)
 
+        code = waiting_for(tmp_path / "gate", "print('first', flush=True)") + "n += 1\n7"
         result = executor.execute(code, on_output=cut, timeout=PATIENCE)
         assert (result.status, result.kernel_state) == ("ok", "intact")
         assert result.text.startswith("first\n7")
         assert run(executor, "n").output == "1"
-    assert len(opened) == 2
+    assert len(connections) == 2
 
 
 @pytest.mark.slow
@@ -4533,6 +4504,13 @@ def test_enterprise_gateway(enterprise_gateway: Peer) -> None:
             assert run(executor, "'x' in dir()").output == "False"
 
 
+def test_enterprise_gateway_tells_why_it_refuses(enterprise_gateway: Peer) -> None:
+    with enterprise_gateway.client(env={"KERNEL_USERNAME": "root"}) as server:
+        with pytest.raises(ServerError, match="root") as caught:
+            JupyterCodeExecutor(server)
+    assert caught.value.status == 403
+
+
 HUB_CONFIG = """
 c.JupyterHub.bind_url = "https://127.0.0.1:{port}/"
 c.JupyterHub.ssl_cert, c.JupyterHub.ssl_key = "{cert}", "{key}"  # the proxy's
@@ -4618,22 +4596,10 @@ def test_a_jupyterhub_behind_its_proxy_with_tls(certificate: tuple[Path, Path], 
                 assert "server behind this JupyterHub does not run" in run(executor, "1").output
 
 
-def test_enterprise_gateway_tells_why_it_refuses(enterprise_gateway: Peer) -> None:
-    with enterprise_gateway.client(env={"KERNEL_USERNAME": "root"}) as server, pytest.raises(ServerError) as caught:
-        JupyterCodeExecutor(server)
-    assert caught.value.status == 403
-    assert "root" in str(caught.value)
-
-
 @pytest.mark.slow
 def test_any_object_with_connection_info_is_a_server(gateway: Peer) -> None:
-    class Theirs:
-        host, use_https, port, token = "127.0.0.1", False, gateway.info.port, gateway.info.token
-
-    class Connectable:
-        connection_info = Theirs()
-
-    with JupyterCodeExecutor(Connectable()) as executor:
+    info = {name: getattr(gateway.info, name) for name in ("host", "use_https", "port", "token")}
+    with JupyterCodeExecutor(types.SimpleNamespace(connection_info=types.SimpleNamespace(**info))) as executor:
         assert run(executor, "1").output == "1"
 
 
@@ -4933,20 +4899,6 @@ def test_a_token_is_not_sent_to_a_faster_listener(monkeypatch: pytest.MonkeyPatc
         thieves[0].accept()
 
 
-def test_an_empty_token_is_refused() -> None:
-    with pytest.raises(ValueError, match="open the gateway to everybody"):
-        LocalJupyterServer(token="")
-
-
-def test_a_python_without_kernel_gateway_says_what_to_install(bare_python: str) -> None:
-    with (
-        LocalJupyterServer(python=bare_python, transport="gateway") as server,
-        pytest.raises(KernelStartFailed) as caught,
-    ):
-        server.get_client()
-    assert f"{bare_python} -m pip install jupyter_kernel_gateway" in str(caught.value)
-
-
 # The module in a Python that lacks what Python on Windows lacks; the rest of the standard library is as it is here.
 ON_WINDOWS = """
     import os, signal, socket, sys, types
@@ -4999,12 +4951,6 @@ def test_on_windows_remote_servers_work_and_the_others_say_what_to_use(gateway: 
     timeout = "Timeout: interrupted after 0.5 s; variables are kept; it was at line 1: while True: pass"
     assert cells == ["0 42 [6]", timeout]
     assert (tmp_path / "session.ipynb").exists()
-
-
-def test_docker_over_a_named_pipe_says_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER_HOST", "npipe:////./pipe/docker_engine")
-    with pytest.raises(SandboxError, match="named pipe of Windows is no socket"), DockerJupyterServer() as server:
-        server.kernelspecs()
 
 
 def test_a_direct_server_has_no_connection_info() -> None:
@@ -5067,11 +5013,6 @@ def test_a_forked_child_that_exits_leaves_the_gateway_of_its_parent(containers: 
     assert result.returncode == 0, result.stderr
 
 
-def test_a_gateway_without_network_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot be reached without a network"):
-        DockerJupyterServer(network="none", transport="gateway")
-
-
 # Commands
 
 
@@ -5079,9 +5020,7 @@ def test_a_gateway_without_network_is_refused() -> None:
 def sshd(tmp_path: Path) -> Iterator[list[str]]:
     """A real sshd on loopback; returns the ssh command that reaches it."""
     need("ssh", os.path.exists("/usr/sbin/sshd") and shutil.which("ssh"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
     (tmp_path / "user.pub").rename(tmp_path / "authorized")
@@ -5131,32 +5070,35 @@ copy(process.stdout.fileno(), 1, float(os.environ["RATE"]))
 """
 
 
+@pytest.fixture
+def slow_link(tmp_path: Path) -> Callable[[str], CommandJupyterServer]:
+    """A function that makes a server behind a link of so many bytes a second."""
+    (tmp_path / "link.py").write_text(SLOW_LINK)
+    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
+    return lambda rate: CommandJupyterServer(argv, env={"RATE": rate})
+
+
 @pytest.mark.slow
 def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slow_link: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 3.0)
-    (tmp_path / "link.py").write_text(SLOW_LINK)
     printing = threading.Event()
-    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
-    with CommandJupyterServer(argv, env={"RATE": "5e6"}) as server:
-        with JupyterCodeExecutor(server) as one, ThreadPoolExecutor(1) as pool:
-            code = "import sys\nfor _ in range(300_000): sys.stdout.write('x' * 99 + chr(10))"
-            cell = pool.submit(one.execute, code, on_output=lambda output: printing.set())
-            assert printing.wait(PATIENCE)
-            with JupyterCodeExecutor(server) as two:
-                assert not cell.done()
-                assert run(two, "1").output == "1"
-            assert cell.result().status == "ok"
+    with slow_link("5e6") as server, JupyterCodeExecutor(server) as one, ThreadPoolExecutor(1) as pool:
+        code = "import sys\nfor _ in range(300_000): sys.stdout.write('x' * 99 + chr(10))"
+        cell = pool.submit(one.execute, code, on_output=lambda output: printing.set())
+        assert printing.wait(PATIENCE)
+        with JupyterCodeExecutor(server) as two:
+            assert not cell.done()
+            assert run(two, "1").output == "1"
+        assert cell.result().status == "ok"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "os._exit(3)", "1 / 0"])
-def test_a_flood_over_a_slow_link_is_bounded_and_its_cell_ends_in_time(end: str, tmp_path: Path) -> None:
-    (tmp_path / "link.py").write_text(SLOW_LINK)
-    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
+def test_a_flood_over_a_slow_link_is_bounded_and_its_cell_ends_in_time(end: str, slow_link: Any) -> None:
     flood = "while True: print('x' * 1000)" if not end else "for _ in range(20_000): print('x' * 1000)"
-    with CommandJupyterServer(argv, env={"RATE": "1e6"}) as server, JupyterCodeExecutor(server) as executor:
+    with slow_link("1e6") as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "x = 5; import os").exit_code == 0
         started = time.monotonic()
         result = executor.execute(f"{flood}\n{end}", timeout=4)
@@ -5166,14 +5108,11 @@ def test_a_flood_over_a_slow_link_is_bounded_and_its_cell_ends_in_time(end: str,
 
 
 @pytest.mark.slow
-def test_what_a_slow_link_loses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_slow_link_loses_is_said(slow_link: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     patch_host(monkeypatch, "RELAY_LIMIT = 64 * 2**20", "RELAY_LIMIT = 10**6")
-    (tmp_path / "link.py").write_text(SLOW_LINK)
-    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
-    with CommandJupyterServer(argv, env={"RATE": "5e6"}) as server, JupyterCodeExecutor(server) as executor:
+    with slow_link("5e6") as server, JupyterCodeExecutor(server) as executor:
         result = executor.execute("for _ in range(100): print('x' * 10**5, flush=True)\n1 / 0")
-        assert result.error
-        assert result.error["ename"] == "ZeroDivisionError"
+        assert result.error and result.error["ename"] == "ZeroDivisionError"
         assert "lost" in result.note
         assert "lost" not in executor.execute("print('y' * 1000)").note
 
@@ -5187,10 +5126,11 @@ def test_kernels_through_ssh(sshd: list[str]) -> None:
 
 
 def test_ssh_that_refuses_is_reported(sshd: list[str]) -> None:
-    with CommandJupyterServer([*sshd, "/no/such/python3"]) as server, pytest.raises(KernelStartFailed) as caught:
-        JupyterCodeExecutor(server)
-    assert "/no/such/python3" in str(caught.value)
-    assert "exit code 127" in str(caught.value)
+    with CommandJupyterServer([*sshd, "/no/such/python3"]) as server:
+        with pytest.raises(
+            KernelStartFailed, match=r"(?s)/no/such/python3.*exit code 127|exit code 127.*/no/such/python3"
+        ):
+            JupyterCodeExecutor(server)
 
 
 # ======================================================================================================
@@ -5440,8 +5380,11 @@ def test_restart_gives_a_fresh_kernel(executor: JupyterCodeExecutor) -> None:
 def test_a_stopped_executor_says_so(executor: JupyterCodeExecutor) -> None:
     executor.stop()
     executor.stop()
-    with pytest.raises(JupyterExecError, match="was stopped"):
-        run(executor, "1")
+    acts: list[Callable[[], Any]] = [lambda: run(executor, "1"), lambda: executor.upload(b"", "x")]
+    acts += [lambda: executor.set_variables(x=1), lambda: executor.list_files()]
+    for act in acts:
+        with pytest.raises(JupyterExecError, match="was stopped"):
+            act()
 
 
 @pytest.mark.parametrize(
@@ -5611,7 +5554,8 @@ def test_no_flood_grows_the_client_without_bound(what: str, tmp_path: Path) -> N
     said = run_python(program, str(tmp_path), textwrap.dedent(SEND) + FLOODS[what]).stdout
     exit_code, growth, length, *files = said.split()
     limit, size = PRINTED.get(what, (300, None))
-    assert (exit_code, int(growth) < limit, int(length) < 101_000) == ("0", True, True)
+    assert exit_code == "0" or what == "one line"
+    assert int(growth) < limit and int(length) < 101_000
     assert size is None or Path(files[0]).stat().st_size == size
 
 
@@ -5997,8 +5941,7 @@ class Zeros(io.RawIOBase):
         return bytes(got)
 
 
-def zeros(size: int) -> Any:
-    return Zeros(size)
+zeros: Any = Zeros
 
 
 @pytest.mark.parametrize("kind", ["local", "attached"])
@@ -6034,14 +5977,13 @@ def test_files_come_and_go_while_a_cell_runs(request: pytest.FixtureRequest, kin
         assert cell.result(PATIENCE).output == "gone\n"
 
 
-def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = [*IPYKERNEL, "--IPKernelApp.kernel_class=other.Other"]
+def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path) -> None:
     (kernels_dir.parent / "other.py").write_text(
         "from ipykernel.ipkernel import IPythonKernel\n"
         "class Other(IPythonKernel):\n    language_info = {'name': 'R', 'file_extension': '.r'}\n"
     )
-    add_spec(kernels_dir, "other", argv=argv, display_name="o", language="R")
-    env = {"JUPYTER_PATH": str(kernels_dir.parent), "PYTHONPATH": str(kernels_dir.parent)}
+    env = add_spec(kernels_dir, "other", [*IPYKERNEL, "--IPKernelApp.kernel_class=other.Other"], language="R")
+    env["PYTHONPATH"] = str(kernels_dir.parent)
     with LocalJupyterServer(env=env, cwd=kernels_dir) as server, JupyterCodeExecutor(server, "other") as executor:
         executor.upload(b"1", "in")
         assert executor.download("in") == b"1"
@@ -6053,29 +5995,21 @@ def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", ["local", "attached"])
-def test_a_link_over_there_is_followed_to_read_and_replaced_to_write(request: pytest.FixtureRequest, kind: str) -> None:
+def test_a_link_is_followed_to_read_and_replaced_to_write(
+    request: pytest.FixtureRequest, kind: str, tmp_path: Path
+) -> None:
     with executor_at(request, kind) as executor:
-        here = Path(request.getfixturevalue("tmp_path") / "place")
-        (here / "old").write_text("old")
-        (here / "link").symlink_to("old")
+        places = (tmp_path, tmp_path / "place")  # here and there
+        for place in places:
+            (place / "old").write_text("old")
+            (place / "link").symlink_to("old")
         assert executor.download("link") == b"old"
         assert [(entry.name, entry.kind) for entry in executor.list_files()] == [("link", "link"), ("old", "file")]
         executor.upload(b"new", "link")
-        assert ((here / "link").is_symlink(), (here / "link").read_text(), (here / "old").read_text()) == (
-            False,
-            "new",
-            "old",
-        )
-
-
-def test_a_link_here_is_replaced(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
-    (tmp_path / "old").write_text("old")
-    (tmp_path / "link").symlink_to("old")
-    name = executor.upload(b"new", tmp_path / "far")
-    executor.download(name, tmp_path / "link")
-    assert (tmp_path / "old").read_text() == "old"
-    assert (tmp_path / "link").read_text() == "new"
-    assert not (tmp_path / "link").is_symlink()
+        executor.download("link", tmp_path / "link")
+    for place in places:
+        assert not (place / "link").is_symlink()
+        assert [(place / name).read_text() for name in ("link", "old")] == ["new", "old"]
 
 
 def test_a_source_is_called_by_its_own_name_there(request: pytest.FixtureRequest, tmp_path: Path) -> None:
@@ -6264,14 +6198,6 @@ def test_files_reach_a_new_host_after_the_loss_of_one(request: pytest.FixtureReq
         assert run(executor, "open('f').read()").output == "'x'"
 
 
-def test_a_stopped_executor_takes_no_files(server: LocalJupyterServer) -> None:
-    executor = JupyterCodeExecutor(server)
-    executor.stop()
-    for act in (lambda: executor.upload(b"", "x"), lambda: executor.set_variables(x=1), executor.list_files):
-        with pytest.raises(JupyterExecError, match="was stopped"):
-            act()
-
-
 @pytest.mark.slow
 @anywhere
 @pytest.mark.parametrize("kind", ["local", "docker", "gateway"])
@@ -6415,6 +6341,16 @@ def test_a_value_that_takes_for_ever_is_interrupted(
     assert executor.get_variable("x") == 1
 
 
+def answering(value: Any) -> Callable[[ScriptedKernel, dict[str, Any]], None]:
+    """The script of a kernel that gives this for an expression."""
+
+    def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        kernel.reply("execute_reply", {"status": "ok", "user_expressions": {"value": value}}, request)
+        kernel.publish("status", {"execution_state": "idle"}, request)
+
+    return script
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -6432,11 +6368,7 @@ def test_a_value_that_takes_for_ever_is_interrupted(
     ids=lambda value: ascii(value)[:50],
 )
 def test_no_reply_raises_anything_but_our_errors(value: Any) -> None:
-    def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
-        kernel.reply("execute_reply", {"status": "ok", "user_expressions": {"value": value}}, request)
-        kernel.publish("status", {"execution_state": "idle"}, request)
-
-    with scripted(script) as executor:
+    with scripted(answering(value)) as executor:
         for act in (lambda: executor.get_variable("x"), lambda: executor.list_files(), lambda: executor.download("x")):
             with pytest.raises((VariableError, FileTransferError)) as caught:
                 act()
@@ -6447,12 +6379,7 @@ def test_no_reply_raises_anything_but_our_errors(value: Any) -> None:
 def test_a_value_that_is_no_json_is_told(data: bytes) -> None:
     parts = [base64.b64encode(part).decode() for part in (json.dumps({"size": len(data)}).encode(), data)]
     value = {"status": "ok", "data": {"text/plain": f"'{' '.join(parts)}'"}}
-
-    def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
-        kernel.reply("execute_reply", {"status": "ok", "user_expressions": {"value": value}}, request)
-        kernel.publish("status", {"execution_state": "idle"}, request)
-
-    with scripted(script) as executor, pytest.raises(VariableError, match="what came is no JSON"):
+    with scripted(answering(value)) as executor, pytest.raises(VariableError, match="what came is no JSON"):
         executor.get_variable("x")
 
 
@@ -6681,12 +6608,19 @@ def test_ctrl_c_in_a_call_that_may_be_detached_interrupts_its_cell(server: Local
         assert run(executor, "x").output == "5"  # though the signal came in another thread
 
 
-def test_a_hook_of_a_detaching_executor_cannot_run_another_cell(server: LocalJupyterServer) -> None:
+@pytest.mark.parametrize("on_timeout", ["interrupt", "detach"])
+def test_a_hook_cannot_run_another_cell(server: LocalJupyterServer, on_timeout: Any, caplog: Any) -> None:
     said: list[CodeResult] = []
-    with JupyterCodeExecutor(server, on_timeout="detach") as executor:
-        hook = lambda output: said.append(run(executor, "2"))  # noqa: E731
-        assert executor.execute("print(1)", on_output=hook).text == "1\n"
-    assert said[0].output == jupyter_exec.HOOK_RUNS_CELL
+    executor: JupyterCodeExecutor
+
+    def hook(output: dict[str, Any]) -> None:
+        said.append(run(executor, "2"))
+        executor.execute("2")
+
+    with JupyterCodeExecutor(server, on_timeout=on_timeout) as executor:
+        result = executor.execute("print(1)", on_output=hook)
+    assert (result.status, result.text, said[0].output) == ("ok", "1\n", jupyter_exec.HOOK_RUNS_CELL)
+    assert "its hooks cannot run another one" in caplog.text
 
 
 def test_jobs_run_in_order_and_tell_their_state(executor: JupyterCodeExecutor) -> None:
@@ -6732,17 +6666,7 @@ def test_the_output_of_a_job_is_as_in_results_and_bounded(server: LocalJupyterSe
             assert len(so_far) < 1100
 
 
-def test_a_job_of_a_kernel_that_cannot_start_raises_in_wait(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "broken", argv=[sys.executable, "-c", "raise SystemExit(3)", "{connection_file}"])
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with JupyterCodeExecutor(server, "broken") as executor:
-            job = executor.submit("1")
-            with pytest.raises(KernelStartFailed):
-                job.wait(PATIENCE)
-            assert (job.done, job.status, job.output) == (True, "failed", "")
-
-
-@pytest.mark.parametrize("kind", ["submitted", "detached", "attached"])
+@pytest.mark.parametrize("kind", ["idle", "submitted", "detached", "attached"])
 def test_a_job_ends_with_an_executor_that_is_collected(
     server: LocalJupyterServer, executor: JupyterCodeExecutor, kind: str
 ) -> None:
@@ -6751,14 +6675,16 @@ def test_a_job_ends_with_an_executor_that_is_collected(
     target = executor.connection_file if kind == "attached" else server
     other: Any = JupyterCodeExecutor(target, on_timeout="detach")
     pid = int(run(other, "import os; os.getpid()").output)
-    job = other.submit(FOR_EVER)
-    eventually(lambda: job.output, "it has begun")
+    job: Any = None
+    if kind != "idle":
+        job = other.submit(FOR_EVER)
+        eventually(lambda: job.output, "it has begun")
     if kind == "detached":
-        del job
+        job = None
     with pytest.warns(ResourceWarning, match="forgotten"):
         del other
         gc.collect()
-    if kind != "detached":
+    if job:
         assert job.wait(PATIENCE).status == "died"
     eventually(lambda: set(threading.enumerate()) <= before, "its threads have ended")
     if kind == "attached":
@@ -6769,30 +6695,26 @@ def test_a_job_ends_with_an_executor_that_is_collected(
 
 @pytest.mark.slow
 def test_a_detached_cell_is_complete_after_a_dropped_connection(
-    jupyter_server: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    jupyter_server: Peer, tmp_path: Path, connections: list[socket.socket]
 ) -> None:
-    opened: list[socket.socket] = []
-    websocket = jupyter_exec.RestClient.websocket
-
-    def counting(*arguments: Any) -> Any:
-        if opened:
-            eventually(lambda: opened[0].fileno() == -1, "the first connection was dropped")
-            (tmp_path / "gate").touch()
-        result = websocket(*arguments)
-        opened.append(result[0])
-        return result
-
-    monkeypatch.setattr(jupyter_exec.RestClient, "websocket", counting)
-    wait = f"while not os.path.exists({str(tmp_path / 'gate')!r}): time.sleep(0.01)"
     with JupyterCodeExecutor(jupyter_server.info, on_timeout="detach") as executor:
-        code = f"import os, time\nprint('first', flush=True)\n{wait}\nfor i in range(5): print(i, flush=True)\n7"
+        code = waiting_for(tmp_path / "gate", "print('first', flush=True)")
+        code += "for i in range(5): print(i, flush=True)\n7"
         assert executor.execute(code, timeout=0.5).status == "running"
-        opened[0].shutdown(socket.SHUT_RDWR)
+        connections[0].shutdown(socket.SHUT_RDWR)
         result = executor.wait(PATIENCE)
         assert (result.status, result.kernel_state) == ("ok", "intact")
         assert result.text.startswith("first\n0\n1\n2\n3\n4\n7")
         assert run(executor, "7").output == "7"
-    assert len(opened) == 2
+    assert len(connections) == 2
+
+
+def submit_endless(pool: ThreadPoolExecutor, executor: JupyterCodeExecutor) -> Any:
+    """Run a cell without end in another thread; its future comes when it has begun."""
+    going = threading.Event()
+    cell = pool.submit(executor.execute, FOR_EVER, on_output=lambda output: going.set())
+    assert going.wait(PATIENCE)
+    return cell
 
 
 @pytest.mark.parametrize("what", ["restart", "stop"])
@@ -6801,37 +6723,28 @@ def test_restart_and_stop_end_the_running_cell_and_go_before_the_waiting_ones(
 ) -> None:
     with JupyterCodeExecutor(server) as executor, ThreadPoolExecutor(5) as pool:
         run(executor, "x = 1")
-        going = threading.Event()
-        code = "print('go', flush=True)\nwhile True: pass"
-        running = pool.submit(executor.execute, code, on_output=lambda output: going.set())
-        assert going.wait(PATIENCE)
-        waiting = [
-            pool.submit(executor.execute_code_blocks, [CodeBlock("'x' in dir()"), CodeBlock("2")]) for _ in range(4)
-        ]
+        running = submit_endless(pool, executor)
+        waiting = [pool.submit(run, executor, "'x' in dir()", "2") for _ in range(4)]
         eventually(lambda: len(executor._turns._queue) == 5, "four wait in line")
         getattr(executor, what)()
         ended = running.result(PATIENCE)
         assert (ended.status, ended.kernel_state) == ("died", "lost")
-        if what == "stop":
-            assert ended.note == "The executor was stopped while the code ran; all variables are lost"
-            for call in waiting:
+        done = "stopped" if what == "stop" else "restarted"
+        assert re.fullmatch(rf"The \w+ was {done} while the code ran; all variables are lost", ended.note)
+        for call in waiting:
+            if what == "stop":
                 with pytest.raises(JupyterExecError, match="The executor was stopped"):
                     call.result(PATIENCE)
-        else:
-            assert ended.note == "The kernel was restarted while the code ran; all variables are lost"
-            for call in waiting:
+            else:
                 assert call.result(PATIENCE).output == f"False\n{jupyter_exec._FRESH}\n2"
-            assert run(executor, "1").output == "1"
+        assert what == "stop" or run(executor, "1").output == "1"
 
 
 def test_stop_of_an_attached_executor_ends_its_cell_only(executor: JupyterCodeExecutor) -> None:
     run(executor, "x = 7")
     assert executor.connection_file
-    going = threading.Event()
     with JupyterCodeExecutor(executor.connection_file) as attached, ThreadPoolExecutor(1) as pool:
-        code = "print('go', flush=True)\nwhile True: pass"
-        running = pool.submit(attached.execute, code, on_output=lambda output: going.set())
-        assert going.wait(PATIENCE)
+        running = submit_endless(pool, attached)
         attached.stop()
         assert running.result(PATIENCE).status == "interrupted"
     assert run(executor, "x").output == "7"
@@ -6861,24 +6774,6 @@ def test_threads_with_a_stop_at_a_random_instant(server: LocalJupyterServer) -> 
             assert [stop.result(PATIENCE) for stop in stops] == [None, None]
         assert set(said) <= {"ok", "died", "stopped"} and said.count("died") <= 1
         assert executor._turns._queue == []
-
-
-@pytest.mark.parametrize("end", ["KeyboardInterrupt", "SystemExit"])
-def test_a_cell_that_a_signal_ends_is_in_the_notebook(executor: JupyterCodeExecutor, tmp_path: Path, end: str) -> None:
-    def stop(number: int, frame: Any) -> None:
-        raise {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}[end]
-
-    before = signal.signal(signal.SIGUSR1, stop)
-    try:
-        hook = functools.partial(os.kill, os.getpid(), signal.SIGUSR1)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            executor.execute("print('so far', flush=True)\nwhile True: pass", on_output=lambda output: hook())
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    executor.save_notebook(tmp_path / "n.ipynb")
-    (cell,) = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
-    assert cell.outputs[0].text == "so far\n"
-    assert "Interrupted" in cell.outputs[-1].text
 
 
 def test_cells_of_many_threads_run_in_the_order_of_the_calls(executor: JupyterCodeExecutor) -> None:
@@ -6970,16 +6865,6 @@ def test_a_server_that_is_collected_in_a_forked_child_lives_on() -> None:
     """
     result = run_python(program)
     assert (result.stdout, result.stderr) == ("True\n", "")
-
-
-def test_a_forgotten_executor_is_ended_with_a_warning(server: LocalJupyterServer) -> None:
-    executor: JupyterCodeExecutor | None = JupyterCodeExecutor(server)
-    assert executor
-    pid = int(run(executor, "import os; os.getpid()").output)
-    with pytest.warns(ResourceWarning, match="forgotten"):
-        del executor
-        gc.collect()
-    eventually(lambda: is_gone(pid), "the kernel is gone")
 
 
 def test_what_kernels_of_a_killed_host_had_started_is_ended(marker: str) -> None:
@@ -7280,14 +7165,6 @@ def test_children_without_session_and_environment_die_with_the_server() -> None:
     eventually(lambda: not any(number in command_line(pid) for pid in sleepers), "it is gone")
 
 
-def test_a_hook_cannot_run_another_cell(executor: JupyterCodeExecutor, caplog: pytest.LogCaptureFixture) -> None:
-    inner: list[Any] = []
-    hook = lambda output: inner.append(executor.execute("print('inner')"))  # noqa: E731
-    result = executor.execute("print('outer')", on_output=hook)
-    assert (result.status, result.text) == ("ok", "outer\n")
-    assert "its hooks cannot run another one" in caplog.text
-
-
 # Languages, pip, functions
 
 
@@ -7295,9 +7172,25 @@ def run_block(executor: JupyterCodeExecutor, code: str, language: str) -> CodeRe
     return executor.execute_code_blocks([CodeBlock(code, language)])
 
 
-@pytest.mark.parametrize("language", ["python", "py", "Python", "ipython", "python3", "python3.11", "", None])
-def test_names_of_python(executor: JupyterCodeExecutor, language: Any) -> None:
-    assert run_block(executor, "6 * 7", language).output == "42"
+PYTHONS: list[Any] = ["python", "py", "Python", "ipython", "python3", "python3.11", "", None]
+
+
+@pytest.mark.parametrize(
+    ("code", "language", "exit_code", "output"),
+    [
+        *(("6 * 7", name, 0, "42") for name in PYTHONS),
+        ("command -v python", "bash", 0, f"{Path(sys.executable).parent}/python\n"),
+        ('!echo "hello world!"', "bash", 0, "hello world!\n"),  # AutoGen's: a bang in a block of bash is IPython's
+        ("%time 1", "sh", 0, None),
+        ("puts 1", "ruby", 1, "The kernel runs python or bash, not ruby: the block was not run."),
+    ],
+)
+def test_languages_of_blocks(
+    executor: JupyterCodeExecutor, code: str, language: Any, exit_code: int, output: str | None
+) -> None:
+    result = run_block(executor, code, language)
+    assert result.exit_code == exit_code
+    assert output is None or result.output == output
 
 
 @pytest.mark.slow
@@ -7385,18 +7278,14 @@ def test_what_a_script_leaves_in_the_background(server: LocalJupyterServer, tmp_
         eventually(lambda: int(pid) not in descendants(os.getpid()), "an interrupt ends the children")
 
 
-def test_a_shell_that_is_missing_is_said(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shell_that_is_missing_and_source_files_that_are(
+    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "functions_source", lambda functions: raising(ValueError))
+    assert run_block(executor, "echo {1}", "bash").output == "{1}\n"
     monkeypatch.setitem(jupyter_exec._SHELLS, "bash", "no-such-bash")
     result = run_block(executor, "echo 1", "bash")
     assert (result.exit_code, result.output) == (127, "There is no no-such-bash where the kernel runs.\n")
-
-
-def test_shell_blocks_without_source_files(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_source(functions: Any) -> str:
-        raise ValueError("no source")
-
-    monkeypatch.setattr(jupyter_exec, "functions_source", no_source)
-    assert run_block(executor, "echo {1}", "bash").output == "{1}\n"
 
 
 QUIET_PIP = """!"{__import__('sys').executable}" -m pip install -qq --disable-pip-version-check x"""
@@ -7426,32 +7315,13 @@ def test_a_block_without_a_language_is_the_kernels_own() -> None:
     assert jupyter_exec.cell_of(CodeBlock("echo 1"), "bash", "bash") == ("echo 1", "echo 1")
 
 
-def test_a_kernel_that_is_no_longer_installed_is_no_intact_kernel(
-    kernels_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add_spec(kernels_dir, "vanishing", argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with JupyterCodeExecutor(server, "vanishing") as executor:
-            assert run(executor, "exit()").kernel_state == "lost"
-            shutil.rmtree(kernels_dir / "vanishing")
-            result = run(executor, "1")
-            assert (result.exit_code, result.kernel_state) == (1, "lost")
-            assert "Kernel vanishing is not installed" in result.output
-
-
-def test_shell_blocks_use_the_kernels_python(executor: JupyterCodeExecutor) -> None:
-    found = run_block(executor, "command -v python", "bash").output.strip()
-    assert Path(found).parent == Path(sys.executable).parent
-
-
-def test_autogens_bang_in_a_bash_block_goes_to_ipython(executor: JupyterCodeExecutor) -> None:
-    assert run_block(executor, '!echo "hello world!"', "bash").output.strip() == "hello world!"
-    assert run_block(executor, "%time 1", "sh").exit_code == 0
-
-
-def test_a_language_that_the_kernel_does_not_speak_is_refused(executor: JupyterCodeExecutor) -> None:
-    result = run_block(executor, "puts 1", "ruby")
-    assert (result.exit_code, result.output) == (1, "The kernel runs python or bash, not ruby: the block was not run.")
+def test_a_kernel_that_is_no_longer_installed_is_no_intact_kernel(kernels_dir: Path) -> None:
+    with kernel_of(kernels_dir, IPYKERNEL, "vanishing") as executor:
+        assert run(executor, "exit()").kernel_state == "lost"
+        shutil.rmtree(kernels_dir / "vanishing")
+        result = run(executor, "1")
+        assert (result.exit_code, result.kernel_state) == (1, "lost")
+        assert "Kernel vanishing is not installed" in result.output
 
 
 @pytest.mark.slow
@@ -7470,18 +7340,6 @@ def add_two(a: int, b: int = 2) -> int:
 
 def test_functions_are_there_from_the_start_and_after_every_restart(server: LocalJupyterServer) -> None:
     with JupyterCodeExecutor(server, functions=[add_two]) as executor:
-        assert run(executor, "add_two(3)").output == "5"
-        assert executor.execute("1").execution_count == 2
-        executor.restart()
-        assert run(executor, "add_two(4)").output == "6"
-        run(executor, "import os; os._exit(1)")
-        assert run(executor, "add_two(5)").output == "7"
-        assert "add_two(a: 'int', b: 'int' = 2) -> 'int': Add two numbers." in executor.system_message
-        assert executor.system_message.startswith(jupyter_exec.CODE_WRITER_SYSTEM_MESSAGE)
-
-
-def test_functions_are_there_after_their_definition_was_interrupted(server: LocalJupyterServer) -> None:
-    with JupyterCodeExecutor(server, functions=[add_two]) as executor:
         execute = executor._kernel.execute
 
         def interrupted(*arguments: Any, **options: Any) -> Any:
@@ -7490,7 +7348,14 @@ def test_functions_are_there_after_their_definition_was_interrupted(server: Loca
 
         executor._kernel.execute = interrupted  # type: ignore[method-assign]
         assert "in the kernel: KeyboardInterrupt" in run(executor, "1").output
-        assert run(executor, "add_two(1)").output == "3"
+        assert run(executor, "add_two(3)").output == "5"
+        executor.restart()
+        assert run(executor, "add_two(4)").output == "6"
+        assert executor.execute("1").execution_count == 2
+        run(executor, "import os; os._exit(1)")
+        assert run(executor, "add_two(5)").output == "7"
+        assert "add_two(a: 'int', b: 'int' = 2) -> 'int': Add two numbers." in executor.system_message
+        assert executor.system_message.startswith(jupyter_exec.CODE_WRITER_SYSTEM_MESSAGE)
 
 
 def test_functions_that_cannot_be_sent_are_refused(server: LocalJupyterServer) -> None:
@@ -7516,39 +7381,63 @@ async def test_async_executor_runs_blocks_on_a_loop(server: LocalJupyterServer, 
 
 @on_a_loop
 async def test_cancelling_interrupts_the_cell_and_keeps_the_kernel(server: LocalJupyterServer) -> None:
-    async with AsyncJupyterCodeExecutor(server) as executor:
-        await executor.run("x = 5\nimport time")
-        for delay in (0.0, 0.3):
-            task = asyncio.ensure_future(executor.run("time.sleep(60)"))
-            await asyncio.sleep(delay)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert (await executor.run("x")).output == "5"
-
-
-@on_a_loop
-async def test_a_cancellation_token_interrupts_too(server: LocalJupyterServer) -> None:
     class Token:
         def link_future(self, future: Any) -> None:
             asyncio.get_running_loop().call_later(0.3, future.cancel)
 
     async with AsyncJupyterCodeExecutor(server) as executor:
-        await executor.run("x = 5")  # what is cancelled before it begins does not run
-        with pytest.raises(asyncio.CancelledError):
-            await executor.execute_code_blocks([CodeBlock("import time; time.sleep(60)")], Token())
+        await executor.run("x = 5\nimport time")
+        task: Any = asyncio.ensure_future(executor.run("time.sleep(60)"))
+        await asyncio.sleep(0)
+        await cancel(task)
+        await cancel(await begin(executor))
         assert (await executor.run("x")).output == "5"
+        with pytest.raises(asyncio.CancelledError):
+            await executor.execute_code_blocks([CodeBlock("time.sleep(60)")], Token())
+        assert (await executor.run("x")).output == "5"
+
+
+@on_a_loop
+async def test_cancelling_a_cell_twice_or_one_that_waits_hits_no_other(
+    server: LocalJupyterServer, tmp_path: Path
+) -> None:
+    async with AsyncJupyterCodeExecutor(server) as executor:
+        await executor.run("import time; ran = []")
+        first = await begin(executor, waiting_for(tmp_path / "gate", "print('go', flush=True)") + "ran.append(1)")
+        second = asyncio.ensure_future(executor.run("ran.append(2)"))
+        await asyncio.sleep(0)
+        await cancel(second)
+        (tmp_path / "gate").touch()
+        assert (await first).exit_code == 0
+        third = await begin(executor)
+        third.cancel()
+        await asyncio.sleep(0)
+        await cancel(third)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(executor.run("time.sleep(60)"), 0.2)
+        assert (await executor.run("ran")).output == "[1]"
+
+
+async def begin(executor: AsyncJupyterCodeExecutor, code: str = FOR_EVER) -> asyncio.Task[ExecutionResult]:
+    """Start a cell that prints at once; returns its task when it has."""
+    going = asyncio.Event()
+    tell = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, going.set)
+    task = asyncio.ensure_future(executor.execute(code, on_output=lambda output: tell()))
+    await going.wait()
+    return task
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 @pytest.mark.parametrize("what", ["restart", "stop"])
 @on_a_loop
 async def test_async_restart_and_stop_go_before_the_waiting_cells(server: LocalJupyterServer, what: str) -> None:
     async with AsyncJupyterCodeExecutor(server) as executor:
-        going = asyncio.Event()
-        wake = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, going.set)
-        code = "print('go', flush=True)\nwhile True: pass"
-        running = asyncio.ensure_future(executor.execute(code, on_output=lambda output: wake()))
-        await going.wait()
+        running = await begin(executor)
         waiting = [asyncio.ensure_future(executor.run("2")) for _ in range(3)]
         await asyncio.sleep(0)
         await getattr(executor, what)()
@@ -7556,28 +7445,6 @@ async def test_async_restart_and_stop_go_before_the_waiting_cells(server: LocalJ
         said = await asyncio.gather(*waiting, return_exceptions=True)
         expected = f"2\n{jupyter_exec._FRESH}" if what == "restart" else jupyter_exec._STOPPED
         assert [getattr(result, "output", str(result)) for result in said] == [expected] * 3
-
-
-@on_a_loop
-async def test_cancelling_a_cell_twice_or_one_that_waits_hits_no_other(server: LocalJupyterServer) -> None:
-    async with AsyncJupyterCodeExecutor(server) as executor:
-        await executor.run("import time; ran = []")
-        first = asyncio.ensure_future(executor.run("time.sleep(0.3); ran.append(1)"))
-        second = asyncio.ensure_future(executor.run("ran.append(2)"))
-        await asyncio.sleep(0.1)
-        second.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await second
-        assert (await first).exit_code == 0
-        third = asyncio.ensure_future(executor.run("time.sleep(60)"))
-        for _ in range(2):
-            await asyncio.sleep(0.1)
-            third.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await third
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(executor.run("time.sleep(60)"), 0.2)
-        assert (await executor.run("ran")).output == "[1]"
 
 
 async def cancel_at_random(server: LocalJupyterServer, times: int, randoms: random.Random) -> None:
@@ -7606,24 +7473,14 @@ def test_cancelling_at_random_instants(server: LocalJupyterServer, times: int) -
     asyncio.run(cancel_at_random(server, times, random.Random(seed)))
 
 
-def test_many_cells_do_not_block_the_event_loop(server: LocalJupyterServer) -> None:
-    async def main() -> list[float]:
-        async with contextlib.AsyncExitStack() as stack:
-            executors = [await stack.enter_async_context(AsyncJupyterCodeExecutor(server)) for _ in range(4)]
-            await asyncio.gather(*(executor.run("import time") for executor in executors))
-            cells = asyncio.gather(*(executor.run("time.sleep(0.5)") for executor in executors))
-            lags = []
-            while not cells.done():
-                before = time.monotonic()
-                await asyncio.sleep(0)
-                lags.append(time.monotonic() - before)
-                await asyncio.sleep(0.01)
-            await cells
-            return lags
-
-    lags = asyncio.run(main())
-    assert len(lags) > 20  # the loop went on turning for half a second
-    assert sorted(lags)[len(lags) // 2] < 0.02
+@on_a_loop
+async def test_many_cells_do_not_block_the_event_loop(server: LocalJupyterServer, tmp_path: Path) -> None:
+    code = waiting_for(tmp_path / "gate", "print('go', flush=True)")
+    async with contextlib.AsyncExitStack() as stack:
+        executors = [await stack.enter_async_context(AsyncJupyterCodeExecutor(server)) for _ in range(4)]
+        cells = [await begin(executor, code) for executor in executors]  # it goes on turning while they run,
+        (tmp_path / "gate").touch()  # or never gets here
+        assert [(await cell).status for cell in cells] == ["ok"] * 4
 
 
 async def longest_lag(work: Any) -> float:
@@ -9337,11 +9194,8 @@ def test_a_terminal_answers_input_and_shows_tracebacks_in_colours() -> None:
 
 
 def test_run_json_tells_of_a_kernel_that_cannot_start(kernels_dir: Path) -> None:
-    argv = ["python", "-c", "import sys; sys.exit(' '.join(['no', 'licence', 'found']))"]
-    add_spec(kernels_dir, "bad", argv=argv, display_name="b", language="python")
-    result = cli(
-        "run", "-c", "1", "--json", "--kernel", "bad", env=os.environ | {"JUPYTER_PATH": str(kernels_dir.parent)}
-    )
+    env = environment(**add_spec(kernels_dir, "bad", NO_LICENCE))
+    result = cli("run", "-c", "1", "--json", "--kernel", "bad", env=env)
     said = json.loads(result.stdout)
     assert (said["exit_code"], said["kernel_state"], result.returncode) == (1, "lost", 2)
     assert "no licence found" in said["blocks"][0]["output"]
