@@ -376,25 +376,16 @@ def test_pure_sections_know_no_socket_clock_process_or_file() -> None:
             assert not any(start <= node.lineno <= end for start, end in pure), f"line {node.lineno}: {node.id}"
 
 
-def test_only_the_standard_library_is_imported_at_module_level() -> None:
-    imported = set()
-    for node in TREE.body:
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add((node.module or "").split(".")[0])
-    assert imported <= sys.stdlib_module_names
+def test_only_the_standard_library_is_imported_at_module_level_and_little_else_anywhere() -> None:
+    def foreign(nodes: Iterable[ast.AST]) -> set[str]:
+        names: set[str] = set()
+        for node in nodes:
+            names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+        return {name.split(".")[0] for name in names} - sys.stdlib_module_names
 
-
-def test_only_zmq_docker_and_mcp_are_imported_anywhere() -> None:
-    names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names <= {
-        "zmq",
-        "docker",
-        "mcp",  # for the command of that name
-        "annotationlib",  # of Python 3.14
-    }
+    assert foreign(TREE.body) == set()
+    assert foreign(ast.walk(TREE)) <= {"zmq", "docker", "mcp", "annotationlib"}  # the last is of Python 3.14
 
 
 @functools.cache
@@ -425,18 +416,6 @@ def test_import_loads_neither_docker_nor_jupyter_client_nor_ssl() -> None:
     assert (result.stdout, result.stderr) == ("\n", "")
 
 
-VENDORED = """
-    import sys
-    sys.path.insert(0, sys.argv[1])
-    from pkg._vendor import jupyter_exec as one
-    from pkg._vendor import other as two
-    for module in (one, two):
-        with module.LocalJupyterServer() as server, module.JupyterCodeExecutor(server) as executor:
-            print(executor.execute_code_blocks([module.CodeBlock("40 + 2")]).output)
-    assert one.CodeBlock is not two.CodeBlock
-"""
-
-
 def test_a_host_of_the_same_bytecode_gets_code_that_is_there_and_any_other_the_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,13 +429,23 @@ def test_a_host_of_the_same_bytecode_gets_code_that_is_there_and_any_other_the_s
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["code", "code.zip"])
 def test_two_vendored_copies_work_in_one_process_and_from_a_zip_file(tmp_path: Path, place: str) -> None:
+    vendored = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from pkg._vendor import jupyter_exec as one
+        from pkg._vendor import other as two
+        for module in (one, two):
+            with module.LocalJupyterServer() as server, module.JupyterCodeExecutor(server) as executor:
+                print(executor.execute_code_blocks([module.CodeBlock("40 + 2")]).output)
+        assert one.CodeBlock is not two.CodeBlock
+    """
     with zipfile.ZipFile(tmp_path / "code.zip", "w") as archive:
         for name in ("pkg/__init__.py", "pkg/_vendor/__init__.py"):
             archive.writestr(name, "")
         for name in ("jupyter_exec.py", "other.py"):
             archive.write(MODULE, f"pkg/_vendor/{name}")
         archive.extractall(tmp_path / "code")
-    result = run_python(VENDORED, str(tmp_path / place))
+    result = run_python(vendored, str(tmp_path / place))
     assert (result.stdout, result.stderr) == ("42\n42\n", "")
 
 
@@ -805,13 +794,6 @@ def test_a_corrupt_pipe_is_noticed(data: bytes, says: str) -> None:
         list(jupyter_exec.PipeCodec().feed(data))
 
 
-@given(st.binary(max_size=200))
-def test_random_bytes_never_crash_the_pipe_codec(data: bytes) -> None:
-    with contextlib.suppress(ProtocolError):
-        for parts in jupyter_exec.PipeCodec(limit=1000).feed(data):
-            assert parts
-
-
 # ======================================================================================================
 # 4. WebSocket protocol, and the codecs of the WebSocket
 #
@@ -906,15 +888,15 @@ STORY = (
     + frame(8, Close(1001, "going \u2192 away").serialize())
     + frame(1, b"after the end")
 )
-MESSAGES = ["h\u00e9llo \U0001f600", "", b"\xff\x00" + b"\x01" * 200, "\U0001f600", b"\x02" * 70]
 
 
 @given(st.lists(st.integers(0, 60)))
 @example([])
 @example([1] * len(STORY))
 def test_a_story_in_any_pieces(sizes: list[int]) -> None:
+    messages = ["h\u00e9llo \U0001f600", "", b"\xff\x00" + b"\x01" * 200, "\U0001f600", b"\x02" * 70]
     client = opened()
-    assert [message for piece in cut(STORY, sizes) for message in client.receive(piece)] == MESSAGES
+    assert [message for piece in cut(STORY, sizes) for message in client.receive(piece)] == messages
     # 5.5.3 allows to answer the last ping only.
     assert read_by_judge(client.data_to_send()) == [(Opcode.PONG, b"and now?"), (Opcode.CLOSE, b"\x03\xe9")]
     assert client.closed
@@ -1382,6 +1364,8 @@ def test_no_bytes_raise_anything_else(data: bytes) -> None:
     for codec in (JsonCodec(), V1Codec()):
         with pytest.raises(ProtocolError):
             decoded(codec, data)
+    with contextlib.suppress(ProtocolError):
+        assert all(jupyter_exec.PipeCodec(limit=1000).feed(data))
 
 
 byte_changes = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1)
@@ -1425,7 +1409,6 @@ def execution(*messages: tuple[str, str, dict[str, Any]]) -> jupyter_exec.Execut
 
 REPLY = ("shell", "execute_reply", {"status": "ok", "execution_count": 3})
 IDLE = ("iopub", "status", {"execution_state": "idle"})
-BUSY = ("iopub", "status", {"execution_state": "busy"})
 
 
 def stream(text: str, name: str = "stdout") -> tuple[str, str, dict[str, Any]]:
@@ -1439,9 +1422,10 @@ def display(
 
 
 def test_done_is_reply_and_idle_in_either_order() -> None:
+    busy = ("iopub", "status", {"execution_state": "busy"})
     for first, second in ((REPLY, IDLE), (IDLE, REPLY)):
-        assert not execution(BUSY, first).done
-        assert execution(BUSY, first, second).done
+        assert not execution(busy, first).done
+        assert execution(busy, first, second).done
     assert not execution(("iopub", *REPLY[1:]), IDLE).done
 
 
@@ -1527,21 +1511,19 @@ def test_the_number_of_outputs_is_bounded_and_the_last_text_is_there(monkeypatch
     assert result.truncated and result.note
 
 
-DEEP: Any = json.loads("[" * 900 + "]" * 900)
-
-
 @pytest.mark.parametrize(
     "msg_type", ["stream", "display_data", "error", "execute_reply", "status", "update_display_data"]
 )
 def test_no_nesting_of_what_a_kernel_sends_raises(msg_type: str) -> None:
+    deep: Any = json.loads("[" * 900 + "]" * 900)
     names = "name text data metadata transient ename evalue traceback status payload execution_count execution_state"
     channel = "shell" if msg_type == "execute_reply" else "iopub"
-    flat = dict.fromkeys(names.split(), DEEP)
-    inner = {"transient": {"display_id": DEEP}, "data": {"text/plain": DEEP, "image/png": DEEP}}
-    contents = [flat, {**inner, "payload": [{"source": DEEP}]}]
+    flat = dict.fromkeys(names.split(), deep)
+    inner = {"transient": {"display_id": deep}, "data": {"text/plain": deep, "image/png": deep}}
+    contents = [flat, {**inner, "payload": [{"source": deep}]}]
     made = execution(*((channel, msg_type, content) for content in contents), REPLY, IDLE)
     assert "[[" not in made.result(0).text
-    odd = jupyter_exec.Message(channel, {"msg_type": DEEP, "msg_id": DEEP}, {"msg_id": DEEP}, {}, {}, [])
+    odd = jupyter_exec.Message(channel, {"msg_type": deep, "msg_id": deep}, {"msg_id": deep}, {}, {}, [])
     assert (odd.msg_type, odd.msg_id, odd.parent_id) == ("", "", "")
 
 
@@ -1943,9 +1925,9 @@ def test_connection_files_are_private_and_read_back(tmp_path: Path) -> None:
     [
         (connection_json(), 0o644, r"kernel\.json .*chmod 600"),
         ("", 0o600, "not JSON"),
-        ("{}", 0o600, "kernel"),
+        ("{}", 0o600, "has no 'ip'"),
         ('{"ip": "127.0.0.1"}', 0o600, "port"),
-        (None, 0, "No such file"),
+        (None, 0, r"kernel\.json: No such file"),
     ],
 )
 def test_attaching_by_a_wrong_file_fails_clearly(tmp_path: Path, text: str | None, mode: int, says: str) -> None:
@@ -1953,7 +1935,7 @@ def test_attaching_by_a_wrong_file_fails_clearly(tmp_path: Path, text: str | Non
     if text is not None:
         path.write_text(text)
         path.chmod(mode)
-    with pytest.raises(ProtocolError, match=f"{path}.*{says}|kernel.json.*{says}|{says}"):
+    with pytest.raises(ProtocolError, match=says):
         JupyterCodeExecutor(path)
 
 
@@ -2288,25 +2270,23 @@ def test_kernels_are_lean_and_history_works_all_the_same(executor: JupyterCodeEx
         assert run(other, "get_ipython().history_manager.enabled").output == "True"
 
 
-TCP_KERNEL = """
-import pathlib, sys
-mark = pathlib.Path(sys.argv[2])
-if not mark.exists():
-    mark.touch()
-    sys.exit("zmq.error.ZMQError: Address already in use")
-from ipykernel import kernelapp
-kernelapp.launch_new_instance(["-f", sys.argv[1]])
-"""
-
-
 @pytest.mark.parametrize("is_taken", [False, True])
 def test_kernels_that_may_not_know_ipc_get_tcp_ports_that_are_free(
     kernels_dir: Path, tmp_path: Path, is_taken: bool
 ) -> None:
+    tcp_kernel = textwrap.dedent("""
+        import pathlib, sys
+        mark = pathlib.Path(sys.argv[2])
+        if not mark.exists():
+            mark.touch()
+            sys.exit("zmq.error.ZMQError: Address already in use")
+        from ipykernel import kernelapp
+        kernelapp.launch_new_instance(["-f", sys.argv[1]])
+    """)
     mark = tmp_path / "mark"
     if not is_taken:
         mark.touch()
-    (tmp_path / "start.py").write_text(TCP_KERNEL)
+    (tmp_path / "start.py").write_text(tcp_kernel)
     with kernel_of(kernels_dir, ["python", f"{tmp_path}/start.py", "{connection_file}", str(mark)]) as executor:
         assert json.loads(Path(executor.connection_file or "").read_text())["transport"] == "tcp"
         assert run(executor, "1 + 1").output == "2"
@@ -2401,19 +2381,17 @@ def test_a_command_that_is_no_python_is_reported(argv: list[str], says: str) -> 
     assert re.search(says, str(caught.value), re.DOTALL)
 
 
-CHATTY = """
-import os, subprocess, sys, threading
-def chatter():
-    while True:
-        os.write(2, b"chatter " * 8000)
-threading.Thread(target=chatter, daemon=True).start()
-os.write(2, b"x" * 2**20)
-sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))
-"""
-
-
 def test_of_the_stderr_of_a_command_only_the_end_is_kept(short_path: Path) -> None:
-    with CommandJupyterServer([sys.executable, "-c", CHATTY], env={"TMPDIR": str(short_path)}) as server:
+    chatty = textwrap.dedent("""
+        import os, subprocess, sys, threading
+        def chatter():
+            while True:
+                os.write(2, b"chatter " * 8000)
+        threading.Thread(target=chatter, daemon=True).start()
+        os.write(2, b"x" * 2**20)
+        sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))
+    """)
+    with CommandJupyterServer([sys.executable, "-c", chatty], env={"TMPDIR": str(short_path)}) as server:
         with JupyterCodeExecutor(server) as executor:
             assert run(executor, "print(len('x' * 10**6))").output == "1000000\n"
         assert server._process
@@ -2480,23 +2458,21 @@ def test_a_stopped_host_is_given_up_and_replaced(monkeypatch: pytest.MonkeyPatch
         assert "python3" in server.kernelspecs()
 
 
-CLIENT = """
-    import sys, time, jupyter_exec
-    server = jupyter_exec.LocalJupyterServer(env={"MARK": sys.argv[1]})
-    if sys.argv[2] == "relay":
-        server = jupyter_exec.CommandJupyterServer([sys.executable], env={"MARK": sys.argv[1]})
-    executor = jupyter_exec.JupyterCodeExecutor(server)
-    code = "import subprocess; a = subprocess.Popen(['sleep', '100']); b = subprocess.Popen(['sleep', '101'], start_new_session=True)"
-    assert executor.execute(code).status == "ok"
-    print("ready", flush=True)
-    executor.execute(sys.argv[3], timeout=100)
-"""
-
-
 @pytest.mark.parametrize("how", ["direct", "relay"])
 @pytest.mark.parametrize("code", ["1", "import time; time.sleep(100)", "while True: print('x' * 1000)"])
 def test_nothing_outlives_a_killed_client(tmp_path: Path, marker: str, how: str, code: str) -> None:
-    with client_program(CLIENT, marker, how, code, TMPDIR=str(tmp_path)):
+    client = """
+        import sys, time, jupyter_exec
+        server = jupyter_exec.LocalJupyterServer(env={"MARK": sys.argv[1]})
+        if sys.argv[2] == "relay":
+            server = jupyter_exec.CommandJupyterServer([sys.executable], env={"MARK": sys.argv[1]})
+        executor = jupyter_exec.JupyterCodeExecutor(server)
+        code = "import subprocess; a = subprocess.Popen(['sleep', '100']); b = subprocess.Popen(['sleep', '101'], start_new_session=True)"
+        assert executor.execute(code).status == "ok"
+        print("ready", flush=True)
+        executor.execute(sys.argv[3], timeout=100)
+    """
+    with client_program(client, marker, how, code, TMPDIR=str(tmp_path)):
         assert len(marked_processes(f"MARK={marker}")) >= 4
     eventually(lambda: not list(tmp_path.iterdir()), "every file is gone")
 
@@ -2610,32 +2586,30 @@ def test_children_that_left_the_session_die_with_their_kernel(server: LocalJupyt
     eventually(lambda: is_gone(second), "the other one too")
 
 
-# What a kernel is by, told by a cell: all of it is to be the same however the kernel came to be.
-FACTS = r"""
-import atexit, gc, json, locale, logging, os, resource, signal, sys, threading, warnings
-import __main__
-private = ("JUPYTER_EXEC_KERNEL", "JPY_PARENT_PID", "_", "PYDEVD_USE_FRAME_EVAL")
-own = {"session": os.getsid(0) == os.getpid(), "group": os.getpgrp() == os.getpid(), "cwd": os.getcwd()}
-own |= {"path": sys.path, "env": {key: value for key, value in os.environ.items() if key not in private}}
-own |= {"argv": [sys.argv[0], sys.argv[1], *sys.argv[3:]], "flags": str(sys.flags), "umask": os.umask(0o22)}
-own |= {"signals": {s.name: str(signal.getsignal(s)) for s in signal.Signals}, "gc": gc.isenabled()}
-own |= {"threads": sorted({thread.name.split(" ")[0] for thread in threading.enumerate()}), "main": str(__main__.__dict__.get("__file__"))}
-own |= {"files": sorted({os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in "012"}), "locale": locale.getlocale()}
-own |= {"parent": open(f"/proc/{os.getppid()}/cmdline").read()[:60], "warnings": str(warnings.filters[:4])}
-own |= {"logging": str(logging.root.handlers), "dumpable": os.stat("/proc/self/environ").st_uid == os.getuid()}
-own |= {"oom": open("/proc/self/oom_score_adj").read(), "debugpy": sys.modules.get("debugpy", "absent")}
-own |= {"limits": [resource.getrlimit(name) for name in (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE)]}
-own |= {"mark": os.environ["JUPYTER_EXEC_KERNEL"] in open("/proc/self/environ").read(), "stack": len(__import__("inspect").stack()) > 1}
-print(json.dumps(own, default=str))
-"""
-
-
 def facts(preload: list[str] | None) -> Any:
+    # What a kernel is by, told by a cell: all of it is to be the same however the kernel came to be.
+    facts = textwrap.dedent(r"""
+        import atexit, gc, json, locale, logging, os, resource, signal, sys, threading, warnings
+        import __main__
+        private = ("JUPYTER_EXEC_KERNEL", "JPY_PARENT_PID", "_", "PYDEVD_USE_FRAME_EVAL")
+        own = {"session": os.getsid(0) == os.getpid(), "group": os.getpgrp() == os.getpid(), "cwd": os.getcwd()}
+        own |= {"path": sys.path, "env": {key: value for key, value in os.environ.items() if key not in private}}
+        own |= {"argv": [sys.argv[0], sys.argv[1], *sys.argv[3:]], "flags": str(sys.flags), "umask": os.umask(0o22)}
+        own |= {"signals": {s.name: str(signal.getsignal(s)) for s in signal.Signals}, "gc": gc.isenabled()}
+        own |= {"threads": sorted({thread.name.split(" ")[0] for thread in threading.enumerate()}), "main": str(__main__.__dict__.get("__file__"))}
+        own |= {"files": sorted({os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in "012"}), "locale": locale.getlocale()}
+        own |= {"parent": open(f"/proc/{os.getppid()}/cmdline").read()[:60], "warnings": str(warnings.filters[:4])}
+        own |= {"logging": str(logging.root.handlers), "dumpable": os.stat("/proc/self/environ").st_uid == os.getuid()}
+        own |= {"oom": open("/proc/self/oom_score_adj").read(), "debugpy": sys.modules.get("debugpy", "absent")}
+        own |= {"limits": [resource.getrlimit(name) for name in (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE)]}
+        own |= {"mark": os.environ["JUPYTER_EXEC_KERNEL"] in open("/proc/self/environ").read(), "stack": len(__import__("inspect").stack()) > 1}
+        print(json.dumps(own, default=str))
+    """)
     with (
         LocalJupyterServer(preload=preload, cwd=tempfile.gettempdir()) as server,
         JupyterCodeExecutor(server) as executor,
     ):
-        return json.loads(run(executor, FACTS).output)
+        return json.loads(run(executor, facts).output)
 
 
 @pytest.mark.slow
@@ -2665,22 +2639,20 @@ def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
             LocalJupyterServer(preload=wrong)
 
 
-OWN = """
-import os, random, sys, uuid
-was_there = "numpy" in sys.modules
-import numpy
-a = numpy.random.rand(300, 300)
-inverse = numpy.linalg.inv(a) @ a
-print(was_there, bool(abs(inverse - numpy.eye(300)).max() < 1e-6))
-print(random.random(), numpy.random.random(), uuid.uuid4(), os.getpid(), id(a), os.environ.get("LEFT"))
-os.environ["LEFT"] = "behind"; os.chdir("/"); sys.path.append("/left"); numpy.left = random.left = 1
-"""
-
-
 def test_forked_kernels_share_nothing_and_blas_works() -> None:
+    own = textwrap.dedent("""
+        import os, random, sys, uuid
+        was_there = "numpy" in sys.modules
+        import numpy
+        a = numpy.random.rand(300, 300)
+        inverse = numpy.linalg.inv(a) @ a
+        print(was_there, bool(abs(inverse - numpy.eye(300)).max() < 1e-6))
+        print(random.random(), numpy.random.random(), uuid.uuid4(), os.getpid(), id(a), os.environ.get("LEFT"))
+        os.environ["LEFT"] = "behind"; os.chdir("/"); sys.path.append("/left"); numpy.left = random.left = 1
+    """)
     with LocalJupyterServer(preload=["numpy"]) as server, contextlib.ExitStack() as stack:
         executors = [stack.enter_context(JupyterCodeExecutor(server)) for _ in range(3)]
-        first, second = (run(executor, OWN).output.splitlines() for executor in executors[:2])
+        first, second = (run(executor, own).output.splitlines() for executor in executors[:2])
         assert first[0] == second[0] == "True True"
         assert first[1].split()[-1] == second[1].split()[-1] == "None"
         assert not set(first[1].split()[:4]) & set(second[1].split()[:4])
@@ -3041,12 +3013,7 @@ def test_attach_to_a_kernel_of_ours_and_leave_it_running(executor: JupyterCodeEx
         assert (result.status, result.kernel_state) == ("timeout", "intact")
         with pytest.raises(KernelError, match="not ours"):
             attached.restart()
-    assert run(executor, "shared").output == "5"
-
-
-def test_jupyter_client_attaches_by_our_connection_file(executor: JupyterCodeExecutor) -> None:
-    run(executor, "shared = 5")
-    program = """
+    judge = """
         import sys
         from jupyter_client.blocking import BlockingKernelClient
         client = BlockingKernelClient(connection_file=sys.argv[1])
@@ -3055,33 +3022,32 @@ def test_jupyter_client_attaches_by_our_connection_file(executor: JupyterCodeExe
         client.wait_for_ready(timeout=20)
         client.execute_interactive("print(shared)", timeout=20)
     """
-    assert run_python(program, executor.connection_file or "").stdout == "5\n"
-
-
-GREETING = """
-import json, os, re, sys, types
-nonce = re.search("[0-9a-f]{32}", sys.argv[-1])[0]
-os.write(1, ("%s %d %d 00 1 1\\n" % (nonce, *sys.version_info[:2])).encode())  # no bytecode in common
-def read(size):
-    data = b""
-    while len(data) < size:
-        more = os.read(0, size - len(data))
-        if not more:
-            sys.exit()
-        data += more
-    return data
-assert read(1) == b"s"
-source = read(int(read(8))).decode()
-module = sys.modules["jupyter_exec_host"] = types.ModuleType("jupyter_exec_host")
-exec(source, module.__dict__)
-frame = module.PipeCodec.encode
-"""
+    assert run_python(judge, path).stdout == "5\n"
+    assert run(executor, "shared").output == "5"
 
 
 @contextlib.contextmanager
 def scripted_host(tmp_path: Path, script: str) -> Iterator[CommandJupyterServer]:
     """A host on a real pipe that greets properly and then does what `script` says."""
-    (tmp_path / "host.py").write_text(GREETING + textwrap.dedent(script))
+    greeting = textwrap.dedent("""
+        import json, os, re, sys, types
+        nonce = re.search("[0-9a-f]{32}", sys.argv[-1])[0]
+        os.write(1, ("%s %d %d 00 1 1\\n" % (nonce, *sys.version_info[:2])).encode())  # no bytecode in common
+        def read(size):
+            data = b""
+            while len(data) < size:
+                more = os.read(0, size - len(data))
+                if not more:
+                    sys.exit()
+                data += more
+            return data
+        assert read(1) == b"s"
+        source = read(int(read(8))).decode()
+        module = sys.modules["jupyter_exec_host"] = types.ModuleType("jupyter_exec_host")
+        exec(source, module.__dict__)
+        frame = module.PipeCodec.encode
+    """)
+    (tmp_path / "host.py").write_text(greeting + textwrap.dedent(script))
     with CommandJupyterServer([sys.executable, str(tmp_path / "host.py")]) as server:
         yield server
 
@@ -3099,28 +3065,6 @@ def scripted_host(tmp_path: Path, script: str) -> Iterator[CommandJupyterServer]
 def test_a_host_that_sends_garbage_is_given_up(tmp_path: Path, script: str, says: str) -> None:
     with scripted_host(tmp_path, script) as server, pytest.raises(ConnectionClosed, match=says):
         server.kernelspecs()
-
-
-LYING_HOST = r"""
-def answer(request, **content):
-    os.write(1, frame([b"", json.dumps({"id": request["id"]} | content).encode()]))
-codec = module.PipeCodec()
-for text in (b'"x":1', b'"id":null', b'"id":[]', b'"id":99999', b'"event":"exit","kernel":[]', b'"event":{}'):
-    os.write(1, frame([b"", b"{" + text + b"}"]))
-os.write(1, frame([b"k1.1/nowhere", b"x"]))
-os.write(1, frame([b"\xff/shell", b"x"]))
-while True:
-    for parts in codec.feed(os.read(0, 65536)):
-        if parts[0]:
-            os.write(1, frame([parts[0].replace(b"shell", b"iopub"), *parts[1:]]))
-            os.write(1, frame([parts[0], b"<IDS|MSG>", b"bad signature", b"{}", b"{}", b"{}", b"{}"]))
-            continue
-        request = json.loads(parts[1])
-        if request["op"] == "start":
-            answer(request, result={"argv": [1, None], "connection_file": "/etc/passwd"})
-        else:
-            answer(request, error="KernelStartFailed", data={"argv": 5, "reason": "lies", "stderr": {}})
-"""
 
 
 ANY_JSON = st.recursive(
@@ -3143,15 +3087,6 @@ def test_whatever_a_host_reports_can_be_printed(data: dict[str, Any], other: Any
     assert 0 <= death.status() <= 255
 
 
-STRANGE_ANSWERS = """
-codec = module.PipeCodec()
-while True:
-    for parts in codec.feed(os.read(0, 65536) or sys.exit()):
-        request = json.loads(parts[1])
-        os.write(1, frame([b"", b'{"id": %d, "result": %s}' % (request["id"], ANSWER)]))
-"""
-
-
 @pytest.mark.parametrize(
     "answer",
     [
@@ -3164,8 +3099,15 @@ while True:
     ],
 )
 def test_a_host_with_strange_answers_is_given_up(answer: str, tmp_path: Path) -> None:
+    strange_answers = textwrap.dedent("""
+        codec = module.PipeCodec()
+        while True:
+            for parts in codec.feed(os.read(0, 65536) or sys.exit()):
+                request = json.loads(parts[1])
+                os.write(1, frame([b"", b'{"id": %d, "result": %s}' % (request["id"], ANSWER)]))
+    """)
     elsewhere = f"elsewhere = {CONNECTION | {'ip': '127.0.0.2'}!r}\n"
-    with scripted_host(tmp_path, elsewhere + STRANGE_ANSWERS.replace("ANSWER", answer)) as server:
+    with scripted_host(tmp_path, elsewhere + strange_answers.replace("ANSWER", answer)) as server:
         server.relays = False
         with pytest.raises((ProtocolError, ConnectionClosed)):
             server.start_kernel()
@@ -3185,7 +3127,27 @@ def test_a_strange_greeting_is_none(greeting: str) -> None:
 
 
 def test_a_host_that_lies_is_survived(tmp_path: Path) -> None:
-    with scripted_host(tmp_path, LYING_HOST) as server:
+    lying_host = textwrap.dedent(r"""
+        def answer(request, **content):
+            os.write(1, frame([b"", json.dumps({"id": request["id"]} | content).encode()]))
+        codec = module.PipeCodec()
+        for text in (b'"x":1', b'"id":null', b'"id":[]', b'"id":99999', b'"event":"exit","kernel":[]', b'"event":{}'):
+            os.write(1, frame([b"", b"{" + text + b"}"]))
+        os.write(1, frame([b"k1.1/nowhere", b"x"]))
+        os.write(1, frame([b"\xff/shell", b"x"]))
+        while True:
+            for parts in codec.feed(os.read(0, 65536)):
+                if parts[0]:
+                    os.write(1, frame([parts[0].replace(b"shell", b"iopub"), *parts[1:]]))
+                    os.write(1, frame([parts[0], b"<IDS|MSG>", b"bad signature", b"{}", b"{}", b"{}", b"{}"]))
+                    continue
+                request = json.loads(parts[1])
+                if request["op"] == "start":
+                    answer(request, result={"argv": [1, None], "connection_file": "/etc/passwd"})
+                else:
+                    answer(request, error="KernelStartFailed", data={"argv": 5, "reason": "lies", "stderr": {}})
+    """)
+    with scripted_host(tmp_path, lying_host) as server:
         with pytest.raises(KernelStartFailed, match="lies"):
             server.kernelspecs()
         client = server.start_kernel()
@@ -3253,18 +3215,16 @@ def test_the_dockerfile_is_the_bundled_one() -> None:
     assert (HERE / "Dockerfile").read_bytes() == DockerJupyterServer.DEFAULT_DOCKERFILE.encode()
 
 
-HARDENED = r"""
-import os, socket
-lines = open("/proc/self/status").read().splitlines()
-status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-print(os.getuid(), int(status["CapEff"], 16), int(status["CapBnd"], 16), status["NoNewPrivs"])
-print([name for _, name in socket.if_nameindex()], os.getcwd(), os.access(".", os.W_OK), os.environ["USER"])
-print(open("/proc/1/comm").read().strip(), [name for name in os.environ if "TOKEN" in name])
-"""
-
-
 def test_docker_kernels_share_one_hardened_container(boxed: JupyterCodeExecutor, containers: Any) -> None:
-    assert run(boxed, HARDENED).output == "1000 0 0 1\n['lo'] /workspace True jupyter\npython3 []\n"
+    hardened = textwrap.dedent(r"""
+        import os, socket
+        lines = open("/proc/self/status").read().splitlines()
+        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        print(os.getuid(), int(status["CapEff"], 16), int(status["CapBnd"], 16), status["NoNewPrivs"])
+        print([name for _, name in socket.if_nameindex()], os.getcwd(), os.access(".", os.W_OK), os.environ["USER"])
+        print(open("/proc/1/comm").read().strip(), [name for name in os.environ if "TOKEN" in name])
+    """)
+    assert run(boxed, hardened).output == "1000 0 0 1\n['lo'] /workspace True jupyter\npython3 []\n"
     with JupyterCodeExecutor(boxed._server) as second:
         run(boxed, "x = 1")
         assert run(second, "'x' in dir()").output == "False"
@@ -3364,7 +3324,7 @@ def test_a_host_that_is_the_first_process_hears_a_stop_at_once(containers: Any) 
         assert server._exit_code() == 137
 
 
-def test_docker_timeout_and_death(boxed: JupyterCodeExecutor) -> None:
+def test_docker_timeout_and_death(boxed: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     run(boxed, "x = 5")
     assert boxed.execute("while True: print('y' * 1000)", timeout=0.5).kernel_state == "intact"
     assert boxed.execute("import subprocess; subprocess.run(['sleep', '60'])", timeout=0.5).kernel_state == "intact"
@@ -3372,6 +3332,9 @@ def test_docker_timeout_and_death(boxed: JupyterCodeExecutor) -> None:
     result = run(boxed, "import os; os.kill(os.getpid(), 11)")
     assert (result.exit_code, result.kernel_state) == (139, "lost")
     assert run(boxed, "'x' in dir()").output == "False"
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
+    place = "it was at line 3: list(map(sleep, [60])), in sleep (deaf.py:3)"
+    assert boxed.execute(DEAF, timeout=0.5).note.endswith(f"all variables are lost; {place}")
 
 
 @pytest.mark.slow
@@ -4803,43 +4766,41 @@ def test_a_token_is_not_sent_to_a_faster_listener(monkeypatch: pytest.MonkeyPatc
         thieves[0].accept()
 
 
-# The module in a Python that lacks what Python on Windows lacks; the rest of the standard library is as it is here.
-ON_WINDOWS = """
-    import os, signal, socket, sys, types
-    import jupyter_exec  # and with it all that it imports
-    del sys.modules["jupyter_exec"]
-    real = {"os": os, "signal": signal, "socket": socket}
-    for name, module in real.items():
-        sys.modules[name] = copy = types.ModuleType(name)
-        vars(copy).update({key: value for key, value in vars(module).items() if key not in sys.argv[1].split()})
-    sys.modules["os"].name, sys.modules["os"].supports_dir_fd = "nt", set()
-    import jupyter_exec
-    sys.modules.update(real)
-    del os.environ["DOCKER_HOST"]
-    from jupyter_exec import *
-
-    servers = LocalJupyterServer, lambda: CommandJupyterServer(["ssh"]), lambda: DockerJupyterServer().kernelspecs()
-    for make in servers:
-        try:
-            make()
-        except JupyterExecError as error:
-            print(error)
-    info = JupyterConnectionInfo("127.0.0.1", False, int(sys.argv[2]), sys.argv[3])
-    with RemoteJupyterServer(info) as server, JupyterCodeExecutor(server, output_dir=sys.argv[4]) as executor:
-        picture = "from IPython.display import Image; Image(data=b'GIF89a', format='gif')"
-        result = executor.execute_code_blocks([CodeBlock("print(6 * 7)"), CodeBlock(picture)])
-        print(result.exit_code, result.output[:2], [os.stat(path).st_size for path in result.output_files])
-        print(executor.execute("while True: pass", timeout=0.5).note)
-        executor.save_notebook(sys.argv[4] + "/session.ipynb")
-"""
-
-
 @pytest.mark.slow
 def test_on_windows_remote_servers_work_and_the_others_say_what_to_use(gateway: Peer, tmp_path: Path) -> None:
+    # The module in a Python that lacks what Python on Windows lacks; the rest of the standard library is as it is here.
+    on_windows = """
+        import os, signal, socket, sys, types
+        import jupyter_exec  # and with it all that it imports
+        del sys.modules["jupyter_exec"]
+        real = {"os": os, "signal": signal, "socket": socket}
+        for name, module in real.items():
+            sys.modules[name] = copy = types.ModuleType(name)
+            vars(copy).update({key: value for key, value in vars(module).items() if key not in sys.argv[1].split()})
+        sys.modules["os"].name, sys.modules["os"].supports_dir_fd = "nt", set()
+        import jupyter_exec
+        sys.modules.update(real)
+        del os.environ["DOCKER_HOST"]
+        from jupyter_exec import *
+
+        servers = LocalJupyterServer, lambda: CommandJupyterServer(["ssh"]), lambda: DockerJupyterServer().kernelspecs()
+        for make in servers:
+            try:
+                make()
+            except JupyterExecError as error:
+                print(error)
+        info = JupyterConnectionInfo("127.0.0.1", False, int(sys.argv[2]), sys.argv[3])
+        with RemoteJupyterServer(info) as server, JupyterCodeExecutor(server, output_dir=sys.argv[4]) as executor:
+            picture = "from IPython.display import Image; Image(data=b'GIF89a', format='gif')"
+            result = executor.execute_code_blocks([CodeBlock("print(6 * 7)"), CodeBlock(picture)])
+            print(result.exit_code, result.output[:2], [os.stat(path).st_size for path in result.output_files])
+            print(executor.execute("while True: pass", timeout=0.5).note)
+            executor.save_notebook(sys.argv[4] + "/session.ipynb")
+    """
     info, guarded = gateway.info, {"TCP_QUICKACK", "register_at_fork", "O_NOFOLLOW", "O_PATH"}
     lacks = " ".join({*missing_on_windows().values()} | guarded)
     result = run_python(
-        ON_WINDOWS,
+        on_windows,
         lacks,
         str(info.port),
         info.token or "",
@@ -4864,23 +4825,18 @@ def test_a_direct_server_has_no_connection_info() -> None:
 
 
 @pytest.mark.slow
-def test_a_docker_gateway(containers: Any) -> None:
-    with docker_server(network=None, token="t0ken") as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "6 * 7").output == "42"
-        with RemoteJupyterServer(server.connection_info) as other:
+def test_a_docker_gateway_may_be_left_running(containers: Any) -> None:
+    with docker_server(network=None, token="t0ken", stop_container=False, container_name=f"{RUN}-left") as server:
+        with JupyterCodeExecutor(server) as executor, RemoteJupyterServer(server.connection_info) as other:
+            assert run(executor, "6 * 7").output == "42"
             assert len(other.list_kernels()) == 1
         (container,) = containers()
         assert container.ports["8888/tcp"][0]["HostIp"] == "127.0.0.1"
         assert container.attrs["Config"]["User"] == "1000:1000"
-
-
-@pytest.mark.slow
-def test_a_docker_gateway_may_be_left_running(engine: Any, containers: Any) -> None:
-    with docker_server(network=None, stop_container=False, container_name=f"{RUN}-left") as server:
         info = server.connection_info
     with JupyterCodeExecutor(info) as executor:
         assert run(executor, "1").output == "1"
-    engine.containers.get(f"{RUN}-left").remove(force=True)
+    container.remove(force=True)
 
 
 @pytest.mark.slow
@@ -4960,24 +4916,22 @@ def test_a_server_that_drips_its_answer_is_given_up_in_time() -> None:
         thread.join()
 
 
-SLOW_LINK = """
-import os, subprocess, sys, threading, time
-process = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-def copy(source, target, rate):
-    while data := os.read(source, 65536):
-        time.sleep(len(data) / rate)
-        while data:
-            data = data[os.write(target, data):]
-    os.close(target)
-threading.Thread(target=copy, args=(0, process.stdin.fileno(), 1e12), daemon=True).start()
-copy(process.stdout.fileno(), 1, float(os.environ["RATE"]))
-"""
-
-
 @pytest.fixture
 def slow_link(tmp_path: Path) -> Callable[[str], CommandJupyterServer]:
     """A function that makes a server behind a link of so many bytes a second."""
-    (tmp_path / "link.py").write_text(SLOW_LINK)
+    slow_link = textwrap.dedent("""
+        import os, subprocess, sys, threading, time
+        process = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        def copy(source, target, rate):
+            while data := os.read(source, 65536):
+                time.sleep(len(data) / rate)
+                while data:
+                    data = data[os.write(target, data):]
+            os.close(target)
+        threading.Thread(target=copy, args=(0, process.stdin.fileno(), 1e12), daemon=True).start()
+        copy(process.stdout.fileno(), 1, float(os.environ["RATE"]))
+    """)
+    (tmp_path / "link.py").write_text(slow_link)
     argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
     return lambda rate: CommandJupyterServer(argv, env={"RATE": rate})
 
@@ -5084,20 +5038,16 @@ def test_pictures_and_html_become_files_named_in_the_text(executor: JupyterCodeE
         executor,
         f"from IPython.display import *\nimport base64\ndisplay(Image(base64.b64decode('{png}'), format='png'))",
         "print('before')\ndisplay(HTML('<b>ü</b>'))\nprint('after')",
+        "import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.show()",
     )
-    picture, page = result.output_files
-    assert result.output == f"Image data saved to {picture}\nbefore\nHTML data saved to {page}\nafter\n"
+    picture, page, plot = result.output_files
+    saved = [f"Image data saved to {picture}", f"before\nHTML data saved to {page}\nafter\n"]
+    assert result.output == "\n".join([*saved, f"Image data saved to {plot}"])
     assert Path(picture).read_bytes() == b"\x89PNG\r\n\x1a\n"
+    assert Path(plot).read_bytes().startswith(b"\x89PNG")
     assert Path(page).read_text(encoding="utf-8") == "<b>ü</b>"
-    assert Path(picture).suffix == ".png"
-    assert {Path(picture).parent, Path(page).parent} == {tmp_path}
-
-
-def test_a_matplotlib_plot_becomes_a_png(executor: JupyterCodeExecutor) -> None:
-    result = run(executor, "import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.show()")
-    (picture,) = result.output_files
-    assert Path(picture).read_bytes().startswith(b"\x89PNG")
-    assert result.output == f"Image data saved to {picture}"
+    assert [Path(path).suffix for path in result.output_files] == [".png", ".html", ".png"]
+    assert {Path(path).parent for path in result.output_files} == {tmp_path}
 
 
 def test_a_vanished_output_directory_costs_only_the_file(server: LocalJupyterServer, tmp_path: Path) -> None:
@@ -5424,13 +5374,13 @@ FLOODS = {
     "lines": "for i in range(1_000_000): print('y' * 99)",
     "one line": "print('z' * 200_000_000)",
 }
-# Megabytes, and how much is in the file: of one line the message itself, which ZeroMQ hands over in one piece, and its copy.
-PRINTED = {"lines": (60, 100_000_000), "one line": (500, 200_000_001)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", FLOODS)
 def test_no_flood_grows_the_client_without_bound(what: str, tmp_path: Path) -> None:
+    # Megabytes, and how much is in the file: of one line the message itself, which ZeroMQ hands over in one piece, and its copy.
+    printed = {"lines": (60, 100_000_000), "one line": (500, 200_000_001)}
     program = """
         import resource, sys, jupyter_exec
         def peak():
@@ -5444,7 +5394,7 @@ def test_no_flood_grows_the_client_without_bound(what: str, tmp_path: Path) -> N
     """
     said = run_python(program, str(tmp_path), textwrap.dedent(SEND) + FLOODS[what]).stdout
     exit_code, growth, length, *files = said.split()
-    limit, size = PRINTED.get(what, (300, None))
+    limit, size = printed.get(what, (300, None))
     assert exit_code == "0" or what == "one line"
     assert int(growth) < limit and int(length) < 101_000
     assert size is None or Path(files[0]).stat().st_size == size
@@ -5592,21 +5542,19 @@ def test_text_is_chosen_where_text_is_best(tmp_path: Path, data: Any, text: str)
     assert jupyter_exec.CallFiles(jupyter_exec.Folder(tmp_path), None).save(data) is None
 
 
-LIBRARIES = """
-import matplotlib.pyplot as plt, pandas as pd, plotly.graph_objects as go
-from PIL import Image
-from IPython.display import display, SVG
-display(pd.DataFrame({"a": [1, 2]}))
-plt.plot([1, 3, 2]); plt.show()
-display(go.Figure(go.Bar(y=[1, 2])))
-display(Image.new("RGB", (8, 8), "red"))
-display(SVG("<svg xmlns='http://www.w3.org/2000/svg'/>"))
-"""
-
-
 @pytest.mark.slow
 def test_real_libraries(executor: JupyterCodeExecutor) -> None:
-    result = run(executor, LIBRARIES)
+    libraries = textwrap.dedent("""
+        import matplotlib.pyplot as plt, pandas as pd, plotly.graph_objects as go
+        from PIL import Image
+        from IPython.display import display, SVG
+        display(pd.DataFrame({"a": [1, 2]}))
+        plt.plot([1, 3, 2]); plt.show()
+        display(go.Figure(go.Bar(y=[1, 2])))
+        display(Image.new("RGB", (8, 8), "red"))
+        display(SVG("<svg xmlns='http://www.w3.org/2000/svg'/>"))
+    """)
+    result = run(executor, libraries)
     assert [Path(path).suffix for path in result.output_files] == [".html", ".png", ".html", ".png", ".svg"]
     assert result.output.startswith("   a\n0  1\n1  2\nHTML data saved to ")
     assert "<Figure" not in result.output and "<PIL" not in result.output
@@ -6106,16 +6054,14 @@ def test_200_megabytes_go_both_ways_in_little_memory(request: pytest.FixtureRequ
     assert source.read_bytes() == target.read_bytes()
 
 
-VALUES = [None, True, 0, -(10**400), 1.5, "", "ä\ud83d\ude00\udc80\0\n'\"", [], {}, [[1], {"a": [None]}], {"": ""}]
-
-
 @anywhere
 @pytest.mark.parametrize("kind", PLACES)
 def test_variables_come_and_go_anywhere(request: pytest.FixtureRequest, kind: str) -> None:
+    values = [None, True, 0, -(10**400), 1.5, "", "ä\ud83d\ude00\udc80\0\n'\"", [], {}, [[1], {"a": [None]}], {"": ""}]
     with executor_at(request, kind) as executor:
         executor.execute(SHADOWS)
-        executor.set_variables(values=VALUES, ä=(1, (2,)), nan=float("nan"), inf=-float("inf"))
-        assert executor.get_variable("values") == VALUES
+        executor.set_variables(values=values, ä=(1, (2,)), nan=float("nan"), inf=-float("inf"))
+        assert executor.get_variable("values") == values
         assert executor.get_variable("ä") == [1, [2]]
         assert [str(executor.get_variable(name)) for name in ("nan", "inf")] == ["nan", "-inf"]
         long = ["ä" * 1000, 12345] * 2000
@@ -6294,9 +6240,7 @@ async def test_files_and_variables_for_asyncio(tmp_path: Path) -> None:
         tell: Any = lambda done, total: loop.call_soon_threadsafe(begun.set)  # noqa: E731
         endless = asyncio.ensure_future(executor.upload(zeros(10**12), "never", on_progress=tell))
         await asyncio.wait_for(begun.wait(), PATIENCE)
-        endless.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await endless
+        await cancel(endless)
         await asyncio.to_thread(
             eventually, lambda: sorted(os.listdir(tmp_path)) == ["go", "in", "out"], "the half file is gone"
         )
@@ -6326,14 +6270,6 @@ def test_a_kernel_that_was_killed_or_crashed_tells_where(preload: Any, monkeypat
         assert re.search(r"; it was at line 5: list\(map\(sleep, \[60\]\)\), in sleep \(deaf\.py:3\)$", stuck.note)
         crash = executor.execute("import ctypes\ndef f():\n    ctypes.string_at(0)\nf()")
         assert re.search(r"Segmentation fault\n.* in string_at\n.*, line 3 in f\n.*, line 4 in <module>$", crash.note)
-
-
-def test_a_killed_kernel_in_docker_tells_where(boxed: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
-    result = boxed.execute(DEAF, timeout=0.5)
-    assert result.note.endswith(
-        "all variables are lost; it was at line 3: list(map(sleep, [60])), in sleep (deaf.py:3)"
-    )
 
 
 OWN_FRAME, OTHER_FRAME = (
@@ -6791,17 +6727,6 @@ def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: P
         client.wait(PATIENCE)
 
 
-NOISY = """
-import threading
-from comm import create_comm
-def chatter():
-    while not enough.wait(0.01):
-        display(1), print(2), create_comm(target_name="t").send({})
-enough = threading.Event()
-for _ in range(3): threading.Thread(target=chatter, daemon=True).start()
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
@@ -6816,6 +6741,15 @@ for _ in range(3): threading.Thread(target=chatter, daemon=True).start()
 def test_what_is_on_the_way_beside_a_cell_is_no_lost_output(
     code: str, executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    noisy = textwrap.dedent("""
+        import threading
+        from comm import create_comm
+        def chatter():
+            while not enough.wait(0.01):
+                display(1), print(2), create_comm(target_name="t").send({})
+        enough = threading.Event()
+        for _ in range(3): threading.Thread(target=chatter, daemon=True).start()
+    """)
     seen: list[jupyter_exec.Execution] = []
 
     class Seen(jupyter_exec.Execution):
@@ -6826,7 +6760,7 @@ def test_what_is_on_the_way_beside_a_cell_is_no_lost_output(
     monkeypatch.setattr(jupyter_exec, "Execution", Seen)
     assert executor.connection_file
     with JupyterCodeExecutor(executor.connection_file) as other, ThreadPoolExecutor(1) as pool:
-        assert executor.execute(NOISY).status == "ok"
+        assert executor.execute(noisy).status == "ok"
         asked = pool.submit(lambda: [other.execute("1", timeout=PATIENCE) for _ in range(30)])
         result = executor.execute(code, timeout=1 if "100" in code else PATIENCE, on_input=lambda *question: "1")
         assert result.kernel_state == "intact"
@@ -7441,9 +7375,7 @@ def test_coroutine_hooks_run_on_the_loop_of_the_call(
             task = asyncio.ensure_future(executor.execute("print('stuck', flush=True)\nimport time; time.sleep(60)"))
             while len(loops) < 2:
                 await asyncio.sleep(0.01)
-            task.cancel()  # though the hook waits for ever
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            await cancel(task)  # though the hook waits for ever
             assert (await executor.execute("5")).text == "5"
 
 
@@ -7505,42 +7437,35 @@ def names_of(result: Any) -> list[tuple[str, str]]:
     return [(call["name"], call["status"]) for call in result.calls]
 
 
-EVERYWHERE = """
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
-print(add(1), add(1, b=1), await echo("é", times=2))
-with ThreadPoolExecutor(10) as pool:
-    print(list(pool.map(meet, range(10))))
-try:
-    fail()
-except ZeroDivisionError as error:
-    print(error)
-try:
-    add("x")
-except TypeError as error:
-    print(error)
-try:
-    add()
-except TypeError as error:
-    print(error)
-try:
-    forbidden()
-except ToolRefused as error:
-    print(error)
-"""
-
-
 def test_tools_work_everywhere(place: Any, tmp_path: Path) -> None:
-    def fail() -> float:
-        return 1 / 0
-
-    def forbidden() -> None:
-        raise AssertionError("not to be called")
+    everywhere = textwrap.dedent("""
+        import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+        print(add(1), add(1, b=1), await echo("é", times=2))
+        with ThreadPoolExecutor(10) as pool:
+            print(list(pool.map(meet, range(10))))
+        try:
+            fail()
+        except ZeroDivisionError as error:
+            print(error)
+        try:
+            add("x")
+        except TypeError as error:
+            print(error)
+        try:
+            add()
+        except TypeError as error:
+            print(error)
+        try:
+            forbidden()
+        except ToolRefused as error:
+            print(error)
+    """)
 
     approve = lambda name, arguments: "not today" if name == "forbidden" else True  # noqa: E731
-    tools: list[Any] = [add, echo, Meeting(10).meet, fail, forbidden]
+    tools: list[Any] = [add, echo, Meeting(10).meet, named("fail", lambda: 1 / 0), named("forbidden", pytest.fail)]
     with JupyterCodeExecutor(place, tools=tools, approve=approve, output_dir=tmp_path) as executor:
-        result = executor.execute(EVERYWHERE)
+        result = executor.execute(everywhere)
         assert result.text.splitlines() == [
             "3 2 ['é', 'é']",
             "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]",
@@ -7616,8 +7541,10 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_a_tool_looks_as_it_does_here(server: LocalJupyterServer) -> None:
+    patience_object = object()
+
     def look(
-        city: str, when: datetime.date | None = None, /, *rest: list[int], unit: object = PATIENCE_OBJECT
+        city: str, when: datetime.date | None = None, /, *rest: list[int], unit: object = patience_object
     ) -> "no text":  # type: ignore  # noqa: F722
         """Look out of "the window".
 
@@ -7639,9 +7566,6 @@ def test_a_tool_looks_as_it_does_here(server: LocalJupyterServer) -> None:
         assert executor.execute("look").text == "5"
         executor.restart()
         assert executor.execute("callable(look), issubclass(ToolRefused, ToolError)").text == "(True, True)"
-
-
-PATIENCE_OBJECT = object()
 
 
 @pytest.mark.parametrize(
@@ -7700,13 +7624,7 @@ def test_limits_of_tools(server: LocalJupyterServer, monkeypatch: pytest.MonkeyP
             threading.Event().wait(0.01)
         told.set()
 
-    def much() -> str:
-        return "x" * 2000
-
-    def strange() -> object:
-        return object()
-
-    tools: list[Any] = [add, hang, much, strange]
+    tools: list[Any] = [add, hang, named("much", lambda: "x" * 2000), named("strange", object)]
     with JupyterCodeExecutor(server, tools=tools, max_tool_calls=3, tool_timeout=0.3) as executor:
         for code, says in {
             "for i in range(5): print(add(i))": "2\n3\n4\nToolError: add(): this cell has made 3 tool calls, which is the limit.",
@@ -7798,25 +7716,6 @@ def test_a_tool_may_interrupt_its_cell_and_not_run_another(server: LocalJupyterS
         assert executor.execute("other()").text == "'42'"
 
 
-FORGE = """
-import threading
-from concurrent.futures import Future
-kernel = get_ipython().kernel
-caller = kernel._tool_caller
-class Endless(dict):
-    __len__ = lambda self: 0
-caller._calls = Endless()
-def forge(*texts, first=0, end=1):
-    futures = [kernel.raw_input(caller._tag + text) for text in texts]
-    for future in futures[first:end]:
-        try:
-            print(future.result(10))
-        except Exception as error:
-            print(type(error).__name__, error)
-"""
-CALL = '{"name": "add", "args": [1], "kwargs": {}}'
-
-
 @pytest.mark.parametrize(
     ("forged", "says", "calls"),
     [
@@ -7838,8 +7737,25 @@ CALL = '{"name": "add", "args": [1], "kwargs": {}}'
 def test_forged_requests_cost_no_more_than_the_budget(
     server: LocalJupyterServer, forged: str, says: str, calls: int
 ) -> None:
+    forge = textwrap.dedent("""
+        import threading
+        from concurrent.futures import Future
+        kernel = get_ipython().kernel
+        caller = kernel._tool_caller
+        class Endless(dict):
+            __len__ = lambda self: 0
+        caller._calls = Endless()
+        def forge(*texts, first=0, end=1):
+            futures = [kernel.raw_input(caller._tag + text) for text in texts]
+            for future in futures[first:end]:
+                try:
+                    print(future.result(10))
+                except Exception as error:
+                    print(type(error).__name__, error)
+    """)
+    call = '{"name": "add", "args": [1], "kwargs": {}}'
     with JupyterCodeExecutor(server, tools=[add], max_tool_calls=10) as executor:
-        executor.execute(f"call = {CALL!r}\n{FORGE}")
+        executor.execute(f"call = {call!r}\n{forge}")
         result = executor.execute(f"forge({forged})", timeout=PATIENCE)
         assert result.status == "ok", result.text
         assert result.text.startswith(says)
@@ -7884,20 +7800,18 @@ def test_values(server: LocalJupyterServer, value: Any, there: Any) -> None:
         assert executor.execute(f"inf = float('inf')\nget() == {there!r} or get()").text == "True"
 
 
-PUT_VALUES = """
-import dataclasses, datetime, numpy
-inf = float("inf")
-@dataclasses.dataclass
-class Row:
-    name: str
-put([Row("x"), datetime.date(2026, 1, 2), b"a", {3}, numpy.arange(2), numpy.float32(0.5), numpy.int64(3), inf, "\\udc80"])
-"""
-
-
 def test_values_of_the_kernel(server: LocalJupyterServer) -> None:
+    put_values = textwrap.dedent("""
+        import dataclasses, datetime, numpy
+        inf = float("inf")
+        @dataclasses.dataclass
+        class Row:
+            name: str
+        put([Row("x"), datetime.date(2026, 1, 2), b"a", {3}, numpy.arange(2), numpy.float32(0.5), numpy.int64(3), inf, "\\udc80"])
+    """)
     values: list[Any] = []
     with JupyterCodeExecutor(server, tools=[named("put", values.extend)]) as executor:
-        assert executor.execute(PUT_VALUES).status == "ok"
+        assert executor.execute(put_values).status == "ok"
     assert values == [{"name": "x"}, "2026-01-02", "YQ==", [3], [0, 1], 0.5, 3, float("inf"), "\udc80"]
 
 
@@ -7931,24 +7845,22 @@ def test_exceptions_of_tools(server: LocalJupyterServer, error: BaseException, n
         assert result.calls[0]["status"] == ("refused" if name == "ToolRefused" else "error")
 
 
-LATE = """
-import threading, time
-caller, said = get_ipython().kernel._tool_caller, []
-def late(tool, ended):
-    while ended and caller._last is not None: time.sleep(0.001)
-    try: said.append(tool())
-    except ToolError as error: said.append(str(error))
-    if len(said) == 2: open(path, "x").write("|".join(sorted(said)))
-for arguments in ((hang, False), (add, True)):
-    threading.Thread(target=late, args=arguments).start()
-while not caller._calls: time.sleep(0.001)
-"""
-
-
 def test_calls_that_outlive_their_cell_fail_at_once(server: LocalJupyterServer, tmp_path: Path) -> None:
+    late = textwrap.dedent("""
+        import threading, time
+        caller, said = get_ipython().kernel._tool_caller, []
+        def late(tool, ended):
+            while ended and caller._last is not None: time.sleep(0.001)
+            try: said.append(tool())
+            except ToolError as error: said.append(str(error))
+            if len(said) == 2: open(path, "x").write("|".join(sorted(said)))
+        for arguments in ((hang, False), (add, True)):
+            threading.Thread(target=late, args=arguments).start()
+        while not caller._calls: time.sleep(0.001)
+    """)
     gate = threading.Event()
     with JupyterCodeExecutor(server, tools=[named("add", int), named("hang", gate.wait)]) as executor:
-        result = executor.execute(f"path = {str(tmp_path / 'said')!r}\n{LATE}")
+        result = executor.execute(f"path = {str(tmp_path / 'said')!r}\n{late}")
         assert names_of(result) == [("hang", "unanswered")]
         path = tmp_path / "said"
         said = eventually(lambda: path.exists() and path.read_text(), "both calls have failed")
@@ -7992,14 +7904,17 @@ def test_tools_of_an_attached_executor(executor: JupyterCodeExecutor) -> None:
         ([5], "has no name"),
         ([dict.fromkeys], None),
         ([type], "cannot be a tool"),
+        ({"no name": len}, "cannot be a tool"),
+        ({"double": lambda x: 2 * x}, None),
     ],
 )
 def test_what_is_no_tool_is_refused(server: LocalJupyterServer, tools: Any, says: str | None) -> None:
-    if says is None:
-        JupyterCodeExecutor(server, tools=tools).stop()
+    if says:
+        with pytest.raises(ValueError, match=says):
+            JupyterCodeExecutor(server, tools=tools)
         return
-    with pytest.raises(ValueError, match=says):
-        JupyterCodeExecutor(server, tools=tools)
+    with JupyterCodeExecutor(server, tools=tools) as executor:
+        assert isinstance(tools, list) or executor.execute("double(21)").text == "42"
 
 
 @pytest.mark.parametrize("size", [10, 100, 5000])
@@ -8022,13 +7937,6 @@ def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer,
             'def add(a: int, b: int = 2) -> int:\n    """Add two numbers.\n\n    They may be large."""\n'
             "async def echo(value: Any, *, times: float = 1) -> Any: ..."
         )
-
-
-def test_a_dict_names_its_tools(server: LocalJupyterServer) -> None:
-    with JupyterCodeExecutor(server, tools={"double": lambda x: 2 * x, "half": lambda x: x / 2}) as executor:
-        assert executor.execute("double(21), half(21)").text == "(42, 10.5)"
-    with pytest.raises(ValueError, match="cannot be a tool"):
-        JupyterCodeExecutor(server, tools={"no name": len})
 
 
 MCP_SERVER = """
@@ -8099,9 +8007,7 @@ async def test_coroutine_tools_run_on_the_callers_loop(server: LocalJupyterServe
         assert len(asked) == 12
         task = asyncio.ensure_future(executor.execute("await wait()"))
         await asyncio.sleep(0.1)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await cancel(task)
         assert (await executor.execute("await where()")).text == "True"
 
 
@@ -8161,14 +8067,14 @@ def test_the_async_executor_has_the_methods_and_arguments_of_the_other() -> None
         assert [*theirs.parameters] == [*here.parameters][: len(theirs.parameters)], name
 
 
-NESTED = "d = 1\nfor _ in range(600): d = [d]\ndisplay({'application/json': d}, raw=True)\nimport time; time.sleep(60)"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("hook", [None, lambda output: None])
 def test_an_output_that_is_nested_deep_can_be_detached(server: LocalJupyterServer, hook: Any) -> None:
+    nested = (
+        "d = 1\nfor _ in range(600): d = [d]\ndisplay({'application/json': d}, raw=True)\nimport time; time.sleep(60)"
+    )
     with JupyterCodeExecutor(server, on_timeout="detach", on_output=hook) as executor:
-        assert executor.execute(NESTED, timeout=1).status == "running"
+        assert executor.execute(nested, timeout=1).status == "running"
         executor.interrupt()
         result = executor.wait()
         assert (result.status, [kind["output_type"] for kind in result.outputs]) == (
@@ -8191,9 +8097,7 @@ async def test_a_cancelled_call_comes_back_though_it_would_be_detached(
         await executor.execute("1")
         task = asyncio.ensure_future(executor.execute(IGNORES, timeout=1))
         await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await cancel(task)
 
 
 @pytest.mark.slow
@@ -8213,9 +8117,7 @@ def test_an_approval_that_never_comes_keeps_no_cancelled_call(
             task = asyncio.ensure_future(executor.execute(code, timeout=1))
             while not asked.is_set():
                 await asyncio.sleep(0.01)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            await cancel(task)
 
     try:
         asyncio.run(asyncio.wait_for(main(), PATIENCE))
@@ -8932,41 +8834,37 @@ def test_parameters_are_set_as_papermill_does(tmp_path: Path) -> None:
         assert "cannot be the name of a variable" in cli("run", "a.ipynb", "-p", name, "1", cwd=tmp_path).stderr
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import beside
-print(sys.argv, Path(__file__).name, Path(sys.path[0]).name, __name__, beside.x)
-"""
-
-
 @pytest.mark.parametrize("arguments", [[], ["--rows", "1", "it's"], ["--", "-"]])
 def test_a_script_finds_what_python_gives_it(arguments: list[str], tmp_path: Path) -> None:
+    script = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        import beside
+        print(sys.argv, Path(__file__).name, Path(sys.path[0]).name, __name__, beside.x)
+    """)
     (tmp_path / "beside.py").write_text("x = 1")
-    (tmp_path / "a.py").write_text(SCRIPT)
+    (tmp_path / "a.py").write_text(script)
     expected = subprocess.run(
         [sys.executable, tmp_path / "a.py", *arguments], capture_output=True, text=True, check=True
     ).stdout
     assert cli("run", str(tmp_path / "a.py"), "--", *arguments).stdout == expected
 
 
-PERCENT = """\
-print("first")
-# %% [markdown]
-# prose
-# %% tags=["parameters"]
-x = 1
-def f():
-    return 1 / 0
-# %%
-f()
-# %% last
-print(x)
-"""
-
-
 def test_percent_signs_begin_cells_and_an_error_names_file_and_line(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text(PERCENT)
+    percent = textwrap.dedent("""\
+        print("first")
+        # %% [markdown]
+        # prose
+        # %% tags=["parameters"]
+        x = 1
+        def f():
+            return 1 / 0
+        # %%
+        f()
+        # %% last
+        print(x)
+    """)
+    (tmp_path / "a.py").write_text(percent)
     result = cli("run", "a.py", "--keep-going", "-p", "x", "7", "--notebook", "a.ipynb", cwd=tmp_path)
     assert (result.stdout, result.returncode) == ("first\n7\n", 1)
     assert "jupyter-exec: a.py:7: ZeroDivisionError: division by zero\n" in result.stderr
@@ -9053,14 +8951,6 @@ def test_run_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "status"),
-    [("1/0", 1), ("import time; time.sleep(60)", 124), ("import os; os.kill(os.getpid(), 11)", 139), ("exit()", 0)],
-)
-def test_exit_status_is_that_of_the_result(code: str, status: int) -> None:
-    assert cli("run", "-c", code, "--timeout", "1").returncode == status
-
-
-@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["run", "/no/such.py"], "No such file or directory: /no/such.py"),
@@ -9091,15 +8981,22 @@ def test_kernels_lists_names_and_places() -> None:
 @pytest.mark.parametrize(
     ("code", "options", "status"),
     [
-        ("1/0\n# %%\nexit(0)", ["--keep-going"], 1),
-        ("1", ["--get", "no.txt"], 2),
-        ("1", ["--put", "no.txt"], 2),
-        ("import os; os._exit(3)", [], 1),
+        ("1/0", [], 1),
+        ("import time; time.sleep(60)", [], 124),
+        ("import os; os.kill(os.getpid(), 11)", [], 139),
+        ("exit()", [], 0),
+        ("1/0\n# %%\nexit(0)", ["--json", "--keep-going"], 1),
+        ("1", ["--json", "--get", "no.txt"], 2),
+        ("1", ["--json", "--put", "no.txt"], 2),
+        ("import os; os._exit(3)", ["--json"], 1),
     ],
 )
-def test_json_and_the_exit_status_agree(code: str, options: list[str], status: int, tmp_path: Path) -> None:
-    result = cli("run", "-c", code, "--json", *options, cwd=tmp_path)
-    assert (result.returncode, json.loads(result.stdout)["exit_code"]) == (status, status)
+def test_exit_status_is_that_of_the_result_and_json_agrees(
+    code: str, options: list[str], status: int, tmp_path: Path
+) -> None:
+    result = cli("run", "-c", code, "--timeout", "1", *options, cwd=tmp_path)
+    assert result.returncode == status
+    assert not options or json.loads(result.stdout)["exit_code"] == status
 
 
 @contextlib.contextmanager
@@ -9372,9 +9269,7 @@ def test_mcp_a_cancelled_request_interrupts_its_code(mode: str, tmp_path: Path) 
         request = asyncio.ensure_future(call("run_code", code=code))
         while not (tmp_path / "begun").exists():
             await asyncio.sleep(0.01)
-        request.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await request
+        await cancel(request)
         assert mcp_text(await call("run_code", code="x")) == "2"
         assert mcp_text(await call("run_code", code="x", session="b")).startswith("NameError")
 
@@ -9741,22 +9636,20 @@ def test_bench_eight_kernels(benchmark: Any, way: str, rivals: Callable[[str], J
         list(pool.map(end, started))
 
 
-LINES = "import sys\nfor _ in range(10**6): sys.stdout.write('x' * 99 + chr(10))"
-
-
 @pytest.mark.bench
 @pytest.mark.benchmark(group="100 MB of stdout, in lines")
 @pytest.mark.parametrize("way", ["local", "docker", "jupyter_client"])
 def test_bench_lines(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
+    lines = "import sys\nfor _ in range(10**6): sys.stdout.write('x' * 99 + chr(10))"
     if way == "jupyter_client":
         manager, client = launch_theirs()
-        benchmark.pedantic(lambda: client.execute_interactive(LINES, output_hook=lambda message: None), rounds=3)
+        benchmark.pedantic(lambda: client.execute_interactive(lines, output_hook=lambda message: None), rounds=3)
         end((manager, client))
         return
     executor = rivals(way)
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_memory()
-    benchmark.pedantic(lambda: executor.execute(LINES), rounds=3)
+    benchmark.pedantic(lambda: executor.execute(lines), rounds=3)
     print(f"\n{way}: 100 MB of lines let the client grow by {peak_memory() - before:.0f} MB")
 
 
