@@ -675,18 +675,14 @@ def decoded(codec: Any, *data: Any) -> jupyter_exec.Message:
     return message
 
 
-def test_lone_surrogates_survive_the_way_to_the_kernel() -> None:
-    codec = jupyter_exec.ZmqCodec("key")
-    assert decoded(codec, "shell", codec.encode(message({"code": "\ud83d"}, {}, []))).content == {"code": "\ud83d"}
-
-
 def signed(*parts: bytes, key: str = "key") -> list[bytes]:
     return [b"<IDS|MSG>", jupyter_exec.ZmqCodec(key)._sign(parts), *parts]
 
 
-def test_invalid_utf8_and_null_dicts_of_real_kernels_are_read() -> None:
-    parts = signed(b'{"msg_type":"stream"}', b"null", b"null", b'{"text":"\xed\xb3\xbf"}')
-    read = decoded(jupyter_exec.ZmqCodec("key"), "iopub", parts)
+def test_lone_surrogates_invalid_utf8_and_null_dicts_of_real_kernels_are_read() -> None:
+    codec = jupyter_exec.ZmqCodec("key")
+    assert decoded(codec, "shell", codec.encode(message({"code": "\ud83d"}, {}, []))).content == {"code": "\ud83d"}
+    read = decoded(codec, "iopub", signed(b'{"msg_type":"stream"}', b"null", b"null", b'{"text":"\xed\xb3\xbf"}'))
     assert (read.parent_header, read.metadata, read.parent_id) == ({}, {}, "")
     assert read.content["text"].startswith("�")
 
@@ -1565,15 +1561,6 @@ def test_no_command_is_left_whatever_surrounds_it(raw: str) -> None:
     assert not re.search(r"[\x1b\x07\x08\x9b-\x9d]", re.sub(r"\x1b\[[0-9;:]*m", "", on_terminal))
 
 
-def test_an_unknown_type_is_named_and_an_error_is_cleaned() -> None:
-    output = {"output_type": "display_data", "data": {"application/x-unheard-of": 1}}
-    assert (
-        jupyter_exec.render([output], "", no_file) == "[an output that is not shown, of type application/x-unheard-of]"
-    )
-    error = {"output_type": "error", "ename": "\x1bcE", "evalue": "\x1b]0;t\x07v", "traceback": ["\x1b[31mt\x9b2J"]}
-    assert jupyter_exec.render([error], "\x1bcnote", no_file) == "E: v\nt\nnote"
-
-
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("text", ["x" * 60_000 + "\b" * 60_000, "y" * 10**6 + "z\b\b" * 200_000, "z\r" * 10**6])
 def test_backspaces_and_returns_take_time_only_once(text: str) -> None:
@@ -1583,12 +1570,8 @@ def test_backspaces_and_returns_take_time_only_once(text: str) -> None:
     assert len(line.take()) in (0, 800_000, 1)
 
 
-def no_file(data: dict[str, Any]) -> None:
-    return None
-
-
-def plain(text: str) -> dict[str, Any]:
-    return {"output_type": "execute_result", "data": {"text/plain": text}, "metadata": {}}
+def shows(text: str, **more: Any) -> dict[str, Any]:
+    return {"output_type": "display_data", "data": {"text/plain": text} | more, "metadata": {}}
 
 
 def printed(text: str) -> dict[str, Any]:
@@ -1600,28 +1583,32 @@ def printed(text: str) -> dict[str, Any]:
     [
         ([printed("a\n")], "", "a\n"),
         ([printed("a"), printed("b")], "", "ab"),
-        ([plain("377")], "", "377"),
-        ([printed("a"), plain("1")], "", "a\n1"),
-        ([printed("a\n"), plain("1")], "", "a\n1"),
-        ([plain("1"), printed("a\n")], "", "1\na\n"),
-        ([plain("1"), plain("2")], "", "1\n2"),
+        ([shows("377")], "", "377"),
+        ([printed("a"), shows("1")], "", "a\n1"),
+        ([printed("a\n"), shows("1")], "", "a\n1"),
+        ([shows("1"), printed("a\n")], "", "1\na\n"),
+        ([shows("1"), shows("2")], "", "1\n2"),
         ([printed("\x1b[31mred\x1b[0m")], "", "red"),
         ([printed("a")], "note", "a\nnote"),
         ([], "note", "note"),
+        # Text beside a file is kept, unless it is a default repr.
+        ([shows("   a\n0  1", **{"text/html": "<table>"})], "", "   a\n0  1\nsaved"),
+        ([shows("<Figure size 640x480 with 1 Axes>", **{"image/png": ""})], "", "saved"),
+        (
+            [{"output_type": "display_data", "data": {"application/x-unheard-of": 1}}],
+            "",
+            "[an output that is not shown, of type application/x-unheard-of]",
+        ),
+        (
+            [{"output_type": "error", "ename": "\x1bcE", "evalue": "\x1b]0;t\x07v", "traceback": ["\x1b[31mt\x9b2J"]}],
+            "\x1bcnote",
+            "E: v\nt\nnote",
+        ),
     ],
 )
 def test_streams_are_verbatim_and_results_on_lines_of_their_own(outputs: Any, note: str, text: str) -> None:
-    assert jupyter_exec.render(outputs, note, no_file) == text
-
-
-def test_plain_text_beside_a_file_is_kept_unless_it_is_a_default_repr() -> None:
-    table = {"output_type": "display_data", "data": {"text/html": "<table>", "text/plain": "   a\n0  1"}}
-    figure = {
-        "output_type": "display_data",
-        "data": {"image/png": "", "text/plain": "<Figure size 640x480 with 1 Axes>"},
-    }
-    assert jupyter_exec.render([table], "", lambda data: "saved") == "   a\n0  1\nsaved"
-    assert jupyter_exec.render([figure], "", lambda data: "saved") == "saved"
+    save = lambda data: "saved" if {"text/html", "image/png"} & set(data) else None  # noqa: E731
+    assert jupyter_exec.render(outputs, note, save) == text
 
 
 def test_results_raise_what_happened() -> None:
@@ -5741,22 +5728,6 @@ def test_what_is_wrong_with_a_file_is_told(request: pytest.FixtureRequest, kind:
         assert sorted(path.name for path in (tmp_path / "place").rglob("*")) == ["d", "f", "fifo"]
 
 
-def test_an_error_of_a_file_names_errno_and_path(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
-    with pytest.raises(FileTransferError) as caught:
-        executor.download("no-such")
-    assert (caught.value.errno, caught.value.path, caught.value.here) == (2, "no-such", False)
-    with pytest.raises(FileTransferError) as caught:
-        executor.upload(tmp_path / "nothing")
-    assert (caught.value.errno, caught.value.path, caught.value.here) == (2, str(tmp_path / "nothing"), True)
-
-
-@pytest.mark.parametrize("source", [5, b"no path", io.StringIO("text")])
-def test_what_is_no_source_is_a_type_error(executor: JupyterCodeExecutor, source: Any) -> None:
-    with pytest.raises(TypeError):
-        executor.upload(source, None if source == b"no path" else "never")
-    assert "never" not in [entry.name for entry in executor.list_files()]
-
-
 @pytest.mark.slow
 def test_a_sandbox_refuses_what_its_user_may_not(request: pytest.FixtureRequest) -> None:
     with executor_at(request, "docker") as executor:
@@ -5858,6 +5829,15 @@ def test_a_source_is_called_by_its_own_name_there(request: pytest.FixtureRequest
         file = io.BytesIO()
         executor.download("table.csv", file)
         assert file.getvalue() == b"a,b"
+        source: Any
+        for source in (5, b"no path", io.StringIO("text")):
+            with pytest.raises(TypeError):
+                executor.upload(source, None if source == b"no path" else "never")
+        acts: list[Any] = [lambda: executor.download("no"), lambda: executor.upload(tmp_path / "no")]
+        for act, path, here in zip(acts, ("no", str(tmp_path / "no")), (False, True), strict=True):
+            with pytest.raises(FileTransferError) as caught:
+                act()
+            assert (caught.value.errno, caught.value.path, caught.value.here) == (2, path, here)
     assert os.listdir(tmp_path / "place") == ["table.csv"]
 
 
@@ -8749,11 +8729,16 @@ def test_run_code_prints_as_the_code_does() -> None:
     assert (result.stdout, result.stderr, result.returncode) == ("out\n42\n", "err\n", 0)
 
 
-@pytest.mark.slow
-def test_run_stdin_and_python_file(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("print('file')")
-    assert cli("run", str(tmp_path / "a.py")).stdout == "file\n"
-    assert cli("run", "-", input="print('stdin')").stdout == "stdin\n"
+@pytest.mark.parametrize(
+    ("arguments", "options", "shown"),
+    [
+        (["-"], {"input": "print('stdin')"}, "stdin\n"),
+        (["-c", "import os; print(os.getcwd())", "--cwd", "/usr"], {}, "/usr\n"),
+        (["-c", "print('é')"], {"env": os.environ | {"PYTHONIOENCODING": "ascii"}}, "\\xe9\n"),
+    ],
+)
+def test_run_from_stdin_in_a_directory_and_on_a_poor_terminal(arguments: Any, options: Any, shown: str) -> None:
+    assert cli("run", *arguments, **options).stdout == shown
 
 
 def test_run_markdown_with_a_plot(tmp_path: Path) -> None:
@@ -8890,25 +8875,21 @@ def test_an_error_names_its_place(name: str, text: str, place: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_blocks_without_a_language_are_shown_output_unless_told_otherwise(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("```\n42\n```\n```python\n6 * 7\n```\n")
-    result = cli("run", "a.md", cwd=tmp_path)
-    assert (result.stdout, result.returncode) == ("42\n", 0)
-    assert "a.md:2: skipped a block that names no language" in result.stderr
-    assert cli("run", "a.md", "--unlabelled", cwd=tmp_path).stdout == "42\n42\n"
-
-
-@pytest.mark.slow
-def test_a_table_is_text_unless_html_is_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("import pandas\ndisplay(pandas.DataFrame({'a': [1]}))")
-    assert cli("run", "a.py", cwd=tmp_path).stdout == "   a\n0  1\n"
-    assert cli("run", "a.py", "--html", cwd=tmp_path).stdout.endswith(
-        "HTML data saved to " + str(tmp_path / "a-1-1.html\n")
-    )
-
-
-def test_the_working_directory_is_an_option(tmp_path: Path) -> None:
-    assert cli("run", "-c", "import os; print(os.getcwd())", "--cwd", str(tmp_path)).stdout == f"{tmp_path}\n"
+@pytest.mark.parametrize(
+    ("name", "text", "shown", "option", "then", "said"),
+    [
+        ("a.md", "```\n42\n```\n```python\n6 * 7\n```\n", "42\n", "--unlabelled", "42\n42\n", "a.md:2: skipped a block that names no language"),
+        ("a.py", "import pandas\ndisplay(pandas.DataFrame({'a': [1]}))", "   a\n0  1\n", "--html", "   a\n0  1\nHTML data saved to {}/a-1-1.html\n", ""),
+    ],
+)  # fmt: skip
+def test_blocks_without_a_language_are_no_code_and_tables_no_files_unless_told_otherwise(
+    name: str, text: str, shown: str, option: str, then: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    result = cli("run", name, cwd=tmp_path)
+    assert (result.stdout, result.returncode) == (shown, 0)
+    assert said in result.stderr
+    assert cli("run", name, option, cwd=tmp_path).stdout == then.format(tmp_path)
 
 
 def on_a_terminal(*arguments: str, types: str = "") -> tuple[str, int]:
@@ -9080,11 +9061,6 @@ def test_run_on_a_server(gateway: Peer, tmp_path: Path) -> None:
 def test_options_of_another_mode_are_refused(option: list[str]) -> None:
     assert f"{option[0]} works only with --" in cli("run", "-c", "1", *option).stderr
     assert "works only for local kernels" in cli("run", "-c", "1", "--cwd", "x", "--docker").stderr
-
-
-def test_what_the_terminal_cannot_show_is_escaped() -> None:
-    result = cli("run", "-c", "print('é')\nprint('after')", env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert result.stdout == "\\xe9\nafter\n"
 
 
 @pytest.mark.slow
@@ -9437,7 +9413,7 @@ def test_linters_are_content(command: list[str]) -> None:
 
 
 @pytest.fixture
-def rivals(request: pytest.FixtureRequest) -> Callable[..., JupyterCodeExecutor]:
+def rivals(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """A function that makes an executor with a running kernel by its name."""
     stack = contextlib.ExitStack()
     request.addfinalizer(stack.close)
@@ -9450,7 +9426,11 @@ def rivals(request: pytest.FixtureRequest) -> Callable[..., JupyterCodeExecutor]
         "local gateway": lambda: LocalJupyterServer(transport="gateway"),
     }
 
-    def make(name: str, **options: Any) -> JupyterCodeExecutor:
+    def make(name: str, **options: Any) -> Any:
+        if name == "jupyter_client":
+            theirs = TheirKernel()
+            stack.callback(theirs.stop)
+            return theirs
         executor = stack.enter_context(JupyterCodeExecutor(stack.enter_context(servers[name]()), **options))
         assert executor.execute("1").status == "ok"
         return executor
@@ -9458,29 +9438,34 @@ def rivals(request: pytest.FixtureRequest) -> Callable[..., JupyterCodeExecutor]
     return make
 
 
-def launch_theirs() -> Any:
-    """Start a kernel and get a first answer in the way of jupyter_client; returns its manager and client."""
-    from jupyter_client.manager import start_new_kernel
+class TheirKernel:
+    """A kernel in the way of jupyter_client, with the verbs of our executor."""
 
-    manager, client = start_new_kernel()
-    client.execute_interactive("1", output_hook=lambda message: None)
-    return manager, client
+    def __init__(self) -> None:
+        from jupyter_client.manager import start_new_kernel
+
+        self._manager, self.client = start_new_kernel()
+        self.execute("1")
+
+    def execute(self, code: str) -> None:
+        self.client.execute_interactive(code, output_hook=lambda message: None)
+
+    def restart(self) -> None:
+        self._manager.restart_kernel()
+        self.client.wait_for_ready()
+
+    def stop(self) -> None:
+        self.client.stop_channels()
+        self._manager.shutdown_kernel(now=True)
 
 
-def launch_ours(server: Any) -> JupyterCodeExecutor:
+def launch(server: Any) -> Any:
+    """Start a kernel, on no server in the way of jupyter_client, and get a first answer."""
+    if server is None:
+        return TheirKernel()
     executor = JupyterCodeExecutor(server)
     assert executor.execute("1").status == "ok"
     return executor
-
-
-def end(kernel: Any) -> None:
-    """End what launch_theirs or launch_ours has started."""
-    if isinstance(kernel, JupyterCodeExecutor):
-        kernel.stop()
-    else:
-        manager, client = kernel
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
 
 
 WAYS = ["local", "relay", "docker", "local gateway", "docker gateway"]
@@ -9489,15 +9474,10 @@ WAYS = ["local", "relay", "docker", "local gateway", "docker gateway"]
 @pytest.mark.bench
 @pytest.mark.benchmark(group="a cell of `1`")
 @pytest.mark.parametrize("way", [*WAYS, "jupyter_client", "raw"])
-def test_bench_cell(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
-    if way in WAYS:
-        executor = rivals(way)
-        benchmark.pedantic(lambda: executor.execute("1"), rounds=200, warmup_rounds=20)
-        return
-    manager, client = launch_theirs()
-    cell = raw_cell(client) if way == "raw" else lambda: client.execute_interactive("1", output_hook=lambda m: None)
+def test_bench_cell(benchmark: Any, way: str, rivals: Callable[[str], Any]) -> None:
+    executor = rivals("jupyter_client" if way == "raw" else way)
+    cell = raw_cell(executor.client) if way == "raw" else lambda: executor.execute("1")
     benchmark.pedantic(cell, rounds=200, warmup_rounds=20)
-    end((manager, client))
 
 
 def raw_cell(client: Any) -> Callable[[], None]:
@@ -9552,7 +9532,7 @@ def test_bench_first_result(
     def ours() -> None:
         rivals(way)._server.stop()
 
-    benchmark.pedantic(ours if way in WAYS else lambda: end(launch_theirs()), rounds=3)
+    benchmark.pedantic(ours if way in WAYS else lambda: TheirKernel().stop(), rounds=3)
 
 
 class ReportedTime:
@@ -9592,33 +9572,17 @@ KERNEL_WAYS = ["local", "launched", "docker", "jupyter_client"]
 def test_bench_further_kernel(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
     server = None if way == "jupyter_client" else rivals(way)._server
     started: list[Any] = []
-    benchmark.pedantic(lambda: started.append(launch_ours(server) if server else launch_theirs()), rounds=5)
+    benchmark.pedantic(lambda: started.append(launch(server)), rounds=5)
     for kernel in started:
-        end(kernel)
+        kernel.stop()
 
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="restart")
 @pytest.mark.parametrize("way", KERNEL_WAYS)
-def test_bench_restart(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
-    if way == "jupyter_client":
-        manager, client = launch_theirs()
-
-        def restart_theirs() -> None:
-            manager.restart_kernel()
-            client.wait_for_ready()
-            client.execute_interactive("1", output_hook=lambda message: None)
-
-        benchmark.pedantic(restart_theirs, rounds=5)
-        end((manager, client))
-        return
+def test_bench_restart(benchmark: Any, way: str, rivals: Callable[[str], Any]) -> None:
     executor = rivals(way)
-
-    def restart() -> None:
-        executor.restart()
-        executor.execute("1")
-
-    benchmark.pedantic(restart, rounds=5)
+    benchmark.pedantic(lambda: (executor.restart(), executor.execute("1")), rounds=5)
 
 
 @pytest.mark.bench
@@ -9630,10 +9594,10 @@ def test_bench_eight_kernels(benchmark: Any, way: str, rivals: Callable[[str], J
     with ThreadPoolExecutor(8) as pool:
 
         def start_eight() -> None:
-            started.extend(pool.map(lambda _: launch_ours(server) if server else launch_theirs(), range(8)))
+            started.extend(pool.map(launch, [server] * 8))
 
         benchmark.pedantic(start_eight, rounds=2)
-        list(pool.map(end, started))
+        list(pool.map(lambda kernel: kernel.stop(), started))
 
 
 @pytest.mark.bench
@@ -9641,11 +9605,6 @@ def test_bench_eight_kernels(benchmark: Any, way: str, rivals: Callable[[str], J
 @pytest.mark.parametrize("way", ["local", "docker", "jupyter_client"])
 def test_bench_lines(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
     lines = "import sys\nfor _ in range(10**6): sys.stdout.write('x' * 99 + chr(10))"
-    if way == "jupyter_client":
-        manager, client = launch_theirs()
-        benchmark.pedantic(lambda: client.execute_interactive(lines, output_hook=lambda message: None), rounds=3)
-        end((manager, client))
-        return
     executor = rivals(way)
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_memory()
@@ -9676,7 +9635,7 @@ def test_bench_many_kernels(benchmark: Any, count: int, rivals: Callable[[str], 
             return list(pool.map(lambda executor: all(run(executor, "1").output == "1" for _ in range(20)), executors))
 
         assert all(benchmark.pedantic(cells, rounds=3))
-        list(pool.map(end, executors))
+        list(pool.map(JupyterCodeExecutor.stop, executors))
     rate = 20 * count / benchmark.stats.stats.median
     print(f"\n{count} kernels: {took / count * 1000:.0f} ms and {pss:.1f} MB PSS each, {rate:.0f} cells/s over all")
 
