@@ -213,6 +213,11 @@ def is_gone(pid: int) -> bool:
     return pid not in descendants(os.getpid())
 
 
+def cases(names: str, *rows: Any, ids: Any = None) -> pytest.MarkDecorator:
+    """Run a test once for each row of values for the arguments of these names."""
+    return pytest.mark.parametrize(names, rows, ids=ids)
+
+
 def resources() -> dict[str, Any]:
     """Return what a test may not leave behind."""
     descriptors = []
@@ -427,7 +432,7 @@ def test_a_host_of_the_same_bytecode_gets_code_that_is_there_and_any_other_the_s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["code", "code.zip"])
+@cases("place", "code", "code.zip")
 def test_two_vendored_copies_work_in_one_process_and_from_a_zip_file(tmp_path: Path, place: str) -> None:
     vendored = """
         import sys
@@ -460,7 +465,7 @@ BY_HAND = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".py", ".pyc"])
+@cases("suffix", ".py", ".pyc")
 def test_a_module_that_is_loaded_by_hand_or_without_source_works(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"by_hand{suffix}"
     shutil.copy(MODULE, path) if suffix == ".py" else py_compile.compile(str(MODULE), str(path))
@@ -472,15 +477,13 @@ STRICT = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
+@cases(
     "changes",
-    [
-        STRICT,
-        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "HOME": None, "PATH": None},
-        {"HOME": "/nonexistent", "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": "1"},
-    ],
+    STRICT,
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "HOME": None, "PATH": None},
+    {"HOME": "/nonexistent", "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": "1"},
 )
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@cases("method", "fork", "spawn")
 def test_a_worker_process_with_an_odd_environment(changes: dict[str, str | None], method: str, tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(
         "import multiprocessing, sys, jupyter_exec\n"
@@ -507,9 +510,7 @@ def test_bytecode_that_the_host_cannot_read_is_not_sent(tmp_path: Path) -> None:
     assert "ship by_hand.py too" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("where", "name", "value"), [(sys, "frozen", True), (jupyter_exec, "__compiled__", 1), (sys, "executable", "")]
-)
+@cases("where, name, value", (sys, "frozen", True), (jupyter_exec, "__compiled__", 1), (sys, "executable", ""))
 def test_a_frozen_program_has_to_name_a_python(where: Any, name: str, value: Any, monkeypatch: Any) -> None:
     python = sys.executable
     monkeypatch.setattr(where, name, value, raising=False)
@@ -548,7 +549,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@cases("error", *ERRORS, ids=lambda error: type(error).__name__)
 def test_errors_survive_pickling(error: JupyterExecError) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
@@ -599,23 +600,21 @@ def test_connection_files_are_read_and_written_and_their_key_is_in_no_repr() -> 
     assert "secret-key" not in repr(connection) + str(connection)
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "not JSON"),
-        ("[]", "not a JSON object"),
-        ("[" * 100_000, "not JSON"),
-        (connection_json(shell_port=...), "shell_port"),
-        (connection_json(ip=...), "ip"),
-        (connection_json(shell_port=70000), "shell_port"),
-        (connection_json(shell_port=True), "shell_port"),
-        (connection_json(iopub_port="٣"), "iopub_port"),
-        (connection_json(key=5), "key"),
-        (connection_json(transport="pgm"), "transport"),
-        (connection_json(signature_scheme="rot13"), "signature scheme"),
-        (connection_json(signature_scheme="hmac-rot13"), "signature scheme"),
-        (connection_json(signature_scheme="hmac-shake_128"), "signature scheme"),
-    ],
+@cases(
+    "text, says",
+    ("", "not JSON"),
+    ("[]", "not a JSON object"),
+    ("[" * 100_000, "not JSON"),
+    (connection_json(shell_port=...), "shell_port"),
+    (connection_json(ip=...), "ip"),
+    (connection_json(shell_port=70000), "shell_port"),
+    (connection_json(shell_port=True), "shell_port"),
+    (connection_json(iopub_port="٣"), "iopub_port"),
+    (connection_json(key=5), "key"),
+    (connection_json(transport="pgm"), "transport"),
+    (connection_json(signature_scheme="rot13"), "signature scheme"),
+    (connection_json(signature_scheme="hmac-rot13"), "signature scheme"),
+    (connection_json(signature_scheme="hmac-shake_128"), "signature scheme"),
 )
 def test_broken_connection_files_are_refused_by_name(text: str, says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
@@ -687,16 +686,14 @@ def test_lone_surrogates_invalid_utf8_and_null_dicts_of_real_kernels_are_read() 
     assert read.content["text"].startswith("�")
 
 
-@pytest.mark.parametrize(
-    ("parts", "says"),
-    [
-        ([], "delimiter"),
-        ([b"x"] * 6, "delimiter"),
-        ([b"<IDS|MSG>"], "five"),
-        (signed(b"{}", b"{}", b"{}"), "five"),
-        (signed(b"[]", b"{}", b"{}", b"{}"), "header is not a JSON object"),
-        (signed(b"{}", b" " * 2**21, b"{}", b"{}"), "header of a message is larger"),
-    ],
+@cases(
+    "parts, says",
+    ([], "delimiter"),
+    ([b"x"] * 6, "delimiter"),
+    ([b"<IDS|MSG>"], "five"),
+    (signed(b"{}", b"{}", b"{}"), "five"),
+    (signed(b"[]", b"{}", b"{}", b"{}"), "header is not a JSON object"),
+    (signed(b"{}", b" " * 2**21, b"{}", b"{}"), "header of a message is larger"),
 )
 def test_malformed_messages_are_refused(parts: list[bytes], says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
@@ -719,7 +716,7 @@ def test_any_change_breaks_the_signature_and_does_not_get_the_genuine_message_re
     assert decoded(codec, "shell", genuine).content == {"a": 1}
 
 
-@pytest.mark.parametrize("piece", [40, 41, 42, 43, 44, 45, 46, 47])
+@cases("piece", 40, 41, 42, 43, 44, 45, 46, 47)
 @given(st.text(alphabet=st.sampled_from('a"\\\n\u00e9\u20ac\U0001f600\ud83d\x01'), max_size=200), st.booleans())
 def test_a_huge_stream_message_comes_in_pieces(piece: int, text: str, ascii_only: bool) -> None:
     content = json.dumps({"name": "stdout", "text": text}, ensure_ascii=ascii_only).encode("utf-8", "replace")
@@ -731,9 +728,7 @@ def test_a_huge_stream_message_comes_in_pieces(piece: int, text: str, ascii_only
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize(
-    "text", [b"\x80" * 300_000, b"\\\\" * 8_000_000, b"\\ud83d" * 50_000], ids=["bytes", "escapes", "halves"]
-)
+@cases("text", b"\x80" * 300_000, b"\\\\" * 8_000_000, b"\\ud83d" * 50_000, ids=["bytes", "escapes", "halves"])
 def test_no_text_is_cut_for_ever(text: bytes) -> None:
     pieces = list(jupyter_exec.stream_pieces(b'{"name":"stdout","text":"%b"}' % text))
     read = "".join(json.loads(str(piece, "utf-8", "replace"))["text"] for piece in pieces)
@@ -743,15 +738,13 @@ def test_no_text_is_cut_for_ever(text: bytes) -> None:
 BOMB = b'{"data":{"application/json":[%b[]]},"metadata":{}}' % (b"[]," * 5_000_000)
 
 
-@pytest.mark.parametrize(
-    ("msg_type", "content", "lost"),
-    [
-        ("error", b"{", True),
-        ("display_data", b'{"a":' * 100_000, True),
-        ("comm_msg", BOMB, False),
-        ("display_data", BOMB, True),
-        ("error", b'"' + b"x" * 70_000_000 + b'"', True),
-    ],
+@cases(
+    "msg_type, content, lost",
+    ("error", b"{", True),
+    ("display_data", b'{"a":' * 100_000, True),
+    ("comm_msg", BOMB, False),
+    ("display_data", BOMB, True),
+    ("error", b'"' + b"x" * 70_000_000 + b'"', True),
 )
 def test_what_is_too_large_is_not_parsed(msg_type: str, content: bytes, lost: bool) -> None:
     header = json.dumps({"msg_type": msg_type}).encode()
@@ -775,15 +768,13 @@ def test_pipe_frames_survive_any_chunking(frames: list[list[bytes]], data: st.Da
     assert read == frames
 
 
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (b"Traceback (most recent call last):", "not a frame"),
-        (b"JX\0\0\0\0", "missing or too long"),
-        (b"JX\xff\xff\xff\xff", "over the limit"),
-        (b"JX\0\0\0\x0a\0\0\0\1\0\0\0\x0bab", "do not fit"),
-        (b"JX\0\0\0\x0e\0\0\0\2\0\0\0\x0e\0\0\0\x0dab", "do not fit"),
-    ],
+@cases(
+    "data, says",
+    (b"Traceback (most recent call last):", "not a frame"),
+    (b"JX\0\0\0\0", "missing or too long"),
+    (b"JX\xff\xff\xff\xff", "over the limit"),
+    (b"JX\0\0\0\x0a\0\0\0\1\0\0\0\x0bab", "do not fit"),
+    (b"JX\0\0\0\x0e\0\0\0\2\0\0\0\x0e\0\0\0\x0dab", "do not fit"),
 )
 def test_a_corrupt_pipe_is_noticed(data: bytes, says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
@@ -835,32 +826,28 @@ def read_by_judge(data: bytes) -> list[tuple[int, bytes]]:
 # Opening
 
 
-@pytest.mark.parametrize(
-    ("changes", "subprotocol"),
-    [
-        ({}, None),
-        ({"Upgrade": "WebSocket", "Connection": "keep-alive ,\tUPGRADE"}, None),
-        ({"Sec-WebSocket-Protocol": V1_SUBPROTOCOL}, V1_SUBPROTOCOL),
-        ({"Sec-WebSocket-Protocol": "", "Sec-WebSocket-Extensions": ""}, None),  # what Jupyter's page asks of servers
-    ],
+@cases(
+    "changes, subprotocol",
+    ({}, None),
+    ({"Upgrade": "WebSocket", "Connection": "keep-alive ,\tUPGRADE"}, None),
+    ({"Sec-WebSocket-Protocol": V1_SUBPROTOCOL}, V1_SUBPROTOCOL),
+    ({"Sec-WebSocket-Protocol": "", "Sec-WebSocket-Extensions": ""}, None),  # what Jupyter's page asks of servers
 )
 def test_an_opening_may_be_written_in_many_ways(changes: dict[str, str], subprotocol: str | None) -> None:
     assert jupyter_exec.check_opening(SAMPLE_KEY, (OPENING | changes).get) == subprotocol
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"Upgrade": None}, "Upgrade"),
-        ({"Upgrade": "h2c"}, "Upgrade"),
-        ({"Connection": None}, "Connection"),
-        ({"Connection": "keep-alive, Upgrades"}, "Connection"),
-        ({"Sec-WebSocket-Accept": None}, "Sec-WebSocket-Accept"),
-        ({"Sec-WebSocket-Accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOO="}, "Sec-WebSocket-Accept"),
-        ({"Sec-WebSocket-Extensions": "permessage-deflate"}, "extension"),
-        ({"Sec-WebSocket-Protocol": "other"}, "subprotocol"),
-        ({"Sec-WebSocket-Protocol": f"x, {V1_SUBPROTOCOL}"}, "subprotocol"),
-    ],
+@cases(
+    "changes, sentence",
+    ({"Upgrade": None}, "Upgrade"),
+    ({"Upgrade": "h2c"}, "Upgrade"),
+    ({"Connection": None}, "Connection"),
+    ({"Connection": "keep-alive, Upgrades"}, "Connection"),
+    ({"Sec-WebSocket-Accept": None}, "Sec-WebSocket-Accept"),
+    ({"Sec-WebSocket-Accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOO="}, "Sec-WebSocket-Accept"),
+    ({"Sec-WebSocket-Extensions": "permessage-deflate"}, "extension"),
+    ({"Sec-WebSocket-Protocol": "other"}, "subprotocol"),
+    ({"Sec-WebSocket-Protocol": f"x, {V1_SUBPROTOCOL}"}, "subprotocol"),
 )
 def test_a_wrong_opening_is_refused(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ProtocolError, match=sentence):
@@ -941,44 +928,42 @@ def test_the_masked_hello_of_the_rfc_and_a_fresh_mask_for_each_frame() -> None:
 STARTED = frame(1, b"a", fin=False)
 
 
-@pytest.mark.parametrize(
-    ("data", "code", "sentence"),
-    [
-        (Frame(Opcode.TEXT, b"Hello").serialize(mask=True)[:2], 1002, "MUST NOT mask"),
-        (b"\x81\x80", 1002, "MUST NOT mask"),
-        *((bytes([first, 0]), 1002, "RSV1") for first in (0xC1, 0xA1, 0x91)),
-        *((bytes([first, 5]), 1002, "unknown opcode") for first in (0x83, 0x87, 0x8B, 0x8F)),
-        (b"\x09\x05", 1002, "fragmented"),
-        (b"\x08\x02", 1002, "fragmented"),
-        (b"\x89\x7e", 1002, "125 bytes"),
-        (b"\x8a\x7f", 1002, "125 bytes"),
-        (b"\x88\x7e", 1002, "125 bytes"),
-        (b"\x80\x05", 1002, "interleaved"),
-        (b"\x00\x05", 1002, "interleaved"),
-        (STARTED + b"\x81\x05", 1002, "interleaved"),
-        (STARTED + b"\x02\x05", 1002, "interleaved"),
-        (frame(1, b"", fin=False) + b"\x81\x00", 1002, "interleaved"),
-        (frame(1, b"x") + b"\x80\x00", 1002, "interleaved"),
-        (STARTED + frame(0) + b"\x80\x00", 1002, "interleaved"),
-        (b"\x82\x7e\x00\x7d", 1002, "minimal number"),
-        (b"\x82\x7f" + struct.pack(">Q", 65535), 1002, "minimal number"),
-        (b"\x82\x7f" + struct.pack(">Q", 5), 1002, "minimal number"),
-        (b"\x82\x7f" + struct.pack(">Q", MAX_MESSAGE + 1), 1009, f"over {MAX_MESSAGE} bytes"),
-        (b"\x82\x7f" + b"\xff" * 8, 1009, f"over {MAX_MESSAGE} bytes"),
-        (STARTED + b"\x80\x7f" + struct.pack(">Q", MAX_MESSAGE), 1009, f"over {MAX_MESSAGE} bytes"),
-        (frame(1, b"\xff"), 1007, "UTF-8"),
-        (frame(1, b"\xed\xa0\x80"), 1007, "UTF-8"),
-        (frame(1, "\u20ac".encode()[:2]), 1007, "UTF-8"),
-        (STARTED + frame(0, b"\xff"), 1007, "UTF-8"),
-        (frame(8, b"\x03"), 1002, "2-byte unsigned"),
-        *(
-            (frame(8, struct.pack(">H", code)), 1002, f"{code} is not")
-            for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)
-        ),
-    ],
+@cases(
+    "data, code, sentence",
+    (Frame(Opcode.TEXT, b"Hello").serialize(mask=True)[:2], 1002, "MUST NOT mask"),
+    (b"\x81\x80", 1002, "MUST NOT mask"),
+    *((bytes([first, 0]), 1002, "RSV1") for first in (0xC1, 0xA1, 0x91)),
+    *((bytes([first, 5]), 1002, "unknown opcode") for first in (0x83, 0x87, 0x8B, 0x8F)),
+    (b"\x09\x05", 1002, "fragmented"),
+    (b"\x08\x02", 1002, "fragmented"),
+    (b"\x89\x7e", 1002, "125 bytes"),
+    (b"\x8a\x7f", 1002, "125 bytes"),
+    (b"\x88\x7e", 1002, "125 bytes"),
+    (b"\x80\x05", 1002, "interleaved"),
+    (b"\x00\x05", 1002, "interleaved"),
+    (STARTED + b"\x81\x05", 1002, "interleaved"),
+    (STARTED + b"\x02\x05", 1002, "interleaved"),
+    (frame(1, b"", fin=False) + b"\x81\x00", 1002, "interleaved"),
+    (frame(1, b"x") + b"\x80\x00", 1002, "interleaved"),
+    (STARTED + frame(0) + b"\x80\x00", 1002, "interleaved"),
+    (b"\x82\x7e\x00\x7d", 1002, "minimal number"),
+    (b"\x82\x7f" + struct.pack(">Q", 65535), 1002, "minimal number"),
+    (b"\x82\x7f" + struct.pack(">Q", 5), 1002, "minimal number"),
+    (b"\x82\x7f" + struct.pack(">Q", MAX_MESSAGE + 1), 1009, f"over {MAX_MESSAGE} bytes"),
+    (b"\x82\x7f" + b"\xff" * 8, 1009, f"over {MAX_MESSAGE} bytes"),
+    (STARTED + b"\x80\x7f" + struct.pack(">Q", MAX_MESSAGE), 1009, f"over {MAX_MESSAGE} bytes"),
+    (frame(1, b"\xff"), 1007, "UTF-8"),
+    (frame(1, b"\xed\xa0\x80"), 1007, "UTF-8"),
+    (frame(1, "\u20ac".encode()[:2]), 1007, "UTF-8"),
+    (STARTED + frame(0, b"\xff"), 1007, "UTF-8"),
+    (frame(8, b"\x03"), 1002, "2-byte unsigned"),
+    *(
+        (frame(8, struct.pack(">H", code)), 1002, f"{code} is not")
+        for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)
+    ),
     ids=lambda value: None if isinstance(value, bytes) else str(value),
 )
-@pytest.mark.parametrize("step", [1, 1000])
+@cases("step", 1, 1000)
 def test_a_violation_ends_the_connection(data: bytes, code: int, sentence: str, step: int) -> None:
     client = opened()
     with pytest.raises(ProtocolError, match=sentence):
@@ -992,7 +977,7 @@ def test_a_violation_ends_the_connection(data: bytes, code: int, sentence: str, 
     assert client.close() == client.data_to_send() == b""
 
 
-@pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1007, 1008, 1011, 1012, 1013, 1014, 3000, 4999, None])
+@cases("code", 1000, 1001, 1002, 1003, 1007, 1008, 1011, 1012, 1013, 1014, 3000, 4999, None)
 def test_a_close_frame_is_answered(code: int | None) -> None:
     client = opened()
     assert list(client.receive(frame(8, b"" if code is None else struct.pack(">H", code)))) == []
@@ -1018,13 +1003,11 @@ def seconds_for(size: int, step: int, fragment: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "step", "fragment"),
-    [
-        pytest.param(50_000, 1, 50_000, id="byte by byte"),
-        pytest.param(8_000_000, 4096, 8_000_000, id="one great frame"),
-        pytest.param(100_000, 65536, 2, id="many small frames"),
-    ],
+@cases(
+    "size, step, fragment",
+    pytest.param(50_000, 1, 50_000, id="byte by byte"),
+    pytest.param(8_000_000, 4096, 8_000_000, id="one great frame"),
+    pytest.param(100_000, 65536, 2, id="many small frames"),
 )
 def test_the_cost_is_linear(size: int, step: int, fragment: int) -> None:
     # Eight times the work takes 8 times as long; it would take 64 times if bytes were moved again and again.
@@ -1164,7 +1147,7 @@ def tornado_port() -> Iterator[int]:
     listener.close()
 
 
-@pytest.mark.parametrize("farewell", ["close", "vanish"])
+@cases("farewell", "close", "vanish")
 def test_tornado_talks_with_us(tornado_port: int, farewell: str) -> None:
     with Driver(tornado_port, "/ws") as driver:
         assert driver.subprotocol is None
@@ -1176,7 +1159,7 @@ def test_tornado_talks_with_us(tornado_port: int, farewell: str) -> None:
         assert driver.socket.recv(1) == b""
 
 
-@pytest.mark.parametrize(("target", "status", "says"), [("/none", 404, "Not Found"), ("/login", 302, "redirects")])
+@cases("target, status, says", ("/none", 404, "Not Found"), ("/login", 302, "redirects"))
 def test_a_refusal_to_open_is_told(tornado_port: int, target: str, status: int, says: str) -> None:
     with pytest.raises(ServerError, match=says) as caught:
         Driver(tornado_port, target)
@@ -1230,7 +1213,7 @@ def test_v1_goes_to_the_server_and_back(sent: Message) -> None:
     assert decoded(V1Codec(), judge.serialize_msg_to_ws_v1(as_dict(sent), sent.channel, pack=pack)) == sent
 
 
-@pytest.mark.parametrize("codec", [JsonCodec(), V1Codec()])
+@cases("codec", JsonCodec(), V1Codec())
 def test_a_lone_surrogate_survives(codec: JsonCodec | V1Codec) -> None:
     sent = any_message(content={"code": "print('\ud83d')"})
     assert decoded(codec, codec.encode(sent)) == sent
@@ -1257,26 +1240,24 @@ WRONG_VALUES += [{"header": None}, {"header": []}, {"header": "x"}]
 WRONG_VALUES += [{"channel": None}, {"channel": "hb"}, {"channel": ["shell"]}, {"channel": {}}]
 
 
-@pytest.mark.parametrize("data", ["", "[]", "null", "{", "[" * 100_000, "{}", *(json_of(**v) for v in WRONG_VALUES)])
+@cases("data", "", "[]", "null", "{", "[" * 100_000, "{}", *(json_of(**v) for v in WRONG_VALUES))
 def test_malformed_json_is_refused(data: str) -> None:
     with pytest.raises(ProtocolError):
         decoded(JsonCodec(), data)
 
 
-@pytest.mark.parametrize(
+@cases(
     "data",
-    [
-        "text",
-        v1_of(b"{}", b"{}", b"{}"),
-        v1_of(b"null", b"{}", b"{}", b"{}"),
-        v1_of(b"[]", b"{}", b"{}", b"{}"),
-        v1_of(b"{}", b"[]", b"{}", b"{}"),
-        v1_of(b"{}", b"{}", b"", b"{}"),
-        *(v1_of(b"{}", b"{}", b"{}", b"{}", channel=channel) for channel in ("hb", "", "sh\u00e9ll")),
-        v1_of(b"{}", b"{}", b"{}", b"{}").replace(b"shell", b"she\xffl"),
-        v1_of(b"{}", b"{}", b"{}", b"{}") + b"x",
-        v1_of(b"{}", b"{}", b"{}", b"{}")[:-1],
-    ],
+    "text",
+    v1_of(b"{}", b"{}", b"{}"),
+    v1_of(b"null", b"{}", b"{}", b"{}"),
+    v1_of(b"[]", b"{}", b"{}", b"{}"),
+    v1_of(b"{}", b"[]", b"{}", b"{}"),
+    v1_of(b"{}", b"{}", b"", b"{}"),
+    *(v1_of(b"{}", b"{}", b"{}", b"{}", channel=channel) for channel in ("hb", "", "sh\u00e9ll")),
+    v1_of(b"{}", b"{}", b"{}", b"{}").replace(b"shell", b"she\xffl"),
+    v1_of(b"{}", b"{}", b"{}", b"{}") + b"x",
+    v1_of(b"{}", b"{}", b"{}", b"{}")[:-1],
 )
 def test_malformed_v1_is_refused(data: str | bytes) -> None:
     with pytest.raises(ProtocolError):
@@ -1312,7 +1293,7 @@ PLAIN: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("word", [">I", "<Q"])
+@cases("word", ">I", "<Q")
 def test_no_prefix_of_a_message_is_taken_for_one(word: str) -> None:
     codec, data = CODECS[word], PLAIN[word]
     size = struct.calcsize(word)
@@ -1325,7 +1306,7 @@ def test_no_prefix_of_a_message_is_taken_for_one(word: str) -> None:
             decoded(codec, data[:length])
 
 
-@pytest.mark.parametrize("word", [">I", "<Q"])
+@cases("word", ">I", "<Q")
 def test_hostile_tables_are_refused(word: str) -> None:
     codec, data = CODECS[word], PLAIN[word]
     size = struct.calcsize(word)
@@ -1344,7 +1325,7 @@ def test_hostile_tables_are_refused(word: str) -> None:
     assert refused > 5 * count
 
 
-@pytest.mark.parametrize("word", [">I", "<Q"])
+@cases("word", ">I", "<Q")
 def test_the_number_of_parts_is_bounded(word: str) -> None:
     codec = CODECS[word]
     extra = {">I": 1, "<Q": 6}[word]  # the JSON; channel, four objects and the end
@@ -1429,25 +1410,21 @@ CLEAR, CLEAR_LATER = (("iopub", "clear_output", {"wait": wait}) for wait in (Fal
 ONE, TWO = display({"text/plain": "1"}, "d"), display({"text/plain": "2"}, "d", "update_display_data")
 
 
-@pytest.mark.parametrize(
-    ("messages", "outputs"),
-    [
-        ([stream("a"), stream("b\n"), stream("e\n", "stderr"), stream("c")], ["stdout ab\n", "stderr e\n", "stdout c"]),
-        ([ONE, ONE, TWO], ["2", "2"]),
-        ([stream("a"), CLEAR], []),
-        ([stream("a"), CLEAR_LATER], ["stdout a"]),
-        ([stream("a"), CLEAR_LATER, stream("b")], ["stdout b"]),
-    ],
+@cases(
+    "messages, outputs",
+    ([stream("a"), stream("b\n"), stream("e\n", "stderr"), stream("c")], ["stdout ab\n", "stderr e\n", "stdout c"]),
+    ([ONE, ONE, TWO], ["2", "2"]),
+    ([stream("a"), CLEAR], []),
+    ([stream("a"), CLEAR_LATER], ["stdout a"]),
+    ([stream("a"), CLEAR_LATER, stream("b")], ["stdout b"]),
 )
 def test_what_is_left_of_outputs(messages: Any, outputs: list[str]) -> None:
     left = execution(*messages).result(0).outputs
     assert [f"{o['name']} {o['text']}" if "text" in o else o["data"]["text/plain"] for o in left] == outputs
 
 
-@pytest.mark.parametrize(
-    "content", [{}, {"name": 5, "text": "x"}, {"name": "stdout", "text": None}, {"data": [], "metadata": None}]
-)
-@pytest.mark.parametrize("msg_type", ["stream", "display_data", "execute_result", "error", "status", "comm_open", "?"])
+@cases("content", {}, {"name": 5, "text": "x"}, {"name": "stdout", "text": None}, {"data": [], "metadata": None})
+@cases("msg_type", "stream", "display_data", "execute_result", "error", "status", "comm_open", "?")
 def test_malformed_content_does_no_harm(msg_type: str, content: dict[str, Any]) -> None:
     broken = execution(
         ("iopub", msg_type, content), ("iopub", msg_type, {"transient": None}), stream("ok"), REPLY, IDLE
@@ -1456,16 +1433,14 @@ def test_malformed_content_does_no_harm(msg_type: str, content: dict[str, Any]) 
     assert "ok" in broken.result(0).text
 
 
-@pytest.mark.parametrize(
-    ("ids", "lost"),
-    [
-        (["s_7_{}"], True),  # ipykernel's: session, pid, number
-        (["{}"], False),
-        (["s_{}"], False),
-        (["s_7_{}x"], False),
-        (["s_7_" + "9" * 5000], False),
-        (["s_7_{}", "t_8_{}"], False),  # restarted in between
-    ],
+@cases(
+    "ids, lost",
+    (["s_7_{}"], True),  # ipykernel's: session, pid, number
+    (["{}"], False),
+    (["s_{}"], False),
+    (["s_7_{}x"], False),
+    (["s_7_" + "9" * 5000], False),
+    (["s_7_{}", "t_8_{}"], False),  # restarted in between
 )
 def test_a_gap_in_the_numbers_of_a_kernel_is_lost_output(ids: list[str], lost: bool) -> None:
     def feed(made: jupyter_exec.Execution, number: int, msg_id: str, state: str, parent: str = "m") -> None:
@@ -1507,9 +1482,7 @@ def test_the_number_of_outputs_is_bounded_and_the_last_text_is_there(monkeypatch
     assert result.truncated and result.note
 
 
-@pytest.mark.parametrize(
-    "msg_type", ["stream", "display_data", "error", "execute_reply", "status", "update_display_data"]
-)
+@cases("msg_type", "stream", "display_data", "error", "execute_reply", "status", "update_display_data")
 def test_no_nesting_of_what_a_kernel_sends_raises(msg_type: str) -> None:
     deep: Any = json.loads("[" * 900 + "]" * 900)
     names = "name text data metadata transient ename evalue traceback status payload execution_count execution_state"
@@ -1533,18 +1506,16 @@ def test_what_a_hook_got_never_changes() -> None:
     assert [output["data"]["text/plain"] for output in seen if output] == ["1", "2"]
 
 
-@pytest.mark.parametrize(
-    ("raw", "clean", "terminal"),
-    [
-        ("a\tb\n\x1b[1;31mred\x1b[0m", "a\tb\nred", "a\tb\n\x1b[1;31mred\x1b[0m"),
-        ("\x1b\x1b[m]52;c;aGk=\x07", "]52;c;aGk=", "\x1b[m]52;c;aGk="),
-        ("\x1b]52;c;aGk=\x07x\x1b]0;title\x1b\\y", "xy", "xy"),
-        ("\x1bc\x1b(0\x1b7\x1b#8x", "x", "x"),
-        ("\x9b2J\x9d52;c;aGk=\x9c\x90q\x9c\x85x", "x", "x"),
-        ("\x1b[2J\x1b[?25l\x1b[Hx\x00\x7f\x0e", "x", "x"),
-        ("10%\r20%\r\n", "10%20%\n", "10%\r20%\n"),
-        ("\x1b]52;c;" * 50_000, "]52;c;" * 50_000, "]52;c;" * 50_000),
-    ],
+@cases(
+    "raw, clean, terminal",
+    ("a\tb\n\x1b[1;31mred\x1b[0m", "a\tb\nred", "a\tb\n\x1b[1;31mred\x1b[0m"),
+    ("\x1b\x1b[m]52;c;aGk=\x07", "]52;c;aGk=", "\x1b[m]52;c;aGk="),
+    ("\x1b]52;c;aGk=\x07x\x1b]0;title\x1b\\y", "xy", "xy"),
+    ("\x1bc\x1b(0\x1b7\x1b#8x", "x", "x"),
+    ("\x9b2J\x9d52;c;aGk=\x9c\x90q\x9c\x85x", "x", "x"),
+    ("\x1b[2J\x1b[?25l\x1b[Hx\x00\x7f\x0e", "x", "x"),
+    ("10%\r20%\r\n", "10%20%\n", "10%\r20%\n"),
+    ("\x1b]52;c;" * 50_000, "]52;c;" * 50_000, "]52;c;" * 50_000),
 )
 @pytest.mark.timeout(20)
 def test_text_has_no_commands_for_a_terminal(raw: str, clean: str, terminal: str) -> None:
@@ -1562,7 +1533,7 @@ def test_no_command_is_left_whatever_surrounds_it(raw: str) -> None:
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("text", ["x" * 60_000 + "\b" * 60_000, "y" * 10**6 + "z\b\b" * 200_000, "z\r" * 10**6])
+@cases("text", "x" * 60_000 + "\b" * 60_000, "y" * 10**6 + "z\b\b" * 200_000, "z\r" * 10**6)
 def test_backspaces_and_returns_take_time_only_once(text: str) -> None:
     line = jupyter_exec.Line()
     for start in range(0, len(text), 1000):
@@ -1578,33 +1549,31 @@ def printed(text: str) -> dict[str, Any]:
     return {"output_type": "stream", "name": "stdout", "text": text}
 
 
-@pytest.mark.parametrize(
-    ("outputs", "note", "text"),
-    [
-        ([printed("a\n")], "", "a\n"),
-        ([printed("a"), printed("b")], "", "ab"),
-        ([shows("377")], "", "377"),
-        ([printed("a"), shows("1")], "", "a\n1"),
-        ([printed("a\n"), shows("1")], "", "a\n1"),
-        ([shows("1"), printed("a\n")], "", "1\na\n"),
-        ([shows("1"), shows("2")], "", "1\n2"),
-        ([printed("\x1b[31mred\x1b[0m")], "", "red"),
-        ([printed("a")], "note", "a\nnote"),
-        ([], "note", "note"),
-        # Text beside a file is kept, unless it is a default repr.
-        ([shows("   a\n0  1", **{"text/html": "<table>"})], "", "   a\n0  1\nsaved"),
-        ([shows("<Figure size 640x480 with 1 Axes>", **{"image/png": ""})], "", "saved"),
-        (
-            [{"output_type": "display_data", "data": {"application/x-unheard-of": 1}}],
-            "",
-            "[an output that is not shown, of type application/x-unheard-of]",
-        ),
-        (
-            [{"output_type": "error", "ename": "\x1bcE", "evalue": "\x1b]0;t\x07v", "traceback": ["\x1b[31mt\x9b2J"]}],
-            "\x1bcnote",
-            "E: v\nt\nnote",
-        ),
-    ],
+@cases(
+    "outputs, note, text",
+    ([printed("a\n")], "", "a\n"),
+    ([printed("a"), printed("b")], "", "ab"),
+    ([shows("377")], "", "377"),
+    ([printed("a"), shows("1")], "", "a\n1"),
+    ([printed("a\n"), shows("1")], "", "a\n1"),
+    ([shows("1"), printed("a\n")], "", "1\na\n"),
+    ([shows("1"), shows("2")], "", "1\n2"),
+    ([printed("\x1b[31mred\x1b[0m")], "", "red"),
+    ([printed("a")], "note", "a\nnote"),
+    ([], "note", "note"),
+    # Text beside a file is kept, unless it is a default repr.
+    ([shows("   a\n0  1", **{"text/html": "<table>"})], "", "   a\n0  1\nsaved"),
+    ([shows("<Figure size 640x480 with 1 Axes>", **{"image/png": ""})], "", "saved"),
+    (
+        [{"output_type": "display_data", "data": {"application/x-unheard-of": 1}}],
+        "",
+        "[an output that is not shown, of type application/x-unheard-of]",
+    ),
+    (
+        [{"output_type": "error", "ename": "\x1bcE", "evalue": "\x1b]0;t\x07v", "traceback": ["\x1b[31mt\x9b2J"]}],
+        "\x1bcnote",
+        "E: v\nt\nnote",
+    ),
 )
 def test_streams_are_verbatim_and_results_on_lines_of_their_own(outputs: Any, note: str, text: str) -> None:
     save = lambda data: "saved" if {"text/html", "image/png"} & set(data) else None  # noqa: E731
@@ -1646,13 +1615,11 @@ def test_parts_are_text_and_pictures_in_order() -> None:
     assert shown().parts() == []
 
 
-@pytest.mark.parametrize(
-    ("budget", "told_parts"),
-    [
-        ({"max_images": 1}, ["a[a picture]", b"12", "[a picture that is not shown: there are too many]z"]),
-        ({"max_image_bytes": 2}, ["a[a picture]", b"12", "[a picture that is not shown: 3 bytes are too many]z"]),
-        ({"max_images": 0}, ["a" + "[a picture that is not shown: there are too many]" * 2 + "z"]),
-    ],
+@cases(
+    "budget, told_parts",
+    ({"max_images": 1}, ["a[a picture]", b"12", "[a picture that is not shown: there are too many]z"]),
+    ({"max_image_bytes": 2}, ["a[a picture]", b"12", "[a picture that is not shown: 3 bytes are too many]z"]),
+    ({"max_images": 0}, ["a" + "[a picture that is not shown: there are too many]" * 2 + "z"]),
 )
 def test_a_picture_beyond_the_budget_is_named(budget: dict[str, int], told_parts: list[Any]) -> None:
     parts = told(shown("a", b"12", b"123", "z").parts(**budget))
@@ -1672,14 +1639,12 @@ def test_parts_keep_to_their_characters(outputs: list[Any], limit: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("form", "place"),
-    [
-        ("anthropic", "anthropic.types.tool_result_block_param:Content"),
-        ("openai", "openai.types.responses:ResponseFunctionCallOutputItemParam"),
-        ("openai-chat", "openai.types.chat:ChatCompletionContentPartParam"),
-        ("mcp", "mcp.types:ContentBlock"),
-    ],
+@cases(
+    "form, place",
+    ("anthropic", "anthropic.types.tool_result_block_param:Content"),
+    ("openai", "openai.types.responses:ResponseFunctionCallOutputItemParam"),
+    ("openai-chat", "openai.types.chat:ChatCompletionContentPartParam"),
+    ("mcp", "mcp.types:ContentBlock"),
 )
 def test_messages_are_what_the_sdks_take(form: str, place: str) -> None:
     from pydantic import TypeAdapter
@@ -1853,7 +1818,7 @@ def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, mon
         os.close(end)
 
 
-@pytest.mark.parametrize("garbage", [b"Segmentation fault\n", b"JX\xff\xff\xff\xff"])
+@cases("garbage", b"Segmentation fault\n", b"JX\xff\xff\xff\xff")
 def test_pipe_gives_up_on_garbage(pipe_end: PipeEnd, garbage: bytes) -> None:
     pipe_end.socket.sendall(jupyter_exec.PipeCodec.encode([b"good"]) + garbage)
     eventually(lambda: pipe_end.closed, "the pipe is closed")
@@ -1873,7 +1838,7 @@ def raw_message(msg_type: str, size: int) -> tuple[str, list[bytes]]:
     return "iopub", [b"", b"<IDS|MSG>", b"", b'{"msg_type":"%b"}' % msg_type.encode(), b"{}", b"{}", bytes(size)]
 
 
-@pytest.mark.parametrize("msg_type", ["stream", "display_data", "unheard_of"])
+@cases("msg_type", "stream", "display_data", "unheard_of")
 def test_a_mailbox_takes_no_output_beyond_its_limit(monkeypatch: pytest.MonkeyPatch, msg_type: str) -> None:
     monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 100_000)
     mailbox = jupyter_exec.Mailbox()
@@ -1907,15 +1872,13 @@ def test_connection_files_are_private_and_read_back(tmp_path: Path) -> None:
     assert jupyter_exec.read_connection_file(path).key == "secret-key"
 
 
-@pytest.mark.parametrize(
-    ("text", "mode", "says"),
-    [
-        (connection_json(), 0o644, r"kernel\.json .*chmod 600"),
-        ("", 0o600, "not JSON"),
-        ("{}", 0o600, "has no 'ip'"),
-        ('{"ip": "127.0.0.1"}', 0o600, "port"),
-        (None, 0, r"kernel\.json: No such file"),
-    ],
+@cases(
+    "text, mode, says",
+    (connection_json(), 0o644, r"kernel\.json .*chmod 600"),
+    ("", 0o600, "not JSON"),
+    ("{}", 0o600, "has no 'ip'"),
+    ('{"ip": "127.0.0.1"}', 0o600, "port"),
+    (None, 0, r"kernel\.json: No such file"),
 )
 def test_attaching_by_a_wrong_file_fails_clearly(tmp_path: Path, text: str | None, mode: int, says: str) -> None:
     path = tmp_path / "kernel.json"
@@ -2031,13 +1994,11 @@ def without_idle_and_deaf(kernel: ScriptedKernel, request: dict[str, Any]) -> No
     without_idle(kernel, request)
 
 
-@pytest.mark.parametrize(
-    ("script", "exit_code", "note"),
-    [
-        (without_idle, 0, "Some of the output was lost on its way"),
-        (without_idle_and_deaf, 0, "Some of the output was lost on its way"),  # it is asked again and again
-        (without_reply, 1, "its reply was lost"),
-    ],
+@cases(
+    "script, exit_code, note",
+    (without_idle, 0, "Some of the output was lost on its way"),
+    (without_idle_and_deaf, 0, "Some of the output was lost on its way"),  # it is asked again and again
+    (without_reply, 1, "its reply was lost"),
 )
 def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
     script: Any, exit_code: int, note: str, monkeypatch: pytest.MonkeyPatch
@@ -2086,8 +2047,8 @@ def raising(kind: type[BaseException]) -> None:
     raise kind
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("by_signal", [True, False])
+@cases("end", KeyboardInterrupt, SystemExit)
+@cases("by_signal", True, False)
 def test_a_cell_that_a_signal_ends_is_in_the_notebook(
     executor: JupyterCodeExecutor, tmp_path: Path, end: type[BaseException], by_signal: bool
 ) -> None:
@@ -2180,7 +2141,7 @@ ENVIRONMENTS: list[dict[str, str | None]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", ENVIRONMENTS, ids=str)
+@cases("changes", *ENVIRONMENTS, ids=str)
 def test_kernelspec_directories_are_those_of_jupyter(changes: dict[str, str]) -> None:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("JUPYTER")} | changes
     program = """
@@ -2257,7 +2218,7 @@ def test_kernels_are_lean_and_history_works_all_the_same(executor: JupyterCodeEx
         assert run(other, "get_ipython().history_manager.enabled").output == "True"
 
 
-@pytest.mark.parametrize("is_taken", [False, True])
+@cases("is_taken", False, True)
 def test_kernels_that_may_not_know_ipc_get_tcp_ports_that_are_free(
     kernels_dir: Path, tmp_path: Path, is_taken: bool
 ) -> None:
@@ -2299,12 +2260,10 @@ def test_a_kernel_that_dies_at_start_is_reported_with_its_stderr(kernels_dir: Pa
             assert run(other, "1").output == "1"
 
 
-@pytest.mark.parametrize(
-    ("argv", "metadata", "says"),
-    [
-        (["/no/such/program"], {}, "No such file or directory: /no/such/program"),
-        (["python"], {"kernel_provisioner": {"provisioner_name": "yarn"}}, "provisioner"),
-    ],
+@cases(
+    "argv, metadata, says",
+    (["/no/such/program"], {}, "No such file or directory: /no/such/program"),
+    (["python"], {"kernel_provisioner": {"provisioner_name": "yarn"}}, "provisioner"),
 )
 def test_a_kernelspec_that_cannot_be_launched_is_reported(
     kernels_dir: Path, argv: Any, metadata: Any, says: str
@@ -2354,13 +2313,11 @@ def program_file(path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("argv", "says"),
-    [
-        (["/no/such/python"], "No such file or directory: /no/such/python"),
-        (["true"], "no Python answered"),
-        (["sh", "-c", "echo welcome; echo trouble >&2; exit 3"], "welcome.*exit code 3.*trouble"),
-    ],
+@cases(
+    "argv, says",
+    (["/no/such/python"], "No such file or directory: /no/such/python"),
+    (["true"], "no Python answered"),
+    (["sh", "-c", "echo welcome; echo trouble >&2; exit 3"], "welcome.*exit code 3.*trouble"),
 )
 def test_a_command_that_is_no_python_is_reported(argv: list[str], says: str) -> None:
     with CommandJupyterServer(argv) as server, pytest.raises(KernelStartFailed) as caught:
@@ -2411,18 +2368,16 @@ def test_a_host_that_never_answers_is_given_up_and_asked_to_end_before_it_is_kil
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("env", "value"), [({}, "1"), ({"SLURM_UNBUFFEREDIO": "0"}, "0")])
+@cases("env, value", ({}, "1"), ({"SLURM_UNBUFFEREDIO": "0"}, "0"))
 def test_what_has_no_newline_comes_through_srun_at_once(env: dict[str, str], value: str) -> None:
     with CommandJupyterServer(["env", sys.executable], env=env) as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "import os; os.environ['SLURM_UNBUFFEREDIO']").output == repr(value)
 
 
-@pytest.mark.parametrize(
-    ("option", "error", "says"),
-    [
-        ({"start_timeout": 0}, ValueError, "start_timeout must be a number of seconds, not 0"),
-        ({"start_time": 1}, TypeError, "JupyterServer has no keyword 'start_time'"),
-    ],
+@cases(
+    "option, error, says",
+    ({"start_timeout": 0}, ValueError, "start_timeout must be a number of seconds, not 0"),
+    ({"start_time": 1}, TypeError, "JupyterServer has no keyword 'start_time'"),
 )
 def test_a_wrong_option_of_the_launch_is_named(option: dict[str, Any], error: type[Exception], says: str) -> None:
     for make in (LocalJupyterServer, functools.partial(CommandJupyterServer, ["python3"])):
@@ -2445,8 +2400,8 @@ def test_a_stopped_host_is_given_up_and_replaced(monkeypatch: pytest.MonkeyPatch
         assert "python3" in server.kernelspecs()
 
 
-@pytest.mark.parametrize("how", ["direct", "relay"])
-@pytest.mark.parametrize("code", ["1", "import time; time.sleep(100)", "while True: print('x' * 1000)"])
+@cases("how", "direct", "relay")
+@cases("code", "1", "import time; time.sleep(100)", "while True: print('x' * 1000)")
 def test_nothing_outlives_a_killed_client(tmp_path: Path, marker: str, how: str, code: str) -> None:
     client = """
         import sys, time, jupyter_exec
@@ -2465,7 +2420,7 @@ def test_nothing_outlives_a_killed_client(tmp_path: Path, marker: str, how: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preload", ["[]", "None"])
+@cases("preload", "[]", "None")
 def test_nothing_outlives_a_client_and_a_host_that_are_killed_at_once(
     tmp_path: Path, marker: str, preload: str
 ) -> None:
@@ -2503,8 +2458,8 @@ LACKS = "pidfd_open memfd_create pthread_sigmask SOCK_SEQPACKET send_fds recv_fd
 
 # The second fork runs no hooks of Python.
 @pytest.mark.slow
-@pytest.mark.parametrize("fork", ["os.fork()", "ctypes.PyDLL(None).fork()"])
-@pytest.mark.parametrize("lacks", ["", "register_at_fork", "pidfd_open register_at_fork"])
+@cases("fork", "os.fork()", "ctypes.PyDLL(None).fork()")
+@cases("lacks", "", "register_at_fork", "pidfd_open register_at_fork")
 def test_a_forked_child_of_the_client_does_not_keep_the_kernels(
     lacks: str, fork: str, marker: str, tmp_path: Path
 ) -> None:
@@ -2530,7 +2485,7 @@ def test_a_forked_child_of_the_client_does_not_keep_the_kernels(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lacks", "relay"), [("pidfd_open memfd_create", False), (LACKS, True)])
+@cases("lacks, relay", ("pidfd_open memfd_create", False), (LACKS, True))
 def test_a_python_that_lacks_much_has_kernels(lacks: str, relay: bool, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(POOR_PYTHON)
     env = {"PYTHONPATH": str(tmp_path), "LACKS": lacks}
@@ -2562,7 +2517,7 @@ print(os.read(r, 9).decode())
 }
 
 
-@pytest.mark.parametrize("how", LEAVERS)
+@cases("how", *LEAVERS)
 def test_children_that_left_the_session_die_with_their_kernel(server: LocalJupyterServer, how: str) -> None:
     with JupyterCodeExecutor(server) as one, JupyterCodeExecutor(server) as two:
         first, second = int(run(one, LEAVERS[how]).output), int(run(two, LEAVERS[how]).output)
@@ -2693,14 +2648,12 @@ def test_kernels_survive_their_fork_server_and_the_next_has_a_new_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        ("import nonesuch", "preload: preloaded cannot be imported. ModuleNotFoundError: No module named 'nonesuch'"),
-        ("import os; os._exit(3)", "ended at its preload (it ended by itself with exit code 3)"),
-        ("import os; os.kill(os.getpid(), 11)", "ended at its preload (killed by signal 11, SIGSEGV)"),
-        ("import threading; threading.Thread(target=input, name='watcher').start()", "watcher"),
-    ],
+@cases(
+    "source, says",
+    ("import nonesuch", "preload: preloaded cannot be imported. ModuleNotFoundError: No module named 'nonesuch'"),
+    ("import os; os._exit(3)", "ended at its preload (it ended by itself with exit code 3)"),
+    ("import os; os.kill(os.getpid(), 11)", "ended at its preload (killed by signal 11, SIGSEGV)"),
+    ("import threading; threading.Thread(target=input, name='watcher').start()", "watcher"),
 )
 def test_a_preload_that_fails_is_reported(tmp_path: Path, source: str, says: str) -> None:
     (tmp_path / "preloaded.py").write_text(source)
@@ -2727,7 +2680,7 @@ def test_preload_finds_modules_of_the_working_directory_and_pictures_come_inline
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preload", [[], ["typing_extensions"]])
+@cases("preload", [], ["typing_extensions"])
 def test_a_restarted_kernel_sees_what_was_installed(bare_python: str, bare_site: Path, preload: list[str]) -> None:
     old, new = (path / "typing_extensions.py" for path in (bare_site, Path(pytest.__file__).parents[1]))
     old.write_text(f"exec(open({str(new)!r}).read()); old = 1")
@@ -2792,7 +2745,7 @@ def run_bare(python: str, program: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preload", [[], ["json"]])
+@cases("preload", [], ["json"])
 def test_a_python_that_cannot_fork_kernels_launches_them(kernels_dir: Path, preload: list[str]) -> None:
     wrapper = program_file(kernels_dir / "python3", f'#!/bin/sh\n{sys.executable} "$@"\n')
     env = add_spec(kernels_dir, "wrapped", [wrapper, *IPYKERNEL[1:]])
@@ -2909,7 +2862,7 @@ def test_a_missing_working_directory_or_token_is_a_clear_error(tmp_path: Path) -
             server.start_kernel()
 
 
-@pytest.mark.parametrize("relay", [False, True])
+@cases("relay", False, True)
 def test_a_long_tmpdir_does_not_break_socket_files(
     relay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -2922,7 +2875,7 @@ def test_a_long_tmpdir_does_not_break_socket_files(
             assert run(executor, "1").output == "1"
 
 
-@pytest.mark.parametrize("relay", [False, True])
+@cases("relay", False, True)
 def test_no_temporary_directory_is_a_clear_error(relay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text("import tempfile; tempfile.tempdir = '/no/such/directory'")
     server = CommandJupyterServer([sys.executable], env={"PYTHONPATH": str(tmp_path)})
@@ -2964,12 +2917,10 @@ def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
 UNBLOCK = "import os, sys; os.set_blocking(0, False); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 
 
-@pytest.mark.parametrize(
+@cases(
     "argv",
-    [
-        [sys.executable, "-c", UNBLOCK],  # a stdin that does not block is waited for
-        ["sh", "-c", 'echo "Welcome to the machine"; exec "$0" "$@"', sys.executable],
-    ],
+    [sys.executable, "-c", UNBLOCK],  # a stdin that does not block is waited for
+    ["sh", "-c", 'echo "Welcome to the machine"; exec "$0" "$@"', sys.executable],
 )
 def test_a_command_may_become_a_python_in_odd_ways(argv: list[str]) -> None:
     with CommandJupyterServer(argv) as server:
@@ -3039,15 +2990,13 @@ def scripted_host(tmp_path: Path, script: str) -> Iterator[CommandJupyterServer]
         yield server
 
 
-@pytest.mark.parametrize(
-    ("script", "says"),
-    [
-        ("os.write(1, b'Segmentation fault')", "something that is not a frame"),
-        ("os.write(1, b'JX\\xff\\xff\\xff\\xff'); read(10**9)", "over the limit"),
-        ("os.write(1, frame([b'', b'{'])); read(10**9)", "not JSON"),
-        ("os.write(1, frame([b'', b'[]'])); read(10**9)", "not a JSON object"),
-        ("sys.exit('last words')", "last words"),
-    ],
+@cases(
+    "script, says",
+    ("os.write(1, b'Segmentation fault')", "something that is not a frame"),
+    ("os.write(1, b'JX\\xff\\xff\\xff\\xff'); read(10**9)", "over the limit"),
+    ("os.write(1, frame([b'', b'{'])); read(10**9)", "not JSON"),
+    ("os.write(1, frame([b'', b'[]'])); read(10**9)", "not a JSON object"),
+    ("sys.exit('last words')", "last words"),
 )
 def test_a_host_that_sends_garbage_is_given_up(tmp_path: Path, script: str, says: str) -> None:
     with scripted_host(tmp_path, script) as server, pytest.raises(ConnectionClosed, match=says):
@@ -3074,16 +3023,14 @@ def test_whatever_a_host_reports_can_be_printed(data: dict[str, Any], other: Any
     assert 0 <= death.status() <= 255
 
 
-@pytest.mark.parametrize(
+@cases(
     "answer",
-    [
-        "b'5'",
-        "b'9' * 10**5",
-        "b'[' * 10**5 + b']' * 10**5",
-        """b'{"connection": {}}'""",
-        """b'{"connection": "{}"}'""",
-        "json.dumps({'connection': json.dumps(elsewhere)}).encode()",
-    ],
+    "b'5'",
+    "b'9' * 10**5",
+    "b'[' * 10**5 + b']' * 10**5",
+    """b'{"connection": {}}'""",
+    """b'{"connection": "{}"}'""",
+    "json.dumps({'connection': json.dumps(elsewhere)}).encode()",
 )
 def test_a_host_with_strange_answers_is_given_up(answer: str, tmp_path: Path) -> None:
     strange_answers = textwrap.dedent("""
@@ -3103,7 +3050,7 @@ def test_a_host_with_strange_answers_is_given_up(answer: str, tmp_path: Path) ->
         eventually(lambda: process.poll() is not None, "the host is gone")
 
 
-@pytest.mark.parametrize("greeting", ["9" * 5000 + " 9 00", "3 11 zz", "-3 11 00"])
+@cases("greeting", "9" * 5000 + " 9 00", "3 11 zz", "-3 11 00")
 def test_a_strange_greeting_is_none(greeting: str) -> None:
     program = "import re, sys; print(re.search('[0-9a-f]{32}', sys.argv[-1])[0], GREETING)".replace(
         "GREETING", repr(greeting)
@@ -3224,15 +3171,10 @@ def test_docker_kernels_share_one_hardened_container(boxed: JupyterCodeExecutor,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "limits"),
-    [
-        ({}, (True, 2**30, 10**9, "none")),
-        (
-            {"read_only": False, "mem_limit": "256m", "cpu_quota": 50_000, "network": "bridge"},
-            (False, 2**28, 0, "bridge"),
-        ),
-    ],
+@cases(
+    "options, limits",
+    ({}, (True, 2**30, 10**9, "none")),
+    ({"read_only": False, "mem_limit": "256m", "cpu_quota": 50_000, "network": "bridge"}, (False, 2**28, 0, "bridge")),
 )
 def test_hardened_is_one_word_for_limits_that_may_be_said_otherwise(
     containers: Any, options: dict[str, Any], limits: tuple[Any, ...]
@@ -3426,17 +3368,15 @@ def test_code_is_not_root_in_a_bind_dir_of_root(containers: Any, tmp_path: Path)
         os.chmod(tmp_path, 0o770)
 
 
-@pytest.mark.parametrize(
-    ("owner", "mode", "user"),
-    [
-        ((4321, 4322), 0o700, "4321:4322"),
-        ((4321, 0), 0o700, "4321:1000"),
-        ((4321, 1000), 0o577, None),
-        ((0, 0), 0o703, "1000:1000"),
-        ((0, 1000), 0o730, "1000:1000"),
-        ((0, 1000), 0o757, None),
-        ((0, 0), 0o775, None),
-    ],
+@cases(
+    "owner, mode, user",
+    ((4321, 4322), 0o700, "4321:4322"),
+    ((4321, 0), 0o700, "4321:1000"),
+    ((4321, 1000), 0o577, None),
+    ((0, 0), 0o703, "1000:1000"),
+    ((0, 1000), 0o730, "1000:1000"),
+    ((0, 1000), 0o757, None),
+    ((0, 0), 0o775, None),
 )
 def test_as_whom_code_runs_in_a_bind_dir(tmp_path: Path, owner: tuple[int, int], mode: int, user: str | None) -> None:
     os.chown(tmp_path, *owner)
@@ -3449,9 +3389,7 @@ def test_as_whom_code_runs_in_a_bind_dir(tmp_path: Path, owner: tuple[int, int],
     tmp_path.chmod(0o700)
 
 
-@pytest.mark.parametrize(
-    ("info", "user"), [({"SecurityOptions": ["name=rootless"]}, "0:0"), ({"Rootless": True}, "0:0"), ({}, "1007:1007")]
-)
+@cases("info, user", ({"SecurityOptions": ["name=rootless"]}, "0:0"), ({"Rootless": True}, "0:0"), ({}, "1007:1007"))
 def test_root_of_a_rootless_engine_is_the_owner_of_a_bind_dir(info: Any, user: str, tmp_path: Path) -> None:
     os.chown(tmp_path, 1007, 1007)
     engine = types.SimpleNamespace(info=lambda: info)
@@ -3543,7 +3481,7 @@ def stalling(containers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("request_", ["/version", "/images/", "/wait", "/attach", "/start"])
+@cases("request_", "/version", "/images/", "/wait", "/attach", "/start")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
 def test_an_engine_that_stalls_while_a_container_starts(
     stalling: StallingEngine, request_: str, monkeypatch: pytest.MonkeyPatch
@@ -3779,14 +3717,12 @@ ENTRYPOINT ["sh", "-c", "shift 2; exec /usr/bin/python3 /old.py \"$1\"", "x"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dockerfile", "says"),
-    [
-        ("FROM scratch\nLABEL a=b", "python3"),
-        ('FROM BASE\nENTRYPOINT ["sh", "-c", "echo trouble >&2; exit 3"]', "exit code 3.*trouble"),
-        ("FROM BASE", "-m pip install ipykernel"),
-        (OLD_PYTHON, r"Python 3\.8 is too old"),
-    ],
+@cases(
+    "dockerfile, says",
+    ("FROM scratch\nLABEL a=b", "python3"),
+    ('FROM BASE\nENTRYPOINT ["sh", "-c", "echo trouble >&2; exit 3"]', "exit code 3.*trouble"),
+    ("FROM BASE", "-m pip install ipykernel"),
+    (OLD_PYTHON, r"Python 3\.8 is too old"),
     ids=["no Python", "ends at once", "no ipykernel", "old Python"],
 )
 def test_unfit_images_are_reported(containers: Any, image: Callable[[str], str], dockerfile: str, says: str) -> None:
@@ -3796,24 +3732,20 @@ def test_unfit_images_are_reported(containers: Any, image: Callable[[str], str],
     assert re.search(says, str(caught.value), re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"custom_image_name": "no/such:image"}, "Custom image no/such:image does not exist"),
-        ({"mem_limit": "1 apple"}, "1 apple"),
-    ],
+@cases(
+    "options, says",
+    ({"custom_image_name": "no/such:image"}, "Custom image no/such:image does not exist"),
+    ({"mem_limit": "1 apple"}, "1 apple"),
 )
 def test_what_the_engine_refuses_is_reported(containers: Any, options: dict[str, Any], says: str) -> None:
     with docker_server(**options) as server, pytest.raises(SandboxError, match=says):
         JupyterCodeExecutor(server)
 
 
-@pytest.mark.parametrize(
-    ("error", "asked", "says"),
-    [
-        ("Read timed out. (read timeout=10)", 2, "The Docker engine does not answer: try again, restart it"),
-        ("[Errno 13] Permission denied", 1, "No permission to use Docker: add yourself to the group docker"),
-    ],
+@cases(
+    "error, asked, says",
+    ("Read timed out. (read timeout=10)", 2, "The Docker engine does not answer: try again, restart it"),
+    ("[Errno 13] Permission denied", 1, "No permission to use Docker: add yourself to the group docker"),
 )
 def test_docker_that_does_not_answer_is_asked_again(
     monkeypatch: pytest.MonkeyPatch, error: str, asked: int, says: str
@@ -3832,20 +3764,15 @@ def test_docker_that_does_not_answer_is_asked_again(
     assert timeouts == [10] * asked
 
 
-@pytest.mark.parametrize(
-    ("environment", "engine"),
-    [
-        ({}, "tcp://127.0.0.1:7"),  # `docker context use near` was said
-        ({"DOCKER_HOST": "unix:///other.sock"}, "unix:///other.sock"),
-        ({"DOCKER_CONTEXT": "default"}, None),
-        ({"DOCKER_CONTEXT": "far"}, "cannot attach to containers by ssh: forward the socket"),
-        ({"DOCKER_HOST": "ssh://ann@box"}, "cannot attach to containers by ssh: forward the socket"),
-        (
-            {"DOCKER_CONTEXT": "none"},
-            r"context none cannot be used: 'docker context ls' shows what there is \(it is not",
-        ),
-        ({"DOCKER_CONTEXT": "broken"}, "context broken cannot be used"),
-    ],
+@cases(
+    "environment, engine",
+    ({}, "tcp://127.0.0.1:7"),  # `docker context use near` was said
+    ({"DOCKER_HOST": "unix:///other.sock"}, "unix:///other.sock"),
+    ({"DOCKER_CONTEXT": "default"}, None),
+    ({"DOCKER_CONTEXT": "far"}, "cannot attach to containers by ssh: forward the socket"),
+    ({"DOCKER_HOST": "ssh://ann@box"}, "cannot attach to containers by ssh: forward the socket"),
+    ({"DOCKER_CONTEXT": "none"}, r"context none cannot be used: 'docker context ls' shows what there is \(it is not"),
+    ({"DOCKER_CONTEXT": "broken"}, "context broken cannot be used"),
 )
 def test_the_engine_is_that_of_the_docker_command(
     environment: dict[str, str], engine: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -3868,12 +3795,10 @@ def test_the_engine_is_that_of_the_docker_command(
         assert jupyter_exec._engine_in_use().get("base_url") == engine
 
 
-@pytest.mark.parametrize(
-    ("host", "says"),
-    [
-        ("unix:///no/such.sock", "Docker is not running: start it, or use LocalJupyterServer"),
-        ("npipe:////./pipe/docker_engine", "named pipe of Windows is no socket"),
-    ],
+@cases(
+    "host, says",
+    ("unix:///no/such.sock", "Docker is not running: start it, or use LocalJupyterServer"),
+    ("npipe:////./pipe/docker_engine", "named pipe of Windows is no socket"),
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
 def test_docker_not_running_says_what_to_do(monkeypatch: pytest.MonkeyPatch, host: str, says: str) -> None:
@@ -3882,20 +3807,18 @@ def test_docker_not_running_says_what_to_do(monkeypatch: pytest.MonkeyPatch, hos
         JupyterCodeExecutor(DockerJupyterServer())
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"command": "x"}, "custom_image_name"),
-        ({"name": "x"}, "container_name"),
-        ({"log_config": {}}, "stdout of the container"),
-        ({"network": "none", "network_mode": "host"}, "not both"),
-        ({"custom_image_name": "x", "packages": ["six"]}, "bundled image"),
-        ({"packages": "six"}, "list of strings"),
-        ({"packages": ["six", "--index-url=http://evil"]}, "option of pip"),
-        ({"packages": ["six\n-r /etc/passwd"]}, "option of pip"),
-        ({"token": " "}, "open the gateway to anybody"),
-        ({"network": "none", "transport": "gateway"}, "cannot be reached without a network"),
-    ],
+@cases(
+    "options, says",
+    ({"command": "x"}, "custom_image_name"),
+    ({"name": "x"}, "container_name"),
+    ({"log_config": {}}, "stdout of the container"),
+    ({"network": "none", "network_mode": "host"}, "not both"),
+    ({"custom_image_name": "x", "packages": ["six"]}, "bundled image"),
+    ({"packages": "six"}, "list of strings"),
+    ({"packages": ["six", "--index-url=http://evil"]}, "option of pip"),
+    ({"packages": ["six\n-r /etc/passwd"]}, "option of pip"),
+    ({"token": " "}, "open the gateway to anybody"),
+    ({"network": "none", "transport": "gateway"}, "cannot be reached without a network"),
 )
 def test_docker_keywords_that_do_not_go_together(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
@@ -3928,18 +3851,16 @@ def test_docker_kwargs_are_merged_with_ours(containers: Any, tmp_path: Path) -> 
         assert (attrs["HostConfig"]["PidsLimit"], attrs["HostConfig"]["NanoCpus"]) == (77, 10**9)
 
 
-@pytest.mark.parametrize(
-    ("name", "ours", "theirs", "merged"),
-    [
-        ("cap_drop", ["ALL"], "NET_RAW", ["ALL", "NET_RAW"]),
-        ("cap_drop", ["ALL"], [], ["ALL"]),
-        ("environment", {"A": "1"}, ["B=2=3", "C", "A=4"], {"A": "4", "B": "2=3", "C": None}),
-        ("volumes", {"/a": {"bind": "/b", "mode": "rw"}}, "/c:/d", ["/a:/b:rw", "/c:/d"]),
-        ("volumes", {"/a": {}}, {"/c": {}}, {"/a": {}, "/c": {}}),
-        ("tmpfs", None, ["/x", "/y:size=1m"], {"/x": None, "/y": "size=1m"}),
-        ("pids_limit", 512, 77, 77),
-        ("ulimits", None, [1], [1]),
-    ],
+@cases(
+    "name, ours, theirs, merged",
+    ("cap_drop", ["ALL"], "NET_RAW", ["ALL", "NET_RAW"]),
+    ("cap_drop", ["ALL"], [], ["ALL"]),
+    ("environment", {"A": "1"}, ["B=2=3", "C", "A=4"], {"A": "4", "B": "2=3", "C": None}),
+    ("volumes", {"/a": {"bind": "/b", "mode": "rw"}}, "/c:/d", ["/a:/b:rw", "/c:/d"]),
+    ("volumes", {"/a": {}}, {"/c": {}}, {"/a": {}, "/c": {}}),
+    ("tmpfs", None, ["/x", "/y:size=1m"], {"/x": None, "/y": "size=1m"}),
+    ("pids_limit", 512, 77, 77),
+    ("ulimits", None, [1], [1]),
 )
 def test_merging_of_docker_options(name: str, ours: Any, theirs: Any, merged: Any) -> None:
     assert jupyter_exec._merged(name, ours, theirs) == merged
@@ -3963,21 +3884,17 @@ OPENINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"), [("mem_limitt", "mem_limit"), ("package", "packages"), ("bind_dirr", "bind_dir"), ("xyzzy", "")]
-)
+@cases("name, meant", ("mem_limitt", "mem_limit"), ("package", "packages"), ("bind_dirr", "bind_dir"), ("xyzzy", ""))
 def test_an_unknown_docker_keyword_is_named(name: str, meant: str) -> None:
     with pytest.raises(TypeError, match=f"'{name}'" + (f"; did you mean '{meant}'" if meant else "$")):
         docker_server(**{name: 1})
 
 
-@pytest.mark.parametrize(
-    ("warnings_of", "options"),
-    [
-        *((1, options) for options in OPENINGS),
-        (0, {"bind_dir": tempfile.gettempdir(), "user": "1000", "read_only": True, "pids_limit": 9, "cap_add": []}),
-        (0, {"security_opt": ["label=type:x"], "volumes": [f"{HERE}:/x"], "ipc_mode": "private"}),
-    ],
+@cases(
+    "warnings_of, options",
+    *((1, options) for options in OPENINGS),
+    (0, {"bind_dir": tempfile.gettempdir(), "user": "1000", "read_only": True, "pids_limit": 9, "cap_add": []}),
+    (0, {"security_opt": ["label=type:x"], "volumes": [f"{HERE}:/x"], "ipc_mode": "private"}),
     ids=str,
 )
 def test_what_opens_the_sandbox_is_warned_of(warnings_of: int, options: dict[str, Any], caplog: Any) -> None:
@@ -3985,7 +3902,7 @@ def test_what_opens_the_sandbox_is_warned_of(warnings_of: int, options: dict[str
     assert [(record.name, record.levelname) for record in caplog.records] == [("jupyter_exec", "WARNING")] * warnings_of
 
 
-@pytest.mark.parametrize("user", ["", "0", "00", "0000:0", "+0", "root", "root:x", "0:1000"])
+@cases("user", "", "0", "00", "0000:0", "+0", "root", "root:x", "0:1000")
 def test_users_of_an_image_that_are_root(user: str) -> None:
     server = DockerJupyterServer()
     assert server._user(None, {"User": user}) == "1000:1000"
@@ -4257,8 +4174,8 @@ def command_line(pid: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", ["", "sleep(60)", "while True:\n try: sleep(1)\n except BaseException: pass"])
-@pytest.mark.parametrize(("method", "path"), [("DELETE", ""), ("POST", "/restart")])
+@cases("code", "", "sleep(60)", "while True:\n try: sleep(1)\n except BaseException: pass")
+@cases("method, path", ("DELETE", ""), ("POST", "/restart"))
 def test_a_kernel_that_others_end_is_told_at_once(remote: Peer, method: str, path: str, code: str) -> None:
     with remote.client() as server, JupyterCodeExecutor(server) as executor:
         run(executor, "from time import sleep")
@@ -4507,42 +4424,37 @@ def http(status: str, body: str, kind: str = "text/html", *more: str) -> bytes:
     return "\r\n".join(lines).encode()
 
 
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        (http("200 OK", "<html>Please log in</html>"), "no Jupyter server: it sends text/html"),
-        (http("302 Found", "", "text/html", "Location: /hub/login"), "redirects elsewhere"),
-        (http("500 Oops", '{"message": "it broke", "reason": null}', "application/json"), "500.*it broke"),
-        (http("200 OK", "[1]", "application/json"), "no Jupyter server"),
-        (http("200 OK", "[" * 100_000, "application/json"), "no Jupyter server"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "broke the connection"),
-        (http("302 Found", "", "text/html", "Location: /hub/user/ann/api/kernelspecs"), "JupyterHub does not run"),
-        (http("424 Failed Dependency", "{}"), "424 .* on a JupyterHub, start the server there"),
-        (http("503 Service Unavailable", "<h1>Proxy</h1> error"), "start the server there. Proxy error"),
-        (
-            http("401 No", "Authorization: token s3cret-t0ken"),
-            r"token is missing or wrong. Authorization: token \*\*\*",
-        ),
-        (http("401 No", '{"message": "\\u00733cret-t0ken\\u001b[2J"}'), r"wrong. \*\*\* \[2J"),
-        (http("401 No", "x" * 9_995 + "s3cret-t0ken"), "401"),
-        (http("200 OK", "", "s3cret-t0ken"), "no Jupyter server"),
-        (http("200 OK", "x", "s3cret-t0ken"), r"it sends \*\*\*"),
-        (b"HTTP/1.1 s3cret-t0ken x\r\n\r\n", r"BadStatusLine: HTTP/1.1 \*\*\* x"),
-        (http("200 OK", '{"kernelspecs": {"s3cret-t0ken": {"spec": {}}}}'), r"Available: \*\*\*"),
-        (http("20000 OK", "{}"), "BadStatusLine"),
-        (http(f"{'9' * 5000} OK", "{}"), "BadStatusLine"),
-        (http("103 Early Hints", "{}"), "answered 103"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n" * 200_000, "over the limit of 4194304 bytes|100 interim responses|No answer"),
-        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**20, "more than 65536 bytes"),
-        (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200, "more than 100 headers"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 12 + b"\r\n\r\n" + bytes(5_000_000), "over the limit"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n" + bytes(5_000_000), "over the limit"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "No answer"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n" + bytes(5_000_000), "broke the connection"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 16 + b"\r\n" + bytes(5_000_000), "limit"),
-        (b"", "No answer to GET .* within 0.5 s"),
-    ],
+@cases(
+    "answer, says",
+    (http("200 OK", "<html>Please log in</html>"), "no Jupyter server: it sends text/html"),
+    (http("302 Found", "", "text/html", "Location: /hub/login"), "redirects elsewhere"),
+    (http("500 Oops", '{"message": "it broke", "reason": null}', "application/json"), "500.*it broke"),
+    (http("200 OK", "[1]", "application/json"), "no Jupyter server"),
+    (http("200 OK", "[" * 100_000, "application/json"), "no Jupyter server"),
+    (b"SSH-2.0-OpenSSH_9.2\r\n", "broke the connection"),
+    (http("302 Found", "", "text/html", "Location: /hub/user/ann/api/kernelspecs"), "JupyterHub does not run"),
+    (http("424 Failed Dependency", "{}"), "424 .* on a JupyterHub, start the server there"),
+    (http("503 Service Unavailable", "<h1>Proxy</h1> error"), "start the server there. Proxy error"),
+    (http("401 No", "Authorization: token s3cret-t0ken"), r"token is missing or wrong. Authorization: token \*\*\*"),
+    (http("401 No", '{"message": "\\u00733cret-t0ken\\u001b[2J"}'), r"wrong. \*\*\* \[2J"),
+    (http("401 No", "x" * 9_995 + "s3cret-t0ken"), "401"),
+    (http("200 OK", "", "s3cret-t0ken"), "no Jupyter server"),
+    (http("200 OK", "x", "s3cret-t0ken"), r"it sends \*\*\*"),
+    (b"HTTP/1.1 s3cret-t0ken x\r\n\r\n", r"BadStatusLine: HTTP/1.1 \*\*\* x"),
+    (http("200 OK", '{"kernelspecs": {"s3cret-t0ken": {"spec": {}}}}'), r"Available: \*\*\*"),
+    (http("20000 OK", "{}"), "BadStatusLine"),
+    (http(f"{'9' * 5000} OK", "{}"), "BadStatusLine"),
+    (http("103 Early Hints", "{}"), "answered 103"),
+    (b"HTTP/1.1 100 Continue\r\n\r\n" * 200_000, "over the limit of 4194304 bytes|100 interim responses|No answer"),
+    (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**20, "more than 65536 bytes"),
+    (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200, "more than 100 headers"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 12 + b"\r\n\r\n" + bytes(5_000_000), "over the limit"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n" + bytes(5_000_000), "over the limit"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "No answer"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n" + bytes(5_000_000), "broke the connection"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 16 + b"\r\n" + bytes(5_000_000), "limit"),
+    (b"", "No answer to GET .* within 0.5 s"),
 )
 def test_what_is_no_jupyter_server_is_told(answer: bytes, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec.RestClient.request, "__kwdefaults__", {"timeout": 0.5})
@@ -4582,22 +4494,20 @@ BAD_SPECS: list[Any] = [{}, [], 5, None, *({"kernelspecs": value} for value in B
 BAD_LISTS: list[Any] = [5, "abc", {}, [1], None]
 
 
-@pytest.mark.parametrize(
-    ("replies", "use"),
-    [
-        *(([SPECS, http("201 Created", json.dumps(model))], "start_kernel") for model in BAD_MODELS),
-        *(([http("200 OK", json.dumps(specs))], "start_kernel") for specs in BAD_SPECS),
-        *(([http("200 OK", json.dumps(models))], "list_kernels") for models in BAD_LISTS),
-        *(
-            ([SPECS, http("201 OK", '{"id": "x"}'), answer], "start_kernel")
-            for answer in (
-                b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
-                b"HTTP/1.1 101 Switching Protocols\r\nTransfer-Encoding: chunked\r\n\r\n",
-                http("200 OK", "{}"),
-                http("403 No", "s3cret-t0ken"),
-            )
-        ),
-    ],
+@cases(
+    "replies, use",
+    *(([SPECS, http("201 Created", json.dumps(model))], "start_kernel") for model in BAD_MODELS),
+    *(([http("200 OK", json.dumps(specs))], "start_kernel") for specs in BAD_SPECS),
+    *(([http("200 OK", json.dumps(models))], "list_kernels") for models in BAD_LISTS),
+    *(
+        ([SPECS, http("201 OK", '{"id": "x"}'), answer], "start_kernel")
+        for answer in (
+            b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+            b"HTTP/1.1 101 Switching Protocols\r\nTransfer-Encoding: chunked\r\n\r\n",
+            http("200 OK", "{}"),
+            http("403 No", "s3cret-t0ken"),
+        )
+    ),
 )
 def test_answers_of_wrong_shapes_are_our_errors(replies: list[bytes], use: str) -> None:
     with scripted_server(*replies) as server, pytest.raises(JupyterExecError) as caught:
@@ -4606,7 +4516,7 @@ def test_answers_of_wrong_shapes_are_our_errors(replies: list[bytes], use: str) 
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize(("kernel", "refusals"), [("x", 3), (None, 1)])  # restart, delete, start; or start alone
+@cases("kernel, refusals", ("x", 3), (None, 1))  # restart, delete, start; or start alone
 def test_a_hub_whose_server_was_stopped_is_told_at_the_next_start(kernel: str | None, refusals: int) -> None:
     # A Hub refuses the POST for another reason: only a GET tells.
     refused, moved = (
@@ -4667,7 +4577,7 @@ def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(mo
         far.close()
 
 
-@pytest.mark.parametrize("host", ["http://example.com", "example.com/path", "a b", ""])
+@cases("host", "http://example.com", "example.com/path", "a b", "")
 def test_a_host_that_is_none_is_refused(host: str) -> None:
     with pytest.raises(ValueError, match="host must be a name or an address"):
         RemoteJupyterServer(JupyterConnectionInfo(host, True))
@@ -4940,7 +4850,7 @@ def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["", "os._exit(3)", "1 / 0"])
+@cases("end", "", "os._exit(3)", "1 / 0")
 def test_a_flood_over_a_slow_link_is_bounded_and_its_cell_ends_in_time(end: str, slow_link: Any) -> None:
     flood = "while True: print('x' * 1000)" if not end else "for _ in range(20_000): print('x' * 1000)"
     with slow_link("1e6") as server, JupyterCodeExecutor(server) as executor:
@@ -4996,17 +4906,12 @@ def test_the_example_prints_exactly_this(executor: JupyterCodeExecutor) -> None:
 SHOW = "from IPython.display import display, update_display, Markdown\ndisplay('one', display_id='d')"
 
 
-@pytest.mark.parametrize(
-    ("codes", "output"),
-    [
-        (["x = 1", "x += 1"], "\n"),
+@cases("codes, output", (["x = 1", "x += 1"], "\n"),
         (["def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)", "fibonacci(14)"], "\n377"),
         (["import sys\nprint('o', flush=True)\nprint('e', file=sys.stderr, flush=True)\ndisplay('d')\n'r'"], "o\ne\n'd'\n'r'"),
         (["for i in range(5): print(f'\\r{i * 25}%', end='', flush=True); __import__('time').sleep(0.05)\nprint(' done')"], "100% done\n"),
         ([f"{SHOW}\nupdate_display('two', display_id='d')", "update_display('three', display_id='d')"], "'two'\n'three'"),
-        (["print('\ud83d\ude00', ord('\ud83d') == 0xFFFD)", "1"], "😀 True\n\n1"),
-    ],
-)  # fmt: skip
+        (["print('\ud83d\ude00', ord('\ud83d') == 0xFFFD)", "1"], "😀 True\n\n1"))  # fmt: skip
 def test_the_text_of_blocks(executor: JupyterCodeExecutor, codes: list[str], output: str) -> None:
     assert run(executor, *codes).output == output
 
@@ -5048,26 +4953,24 @@ def test_a_vanished_output_directory_costs_only_the_file(server: LocalJupyterSer
     assert result.output.endswith("after\n")
 
 
-@pytest.mark.parametrize(
+@cases(
     "code",
-    [
-        "while True: pass",
-        "import time; time.sleep(60)",
-        "import asyncio; await asyncio.sleep(60)",
-        "import subprocess; subprocess.run(['sleep', '60'])",
-        "!sleep 60",
-        "while True: print('x')",
-        *(
-            pytest.param(code, marks=pytest.mark.slow)
-            for code in (
-                "import os\nif os.fork() == 0:\n    import time; time.sleep(60); os._exit(0)\nos.wait()",
-                "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('caught')",
-                "import subprocess; subprocess.run('sleep 60 & sleep 60', shell=True)",
-                "import os; os.system('sleep 60')",  # which ignores SIGINT itself: the sleeping process must get it
-                "import threading; threading.Event().wait()",
-            )
-        ),
-    ],
+    "while True: pass",
+    "import time; time.sleep(60)",
+    "import asyncio; await asyncio.sleep(60)",
+    "import subprocess; subprocess.run(['sleep', '60'])",
+    "!sleep 60",
+    "while True: print('x')",
+    *(
+        pytest.param(code, marks=pytest.mark.slow)
+        for code in (
+            "import os\nif os.fork() == 0:\n    import time; time.sleep(60); os._exit(0)\nos.wait()",
+            "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('caught')",
+            "import subprocess; subprocess.run('sleep 60 & sleep 60', shell=True)",
+            "import os; os.system('sleep 60')",  # which ignores SIGINT itself: the sleeping process must get it
+            "import threading; threading.Event().wait()",
+        )
+    ),
 )
 def test_timeout_interrupts_and_keeps_the_variables(executor: JupyterCodeExecutor, code: str) -> None:
     run(executor, "x = 5")
@@ -5080,14 +4983,9 @@ def test_timeout_interrupts_and_keeps_the_variables(executor: JupyterCodeExecuto
     assert run(executor, "x").output == "5"
 
 
-@pytest.mark.parametrize(
-    ("code", "place"),
-    [
-        ("import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass", r"3: try: time\.sleep\(60\)"),
+@cases("code, place", ("import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass", r"3: try: time\.sleep\(60\)"),
         # Told by faulthandler, though C code holds the GIL.
-        ("import ctypes, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [2])\nlibc = ctypes.PyDLL(None)\nwhile True:\n    libc.sleep(60)", r"5: libc\.sleep\(60\)"),
-    ],
-)  # fmt: skip
+        ("import ctypes, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [2])\nlibc = ctypes.PyDLL(None)\nwhile True:\n    libc.sleep(60)", r"5: libc\.sleep\(60\)"))  # fmt: skip
 def test_code_that_ignores_the_interrupt_is_killed(
     executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch, code: str, place: str
 ) -> None:
@@ -5100,18 +4998,16 @@ def test_code_that_ignores_the_interrupt_is_killed(
     assert run(executor, "'x' in dir()").output == "False"
 
 
-@pytest.mark.parametrize(
-    ("code", "exit_code", "says"),
-    [
-        ("os.kill(os.getpid(), 11)", 139, r"The kernel died \(.*SIGSEGV.*all variables are lost"),
-        ("os.kill(os.getpid(), 9)", 137, r"The kernel died \(.*SIGKILL.*all variables are lost"),
-        ("os._exit(3)", 1, r"The kernel died \(.*exit code 3.*all variables are lost"),
-        ("os._exit(0)", 1, r"The kernel died \(.*exit code 0.*all variables are lost"),
-        ("exit()", 0, "the session was ended by the code$"),
-        ("exit(3)", 3, "the session was ended by the code"),
-        ("quit(0)", 0, "the session was ended by the code"),
-        ("exit(-1)", 255, "the session was ended by the code"),
-    ],
+@cases(
+    "code, exit_code, says",
+    ("os.kill(os.getpid(), 11)", 139, r"The kernel died \(.*SIGSEGV.*all variables are lost"),
+    ("os.kill(os.getpid(), 9)", 137, r"The kernel died \(.*SIGKILL.*all variables are lost"),
+    ("os._exit(3)", 1, r"The kernel died \(.*exit code 3.*all variables are lost"),
+    ("os._exit(0)", 1, r"The kernel died \(.*exit code 0.*all variables are lost"),
+    ("exit()", 0, "the session was ended by the code$"),
+    ("exit(3)", 3, "the session was ended by the code"),
+    ("quit(0)", 0, "the session was ended by the code"),
+    ("exit(-1)", 255, "the session was ended by the code"),
 )
 def test_death_is_reported_and_the_next_call_has_a_fresh_kernel(
     executor: JupyterCodeExecutor, code: str, exit_code: int, says: str
@@ -5155,7 +5051,7 @@ def test_a_storm_of_interrupts_hits_running_cells_only(executor: JupyterCodeExec
     assert executor.execute("1").text == "1"
 
 
-@pytest.mark.parametrize("on_timeout", ["interrupt", pytest.param("detach", marks=pytest.mark.slow)])
+@cases("on_timeout", "interrupt", pytest.param("detach", marks=pytest.mark.slow))
 def test_ctrl_c_interrupts_the_cell_and_goes_on(server: LocalJupyterServer, on_timeout: Any) -> None:
     with JupyterCodeExecutor(server, on_timeout=on_timeout) as executor:
         run(executor, "x = 5")
@@ -5215,15 +5111,10 @@ def test_a_stopped_executor_says_so(executor: JupyterCodeExecutor) -> None:
             act()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        *(({"timeout": wrong}, r"Timeout must be greater than or equal to 1\.") for wrong in (0.5, 0, -1, float("nan"))),
+@cases("arguments, says", *(({"timeout": wrong}, r"Timeout must be greater than or equal to 1\.") for wrong in (0.5, 0, -1, float("nan"))),
         ({"output_dir": "/no/such"}, r"Output directory .* does not exist\."),
         ({"kernel_name": "nope"}, r"Kernel .* is not installed\."),
-        ({"jupyter_server": 5}, r"jupyter_server must be a JupyterConnectable or JupyterConnectionInfo\."),
-    ],
-)  # fmt: skip
+        ({"jupyter_server": 5}, r"jupyter_server must be a JupyterConnectable or JupyterConnectionInfo\."))  # fmt: skip
 def test_wrong_arguments_are_autogens_value_errors(
     server: LocalJupyterServer, arguments: dict[str, Any], says: str
 ) -> None:
@@ -5281,13 +5172,11 @@ def test_a_single_cell_says_that_its_text_was_cut(server: LocalJupyterServer, tm
     assert (len(whole.output), whole.output_files) == (300_001, [])
 
 
-@pytest.mark.parametrize(
+@cases(
     "code",
-    [
-        "print('[' + '9' * 5000 + ' characters are missing here]\\n' * 3)\nprint('x' * 200_000)",
-        "print('\\n[5 characters are missing here]\\n')",
-        "v = []\nfor i in range(900): v = [v]\nfrom IPython.display import JSON, display\ndisplay({'application/json': v}, raw=True)",
-    ],
+    "print('[' + '9' * 5000 + ' characters are missing here]\\n' * 3)\nprint('x' * 200_000)",
+    "print('\\n[5 characters are missing here]\\n')",
+    "v = []\nfor i in range(900): v = [v]\nfrom IPython.display import JSON, display\ndisplay({'application/json': v}, raw=True)",
     ids=["forged mark", "forged mark in short text", "deep JSON"],
 )
 def test_a_call_never_raises_for_what_the_code_did(executor: JupyterCodeExecutor, tmp_path: Path, code: str) -> None:
@@ -5364,7 +5253,7 @@ FLOODS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", FLOODS)
+@cases("what", *FLOODS)
 def test_no_flood_grows_the_client_without_bound(what: str, tmp_path: Path) -> None:
     # Megabytes, and how much is in the file: of one line the message itself, which ZeroMQ hands over in one piece, and its copy.
     printed = {"lines": (60, 100_000_000), "one line": (500, 200_000_001)}
@@ -5409,19 +5298,17 @@ def collapse(text: str) -> str:
     return line.add(text) + line.take()
 
 
-@pytest.mark.parametrize(
-    ("raw", "left"),
-    [
-        ("\r10%\r20%\r30%\n", "30%\n"),
-        ("a\r\nb\r\n", "a\nb\n"),
-        ("abc\b\bX\n", "aX\n"),
-        ("\b\bx", "x"),
-        ("keep\r", "keep"),
-        ("over\r\rwritten", "written"),
-        ("ab\b\b\b\bc\n\b\bd", "c\nd"),
-        ("1\n2\r3\n4", "1\n3\n4"),
-        ("no\n", "no\n"),
-    ],
+@cases(
+    "raw, left",
+    ("\r10%\r20%\r30%\n", "30%\n"),
+    ("a\r\nb\r\n", "a\nb\n"),
+    ("abc\b\bX\n", "aX\n"),
+    ("\b\bx", "x"),
+    ("keep\r", "keep"),
+    ("over\r\rwritten", "written"),
+    ("ab\b\b\b\bc\n\b\bd", "c\nd"),
+    ("1\n2\r3\n4", "1\n3\n4"),
+    ("no\n", "no\n"),
 )
 def test_text_is_as_a_terminal_would_have_left_it(raw: str, left: str) -> None:
     assert collapse(raw) == left
@@ -5459,23 +5346,21 @@ def test_page_and_load_texts_are_shown(executor: JupyterCodeExecutor, tmp_path: 
     assert "loaded = 1" in run(executor, f"%load {tmp_path}/code.py").output
 
 
-@pytest.mark.parametrize(
-    ("data", "word", "suffix", "start"),
-    [
-        ({"image/png": base64.b64encode(b"\x89PNG").decode()}, "Image", ".png", b"\x89PNG"),
-        ({"image/jpeg": base64.b64encode(b"\xff\xd8").decode()}, "Image", ".jpg", b"\xff\xd8"),
-        ({"image/gif": base64.b64encode(b"GIF8").decode()}, "Image", ".gif", b"GIF8"),
-        ({"image/webp": base64.b64encode(b"RIFF").decode()}, "Image", ".webp", b"RIFF"),
-        ({"image/svg+xml": "<svg>ü</svg>"}, "Image", ".svg", "<svg>ü</svg>".encode()),
-        ({"application/pdf": base64.b64encode(b"%PDF").decode()}, "PDF", ".pdf", b"%PDF"),
-        ({"text/html": "<b>"}, "HTML", ".html", b"<b>"),
-        ({"application/json": {"a": [1, "ü"]}}, "JSON", ".json", b'{"a"'),
-        ({"application/json": 5}, "JSON", ".json", b"5"),
-        ({"application/vnd.plotly.v1+json": {"data": []}, "text/html": "<div>"}, "HTML", ".html", b"<!DOCTYPE html>"),
-        ({"application/vnd.vegalite.v5+json": {"mark": "bar"}, "text/html": "<div>"}, "JSON", ".json", b"{"),
-        ({"application/geo+json": {"type": "Point"}}, "JSON", ".json", b"{"),
-        ({"text/html": ["<b>", "x"]}, "HTML", ".html", b"<b>x"),
-    ],
+@cases(
+    "data, word, suffix, start",
+    ({"image/png": base64.b64encode(b"\x89PNG").decode()}, "Image", ".png", b"\x89PNG"),
+    ({"image/jpeg": base64.b64encode(b"\xff\xd8").decode()}, "Image", ".jpg", b"\xff\xd8"),
+    ({"image/gif": base64.b64encode(b"GIF8").decode()}, "Image", ".gif", b"GIF8"),
+    ({"image/webp": base64.b64encode(b"RIFF").decode()}, "Image", ".webp", b"RIFF"),
+    ({"image/svg+xml": "<svg>ü</svg>"}, "Image", ".svg", "<svg>ü</svg>".encode()),
+    ({"application/pdf": base64.b64encode(b"%PDF").decode()}, "PDF", ".pdf", b"%PDF"),
+    ({"text/html": "<b>"}, "HTML", ".html", b"<b>"),
+    ({"application/json": {"a": [1, "ü"]}}, "JSON", ".json", b'{"a"'),
+    ({"application/json": 5}, "JSON", ".json", b"5"),
+    ({"application/vnd.plotly.v1+json": {"data": []}, "text/html": "<div>"}, "HTML", ".html", b"<!DOCTYPE html>"),
+    ({"application/vnd.vegalite.v5+json": {"mark": "bar"}, "text/html": "<div>"}, "JSON", ".json", b"{"),
+    ({"application/geo+json": {"type": "Point"}}, "JSON", ".json", b"{"),
+    ({"text/html": ["<b>", "x"]}, "HTML", ".html", b"<b>x"),
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_every_mime_type_gets_its_file(tmp_path: Path, data: Any, word: str, suffix: str, start: bytes) -> None:
@@ -5496,16 +5381,14 @@ def test_a_plotly_page_shows_the_figure_and_nothing_else_of_it(tmp_path: Path) -
     assert page.count("<script") == 2 and json.loads(shown) == {name: figure[name] for name in ("data", "layout")}
 
 
-@pytest.mark.parametrize(
+@cases(
     "data",
-    [
-        {"image/png": "!"},
-        {"image/png": 5},
-        {"text/html": {}},
-        {"image/png": "a" * 5},
-        {"application/pdf": True},
-        {"application/vnd.plotly.v1+json": []},
-    ],
+    {"image/png": "!"},
+    {"image/png": 5},
+    {"text/html": {}},
+    {"image/png": "a" * 5},
+    {"application/pdf": True},
+    {"application/vnd.plotly.v1+json": []},
 )
 def test_what_cannot_be_a_file_is_said(tmp_path: Path, data: Any) -> None:
     files = jupyter_exec.CallFiles(jupyter_exec.Folder(tmp_path), None)
@@ -5513,15 +5396,13 @@ def test_what_cannot_be_a_file_is_said(tmp_path: Path, data: Any) -> None:
     assert list(map(str, tmp_path.iterdir())) == files.paths
 
 
-@pytest.mark.parametrize(
-    ("data", "text"),
-    [
-        ({"text/markdown": "**b**", "text/plain": "<IPython.core.display.Markdown object>"}, "**b**"),
-        ({"text/latex": "$x$", "text/plain": "x"}, "x"),
-        ({"text/latex": "$x$", "text/plain": "<IPython.core.display.Latex object>"}, "$x$"),
-        ({"application/javascript": "alert()", "text/plain": "<IPython.core.display.Javascript object>"}, "<IPython"),
-        ({"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider(value=0)"}, "IntSlider(value=0)"),
-    ],
+@cases(
+    "data, text",
+    ({"text/markdown": "**b**", "text/plain": "<IPython.core.display.Markdown object>"}, "**b**"),
+    ({"text/latex": "$x$", "text/plain": "x"}, "x"),
+    ({"text/latex": "$x$", "text/plain": "<IPython.core.display.Latex object>"}, "$x$"),
+    ({"application/javascript": "alert()", "text/plain": "<IPython.core.display.Javascript object>"}, "<IPython"),
+    ({"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider(value=0)"}, "IntSlider(value=0)"),
 )
 def test_text_is_chosen_where_text_is_best(tmp_path: Path, data: Any, text: str) -> None:
     output = {"output_type": "display_data", "data": data, "metadata": {}}
@@ -5660,7 +5541,7 @@ SHADOWS = "open = print = exec = eval = len = __import__ = json = base64 = os = 
 
 
 @anywhere
-@pytest.mark.parametrize("kind", PLACES)
+@cases("kind", *PLACES)
 def test_files_come_and_go_anywhere(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
     data = os.urandom(2_500_000)
     source, target, name = tmp_path / "in.bin", tmp_path / "out.bin", f"new {kind}"
@@ -5715,7 +5596,7 @@ FILE_ERRORS: list[tuple[Callable[[JupyterCodeExecutor], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["local", "attached"])
+@cases("kind", "local", "attached")
 def test_what_is_wrong_with_a_file_is_told(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
     with executor_at(request, kind) as executor:
         (tmp_path / "place/d").mkdir()
@@ -5754,7 +5635,7 @@ class Zeros(io.RawIOBase):
 zeros: Any = Zeros
 
 
-@pytest.mark.parametrize("kind", ["local", "attached"])
+@cases("kind", "local", "attached")
 def test_a_full_disk_leaves_no_half_file(request: pytest.FixtureRequest, kind: str, small_disk: Path) -> None:
     with executor_at(request, kind) as executor:
         (small_disk / "old").write_text("old")
@@ -5770,7 +5651,7 @@ def test_a_full_disk_leaves_no_half_file(request: pytest.FixtureRequest, kind: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["local", "docker", SLOW_PLACES[0]])
+@cases("kind", "local", "docker", SLOW_PLACES[0])
 def test_files_come_and_go_while_a_cell_runs(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
     with executor_at(request, kind) as executor, ThreadPoolExecutor(1) as pool:
         code = f"import os\nopen('{kind}-begun', 'w').write('yes')\nwhile not os.path.exists('{kind}-go'): pass\n"
@@ -5804,7 +5685,7 @@ def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path) -> None:
                     act()
 
 
-@pytest.mark.parametrize("kind", ["local", "attached"])
+@cases("kind", "local", "attached")
 def test_a_link_is_followed_to_read_and_replaced_to_write(
     request: pytest.FixtureRequest, kind: str, tmp_path: Path
 ) -> None:
@@ -5842,7 +5723,7 @@ def test_a_source_is_called_by_its_own_name_there(request: pytest.FixtureRequest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["local", "attached"])
+@cases("kind", "local", "attached")
 def test_progress_is_told(request: pytest.FixtureRequest, kind: str) -> None:
     calls: list[tuple[int, int | None]] = []
     with executor_at(request, kind) as executor:
@@ -5885,7 +5766,7 @@ INTERRUPTIONS: dict[str, tuple[Callable[[JupyterCodeExecutor], None], type[BaseE
 }
 
 
-@pytest.mark.parametrize("what", list(INTERRUPTIONS))
+@cases("what", *list(INTERRUPTIONS))
 def test_an_interrupted_transfer_leaves_no_half_file(what: str, tmp_path: Path) -> None:
     act, kind, says = INTERRUPTIONS[what]
     (tmp_path / "old").write_bytes(bytes(2_000_000))
@@ -5903,7 +5784,7 @@ def test_an_interrupted_transfer_leaves_no_half_file(what: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["Ctrl-C", "stop", "kernel"])
+@cases("what", "Ctrl-C", "stop", "kernel")
 def test_an_interrupted_transfer_through_a_kernel_leaves_no_half_file(gateway: Peer, what: str, tmp_path: Path) -> None:
     act, kind, says = INTERRUPTIONS.get(what) or (kill_kernel, FileTransferError, "lost|dead")
     (tmp_path / "old").write_bytes(b"old")
@@ -5937,7 +5818,7 @@ def test_a_client_that_is_killed_leaves_no_half_file(tmp_path: Path) -> None:
     eventually(lambda: os.listdir(tmp_path) == [], "the half file is gone")
 
 
-@pytest.mark.parametrize("change", ["shorter", "another", "longer"])
+@cases("change", "shorter", "another", "longer")
 def test_a_file_that_changes_while_it_is_read(request: pytest.FixtureRequest, change: str, tmp_path: Path) -> None:
     file = tmp_path / "f"
     file.write_bytes(b"x" * 10_000_000)
@@ -5982,7 +5863,7 @@ ANSWERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: ascii(answer)[:60])
+@cases("answer", *ANSWERS, ids=lambda answer: ascii(answer)[:60])
 def test_no_answer_raises_anything_but_our_error(answer: Any) -> None:
     files = jupyter_exec.FarFiles(lambda order, data, then: then(dict(answer)), 2**18, 4, lambda: None)
     acts: list[Callable[[], Any]] = [lambda: list(files.read("p", 1000)), lambda: files.entries("p")]
@@ -6019,7 +5900,7 @@ def test_files_reach_a_new_host_after_the_loss_of_one(request: pytest.FixtureReq
 
 @pytest.mark.slow
 @anywhere
-@pytest.mark.parametrize("kind", ["local", "docker", "gateway"])
+@cases("kind", "local", "docker", "gateway")
 def test_200_megabytes_go_both_ways_in_little_memory(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     source.write_bytes(os.urandom(2**20) * 200)
@@ -6035,7 +5916,7 @@ def test_200_megabytes_go_both_ways_in_little_memory(request: pytest.FixtureRequ
 
 
 @anywhere
-@pytest.mark.parametrize("kind", PLACES)
+@cases("kind", *PLACES)
 def test_variables_come_and_go_anywhere(request: pytest.FixtureRequest, kind: str) -> None:
     values = [None, True, 0, -(10**400), 1.5, "", "ä\ud83d\ude00\udc80\0\n'\"", [], {}, [[1], {"a": [None]}], {"": ""}]
     with executor_at(request, kind) as executor:
@@ -6052,7 +5933,7 @@ def test_variables_come_and_go_anywhere(request: pytest.FixtureRequest, kind: st
 
 @pytest.mark.slow
 @anywhere
-@pytest.mark.parametrize("kind", ["local", "gateway"])
+@cases("kind", "local", "gateway")
 def test_transfers_leave_no_trace_in_the_kernel(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
     look = "import sys; print([name for name in sorted(globals()) if name[:2] != '_i'], len(Out), _, __, ___)\n"
     look += "print(sorted(vars(sys)), In[-2])"
@@ -6080,15 +5961,13 @@ def nested(depth: int) -> Any:
     return value
 
 
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"x": {1, 2}}, "'x': it is no JSON here. TypeError"),
-        ({"a": 1, "x": b"1"}, "'x': it is no JSON here"),
-        ({"1x": 1}, "'1x': it is no name"),
-        ({"class": 1}, "'class': it is no name"),
-        ({"x": nested(100_000)}, "RecursionError"),
-    ],
+@cases(
+    "values, says",
+    ({"x": {1, 2}}, "'x': it is no JSON here. TypeError"),
+    ({"a": 1, "x": b"1"}, "'x': it is no JSON here"),
+    ({"1x": 1}, "'1x': it is no name"),
+    ({"class": 1}, "'class': it is no name"),
+    ({"x": nested(100_000)}, "RecursionError"),
     ids=["set", "bytes", "digit", "keyword", "deep"],
 )
 def test_what_cannot_be_a_variable_is_told(executor: JupyterCodeExecutor, values: Any, says: str) -> None:
@@ -6115,7 +5994,7 @@ HOSTILE_VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", list(HOSTILE_VALUES))
+@cases("name", *list(HOSTILE_VALUES))
 def test_what_cannot_be_had_from_a_kernel_is_told(executor: JupyterCodeExecutor, name: str) -> None:
     code, says = HOSTILE_VALUES[name]
     executor.execute(f"x = 1\n{code}")
@@ -6168,20 +6047,18 @@ def answering(value: Any) -> Callable[[ScriptedKernel, dict[str, Any]], None]:
     return script
 
 
-@pytest.mark.parametrize(
+@cases(
     "value",
-    [
-        None,
-        [],
-        {"status": "ok"},
-        {"status": "ok", "data": {"text/plain": 5}},
-        {"status": "ok", "data": {"text/plain": "'e30='"}},
-        {"status": "ok", "data": {"text/plain": "'e30 e30'"}},
-        {"status": "ok", "data": {"text/plain": "'W10= '"}},
-        {"status": "ok", "data": {"text/plain": "'e30= '"}},
-        {"status": "error", "evalue": ["\x1b[2J"]},
-        {"status": "error", "evalue": "\x1b]0;\x07" * 1000},
-    ],
+    None,
+    [],
+    {"status": "ok"},
+    {"status": "ok", "data": {"text/plain": 5}},
+    {"status": "ok", "data": {"text/plain": "'e30='"}},
+    {"status": "ok", "data": {"text/plain": "'e30 e30'"}},
+    {"status": "ok", "data": {"text/plain": "'W10= '"}},
+    {"status": "ok", "data": {"text/plain": "'e30= '"}},
+    {"status": "error", "evalue": ["\x1b[2J"]},
+    {"status": "error", "evalue": "\x1b]0;\x07" * 1000},
     ids=lambda value: ascii(value)[:50],
 )
 def test_no_reply_raises_anything_but_our_errors(value: Any) -> None:
@@ -6192,7 +6069,7 @@ def test_no_reply_raises_anything_but_our_errors(value: Any) -> None:
             assert "\x1b" not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"\xff", b"[", b"", b"[" * 10**4], ids=["bytes", "half", "nothing", "deep"])
+@cases("data", b"\xff", b"[", b"", b"[" * 10**4, ids=["bytes", "half", "nothing", "deep"])
 def test_a_value_that_is_no_json_is_told(data: bytes) -> None:
     parts = [base64.b64encode(part).decode() for part in (json.dumps({"size": len(data)}).encode(), data)]
     value = {"status": "ok", "data": {"text/plain": f"'{' '.join(parts)}'"}}
@@ -6242,7 +6119,7 @@ f()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preload", [None, pytest.param([], marks=pytest.mark.slow)])
+@cases("preload", None, pytest.param([], marks=pytest.mark.slow))
 def test_a_kernel_that_was_killed_or_crashed_tells_where(preload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
     with LocalJupyterServer(preload=preload) as server, JupyterCodeExecutor(server) as executor:
@@ -6261,18 +6138,16 @@ ABORTED = (
 )
 
 
-@pytest.mark.parametrize(
-    ("stderr", "place"),
-    [
-        (f"{ABORTED}):\n{OWN_FRAME}{OTHER_FRAME}\nExtension modules: x", "; it was at line 2: b"),
-        (f'{ABORTED}):\n  File "/x/re.py", line 7 in go\x1b[2J\n{OWN_FRAME}', "; it was at line 2: b, in go (re.py:7)"),
-        (f"{ABORTED}):\n{OWN_FRAME * 3000}{OTHER_FRAME * 3000}", "; it was at line 2: b"),
-        (f"{ABORTED}):\n{OWN_FRAME.replace('2 in', '9 in')}", ""),
-        (f"{ABORTED}):\n{OWN_FRAME.replace('2 in', '9' * 5000 + ' in')}", ""),
-        (f"{ABORTED}):\n{OTHER_FRAME}", ""),
-        ("Fatal Python error: " * 3000, ""),
-        ("", ""),
-    ],
+@cases(
+    "stderr, place",
+    (f"{ABORTED}):\n{OWN_FRAME}{OTHER_FRAME}\nExtension modules: x", "; it was at line 2: b"),
+    (f'{ABORTED}):\n  File "/x/re.py", line 7 in go\x1b[2J\n{OWN_FRAME}', "; it was at line 2: b, in go (re.py:7)"),
+    (f"{ABORTED}):\n{OWN_FRAME * 3000}{OTHER_FRAME * 3000}", "; it was at line 2: b"),
+    (f"{ABORTED}):\n{OWN_FRAME.replace('2 in', '9 in')}", ""),
+    (f"{ABORTED}):\n{OWN_FRAME.replace('2 in', '9' * 5000 + ' in')}", ""),
+    (f"{ABORTED}):\n{OTHER_FRAME}", ""),
+    ("Fatal Python error: " * 3000, ""),
+    ("", ""),
 )
 def test_what_a_kernel_writes_when_it_is_killed_is_not_trusted(stderr: str, place: str) -> None:
     short = jupyter_exec.without_machinery(stderr)
@@ -6281,18 +6156,16 @@ def test_what_a_kernel_writes_when_it_is_killed_is_not_trusted(stderr: str, plac
     assert jupyter_exec.place_of(result, "a\nb\nc") == place
 
 
-@pytest.mark.parametrize(
-    ("frames", "place"),
-    [
-        (["Cell In[3], line 2, in f()\n      1 x\n----> 2 y"], "line 2: b"),
-        (["Cell In[1], line 1, in f()", "Cell In[3], line 3", "Cell In[2], line 1"], "line 3: c"),
-        (["Input In [3], in <cell line: 2>()\n----> 2 y"], "line 2: b"),
-        (["<ipython-input-3-0123> in <module>\n----> 1 x"], "line 1: a"),
-        (["/tmp/ipykernel_9/12.py in f()\n      1 x\n----> 3 y"], "line 3: c"),
-        (["Cell In[3], line 9"], ""),
-        (["Cell In[3], line " + "9" * 5000], ""),
-        (["File /lib/x.py:3, in f"], ""),
-    ],
+@cases(
+    "frames, place",
+    (["Cell In[3], line 2, in f()\n      1 x\n----> 2 y"], "line 2: b"),
+    (["Cell In[1], line 1, in f()", "Cell In[3], line 3", "Cell In[2], line 1"], "line 3: c"),
+    (["Input In [3], in <cell line: 2>()\n----> 2 y"], "line 2: b"),
+    (["<ipython-input-3-0123> in <module>\n----> 1 x"], "line 1: a"),
+    (["/tmp/ipykernel_9/12.py in f()\n      1 x\n----> 3 y"], "line 3: c"),
+    (["Cell In[3], line 9"], ""),
+    (["Cell In[3], line " + "9" * 5000], ""),
+    (["File /lib/x.py:3, in f"], ""),
 )
 def test_the_line_of_an_interrupted_cell_is_found_in_the_traceback(frames: list[str], place: str) -> None:
     error = {"output_type": "error", "ename": "KeyboardInterrupt", "evalue": "", "traceback": ["---", *frames, "end"]}
@@ -6372,14 +6245,12 @@ def test_a_detached_call_goes_on_with_its_next_blocks(server: LocalJupyterServer
         assert whole.output.endswith("1\nx\na\nb\n42\nlast\n")
 
 
-@pytest.mark.parametrize(
-    ("end", "status", "says"),
-    [
-        ("interrupt", "interrupted", "Interrupted; variables are kept"),
-        ("restart", "died", "The kernel was restarted while the code ran; all variables are lost"),
-        ("stop", "died", "The executor was stopped while the code ran; all variables are lost"),
-        ("SIGKILL", "died", "The kernel died (killed by signal 9, SIGKILL); all variables are lost"),
-    ],
+@cases(
+    "end, status, says",
+    ("interrupt", "interrupted", "Interrupted; variables are kept"),
+    ("restart", "died", "The kernel was restarted while the code ran; all variables are lost"),
+    ("stop", "died", "The executor was stopped while the code ran; all variables are lost"),
+    ("SIGKILL", "died", "The kernel died (killed by signal 9, SIGKILL); all variables are lost"),
 )
 def test_a_detached_cell_can_be_ended(server: LocalJupyterServer, end: str, status: str, says: str) -> None:
     with JupyterCodeExecutor(server, on_timeout="detach") as executor:
@@ -6406,7 +6277,7 @@ def test_a_slow_hook_does_not_keep_a_call_from_being_detached(server: LocalJupyt
         assert executor.wait(PATIENCE).status == "interrupted"
 
 
-@pytest.mark.parametrize("on_timeout", ["interrupt", "detach"])
+@cases("on_timeout", "interrupt", "detach")
 def test_a_hook_cannot_run_another_cell(server: LocalJupyterServer, on_timeout: Any, caplog: Any) -> None:
     said: list[CodeResult] = []
     executor: JupyterCodeExecutor
@@ -6464,7 +6335,7 @@ def test_the_output_of_a_job_is_as_in_results_and_bounded(server: LocalJupyterSe
             assert len(so_far) < 1100
 
 
-@pytest.mark.parametrize("kind", ["idle", "submitted", "detached", "attached"])
+@cases("kind", "idle", "submitted", "detached", "attached")
 def test_a_job_ends_with_an_executor_that_is_collected(
     server: LocalJupyterServer, executor: JupyterCodeExecutor, kind: str
 ) -> None:
@@ -6515,7 +6386,7 @@ def submit_endless(pool: ThreadPoolExecutor, executor: JupyterCodeExecutor) -> A
     return cell
 
 
-@pytest.mark.parametrize("what", ["restart", "stop"])
+@cases("what", "restart", "stop")
 def test_restart_and_stop_end_the_running_cell_and_go_before_the_waiting_ones(
     server: LocalJupyterServer, what: str
 ) -> None:
@@ -6617,13 +6488,11 @@ def test_an_executor_in_a_forked_child_says_so_and_is_collected_there_alone() ->
 ENDINGS_OF_PROGRAMS = ["sys.exit(3)", "1 / 0", "os.kill(os.getpid(), 15)"]
 
 
-@pytest.mark.parametrize(
-    ("server", "ending"),
-    [
-        ("LocalJupyterServer()", "pass"),
-        ("CommandJupyterServer([sys.executable])", "pass"),
-        *(pytest.param("LocalJupyterServer()", ending, marks=pytest.mark.slow) for ending in ENDINGS_OF_PROGRAMS),
-    ],
+@cases(
+    "server, ending",
+    ("LocalJupyterServer()", "pass"),
+    ("CommandJupyterServer([sys.executable])", "pass"),
+    *(pytest.param("LocalJupyterServer()", ending, marks=pytest.mark.slow) for ending in ENDINGS_OF_PROGRAMS),
 )
 def test_forgotten_servers_end_silently_with_the_program_while_a_cell_runs(
     server: str, ending: str, marker: str, tmp_path: Path
@@ -6644,7 +6513,7 @@ def test_forgotten_servers_end_silently_with_the_program_while_a_cell_runs(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["local", "command", "gateway"])
+@cases("kind", "local", "command", "gateway")
 def test_a_server_that_nobody_refers_to_ends(kind: str) -> None:
     before = resources()
     server: Any = CommandJupyterServer([sys.executable]) if kind == "command" else LocalJupyterServer()
@@ -6708,15 +6577,13 @@ def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
+@cases(
     "code",
-    [
-        "for i in range(50): input()",
-        "import time; time.sleep(100)",
-        "import asyncio; await asyncio.sleep(0.5)",
-        "import os\nfor i in range(50):\n if not os.fork(): print(1, flush=True); os._exit(0)\n os.wait()",
-        "print('x' * 3_000_000)",
-    ],
+    "for i in range(50): input()",
+    "import time; time.sleep(100)",
+    "import asyncio; await asyncio.sleep(0.5)",
+    "import os\nfor i in range(50):\n if not os.fork(): print(1, flush=True); os._exit(0)\n os.wait()",
+    "print('x' * 3_000_000)",
 )
 def test_what_is_on_the_way_beside_a_cell_is_no_lost_output(
     code: str, executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
@@ -6780,7 +6647,7 @@ def test_unread_output_is_bounded(executor: JupyterCodeExecutor, monkeypatch: py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["before the start", "before a cell"])
+@cases("when", "before the start", "before a cell")
 def test_a_limit_of_open_files_is_told_wherever_it_is_reached_and_overcome(when: str, tmp_path: Path) -> None:
     program = """
         import resource, sys, jupyter_exec
@@ -6923,7 +6790,7 @@ def test_soak_of_random_faults(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["direct", "relay"])
+@cases("kind", "direct", "relay")
 def test_a_flood_of_small_messages_starves_nobody(kind: str) -> None:
     made = LocalJupyterServer() if kind == "direct" else CommandJupyterServer([sys.executable])
     with made as server, JupyterCodeExecutor(server) as executor, JupyterCodeExecutor(server) as bystander:
@@ -6957,15 +6824,13 @@ def run_block(executor: JupyterCodeExecutor, code: str, language: str) -> CodeRe
 PYTHONS: list[Any] = ["python", "py", "Python", "ipython", "python3", "python3.11", "", None]
 
 
-@pytest.mark.parametrize(
-    ("code", "language", "exit_code", "output"),
-    [
-        *(("6 * 7", name, 0, "42") for name in PYTHONS),
-        ("command -v python", "bash", 0, f"{Path(sys.executable).parent}/python\n"),
-        ('!echo "hello world!"', "bash", 0, "hello world!\n"),  # AutoGen's: a bang in a block of bash is IPython's
-        ("%time 1", "sh", 0, None),
-        ("puts 1", "ruby", 1, "The kernel runs python or bash, not ruby: the block was not run."),
-    ],
+@cases(
+    "code, language, exit_code, output",
+    *(("6 * 7", name, 0, "42") for name in PYTHONS),
+    ("command -v python", "bash", 0, f"{Path(sys.executable).parent}/python\n"),
+    ('!echo "hello world!"', "bash", 0, "hello world!\n"),  # AutoGen's: a bang in a block of bash is IPython's
+    ("%time 1", "sh", 0, None),
+    ("puts 1", "ruby", 1, "The kernel runs python or bash, not ruby: the block was not run."),
 )
 def test_languages_of_blocks(
     executor: JupyterCodeExecutor, code: str, language: Any, exit_code: int, output: str | None
@@ -6988,7 +6853,7 @@ def test_a_shell_block_that_exceeds_its_time_says_so_in_its_status(
         assert result.output.endswith("all variables are lost")  # and no line of our own program
 
 
-@pytest.mark.parametrize("language", ["bash", "sh", "shell", "BASH"])
+@cases("language", "bash", "sh", "shell", "BASH")
 def test_shell_blocks_run_in_a_shell_and_give_their_status(executor: JupyterCodeExecutor, language: str) -> None:
     result = run_block(executor, "for i in 1 2; do echo $i; done\necho 'it''s'\necho err >&2", language)
     assert (result.exit_code, result.output.split()) == (0, ["1", "2", "its", "err"])
@@ -6996,24 +6861,22 @@ def test_shell_blocks_run_in_a_shell_and_give_their_status(executor: JupyterCode
     assert (failed.exit_code, failed.output, failed.kernel_state) == (3, "before\n", "intact")
 
 
-@pytest.mark.parametrize(
-    ("script", "status", "output"),
-    [
-        ("echo {1+1} '{{.State}}' $((1+1))", 0, "{1+1} {{.State}} 2\n"),
-        ("cat <<'E'\n{a} $x `y` \\\npip install z\nE", 0, "{a} $x `y` \\\npip install z\n"),
-        ("cat; read x; echo rest", 0, "rest\n"),
-        ("set -e\nfalse\necho no", 1, ""),
-        ("kill -9 $$", 137, ""),
-        ("echo é \\", 0, "é \\\n"),
-        ("printf '\\303'; sleep 0.2; printf '\\251'", 0, "é"),
-        ("if true; then\r\n  echo a\r\nfi\r\n", 0, "a\n"),
-        ("echo a\n\0echo b", 0, "a\nb\n"),
-        ("", 0, ""),
-        ("# nothing", 0, ""),
-        (f"x='{'y' * 1_000_000}'; echo ${{#x}}", 0, "1000000\n"),
-        ("exec >&- 2>&-; exit 5", 5, ""),
-        ("for i in 1 2 3; do echo $i; echo $i >&2; done", 0, "112233"),
-    ],
+@cases(
+    "script, status, output",
+    ("echo {1+1} '{{.State}}' $((1+1))", 0, "{1+1} {{.State}} 2\n"),
+    ("cat <<'E'\n{a} $x `y` \\\npip install z\nE", 0, "{a} $x `y` \\\npip install z\n"),
+    ("cat; read x; echo rest", 0, "rest\n"),
+    ("set -e\nfalse\necho no", 1, ""),
+    ("kill -9 $$", 137, ""),
+    ("echo é \\", 0, "é \\\n"),
+    ("printf '\\303'; sleep 0.2; printf '\\251'", 0, "é"),
+    ("if true; then\r\n  echo a\r\nfi\r\n", 0, "a\n"),
+    ("echo a\n\0echo b", 0, "a\nb\n"),
+    ("", 0, ""),
+    ("# nothing", 0, ""),
+    (f"x='{'y' * 1_000_000}'; echo ${{#x}}", 0, "1000000\n"),
+    ("exec >&- 2>&-; exit 5", 5, ""),
+    ("for i in 1 2 3; do echo $i; echo $i >&2; done", 0, "112233"),
 )
 def test_a_script_reaches_the_shell_as_written(
     executor: JupyterCodeExecutor, script: str, status: int, output: str
@@ -7071,20 +6934,18 @@ def test_a_shell_that_is_missing_and_source_files_that_are(
 QUIET_PIP = """!"{__import__('sys').executable}" -m pip install -qq --disable-pip-version-check x"""
 
 
-@pytest.mark.parametrize(
-    ("code", "cell"),
-    [
-        ("!pip install x", QUIET_PIP),
-        ("if 1:\n  % pip3 install x\n1", f"if 1:\n  {QUIET_PIP}\n1"),
-        ("!echo it's\n!pip install x", f"!echo it's\n{QUIET_PIP}"),
-        ("# it's '''\n!pip install x", f"# it's '''\n{QUIET_PIP}"),
-        ("s = 'a' \"b'\" + '''c'''\n!pip install x", f"s = 'a' \"b'\" + '''c'''\n{QUIET_PIP}"),
-        ('s = """\n!pip install x\n"""', None),
-        ("s = r'''\\'''\n!pip install x\n'''", None),
-        ("s = 'a\\\n!pip install x'", None),
-        ("%%writefile a.sh\n!pip install x", None),
-        ("!pip list", None),
-    ],
+@cases(
+    "code, cell",
+    ("!pip install x", QUIET_PIP),
+    ("if 1:\n  % pip3 install x\n1", f"if 1:\n  {QUIET_PIP}\n1"),
+    ("!echo it's\n!pip install x", f"!echo it's\n{QUIET_PIP}"),
+    ("# it's '''\n!pip install x", f"# it's '''\n{QUIET_PIP}"),
+    ("s = 'a' \"b'\" + '''c'''\n!pip install x", f"s = 'a' \"b'\" + '''c'''\n{QUIET_PIP}"),
+    ('s = """\n!pip install x\n"""', None),
+    ("s = r'''\\'''\n!pip install x\n'''", None),
+    ("s = 'a\\\n!pip install x'", None),
+    ("%%writefile a.sh\n!pip install x", None),
+    ("!pip list", None),
 )
 def test_only_lines_of_ipython_are_made_quiet(code: str, cell: str | None) -> None:
     expected = code if cell is None else cell
@@ -7213,7 +7074,7 @@ async def cancel(task: asyncio.Task[Any]) -> None:
         await task
 
 
-@pytest.mark.parametrize("what", ["restart", "stop"])
+@cases("what", "restart", "stop")
 @on_a_loop
 async def test_async_restart_and_stop_go_before_the_waiting_cells(server: LocalJupyterServer, what: str) -> None:
     async with AsyncJupyterCodeExecutor(server) as executor:
@@ -7246,7 +7107,7 @@ async def cancel_at_random(server: LocalJupyterServer, times: int, randoms: rand
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [10, pytest.param(500, marks=pytest.mark.slow)])
+@cases("times", 10, pytest.param(500, marks=pytest.mark.slow))
 def test_cancelling_at_random_instants(server: LocalJupyterServer, times: int) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
@@ -7275,7 +7136,7 @@ async def longest_lag(work: Any) -> float:
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("where", ["local", "docker"])
+@cases("where", "local", "docker")
 def test_bench_lag_of_the_loop(benchmark: Any, where: str, request: pytest.FixtureRequest) -> None:
     if where == "docker":
         request.getfixturevalue("containers")
@@ -7308,7 +7169,7 @@ async def test_a_stream_gives_outputs_as_they_come_and_last_the_result(server: L
         assert (len(flood), flood[-1].status) == (2001, "ok")
 
 
-@pytest.mark.parametrize("code", [FOR_EVER, "while True: display(1)"])
+@cases("code", FOR_EVER, "while True: display(1)")
 @on_a_loop
 async def test_leaving_a_stream_interrupts_the_cell(server: LocalJupyterServer, code: str) -> None:
     async with AsyncJupyterCodeExecutor(server) as executor:
@@ -7548,21 +7409,16 @@ def test_a_tool_looks_as_it_does_here(server: LocalJupyterServer) -> None:
         assert executor.execute("callable(look), issubclass(ToolRefused, ToolError)").text == "(True, True)"
 
 
-@pytest.mark.parametrize(
-    ("said", "says"),
-    [
-        (True, "5"),
-        ("it costs too much", "ToolRefused: it costs too much"),
-        (False, "ToolRefused: The call of add was refused."),
-        (None, "ToolRefused: The call of add was refused."),
-        (1, "ToolRefused: The call of add was refused."),
-        (
-            OSError("no operator"),
-            "ToolRefused: The call of add was refused: the hook that approves calls raised OSError.",
-        ),
-    ],
+@cases(
+    "said, says",
+    (True, "5"),
+    ("it costs too much", "ToolRefused: it costs too much"),
+    (False, "ToolRefused: The call of add was refused."),
+    (None, "ToolRefused: The call of add was refused."),
+    (1, "ToolRefused: The call of add was refused."),
+    (OSError("no operator"), "ToolRefused: The call of add was refused: the hook that approves calls raised OSError."),
 )
-@pytest.mark.parametrize("is_async", [False, True])
+@cases("is_async", False, True)
 def test_what_approve_may_say(server: LocalJupyterServer, said: Any, says: str, is_async: bool) -> None:
     asked = []
 
@@ -7630,8 +7486,8 @@ ENDINGS: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("ending", list(ENDINGS))
-@pytest.mark.parametrize("is_async", [False, True])
+@cases("ending", *list(ENDINGS))
+@cases("is_async", False, True)
 def test_a_cell_ends_as_always_while_a_tool_runs(server: LocalJupyterServer, ending: str, is_async: bool) -> None:
     begun, told = threading.Event(), threading.Event()
 
@@ -7696,23 +7552,21 @@ def test_a_tool_may_interrupt_its_cell_and_not_run_another(server: LocalJupyterS
         assert executor.execute("other()").text == "'42'"
 
 
-@pytest.mark.parametrize(
-    ("forged", "says", "calls"),
-    [
-        ("'1:' + call", "3", 1),
-        ("'1:' + call.replace('add', 'eval')", "ToolError There is no such tool.", 0),
-        ("'1:' + call.replace('\"add\"', '[]')", "ToolError There is no such tool.", 0),
-        ("'1:' + call.replace('[1]', '{}')", "ToolError There is no such tool.", 0),
-        ("'1:' + call.replace('[1]', '[]')", "TypeError missing a required argument: 'a'", 0),
-        ("'1:' + call.replace('{}', '{\"self\": 1}')", "TypeError got an unexpected keyword argument 'self'", 0),
-        ("'1:' + '[' * 100_000", "ToolError The call of a tool is not JSON: RecursionError.", 0),
-        ("'1:' + 'nonsense'", "ToolError The call of a tool is not JSON: JSONDecodeError.", 0),
-        ("'1:' + call.replace('1', '\"' + 'x' * 5_000_000 + '\"')", "ToolError The arguments of this cell's", 0),
-        ("*['1:' + call] * 2, first=1, end=2", "3", 2),  # an id twice
-        ("*['%d:%s' % (i, call) for i in range(3000)]", "3", 10),
-        ("*['7' * 50 + ':' + call] * 3000, end=0", "", 0),
-        ("*[''] * 20, end=0", "", 0),
-    ],
+@cases(
+    "forged, says, calls",
+    ("'1:' + call", "3", 1),
+    ("'1:' + call.replace('add', 'eval')", "ToolError There is no such tool.", 0),
+    ("'1:' + call.replace('\"add\"', '[]')", "ToolError There is no such tool.", 0),
+    ("'1:' + call.replace('[1]', '{}')", "ToolError There is no such tool.", 0),
+    ("'1:' + call.replace('[1]', '[]')", "TypeError missing a required argument: 'a'", 0),
+    ("'1:' + call.replace('{}', '{\"self\": 1}')", "TypeError got an unexpected keyword argument 'self'", 0),
+    ("'1:' + '[' * 100_000", "ToolError The call of a tool is not JSON: RecursionError.", 0),
+    ("'1:' + 'nonsense'", "ToolError The call of a tool is not JSON: JSONDecodeError.", 0),
+    ("'1:' + call.replace('1', '\"' + 'x' * 5_000_000 + '\"')", "ToolError The arguments of this cell's", 0),
+    ("*['1:' + call] * 2, first=1, end=2", "3", 2),  # an id twice
+    ("*['%d:%s' % (i, call) for i in range(3000)]", "3", 10),
+    ("*['7' * 50 + ':' + call] * 3000, end=0", "", 0),
+    ("*[''] * 20, end=0", "", 0),
 )
 def test_forged_requests_cost_no_more_than_the_budget(
     server: LocalJupyterServer, forged: str, says: str, calls: int
@@ -7762,18 +7616,16 @@ class Model:
         return {"mode": mode}
 
 
-@pytest.mark.parametrize(
-    ("value", "there"),
-    [
-        ({"a": [1, None, True, "é\udc80"]}, {"a": [1, None, True, "é\udc80"]}),
-        ([Row("x", 1.5)], [{"name": "x", "size": 1.5}]),
-        (Model(), {"mode": "json"}),
-        (b"\0\xff", "AP8="),
-        ((datetime.date(2026, 1, 2), datetime.time(3, 4)), ["2026-01-02", "03:04:00"]),
-        ({3}, [3]),
-        (float("inf"), float("inf")),
-        (memoryview(b"a"), "YQ=="),
-    ],
+@cases(
+    "value, there",
+    ({"a": [1, None, True, "é\udc80"]}, {"a": [1, None, True, "é\udc80"]}),
+    ([Row("x", 1.5)], [{"name": "x", "size": 1.5}]),
+    (Model(), {"mode": "json"}),
+    (b"\0\xff", "AP8="),
+    ((datetime.date(2026, 1, 2), datetime.time(3, 4)), ["2026-01-02", "03:04:00"]),
+    ({3}, [3]),
+    (float("inf"), float("inf")),
+    (memoryview(b"a"), "YQ=="),
 )
 def test_values(server: LocalJupyterServer, value: Any, there: Any) -> None:
     with JupyterCodeExecutor(server, tools=[named("get", lambda: value)]) as executor:
@@ -7799,19 +7651,17 @@ class OwnError(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    ("error", "name", "message"),
-    [
-        (KeyError("x"), "KeyError", "'x'"),
-        (ValueError("bad", 3), "ValueError", "('bad', 3)"),
-        (FileNotFoundError(2, "none", "f"), "FileNotFoundError", "[Errno 2] none: 'f'"),
-        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "ToolError", "UnicodeDecodeError: 'utf-8' codec can't"),
-        (OwnError("own"), "ToolError", "OwnError: own"),
-        (jupyter_exec.ToolRefused("never"), "ToolRefused", "never"),
-        (SystemExit(3), "ToolError", "SystemExit: 3"),
-        (KeyboardInterrupt("enough"), "KeyboardInterrupt", "enough"),
-        (StopIteration(), "StopIteration", ""),
-    ],
+@cases(
+    "error, name, message",
+    (KeyError("x"), "KeyError", "'x'"),
+    (ValueError("bad", 3), "ValueError", "('bad', 3)"),
+    (FileNotFoundError(2, "none", "f"), "FileNotFoundError", "[Errno 2] none: 'f'"),
+    (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "ToolError", "UnicodeDecodeError: 'utf-8' codec can't"),
+    (OwnError("own"), "ToolError", "OwnError: own"),
+    (jupyter_exec.ToolRefused("never"), "ToolRefused", "never"),
+    (SystemExit(3), "ToolError", "SystemExit: 3"),
+    (KeyboardInterrupt("enough"), "KeyboardInterrupt", "enough"),
+    (StopIteration(), "StopIteration", ""),
 )
 def test_exceptions_of_tools(server: LocalJupyterServer, error: BaseException, name: str, message: str) -> None:
     def fail() -> None:
@@ -7873,20 +7723,18 @@ def test_tools_of_an_attached_executor(executor: JupyterCodeExecutor) -> None:
             assert result.error and "no cell of its program" in result.error["evalue"]
 
 
-@pytest.mark.parametrize(
-    ("tools", "says"),
-    [
-        ([lambda: 1], "has no name"),
-        ([functools.partial(add, 1)], "has no name"),
-        ([add, add], "two tools of the name add"),
-        ([named("class", add)], "has no name"),
-        ([named("ToolError", add)], "two tools"),
-        ([5], "has no name"),
-        ([dict.fromkeys], None),
-        ([type], "cannot be a tool"),
-        ({"no name": len}, "cannot be a tool"),
-        ({"double": lambda x: 2 * x}, None),
-    ],
+@cases(
+    "tools, says",
+    ([lambda: 1], "has no name"),
+    ([functools.partial(add, 1)], "has no name"),
+    ([add, add], "two tools of the name add"),
+    ([named("class", add)], "has no name"),
+    ([named("ToolError", add)], "two tools"),
+    ([5], "has no name"),
+    ([dict.fromkeys], None),
+    ([type], "cannot be a tool"),
+    ({"no name": len}, "cannot be a tool"),
+    ({"double": lambda x: 2 * x}, None),
 )
 def test_what_is_no_tool_is_refused(server: LocalJupyterServer, tools: Any, says: str | None) -> None:
     if says:
@@ -7897,7 +7745,7 @@ def test_what_is_no_tool_is_refused(server: LocalJupyterServer, tools: Any, says
         assert isinstance(tools, list) or executor.execute("double(21)").text == "42"
 
 
-@pytest.mark.parametrize("size", [10, 100, 5000])
+@cases("size", 10, 100, 5000)
 def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer, size: int) -> None:
     def tool(query: str, limit: int = 10) -> list[dict[str, str]]:
         return [{query: str(limit)}]
@@ -8048,7 +7896,7 @@ def test_the_async_executor_has_the_methods_and_arguments_of_the_other() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hook", [None, lambda output: None])
+@cases("hook", None, lambda output: None)
 def test_an_output_that_is_nested_deep_can_be_detached(server: LocalJupyterServer, hook: Any) -> None:
     nested = (
         "d = 1\nfor _ in range(600): d = [d]\ndisplay({'application/json': d}, raw=True)\nimport time; time.sleep(60)"
@@ -8105,7 +7953,7 @@ def test_an_approval_that_never_comes_keeps_no_cancelled_call(
         never.set()
 
 
-@pytest.mark.parametrize("method", ["set_variables", "get_variable", "restart", "save_notebook", "stop", "execute"])
+@cases("method", "set_variables", "get_variable", "restart", "save_notebook", "stop", "execute")
 @on_a_loop
 async def test_a_hook_that_wants_the_kernel_gets_an_error_and_no_deadlock(
     server: LocalJupyterServer, method: str
@@ -8634,33 +8482,31 @@ def extract(message: Any) -> list[tuple[str, str]]:
     return [(block.language, block.code) for block in MarkdownCodeExtractor().extract_code_blocks(message)]
 
 
-@pytest.mark.parametrize(
-    ("text", "blocks"),
-    [
-        ("```python\nprint(1)\n```", [("python", "print(1)")]),
-        ("```c++\nint x;\n```\nprose\n```python\n1\n```", [("c++", "int x;"), ("python", "1")]),
-        ("```python {.line}\n1\n```", [("python", "1")]),
-        ("```{.python .line}\n1\n```", [("python", "1")]),
-        ("```python3.11\n1\n```", [("python3.11", "1")]),
-        ("~~~py\n1\n~~~", [("py", "1")]),
-        ("````markdown\n```python\n1\n```\n````", [("markdown", "```python\n1\n```")]),
-        ("```python\n1", [("python", "1")]),
-        ("```python\n```\ntext\n```python\n2\n```", [("python", ""), ("python", "2")]),
-        ("   ```python\n   if 1:\n       2\n   ```", [("python", "if 1:\n    2")]),
-        ("1. Do:\n\n   ```python\n   1\n   ```\n2. Then", [("python", "1")]),
-        ("- ```python\n  1\n  ```", [("python", "1")]),
-        ("```python\r\n1\r\n2\r\n```\r\n", [("python", "1\n2")]),
-        ("```\nx y\n```", [("", "x y")]),
-        ("```\nprint('hello')\n```", [("python", "print('hello')")]),
-        ("```\npip install x\n```", [("sh", "pip install x")]),
-        ("```\npython3 a.py\n```", [("sh", "python3 a.py")]),
-        ("```\nusing System;\nnamespace A\n{\n}\n```", [("", "using System;\nnamespace A\n{\n}")]),
-        ("``` python\r\ndef f():\r\n   return 1\r\n```\r\n", [("python", "def f():\n   return 1")]),
-        (f"```\n{'(' * 1000}\n```", [("", "(" * 1000)]),
-        ("``` not`code\n", []),
-        ("no code", []),
-        ("", []),
-    ],
+@cases(
+    "text, blocks",
+    ("```python\nprint(1)\n```", [("python", "print(1)")]),
+    ("```c++\nint x;\n```\nprose\n```python\n1\n```", [("c++", "int x;"), ("python", "1")]),
+    ("```python {.line}\n1\n```", [("python", "1")]),
+    ("```{.python .line}\n1\n```", [("python", "1")]),
+    ("```python3.11\n1\n```", [("python3.11", "1")]),
+    ("~~~py\n1\n~~~", [("py", "1")]),
+    ("````markdown\n```python\n1\n```\n````", [("markdown", "```python\n1\n```")]),
+    ("```python\n1", [("python", "1")]),
+    ("```python\n```\ntext\n```python\n2\n```", [("python", ""), ("python", "2")]),
+    ("   ```python\n   if 1:\n       2\n   ```", [("python", "if 1:\n    2")]),
+    ("1. Do:\n\n   ```python\n   1\n   ```\n2. Then", [("python", "1")]),
+    ("- ```python\n  1\n  ```", [("python", "1")]),
+    ("```python\r\n1\r\n2\r\n```\r\n", [("python", "1\n2")]),
+    ("```\nx y\n```", [("", "x y")]),
+    ("```\nprint('hello')\n```", [("python", "print('hello')")]),
+    ("```\npip install x\n```", [("sh", "pip install x")]),
+    ("```\npython3 a.py\n```", [("sh", "python3 a.py")]),
+    ("```\nusing System;\nnamespace A\n{\n}\n```", [("", "using System;\nnamespace A\n{\n}")]),
+    ("``` python\r\ndef f():\r\n   return 1\r\n```\r\n", [("python", "def f():\n   return 1")]),
+    (f"```\n{'(' * 1000}\n```", [("", "(" * 1000)]),
+    ("``` not`code\n", []),
+    ("no code", []),
+    ("", []),
 )
 def test_fences(text: str, blocks: list[tuple[str, str]]) -> None:
     assert extract(text) == blocks
@@ -8729,13 +8575,11 @@ def test_run_code_prints_as_the_code_does() -> None:
     assert (result.stdout, result.stderr, result.returncode) == ("out\n42\n", "err\n", 0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "options", "shown"),
-    [
-        (["-"], {"input": "print('stdin')"}, "stdin\n"),
-        (["-c", "import os; print(os.getcwd())", "--cwd", "/usr"], {}, "/usr\n"),
-        (["-c", "print('é')"], {"env": os.environ | {"PYTHONIOENCODING": "ascii"}}, "\\xe9\n"),
-    ],
+@cases(
+    "arguments, options, shown",
+    (["-"], {"input": "print('stdin')"}, "stdin\n"),
+    (["-c", "import os; print(os.getcwd())", "--cwd", "/usr"], {}, "/usr\n"),
+    (["-c", "print('é')"], {"env": os.environ | {"PYTHONIOENCODING": "ascii"}}, "\\xe9\n"),
 )
 def test_run_from_stdin_in_a_directory_and_on_a_poor_terminal(arguments: Any, options: Any, shown: str) -> None:
     assert cli("run", *arguments, **options).stdout == shown
@@ -8819,7 +8663,7 @@ def test_parameters_are_set_as_papermill_does(tmp_path: Path) -> None:
         assert "cannot be the name of a variable" in cli("run", "a.ipynb", "-p", name, "1", cwd=tmp_path).stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["--rows", "1", "it's"], ["--", "-"]])
+@cases("arguments", [], ["--rows", "1", "it's"], ["--", "-"])
 def test_a_script_finds_what_python_gives_it(arguments: list[str], tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import sys
@@ -8859,13 +8703,11 @@ def test_percent_signs_begin_cells_and_an_error_names_file_and_line(tmp_path: Pa
     assert begun == ["print", "prose", "x = 1", "# Par", "f()", "print"]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "place"),
-    [
-        ("a.md", "# t\n\n```python\nx = 1\n1/0\n```\n", "a.md:5"),
-        ("a.py", "\nprint(\n", "a.py:2"),
-        ("a.ipynb", "", "a.ipynb, cell 2, line 1"),
-    ],
+@cases(
+    "name, text, place",
+    ("a.md", "# t\n\n```python\nx = 1\n1/0\n```\n", "a.md:5"),
+    ("a.py", "\nprint(\n", "a.py:2"),
+    ("a.ipynb", "", "a.ipynb, cell 2, line 1"),
 )
 def test_an_error_names_its_place(name: str, text: str, place: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
@@ -8875,13 +8717,8 @@ def test_an_error_names_its_place(name: str, text: str, place: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "text", "shown", "option", "then", "said"),
-    [
-        ("a.md", "```\n42\n```\n```python\n6 * 7\n```\n", "42\n", "--unlabelled", "42\n42\n", "a.md:2: skipped a block that names no language"),
-        ("a.py", "import pandas\ndisplay(pandas.DataFrame({'a': [1]}))", "   a\n0  1\n", "--html", "   a\n0  1\nHTML data saved to {}/a-1-1.html\n", ""),
-    ],
-)  # fmt: skip
+@cases("name, text, shown, option, then, said", ("a.md", "```\n42\n```\n```python\n6 * 7\n```\n", "42\n", "--unlabelled", "42\n42\n", "a.md:2: skipped a block that names no language"),
+        ("a.py", "import pandas\ndisplay(pandas.DataFrame({'a': [1]}))", "   a\n0  1\n", "--html", "   a\n0  1\nHTML data saved to {}/a-1-1.html\n", ""))  # fmt: skip
 def test_blocks_without_a_language_are_no_code_and_tables_no_files_unless_told_otherwise(
     name: str, text: str, shown: str, option: str, then: str, said: str, tmp_path: Path
 ) -> None:
@@ -8931,15 +8768,13 @@ def test_run_json(tmp_path: Path) -> None:
     assert second["output"].startswith("a\nZeroDivisionError") and second["duration"] > 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["run", "/no/such.py"], "No such file or directory: /no/such.py"),
-        (["run", "-c", "1", "--kernel", "nope"], "Kernel nope is not installed"),
-        (["run", "-c", "1", "--output-dir", "/no/such"], "Output directory /no/such does not exist"),
-        (["run", "-c", "1", "--timeout", "0"], "Timeout must be greater than or equal to 1. It is in seconds"),
-        (["run", "-c", "1", "--python", "/no/such/python"], "/no/such/python"),
-    ],
+@cases(
+    "arguments, says",
+    (["run", "/no/such.py"], "No such file or directory: /no/such.py"),
+    (["run", "-c", "1", "--kernel", "nope"], "Kernel nope is not installed"),
+    (["run", "-c", "1", "--output-dir", "/no/such"], "Output directory /no/such does not exist"),
+    (["run", "-c", "1", "--timeout", "0"], "Timeout must be greater than or equal to 1. It is in seconds"),
+    (["run", "-c", "1", "--python", "/no/such/python"], "/no/such/python"),
 )
 def test_trouble_is_a_clear_line_without_traceback(arguments: list[str], says: str) -> None:
     result = cli(*arguments)
@@ -8959,18 +8794,16 @@ def test_kernels_lists_names_and_places() -> None:
     assert re.search(r"^python3\t.*\t/.*$", cli("kernels").stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("code", "options", "status"),
-    [
-        ("1/0", [], 1),
-        ("import time; time.sleep(60)", [], 124),
-        ("import os; os.kill(os.getpid(), 11)", [], 139),
-        ("exit()", [], 0),
-        ("1/0\n# %%\nexit(0)", ["--json", "--keep-going"], 1),
-        ("1", ["--json", "--get", "no.txt"], 2),
-        ("1", ["--json", "--put", "no.txt"], 2),
-        ("import os; os._exit(3)", ["--json"], 1),
-    ],
+@cases(
+    "code, options, status",
+    ("1/0", [], 1),
+    ("import time; time.sleep(60)", [], 124),
+    ("import os; os.kill(os.getpid(), 11)", [], 139),
+    ("exit()", [], 0),
+    ("1/0\n# %%\nexit(0)", ["--json", "--keep-going"], 1),
+    ("1", ["--json", "--get", "no.txt"], 2),
+    ("1", ["--json", "--put", "no.txt"], 2),
+    ("import os; os._exit(3)", ["--json"], 1),
 )
 def test_exit_status_is_that_of_the_result_and_json_agrees(
     code: str, options: list[str], status: int, tmp_path: Path
@@ -8998,7 +8831,7 @@ def test_output_appears_as_it_is_printed(tmp_path: Path) -> None:
 SLOW_SIGNALS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, *SLOW_SIGNALS])
+@cases("number", signal.SIGINT, *SLOW_SIGNALS)
 def test_signals_end_with_their_status_leave_nothing_and_keep_the_cell(number: int, tmp_path: Path) -> None:
     with running_cli("run", "-c", FOR_EVER, "--notebook", str(tmp_path / "n.ipynb")) as process:
         process.send_signal(number)
@@ -9029,15 +8862,13 @@ def test_run_takes_files_there_and_brings_files_back(tmp_path: Path) -> None:
     assert result.stderr.endswith("jupyter-exec: The file 'no.txt' at the kernel: No such file or directory\n")
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--get", "no.txt"], "The file 'no.txt' at the kernel: No such file"),
-        (["--get", "no.txt", "--json"], "The file 'no.txt' at the kernel: No such file"),
-        (["--put", "no.txt"], "The file 'no.txt' here: No such file"),
-        (["--get", "a/.."], "--get must name files"),
-        (["--get", "a/x", "b/x"], "--get must name files"),
-    ],
+@cases(
+    "options, says",
+    (["--get", "no.txt"], "The file 'no.txt' at the kernel: No such file"),
+    (["--get", "no.txt", "--json"], "The file 'no.txt' at the kernel: No such file"),
+    (["--put", "no.txt"], "The file 'no.txt' here: No such file"),
+    (["--get", "a/.."], "--get must name files"),
+    (["--get", "a/x", "b/x"], "--get must name files"),
 )
 def test_run_says_which_file_it_could_not_take(options: list[str], says: str, tmp_path: Path) -> None:
     result = cli("run", "-c", "1", *options, cwd=tmp_path)
@@ -9057,14 +8888,14 @@ def test_run_on_a_server(gateway: Peer, tmp_path: Path) -> None:
     assert "SECRET" not in cli("run", "-c", "1", "--server", "localhost:8888/?token=SECRET").stderr
 
 
-@pytest.mark.parametrize("option", [["--network", "none"], ["--package", "six"], ["--token-file", "x"], ["--hardened"]])
+@cases("option", ["--network", "none"], ["--package", "six"], ["--token-file", "x"], ["--hardened"])
 def test_options_of_another_mode_are_refused(option: list[str]) -> None:
     assert f"{option[0]} works only with --" in cli("run", "-c", "1", *option).stderr
     assert "works only for local kernels" in cli("run", "-c", "1", "--cwd", "x", "--docker").stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["run", "-c", "print(1)"], ["run", "-c", "1", "--json"], ["kernels"]])
+@cases("arguments", ["run", "-c", "print(1)"], ["run", "-c", "1", "--json"], ["kernels"])
 def test_a_full_disk_behind_stdout_is_an_error(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, str(MODULE), *arguments]
@@ -9181,7 +9012,7 @@ MCP_CALLS: list[tuple[str, dict[str, Any], bool, str]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["auto", "legacy"])
+@cases("mode", "auto", "legacy")
 def test_mcp_tools_answer(mode: str) -> None:
     async def main(call: Any) -> None:
         for tool, arguments, is_error, expected in MCP_CALLS:
@@ -9237,7 +9068,7 @@ def test_mcp_code_that_takes_long_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["auto", pytest.param("legacy", marks=pytest.mark.slow)])
+@cases("mode", "auto", pytest.param("legacy", marks=pytest.mark.slow))
 def test_mcp_a_cancelled_request_interrupts_its_code(mode: str, tmp_path: Path) -> None:
     code = "import time\nx = 1\ntry:\n    open('begun', 'w')\n    time.sleep(1000)\nfinally: x = 2"
 
@@ -9269,7 +9100,7 @@ def mcp_process(code: str, *options: str, patience: float = PATIENCE, **popen: A
     return process
 
 
-@pytest.mark.parametrize("way", ["the end of stdin", "SIGTERM"])
+@cases("way", "the end of stdin", "SIGTERM")
 def test_mcp_leaves_nothing(way: str, tmp_path: Path) -> None:
     marker = os.urandom(8).hex()
     child = "import subprocess\nsubprocess.Popen(['sleep', '1000'])\nopen('begun', 'w')\nwhile True: pass"
@@ -9398,9 +9229,7 @@ def test_every_python_block_of_the_readme_is_run() -> None:
 # ======================================================================================================
 
 
-@pytest.mark.parametrize(
-    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy", "--strict"]], ids=" ".join
-)
+@cases("command", ["ruff", "check"], ["ruff", "format", "--check"], ["mypy", "--strict"], ids=" ".join)
 def test_linters_are_content(command: list[str]) -> None:
     files = ["jupyter_exec.py", "test_jupyter_exec.py"]
     result = subprocess.run([sys.executable, "-m", *command, *files], capture_output=True, text=True, cwd=HERE)
@@ -9473,7 +9302,7 @@ WAYS = ["local", "relay", "docker", "local gateway", "docker gateway"]
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="a cell of `1`")
-@pytest.mark.parametrize("way", [*WAYS, "jupyter_client", "raw"])
+@cases("way", *WAYS, "jupyter_client", "raw")
 def test_bench_cell(benchmark: Any, way: str, rivals: Callable[[str], Any]) -> None:
     executor = rivals("jupyter_client" if way == "raw" else way)
     cell = raw_cell(executor.client) if way == "raw" else lambda: executor.execute("1")
@@ -9503,8 +9332,8 @@ def raw_cell(client: Any) -> Callable[[], None]:
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="100 cells of `1`, or 100 calls of a tool that does nothing")
-@pytest.mark.parametrize("what", ["cells", "calls", "calls in 8 threads"])
-@pytest.mark.parametrize("way", WAYS[:3])
+@cases("what", "cells", "calls", "calls in 8 threads")
+@cases("way", *WAYS[:3])
 def test_bench_tools(benchmark: Any, way: str, what: str, rivals: Callable[..., JupyterCodeExecutor]) -> None:
     executor = rivals(way, tools=[named("nothing", bool)])
     code = "for _ in range(100): nothing()"
@@ -9517,7 +9346,7 @@ def test_bench_tools(benchmark: Any, way: str, what: str, rivals: Callable[..., 
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="100 MB of stdout")
-@pytest.mark.parametrize("way", WAYS[:3])
+@cases("way", *WAYS[:3])
 def test_bench_output(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
     executor = rivals(way)
     benchmark.pedantic(lambda: executor.execute("print('x' * 100_000_000)"), rounds=3)
@@ -9525,7 +9354,7 @@ def test_bench_output(benchmark: Any, way: str, rivals: Callable[[str], JupyterC
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="first result")
-@pytest.mark.parametrize("way", [*WAYS, "jupyter_client"])
+@cases("way", *WAYS, "jupyter_client")
 def test_bench_first_result(
     benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor], engine: Any
 ) -> None:
@@ -9550,7 +9379,7 @@ reported_time = ReportedTime()
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="import", timer=reported_time)
-@pytest.mark.parametrize("module", ["jupyter_exec", "zmq", "jupyter_client"])
+@cases("module", "jupyter_exec", "zmq", "jupyter_client")
 def test_bench_import(benchmark: Any, module: str, tmp_path: Path) -> None:
     shutil.copy(MODULE, tmp_path)
     program = f"import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
@@ -9568,7 +9397,7 @@ KERNEL_WAYS = ["local", "launched", "docker", "jupyter_client"]
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="a further kernel")
-@pytest.mark.parametrize("way", KERNEL_WAYS)
+@cases("way", *KERNEL_WAYS)
 def test_bench_further_kernel(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
     server = None if way == "jupyter_client" else rivals(way)._server
     started: list[Any] = []
@@ -9579,7 +9408,7 @@ def test_bench_further_kernel(benchmark: Any, way: str, rivals: Callable[[str], 
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="restart")
-@pytest.mark.parametrize("way", KERNEL_WAYS)
+@cases("way", *KERNEL_WAYS)
 def test_bench_restart(benchmark: Any, way: str, rivals: Callable[[str], Any]) -> None:
     executor = rivals(way)
     benchmark.pedantic(lambda: (executor.restart(), executor.execute("1")), rounds=5)
@@ -9587,7 +9416,7 @@ def test_bench_restart(benchmark: Any, way: str, rivals: Callable[[str], Any]) -
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="8 kernels at once")
-@pytest.mark.parametrize("way", KERNEL_WAYS)
+@cases("way", *KERNEL_WAYS)
 def test_bench_eight_kernels(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
     server = None if way == "jupyter_client" else rivals(way)._server
     started: list[Any] = []
@@ -9602,7 +9431,7 @@ def test_bench_eight_kernels(benchmark: Any, way: str, rivals: Callable[[str], J
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="100 MB of stdout, in lines")
-@pytest.mark.parametrize("way", ["local", "docker", "jupyter_client"])
+@cases("way", "local", "docker", "jupyter_client")
 def test_bench_lines(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
     lines = "import sys\nfor _ in range(10**6): sys.stdout.write('x' * 99 + chr(10))"
     executor = rivals(way)
@@ -9620,7 +9449,7 @@ def peak_memory() -> float:
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="20 cells in each of many kernels")
-@pytest.mark.parametrize("count", [5, 50])
+@cases("count", 5, 50)
 def test_bench_many_kernels(benchmark: Any, count: int, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
     server = rivals("local")._server
     start = time.perf_counter()
@@ -9660,7 +9489,7 @@ LINEAR = {
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("kind", LINEAR)
+@cases("kind", *LINEAR)
 def test_bench_ten_times_the_output_takes_about_ten_times_as_long(benchmark: Any, kind: str) -> None:
     few = min(timed(feed_many, 4000, *LINEAR[kind]) for _ in range(3))
     benchmark.pedantic(feed_many, (40_000, *LINEAR[kind]), rounds=3)
