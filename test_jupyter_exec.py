@@ -72,6 +72,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.session import Session
 from jupyter_server.services.kernels.connection import base as jupyter_server_base
 from markdown_it import MarkdownIt
+from pytest import FixtureRequest, LogCaptureFixture, MonkeyPatch, TempPathFactory
 from websockets.frames import Close, Frame, Opcode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
@@ -180,7 +181,7 @@ def descendants(pid: int) -> set[int]:
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            after_name = stat.read_text().rpartition(")")[2].split()
+            after_name = stat.read_text(errors="replace").rpartition(")")[2].split()  # a name may be any bytes
             if after_name[0] != "Z":
                 parents[int(stat.parent.name)] = int(after_name[1])
     found: set[int] = set()
@@ -233,7 +234,7 @@ def resources() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def surroundings(tmp_path_factory: TempPathFactory) -> Iterator[None]:
     """Give the run a temporary directory of its own, and the signals of a program that was started in a terminal."""
     tmp_path_factory.getbasetemp()  # stays where it is, for a person to look at
     outside = tempfile.gettempdir()
@@ -256,7 +257,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_errors_logged(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_errors_logged(request: FixtureRequest) -> Iterator[None]:
     """Fail on a record of level ERROR, of any thread; `logs_error(TEXT)` expects such records, all with that text."""
     marker = request.node.get_closest_marker("logs_error")
     records: list[str] = []
@@ -271,7 +272,7 @@ def no_errors_logged(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_leaks(request: FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("bench"):  # a rival's leaks are not ours
         yield
         with warnings.catch_warnings():
@@ -421,9 +422,7 @@ def test_import_loads_neither_docker_nor_jupyter_client_nor_ssl() -> None:
     assert (result.stdout, result.stderr) == ("\n", "")
 
 
-def test_a_host_of_the_same_bytecode_gets_code_that_is_there_and_any_other_the_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_host_of_the_same_bytecode_gets_code_and_others_the_source(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     source = b"s%08d" % MODULE.stat().st_size + MODULE.read_bytes()
     for cached, expected in ((str(MODULE), b"c"), (str(tmp_path / "none.pyc"), b"s"), (None, b"s")):
         monkeypatch.setattr(jupyter_exec, "__cached__", cached)
@@ -700,7 +699,7 @@ def test_malformed_messages_are_refused(parts: list[bytes], says: str) -> None:
         decoded(jupyter_exec.ZmqCodec("key"), "iopub", parts)
 
 
-def test_a_huge_message_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_message_is_refused_before_it_is_parsed(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_MESSAGE", 1000)
     with pytest.raises(ProtocolError, match="larger than 1000"):
         decoded(jupyter_exec.ZmqCodec("key"), "iopub", signed(b"{}", b"{}", b"{}", b" " * 1000))
@@ -720,7 +719,7 @@ def test_any_change_breaks_the_signature_and_does_not_get_the_genuine_message_re
 @given(st.text(alphabet=st.sampled_from('a"\\\n\u00e9\u20ac\U0001f600\ud83d\x01'), max_size=200), st.booleans())
 def test_a_huge_stream_message_comes_in_pieces(piece: int, text: str, ascii_only: bool) -> None:
     content = json.dumps({"name": "stdout", "text": text}, ensure_ascii=ascii_only).encode("utf-8", "replace")
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(jupyter_exec, "STREAM_PIECE", piece)
         pieces = [json.loads(bytes(cut)) for cut in jupyter_exec.stream_pieces(content)]
     assert "".join(cut["text"] for cut in pieces) == json.loads(content)["text"]
@@ -1059,7 +1058,7 @@ def websockets_server(handler: Callable[[ServerConnection], None], **options: An
             assert not thread.is_alive()
 
 
-def test_websockets_talks_with_us_and_frames_behind_the_answer_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_websockets_talks_with_us_and_frames_behind_the_answer_are_not_lost(monkeypatch: MonkeyPatch) -> None:
     codes, headers = [], []
 
     def handler(connection: ServerConnection) -> None:
@@ -1264,7 +1263,7 @@ def test_malformed_v1_is_refused(data: str | bytes) -> None:
         decoded(V1Codec(), data)
 
 
-def test_what_is_huge_is_parsed_once_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_huge_is_parsed_once_or_not_at_all(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "STREAM_PIECE", 100)
     parsed: list[str] = []
     json_object = jupyter_exec.json_object
@@ -1459,7 +1458,7 @@ def test_a_gap_in_the_numbers_of_a_kernel_is_lost_output(ids: list[str], lost: b
     assert not shared.outputs_lost
 
 
-def test_beyond_the_budget_outputs_are_withheld_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beyond_the_budget_outputs_are_withheld_and_forgotten(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_KEPT", 1000)
     made = jupyter_exec.Execution("m")
     shows = [("display_data", "a", 900), ("display_data", "b", 200), ("update_display_data", "b", 50)]
@@ -1473,7 +1472,7 @@ def test_beyond_the_budget_outputs_are_withheld_and_forgotten(monkeypatch: pytes
     assert all("transient" not in output for output in outputs)
 
 
-def test_the_number_of_outputs_is_bounded_and_the_last_text_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_outputs_is_bounded_and_the_last_text_is_there(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_OUTPUTS", 20)
     turns = [stream(f"{i} ", ("stdout", "stderr")[i % 2]) for i in range(100)]
     result = execution(display({"text/plain": "first"}), *turns, REPLY, IDLE).result(0)
@@ -1733,7 +1732,7 @@ def test_a_failing_job_costs_only_itself(loop: jupyter_exec.Loop) -> None:
     assert done.wait(PATIENCE)
 
 
-def test_loop_in_a_forked_child_says_so(loop: jupyter_exec.Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_in_a_forked_child_says_so(loop: jupyter_exec.Loop, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(JupyterExecError, match="forked"):
         loop.post(lambda: None)
@@ -1774,7 +1773,7 @@ def test_pipe_carries_more_than_the_kernel_buffers(loop: jupyter_exec.Loop, pipe
     assert read == [parts, [b"second"]]
 
 
-def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, monkeypatch: MonkeyPatch) -> None:
     sent: list[str] = []
 
     class Full:
@@ -1825,8 +1824,8 @@ def test_pipe_gives_up_on_garbage(pipe_end: PipeEnd, garbage: bytes) -> None:
     assert pipe_end.frames == [[b"good"]]
 
 
-def test_pipe_gives_up_on_a_reader_that_does_not_read(
-    loop: jupyter_exec.Loop, pipe_end: PipeEnd, monkeypatch: pytest.MonkeyPatch
+def test_pipe_gives_up_on_who_does_not_read(
+    loop: jupyter_exec.Loop, pipe_end: PipeEnd, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 0.1)
     loop.post(lambda: pipe_end.pipe.send([bytes(5_000_000)]))
@@ -1839,7 +1838,7 @@ def raw_message(msg_type: str, size: int) -> tuple[str, list[bytes]]:
 
 
 @cases("msg_type", "stream", "display_data", "unheard_of")
-def test_a_mailbox_takes_no_output_beyond_its_limit(monkeypatch: pytest.MonkeyPatch, msg_type: str) -> None:
+def test_a_mailbox_takes_no_output_beyond_its_limit(monkeypatch: MonkeyPatch, msg_type: str) -> None:
     monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 100_000)
     mailbox = jupyter_exec.Mailbox()
     for _ in range(100):
@@ -1852,7 +1851,7 @@ def test_a_mailbox_takes_no_output_beyond_its_limit(monkeypatch: pytest.MonkeyPa
     assert mailbox.get(0) is not None
 
 
-def test_a_kernel_that_sends_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_sends_without_end_is_ended(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 100_000)
     ended: list[int] = []
     mailbox = jupyter_exec.Mailbox(lambda: ended.append(1))
@@ -1972,7 +1971,7 @@ def hostile(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
     kernel.finish(request)
 
 
-def test_hostile_messages_are_survived_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_hostile_messages_are_survived_and_reported(caplog: LogCaptureFixture) -> None:
     with scripted(hostile) as executor:
         assert run(executor, "1").output == "genuine"
         assert run(executor, "1").output == "genuine"
@@ -2000,9 +1999,7 @@ def without_idle_and_deaf(kernel: ScriptedKernel, request: dict[str, Any]) -> No
     (without_idle_and_deaf, 0, "Some of the output was lost on its way"),  # it is asked again and again
     (without_reply, 1, "its reply was lost"),
 )
-def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
-    script: Any, exit_code: int, note: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_idle_or_reply_ends_the_cell(script: Any, exit_code: int, note: str, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "FENCE_DELAY", 0.1)
     with scripted(script) as executor:
         result = executor.execute("1", timeout=PATIENCE)
@@ -2011,8 +2008,8 @@ def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
     assert note in result.note
 
 
-def test_a_kernel_that_floods_while_no_cell_runs_is_ended_and_the_reason_told(
-    executor: JupyterCodeExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_kernel_that_floods_between_cells_is_ended(
+    executor: JupyterCodeExecutor, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 200_000)
     gate = tmp_path / "gate"
@@ -2028,9 +2025,7 @@ def test_a_kernel_that_floods_while_no_cell_runs_is_ended_and_the_reason_told(
     assert run(executor, "1").output == "1"
 
 
-def test_a_slow_hook_delays_no_deadline_and_makes_none_of_a_cell_that_ended(
-    executor: JupyterCodeExecutor, tmp_path: Path
-) -> None:
+def test_a_slow_hook_neither_delays_nor_makes_a_timeout(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
     mark, mailbox = tmp_path / "interrupted", executor._kernel._mailbox
     code = f"import time\nprint('go', flush=True)\ntry: time.sleep(60)\nfinally: open({str(mark)!r}, 'w').close()"
     result = executor.execute(code, timeout=0.5, on_output=lambda output: eventually(mark.exists, "the interrupt"))
@@ -2049,7 +2044,7 @@ def raising(kind: type[BaseException]) -> None:
 
 @cases("end", KeyboardInterrupt, SystemExit)
 @cases("by_signal", True, False)
-def test_a_cell_that_a_signal_ends_is_in_the_notebook(
+def test_a_cell_ended_by_a_signal_is_kept(
     executor: JupyterCodeExecutor, tmp_path: Path, end: type[BaseException], by_signal: bool
 ) -> None:
     before = signal.signal(signal.SIGUSR1, lambda number, frame: raising(end))
@@ -2093,7 +2088,7 @@ def test_an_interrupt_that_comes_late_hits_no_later_cell(executor: JupyterCodeEx
     late[0].join()
 
 
-def test_an_attached_kernel_that_ignores_the_interrupt_is_said_to_be_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attached_kernel_that_ignores_the_interrupt_is_said_to_be_busy(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
     with scripted(lambda kernel, request: None) as executor:
         result = executor.execute("1", timeout=0.2)
@@ -2182,7 +2177,7 @@ def kernel_of(kernels: Path, argv: list[str], name: str = "own", **spec: Any) ->
 IPYKERNEL = ["python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
 
-def test_kernelspecs_are_found_as_jupyter_finds_them(kernels_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernelspecs_are_found_as_jupyter_finds_them(kernels_dir: Path, monkeypatch: MonkeyPatch) -> None:
     for name, argv in {"Mine": IPYKERNEL, "python3": IPYKERNEL, "broken": "no list"}.items():
         add_spec(kernels_dir, name, argv)
     (kernels_dir / "not a kernel").mkdir()
@@ -2219,9 +2214,7 @@ def test_kernels_are_lean_and_history_works_all_the_same(executor: JupyterCodeEx
 
 
 @cases("is_taken", False, True)
-def test_kernels_that_may_not_know_ipc_get_tcp_ports_that_are_free(
-    kernels_dir: Path, tmp_path: Path, is_taken: bool
-) -> None:
+def test_kernels_that_may_not_know_ipc_get_free_tcp_ports(kernels_dir: Path, tmp_path: Path, is_taken: bool) -> None:
     tcp_kernel = textwrap.dedent("""
         import pathlib, sys
         mark = pathlib.Path(sys.argv[2])
@@ -2265,9 +2258,7 @@ def test_a_kernel_that_dies_at_start_is_reported_with_its_stderr(kernels_dir: Pa
     (["/no/such/program"], {}, "No such file or directory: /no/such/program"),
     (["python"], {"kernel_provisioner": {"provisioner_name": "yarn"}}, "provisioner"),
 )
-def test_a_kernelspec_that_cannot_be_launched_is_reported(
-    kernels_dir: Path, argv: Any, metadata: Any, says: str
-) -> None:
+def test_a_kernelspec_that_cannot_be_launched_is_told(kernels_dir: Path, argv: Any, metadata: Any, says: str) -> None:
     with pytest.raises(KernelStartFailed, match=says), kernel_of(kernels_dir, argv, metadata=metadata):
         pass
 
@@ -2285,7 +2276,7 @@ def test_signals_that_the_program_has_blocked_reach_its_kernels() -> None:
 
 
 @pytest.fixture(scope="session")
-def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+def bare_python(tmp_path_factory: TempPathFactory) -> str:
     """A Python without ipykernel and pyzmq."""
     path = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(path)], check=True)
@@ -2355,9 +2346,7 @@ def test_a_python_that_is_too_old_is_reported(tmp_path: Path) -> None:
             JupyterCodeExecutor(server)
 
 
-def test_a_host_that_never_answers_is_given_up_and_asked_to_end_before_it_is_killed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_host_that_never_answers_is_asked_to_end(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     """srun takes its job out of the queue when it is terminated, and leaves it there when it is killed."""
     monkeypatch.setattr(jupyter_exec, "SHUTDOWN_GRACE", 0.5)
     text = f"#!/bin/sh\ntrap 'echo taken back >{tmp_path}/queue; exit 1' TERM\nwhile :; do sleep 0.05; done"
@@ -2386,7 +2375,7 @@ def test_a_wrong_option_of_the_launch_is_named(option: dict[str, Any], error: ty
 
 
 @pytest.mark.slow
-def test_a_stopped_host_is_given_up_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_host_is_given_up_and_replaced(monkeypatch: MonkeyPatch) -> None:
     before = descendants(os.getpid())
     with LocalJupyterServer() as server:
         server.kernelspecs()
@@ -2421,9 +2410,7 @@ def test_nothing_outlives_a_killed_client(tmp_path: Path, marker: str, how: str,
 
 @pytest.mark.slow
 @cases("preload", "[]", "None")
-def test_nothing_outlives_a_client_and_a_host_that_are_killed_at_once(
-    tmp_path: Path, marker: str, preload: str
-) -> None:
+def test_nothing_outlives_a_client_and_its_host_killed_at_once(tmp_path: Path, marker: str, preload: str) -> None:
     program = f"""
         import sys, jupyter_exec
         server = jupyter_exec.LocalJupyterServer(preload={preload}, env={{"MARK": sys.argv[1]}})
@@ -2460,9 +2447,7 @@ LACKS = "pidfd_open memfd_create pthread_sigmask SOCK_SEQPACKET send_fds recv_fd
 @pytest.mark.slow
 @cases("fork", "os.fork()", "ctypes.PyDLL(None).fork()")
 @cases("lacks", "", "register_at_fork", "pidfd_open register_at_fork")
-def test_a_forked_child_of_the_client_does_not_keep_the_kernels(
-    lacks: str, fork: str, marker: str, tmp_path: Path
-) -> None:
+def test_a_forked_child_of_the_client_keeps_no_kernels(lacks: str, fork: str, marker: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(POOR_PYTHON)
     program = """
         import ctypes, os, sys, time, warnings, jupyter_exec
@@ -2702,7 +2687,7 @@ def test_a_restarted_kernel_sees_an_edited_module_that_was_preloaded(tmp_path: P
         assert run(executor, "import mine; mine.x").output == "'edited'"
 
 
-def patch_host(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+def patch_host(monkeypatch: MonkeyPatch, old: str, new: str) -> None:
     """Have hosts run the module with a change in its source."""
     source = MODULE.read_bytes()
     assert source.count(old.encode()) == 1
@@ -2711,7 +2696,7 @@ def patch_host(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_fork_server_that_hangs_is_replaced_by_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_server_that_hangs_is_replaced_by_a_launch(monkeypatch: MonkeyPatch) -> None:
     patch_host(monkeypatch, "FORK_TIMEOUT = 2.0", "FORK_TIMEOUT = 0.3")
     with LocalJupyterServer(preload=[]) as server, JupyterCodeExecutor(server) as one:
         run(one, "x = 1")
@@ -2753,7 +2738,7 @@ def test_a_python_that_cannot_fork_kernels_launches_them(kernels_dir: Path, prel
         assert not is_forked(executor)
 
 
-def test_a_kernel_of_another_version_than_the_host_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_of_another_version_than_the_host_is_launched(monkeypatch: MonkeyPatch) -> None:
     patch_host(monkeypatch, "cache_tag == {tag!r}", "cache_tag == 'cpython-39'")
     with LocalJupyterServer(preload=["json"]) as server, JupyterCodeExecutor(server) as executor:
         assert not is_forked(executor)
@@ -2829,7 +2814,7 @@ def test_a_server_works_without_with_and_starts_on_first_use() -> None:
         server.start_kernel()
 
 
-def test_python_cwd_and_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_cwd_and_env(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setenv("REMOVED", "1")
     monkeypatch.setenv("KEPT", "2")
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -2863,9 +2848,7 @@ def test_a_missing_working_directory_or_token_is_a_clear_error(tmp_path: Path) -
 
 
 @cases("relay", False, True)
-def test_a_long_tmpdir_does_not_break_socket_files(
-    relay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_tmpdir_does_not_break_socket_files(relay: bool, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
@@ -2876,7 +2859,7 @@ def test_a_long_tmpdir_does_not_break_socket_files(
 
 
 @cases("relay", False, True)
-def test_no_temporary_directory_is_a_clear_error(relay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_temporary_directory_is_a_clear_error(relay: bool, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text("import tempfile; tempfile.tempdir = '/no/such/directory'")
     server = CommandJupyterServer([sys.executable], env={"PYTHONPATH": str(tmp_path)})
     if not relay:
@@ -2886,9 +2869,7 @@ def test_no_temporary_directory_is_a_clear_error(relay: bool, tmp_path: Path, mo
         server.kernelspecs()
 
 
-def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directories_of_killed_processes_are_removed(short_path: Path, monkeypatch: MonkeyPatch) -> None:
     program = """
         import os, jupyter_exec
         server = jupyter_exec.LocalJupyterServer()
@@ -3176,9 +3157,7 @@ def test_docker_kernels_share_one_hardened_container(boxed: JupyterCodeExecutor,
     ({}, (True, 2**30, 10**9, "none")),
     ({"read_only": False, "mem_limit": "256m", "cpu_quota": 50_000, "network": "bridge"}, (False, 2**28, 0, "bridge")),
 )
-def test_hardened_is_one_word_for_limits_that_may_be_said_otherwise(
-    containers: Any, options: dict[str, Any], limits: tuple[Any, ...]
-) -> None:
+def test_hardened_is_one_word_for_limits(containers: Any, options: dict[str, Any], limits: tuple[Any, ...]) -> None:
     # A directory to work in that is not in the image is writable all the same.
     with docker_server(**{"network": None, "hardened": True, "work_dir": "/else/where", **options}) as server:
         assert server.container_id is None
@@ -3191,9 +3170,7 @@ def test_hardened_is_one_word_for_limits_that_may_be_said_otherwise(
         assert config["MemorySwap"] == limits[1]
 
 
-def test_processes_have_readable_names_and_the_log_tells_of_their_life(
-    containers: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_processes_have_names_and_the_log_tells_of_their_life(containers: Any, caplog: LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "jupyter_exec")
     with docker_server() as server, JupyterCodeExecutor(server) as executor:
         run(executor, "secret = 1; print('output')")
@@ -3236,8 +3213,8 @@ def test_orphans_in_a_container_are_reaped(boxed: JupyterCodeExecutor) -> None:
     assert boxed.execute(textwrap.dedent(code), timeout=PATIENCE).status == "ok"
 
 
-def test_an_entrypoint_that_stays_before_the_host_is_named(
-    containers: Any, image: Callable[[str], str], caplog: pytest.LogCaptureFixture
+def test_an_entrypoint_that_stays_is_named(
+    containers: Any, image: Callable[[str], str], caplog: LogCaptureFixture
 ) -> None:
     name = image('FROM BUNDLED\nENTRYPOINT ["sh", "-c", "\\"$@\\"; exit $?", "entry"]')
     with docker_server(custom_image_name=name) as server:
@@ -3253,7 +3230,7 @@ def test_a_host_that_is_the_first_process_hears_a_stop_at_once(containers: Any) 
         assert server._exit_code() == 137
 
 
-def test_docker_timeout_and_death(boxed: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docker_timeout_and_death(boxed: JupyterCodeExecutor, monkeypatch: MonkeyPatch) -> None:
     run(boxed, "x = 5")
     assert boxed.execute("while True: print('y' * 1000)", timeout=0.5).kernel_state == "intact"
     assert boxed.execute("import subprocess; subprocess.run(['sleep', '60'])", timeout=0.5).kernel_state == "intact"
@@ -3313,9 +3290,7 @@ def test_a_container_that_is_to_stay_is_stopped_only_and_has_its_name_alone(engi
 
 
 @pytest.mark.slow
-def test_docker_environment_network_and_packages(
-    engine: Any, containers: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_docker_environment_network_and_packages(engine: Any, containers: Any, caplog: LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "jupyter_exec")
     packages = [
         "six; python_version >= '3' and platform_machine != '$(touch /tmp/pwned)`touch /tmp/pwned`\";*'",
@@ -3412,7 +3387,7 @@ def test_docker_read_only_runs_pip_and_matplotlib(containers: Any, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_docker_through_tcp(containers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docker_through_tcp(containers: Any, monkeypatch: MonkeyPatch) -> None:
     with socket.socket() as probe:
         probe.settimeout(1)
         need("docker", probe.connect_ex(("127.0.0.1", 2375)) == 0)
@@ -3469,7 +3444,7 @@ class StallingEngine:
 
 
 @pytest.fixture
-def stalling(containers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StallingEngine]:
+def stalling(containers: Any, monkeypatch: MonkeyPatch, tmp_path: Path) -> Iterator[StallingEngine]:
     for name in ("ENGINE_TIMEOUT", "STOP_TIMEOUT"):
         monkeypatch.setattr(jupyter_exec, name, 0.5)
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/engine.sock")
@@ -3483,9 +3458,7 @@ def stalling(containers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 @pytest.mark.slow
 @cases("request_", "/version", "/images/", "/wait", "/attach", "/start")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
-def test_an_engine_that_stalls_while_a_container_starts(
-    stalling: StallingEngine, request_: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_stalls_at_the_start(stalling: StallingEngine, request_: str, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "WAIT_TIMEOUT", 1)
     stalling.stall_at = request_.encode()
     with docker_server() as server, pytest.raises(SandboxError, match="engine does not answer"):
@@ -3494,7 +3467,7 @@ def test_an_engine_that_stalls_while_a_container_starts(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_engine_that_stalls_under_a_cell(stalling: StallingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_stalls_under_a_cell(stalling: StallingEngine, monkeypatch: MonkeyPatch) -> None:
     with docker_server() as server, JupyterCodeExecutor(server) as executor:
         run(executor, "x = 1")
         stalling.passes.clear()
@@ -3550,14 +3523,14 @@ def podman() -> Iterator[str]:
 
 
 @pytest.fixture
-def podman_server(podman: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DockerJupyterServer]:
+def podman_server(podman: str, monkeypatch: MonkeyPatch) -> Callable[..., DockerJupyterServer]:
     monkeypatch.setenv("DOCKER_HOST", podman)
     return functools.partial(docker_server, base_image=f"localhost/{os.environ['BASE_IMAGE']}")
 
 
 @pytest.mark.slow
 def test_podman_by_its_docker_api(
-    bundled_image: None, podman_server: Callable[..., DockerJupyterServer], caplog: pytest.LogCaptureFixture
+    bundled_image: None, podman_server: Callable[..., DockerJupyterServer], caplog: LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "jupyter_exec")
     places = "for path in ('x', '/tmp/x'): open(path, 'w').close()\n"
@@ -3588,14 +3561,14 @@ def test_podman_by_command(bundled_image: None, podman_server: Callable[..., Doc
 def readme_command(name: str) -> list[str]:
     """Return the first command of that name of the README's sandboxes."""
     found: list[list[str]] = []
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(jupyter_exec, "CommandJupyterServer", found.append)
         exec(readme_program("In other sandboxes", 0), {})
     return next(argv for argv in found if argv[0] == name)
 
 
 @pytest.mark.slow
-def test_bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bubblewrap(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     works = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
     need("bwrap", shutil.which("bwrap") and subprocess.run(works).returncode == 0)
     monkeypatch.setenv("SECRET", "a key")
@@ -3618,7 +3591,7 @@ def test_bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def slurm(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def slurm(short_path: Path, monkeypatch: MonkeyPatch) -> Iterator[None]:
     """A Slurm cluster of one node, which is this machine."""
     programs = [shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("slurmctld", "slurmd", "srun")]
     need("slurm", os.getuid() == 0 and all(programs))
@@ -3671,7 +3644,7 @@ def test_slurm(slurm: None) -> None:
 
 
 @pytest.mark.slow
-def test_uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uv(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     directory = Path(os.environ.get("JUPYTER_EXEC_FRAMEWORKS", "/nowhere"), "uv", "bin")
     monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{directory}")
     need("uv", shutil.which("uv"))
@@ -3747,9 +3720,7 @@ def test_what_the_engine_refuses_is_reported(containers: Any, options: dict[str,
     ("Read timed out. (read timeout=10)", 2, "The Docker engine does not answer: try again, restart it"),
     ("[Errno 13] Permission denied", 1, "No permission to use Docker: add yourself to the group docker"),
 )
-def test_docker_that_does_not_answer_is_asked_again(
-    monkeypatch: pytest.MonkeyPatch, error: str, asked: int, says: str
-) -> None:
+def test_docker_that_is_silent_is_asked_again(monkeypatch: MonkeyPatch, error: str, asked: int, says: str) -> None:
     import docker
 
     timeouts: list[int] = []
@@ -3774,8 +3745,8 @@ def test_docker_that_does_not_answer_is_asked_again(
     ({"DOCKER_CONTEXT": "none"}, r"context none cannot be used: 'docker context ls' shows what there is \(it is not"),
     ({"DOCKER_CONTEXT": "broken"}, "context broken cannot be used"),
 )
-def test_the_engine_is_that_of_the_docker_command(
-    environment: dict[str, str], engine: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_engine_is_the_docker_commands(
+    environment: dict[str, str], engine: str | None, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text('{"currentContext": "near"}')
     for name, host in [("near", "tcp://127.0.0.1:7"), ("far", "ssh://ann@box"), ("broken", '"')]:
@@ -3801,7 +3772,7 @@ def test_the_engine_is_that_of_the_docker_command(
     ("npipe:////./pipe/docker_engine", "named pipe of Windows is no socket"),
 )
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
-def test_docker_not_running_says_what_to_do(monkeypatch: pytest.MonkeyPatch, host: str, says: str) -> None:
+def test_docker_not_running_says_what_to_do(monkeypatch: MonkeyPatch, host: str, says: str) -> None:
     monkeypatch.setenv("DOCKER_HOST", host)
     with pytest.raises(SandboxError, match=says):
         JupyterCodeExecutor(DockerJupyterServer())
@@ -3918,8 +3889,8 @@ def test_another_name_of_root_in_an_image_is_refused(containers: Any, image: Cal
 
 
 @pytest.mark.slow
-def test_proxies_of_the_docker_configuration_stay_out_without_a_network(
-    containers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_proxies_stay_out_of_docker_without_a_network(
+    containers: Any, monkeypatch: MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text('{"proxies": {"default": {"httpProxy": "http://me:secret@proxy"}}}')
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
@@ -3997,14 +3968,14 @@ def installed(*names: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+def gateway(tmp_path_factory: TempPathFactory) -> Iterator[Peer]:
     need("server", installed("kernel_gateway"))
     with peer(tmp_path_factory.mktemp("gateway"), *GATEWAY) as started:
         yield started
 
 
 @pytest.fixture(scope="session")
-def jupyter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+def jupyter_server(tmp_path_factory: TempPathFactory) -> Iterator[Peer]:
     need("server", installed("jupyter_server"))
     with peer(
         tmp_path_factory.mktemp("server"), *SERVER, "--ServerApp.base_url=/user/ann/", base_url="/user/ann"
@@ -4013,7 +3984,7 @@ def jupyter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
 
 
 @pytest.fixture(scope="session")
-def enterprise_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+def enterprise_gateway(tmp_path_factory: TempPathFactory) -> Iterator[Peer]:
     """Enterprise Gateway pins an older jupyter-server: it lives in an environment of its own."""
     python = os.environ.get("JUPYTER_EXEC_ENTERPRISE_PYTHON", "")
     need("enterprise", os.path.exists(python))
@@ -4022,7 +3993,7 @@ def enterprise_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pee
 
 
 @pytest.fixture(params=["gateway", "jupyter_server"])
-def remote(request: pytest.FixtureRequest, gateway: Peer, jupyter_server: Peer) -> Peer:
+def remote(request: FixtureRequest, gateway: Peer, jupyter_server: Peer) -> Peer:
     return {"gateway": gateway, "jupyter_server": jupyter_server}[request.param]
 
 
@@ -4092,7 +4063,7 @@ def test_remote_kernel_gets_its_environment_and_input(gateway: Peer) -> None:
             assert run(executor, code).output.endswith("('hello', 'blue')")
 
 
-def test_the_default_subprotocol_works_too(jupyter_server: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_subprotocol_works_too(jupyter_server: Peer, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "V1_SUBPROTOCOL", "unknown.to.the.server")
     with JupyterCodeExecutor(jupyter_server.info) as executor:
         assert run(executor, "6 * 7").output == "42"
@@ -4101,7 +4072,7 @@ def test_the_default_subprotocol_works_too(jupyter_server: Peer, monkeypatch: py
 
 
 @pytest.fixture
-def connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[socket.socket]:
+def connections(tmp_path: Path, monkeypatch: MonkeyPatch) -> list[socket.socket]:
     """The connections that WebSockets were opened on; tmp_path/gate is there when the first was dropped."""
     opened: list[socket.socket] = []
     websocket = jupyter_exec.RestClient.websocket
@@ -4123,7 +4094,7 @@ def waiting_for(gate: Path, before: str = "") -> str:
     return f"import os, time\n{before}\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
 
 
-def test_a_dropped_connection_is_made_anew_and_the_rest_replayed(
+def test_a_dropped_connection_is_made_anew(
     jupyter_server: Peer, tmp_path: Path, connections: list[socket.socket]
 ) -> None:
     with JupyterCodeExecutor(jupyter_server.info) as executor:
@@ -4142,7 +4113,7 @@ def test_a_dropped_connection_is_made_anew_and_the_rest_replayed(
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_away_in_mid_cell_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_goes_away_in_mid_cell_is_reported(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     need("server", installed("kernel_gateway"))
     monkeypatch.setattr(jupyter_exec, "RECONNECT_TIMEOUT", 1.0)
     killed = threading.Event()
@@ -4227,7 +4198,7 @@ def test_a_cell_after_a_long_pause_works(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def certificate(tmp_path_factory: TempPathFactory) -> tuple[Path, Path]:
     """A self-signed certificate for 127.0.0.1 and its key."""
     path = tmp_path_factory.mktemp("tls")
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
@@ -4456,7 +4427,7 @@ def http(status: str, body: str, kind: str = "text/html", *more: str) -> bytes:
     (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 16 + b"\r\n" + bytes(5_000_000), "limit"),
     (b"", "No answer to GET .* within 0.5 s"),
 )
-def test_what_is_no_jupyter_server_is_told(answer: bytes, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_jupyter_server_is_told(answer: bytes, says: str, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec.RestClient.request, "__kwdefaults__", {"timeout": 0.5})
     with fake_server(answer) as info, pytest.raises(JupyterExecError) as caught:
         JupyterCodeExecutor(info)
@@ -4477,7 +4448,7 @@ def scripted_server(*replies: bytes) -> Iterator[RemoteJupyterServer]:
         far.shutdown(socket.SHUT_WR)
         return near
 
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(jupyter_exec.RestClient, "_dial", dial)
         with RemoteJupyterServer(JupyterConnectionInfo("x", False, 1, "s3cret-t0ken")) as server:
             yield server
@@ -4551,7 +4522,7 @@ def test_no_answer_raises_anything_else(reply: bytes, use: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 1.0)
     pairs: list[tuple[socket.socket, socket.socket]] = []
 
@@ -4583,8 +4554,8 @@ def test_a_host_that_is_none_is_refused(host: str) -> None:
         RemoteJupyterServer(JupyterConnectionInfo(host, True))
 
 
-def test_the_token_is_in_no_repr_url_log_or_command_line(
-    gateway: Peer, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+def test_the_token_is_nowhere_in_sight(
+    gateway: Peer, caplog: LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level("DEBUG")
     token = gateway.info.token or ""
@@ -4646,7 +4617,7 @@ def test_a_gateway_whose_port_is_taken_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_token_is_not_sent_to_a_faster_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_not_sent_to_a_faster_listener(monkeypatch: MonkeyPatch) -> None:
     need("server", installed("kernel_gateway"))
     port, call, thieves = free_port(), jupyter_exec.HostLink.call, []
 
@@ -4834,9 +4805,7 @@ def slow_link(tmp_path: Path) -> Callable[[str], CommandJupyterServer]:
 
 
 @pytest.mark.slow
-def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
-    slow_link: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_on_a_slow_link_keeps_no_kernel_from_starting(slow_link: Any, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 3.0)
     printing = threading.Event()
     with slow_link("5e6") as server, JupyterCodeExecutor(server) as one, ThreadPoolExecutor(1) as pool:
@@ -4863,7 +4832,7 @@ def test_a_flood_over_a_slow_link_is_bounded_and_its_cell_ends_in_time(end: str,
 
 
 @pytest.mark.slow
-def test_what_a_slow_link_loses_is_said(slow_link: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_slow_link_loses_is_said(slow_link: Any, monkeypatch: MonkeyPatch) -> None:
     patch_host(monkeypatch, "RELAY_LIMIT = 64 * 2**20", "RELAY_LIMIT = 10**6")
     with slow_link("5e6") as server, JupyterCodeExecutor(server) as executor:
         result = executor.execute("for _ in range(100): print('x' * 10**5, flush=True)\n1 / 0")
@@ -4986,8 +4955,8 @@ def test_timeout_interrupts_and_keeps_the_variables(executor: JupyterCodeExecuto
 @cases("code, place", ("import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass", r"3: try: time\.sleep\(60\)"),
         # Told by faulthandler, though C code holds the GIL.
         ("import ctypes, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [2])\nlibc = ctypes.PyDLL(None)\nwhile True:\n    libc.sleep(60)", r"5: libc\.sleep\(60\)"))  # fmt: skip
-def test_code_that_ignores_the_interrupt_is_killed(
-    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch, code: str, place: str
+def test_code_that_ignores_interrupts_is_killed(
+    executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch, code: str, place: str
 ) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
     run(executor, "x = 5")
@@ -5009,7 +4978,7 @@ def test_code_that_ignores_the_interrupt_is_killed(
     ("quit(0)", 0, "the session was ended by the code"),
     ("exit(-1)", 255, "the session was ended by the code"),
 )
-def test_death_is_reported_and_the_next_call_has_a_fresh_kernel(
+def test_death_is_told_and_the_next_kernel_fresh(
     executor: JupyterCodeExecutor, code: str, exit_code: int, says: str
 ) -> None:
     # ipykernel hands what it prints to a thread of its own: the death must not overtake that.
@@ -5086,8 +5055,8 @@ def test_a_failing_on_input_ends_the_input_not_the_session(executor: JupyterCode
     assert run(executor, "1").output == "1"
 
 
-def test_outputs_come_while_the_cell_runs_and_a_failing_hook_stops_nothing(
-    executor: JupyterCodeExecutor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_outputs_come_at_once_and_a_failing_hook_stops_nothing(
+    executor: JupyterCodeExecutor, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     gate = tmp_path / "gate"
 
@@ -5115,9 +5084,7 @@ def test_a_stopped_executor_says_so(executor: JupyterCodeExecutor) -> None:
         ({"output_dir": "/no/such"}, r"Output directory .* does not exist\."),
         ({"kernel_name": "nope"}, r"Kernel .* is not installed\."),
         ({"jupyter_server": 5}, r"jupyter_server must be a JupyterConnectable or JupyterConnectionInfo\."))  # fmt: skip
-def test_wrong_arguments_are_autogens_value_errors(
-    server: LocalJupyterServer, arguments: dict[str, Any], says: str
-) -> None:
+def test_wrong_arguments_are_value_errors(server: LocalJupyterServer, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         JupyterCodeExecutor(**({"jupyter_server": server} | arguments))
 
@@ -5186,7 +5153,7 @@ def test_a_call_never_raises_for_what_the_code_did(executor: JupyterCodeExecutor
 
 
 def test_a_full_temporary_disk_costs_the_notebook_not_the_result(
-    executor: JupyterCodeExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    executor: JupyterCodeExecutor, tmp_path: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
 ) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -5201,7 +5168,7 @@ def test_a_full_temporary_disk_costs_the_notebook_not_the_result(
     assert cells[0].source == "2" and "No space left" in cells[1].source
 
 
-def test_the_files_of_a_call_are_bounded(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_a_call_are_bounded(executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_FILES", 3)
     result = run(executor, "from IPython.display import HTML, display\nfor i in range(5): display(HTML('<b>'))")
     assert len(result.output_files) == 3
@@ -5512,7 +5479,7 @@ def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk:
 
 
 @contextlib.contextmanager
-def executor_at(request: pytest.FixtureRequest, kind: str) -> Iterator[JupyterCodeExecutor]:
+def executor_at(request: FixtureRequest, kind: str) -> Iterator[JupyterCodeExecutor]:
     """An executor whose kernel is reached in that way, in an empty directory of its own."""
     path = request.getfixturevalue("tmp_path") / "place"
     path.mkdir()
@@ -5542,7 +5509,7 @@ SHADOWS = "open = print = exec = eval = len = __import__ = json = base64 = os = 
 
 @anywhere
 @cases("kind", *PLACES)
-def test_files_come_and_go_anywhere(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+def test_files_come_and_go_anywhere(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     data = os.urandom(2_500_000)
     source, target, name = tmp_path / "in.bin", tmp_path / "out.bin", f"new {kind}"
     source.write_bytes(data)
@@ -5597,7 +5564,7 @@ FILE_ERRORS: list[tuple[Callable[[JupyterCodeExecutor], Any], str]] = [
 
 
 @cases("kind", "local", "attached")
-def test_what_is_wrong_with_a_file_is_told(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_file_is_told(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     with executor_at(request, kind) as executor:
         (tmp_path / "place/d").mkdir()
         (tmp_path / "place/d/f").write_text("123")
@@ -5610,7 +5577,7 @@ def test_what_is_wrong_with_a_file_is_told(request: pytest.FixtureRequest, kind:
 
 
 @pytest.mark.slow
-def test_a_sandbox_refuses_what_its_user_may_not(request: pytest.FixtureRequest) -> None:
+def test_a_sandbox_refuses_what_its_user_may_not(request: FixtureRequest) -> None:
     with executor_at(request, "docker") as executor:
         for path, says in (("/etc/x", "Read-only|Permission denied"), ("/proc/1/environ", "Permission denied")):
             with pytest.raises(FileTransferError, match=says):
@@ -5636,7 +5603,7 @@ zeros: Any = Zeros
 
 
 @cases("kind", "local", "attached")
-def test_a_full_disk_leaves_no_half_file(request: pytest.FixtureRequest, kind: str, small_disk: Path) -> None:
+def test_a_full_disk_leaves_no_half_file(request: FixtureRequest, kind: str, small_disk: Path) -> None:
     with executor_at(request, kind) as executor:
         (small_disk / "old").write_text("old")
         with pytest.raises(FileTransferError, match="No space left") as caught:
@@ -5652,7 +5619,7 @@ def test_a_full_disk_leaves_no_half_file(request: pytest.FixtureRequest, kind: s
 
 @pytest.mark.slow
 @cases("kind", "local", "docker", SLOW_PLACES[0])
-def test_files_come_and_go_while_a_cell_runs(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+def test_files_come_and_go_while_a_cell_runs(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     with executor_at(request, kind) as executor, ThreadPoolExecutor(1) as pool:
         code = f"import os\nopen('{kind}-begun', 'w').write('yes')\nwhile not os.path.exists('{kind}-go'): pass\n"
         code += f"os.remove('{kind}-go'), os.remove('{kind}-begun')\nprint('gone')"
@@ -5686,9 +5653,7 @@ def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path) -> None:
 
 
 @cases("kind", "local", "attached")
-def test_a_link_is_followed_to_read_and_replaced_to_write(
-    request: pytest.FixtureRequest, kind: str, tmp_path: Path
-) -> None:
+def test_a_link_is_read_through_and_replaced(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     with executor_at(request, kind) as executor:
         places = (tmp_path, tmp_path / "place")  # here and there
         for place in places:
@@ -5703,7 +5668,7 @@ def test_a_link_is_followed_to_read_and_replaced_to_write(
         assert [(place / name).read_text() for name in ("link", "old")] == ["new", "old"]
 
 
-def test_a_source_is_called_by_its_own_name_there(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_a_source_is_called_by_its_own_name_there(request: FixtureRequest, tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b")
     with executor_at(request, "local") as executor:
         assert executor.upload(tmp_path / "table.csv") == "table.csv"
@@ -5724,7 +5689,7 @@ def test_a_source_is_called_by_its_own_name_there(request: pytest.FixtureRequest
 
 @pytest.mark.slow
 @cases("kind", "local", "attached")
-def test_progress_is_told(request: pytest.FixtureRequest, kind: str) -> None:
+def test_progress_is_told(request: FixtureRequest, kind: str) -> None:
     calls: list[tuple[int, int | None]] = []
     with executor_at(request, kind) as executor:
         for size in (0, 1, 2**18 - 1, 2**18, 2**20, 5 * 2**18 + 1):
@@ -5819,7 +5784,7 @@ def test_a_client_that_is_killed_leaves_no_half_file(tmp_path: Path) -> None:
 
 
 @cases("change", "shorter", "another", "longer")
-def test_a_file_that_changes_while_it_is_read(request: pytest.FixtureRequest, change: str, tmp_path: Path) -> None:
+def test_a_file_that_changes_while_it_is_read(request: FixtureRequest, change: str, tmp_path: Path) -> None:
     file = tmp_path / "f"
     file.write_bytes(b"x" * 10_000_000)
 
@@ -5874,14 +5839,14 @@ def test_no_answer_raises_anything_but_our_error(answer: Any) -> None:
         assert "\x1b" not in str(caught.value)
 
 
-def test_a_host_that_is_silent_ends_the_transfer_not_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_is_silent_ends_the_transfer_not_the_host(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "TRANSFER_TIMEOUT", 0.3)
     files = jupyter_exec.FarFiles(lambda order, data, then: None, 2**18, 4, lambda: None)
     with pytest.raises(FileTransferError, match="nothing was heard"):
         files.write("p", [b"x"] * 10, lambda size: None)
 
 
-def test_a_directory_of_too_many_entries_is_an_error(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_of_too_many_entries_is_an_error(request: Any, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_LISTED", 2)
     with executor_at(request, "local") as executor:
         for name in "cab":
@@ -5890,7 +5855,7 @@ def test_a_directory_of_too_many_entries_is_an_error(request: Any, monkeypatch: 
             executor.list_files()
 
 
-def test_files_reach_a_new_host_after_the_loss_of_one(request: pytest.FixtureRequest) -> None:
+def test_files_reach_a_new_host_after_the_loss_of_one(request: FixtureRequest) -> None:
     with executor_at(request, "local") as executor:
         kill_host(executor)
         executor.upload(b"x", "f")
@@ -5901,7 +5866,7 @@ def test_files_reach_a_new_host_after_the_loss_of_one(request: pytest.FixtureReq
 @pytest.mark.slow
 @anywhere
 @cases("kind", "local", "docker", "gateway")
-def test_200_megabytes_go_both_ways_in_little_memory(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+def test_200_megabytes_go_both_ways_in_little_memory(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     source.write_bytes(os.urandom(2**20) * 200)
     with executor_at(request, kind) as executor:
@@ -5917,7 +5882,7 @@ def test_200_megabytes_go_both_ways_in_little_memory(request: pytest.FixtureRequ
 
 @anywhere
 @cases("kind", *PLACES)
-def test_variables_come_and_go_anywhere(request: pytest.FixtureRequest, kind: str) -> None:
+def test_variables_come_and_go_anywhere(request: FixtureRequest, kind: str) -> None:
     values = [None, True, 0, -(10**400), 1.5, "", "ä\ud83d\ude00\udc80\0\n'\"", [], {}, [[1], {"a": [None]}], {"": ""}]
     with executor_at(request, kind) as executor:
         executor.execute(SHADOWS)
@@ -5934,7 +5899,7 @@ def test_variables_come_and_go_anywhere(request: pytest.FixtureRequest, kind: st
 @pytest.mark.slow
 @anywhere
 @cases("kind", "local", "gateway")
-def test_transfers_leave_no_trace_in_the_kernel(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+def test_transfers_leave_no_trace_in_the_kernel(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     look = "import sys; print([name for name in sorted(globals()) if name[:2] != '_i'], len(Out), _, __, ___)\n"
     look += "print(sorted(vars(sys)), In[-2])"
     with executor_at(request, kind) as executor:
@@ -6027,9 +5992,7 @@ def test_what_a_thread_prints_during_a_transfer_is_heard(server: LocalJupyterSer
     assert "".join(output["text"] for output in heard) == "late\n"
 
 
-def test_a_value_that_takes_for_ever_is_interrupted(
-    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_value_that_takes_for_ever_is_told(executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "TRANSFER_TIMEOUT", 1.0)
     executor.execute("class D(dict):\n    def items(self):\n        while True: pass\nx, endless = 1, D(a=1)")
     with pytest.raises(VariableError, match="Timeout: interrupted after 1 s; variables are kept"):
@@ -6120,7 +6083,7 @@ f()
 
 @pytest.mark.slow
 @cases("preload", None, pytest.param([], marks=pytest.mark.slow))
-def test_a_kernel_that_was_killed_or_crashed_tells_where(preload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_was_killed_or_crashed_tells_where(preload: Any, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
     with LocalJupyterServer(preload=preload) as server, JupyterCodeExecutor(server) as executor:
         stuck = executor.execute(f"\n\n{DEAF}", timeout=0.3)
@@ -6173,9 +6136,7 @@ def test_the_line_of_an_interrupted_cell_is_found_in_the_traceback(frames: list[
     assert jupyter_exec.place_of(result, "a\nb\nc") == (f"; it was at {place}" if place else "")
 
 
-def test_a_kernel_that_dies_between_calls_is_told_and_the_code_not_run(
-    executor: JupyterCodeExecutor, tmp_path: Path
-) -> None:
+def test_a_death_between_calls_is_told_and_the_code_not_run(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
     pid = int(run(executor, "import os; os.getpid()").output)
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: is_gone(pid), "the kernel is gone")
@@ -6191,7 +6152,7 @@ def test_a_kernel_that_dies_between_calls_is_told_and_the_code_not_run(
 
 @pytest.fixture(params=["local", "docker", "remote"])
 def detaching(
-    request: pytest.FixtureRequest, server: LocalJupyterServer, jupyter_server: Peer, tmp_path: Path
+    request: FixtureRequest, server: LocalJupyterServer, jupyter_server: Peer, tmp_path: Path
 ) -> Iterator[JupyterCodeExecutor]:
     with contextlib.ExitStack() as stack:
         where: Any = server if request.param == "local" else jupyter_server.info
@@ -6336,7 +6297,7 @@ def test_the_output_of_a_job_is_as_in_results_and_bounded(server: LocalJupyterSe
 
 
 @cases("kind", "idle", "submitted", "detached", "attached")
-def test_a_job_ends_with_an_executor_that_is_collected(
+def test_a_job_ends_with_a_collected_executor(
     server: LocalJupyterServer, executor: JupyterCodeExecutor, kind: str
 ) -> None:
     run(executor, "1")
@@ -6363,7 +6324,7 @@ def test_a_job_ends_with_an_executor_that_is_collected(
 
 
 @pytest.mark.slow
-def test_a_detached_cell_is_complete_after_a_dropped_connection(
+def test_a_detached_cell_survives_a_dropped_connection(
     jupyter_server: Peer, tmp_path: Path, connections: list[socket.socket]
 ) -> None:
     with JupyterCodeExecutor(jupyter_server.info, on_timeout="detach") as executor:
@@ -6387,9 +6348,7 @@ def submit_endless(pool: ThreadPoolExecutor, executor: JupyterCodeExecutor) -> A
 
 
 @cases("what", "restart", "stop")
-def test_restart_and_stop_end_the_running_cell_and_go_before_the_waiting_ones(
-    server: LocalJupyterServer, what: str
-) -> None:
+def test_restart_and_stop_end_the_running_cell_before_all_others(server: LocalJupyterServer, what: str) -> None:
     with JupyterCodeExecutor(server) as executor, ThreadPoolExecutor(5) as pool:
         run(executor, "x = 1")
         running = submit_endless(pool, executor)
@@ -6465,21 +6424,22 @@ def test_sixteen_kernels_at_work_on_one_server(server: LocalJupyterServer) -> No
         assert [*outputs] == [[f"{number}\n"] * 5 for number in range(16)]
 
 
-def test_an_executor_in_a_forked_child_says_so_and_is_collected_there_alone() -> None:
+def test_an_executor_in_a_forked_child_says_so_and_a_server_collected_there_lives_on() -> None:
     program = """
         import gc, os, sys, warnings, jupyter_exec
         warnings.simplefilter("ignore")
-        server = jupyter_exec.LocalJupyterServer()
+        server, spare = jupyter_exec.LocalJupyterServer(), jupyter_exec.LocalJupyterServer()
         executor = jupyter_exec.JupyterCodeExecutor(server)
         executor.execute("x = 5")
+        spare.kernelspecs()
         if os.fork() == 0:
             result = executor.execute_code_blocks([jupyter_exec.CodeBlock("1")])
             print(result.exit_code, "forked" in result.output, flush=True)
-            del server, executor
+            del spare
             gc.collect()
             os._exit(0)
         os.wait()
-        print(executor.execute("x").text, "python3" in server.kernelspecs())
+        print(executor.execute("x").text, "python3" in spare.kernelspecs())
     """
     result = run_python(program)
     assert (result.stdout, result.stderr) == ("1 True\n5 True\n", "")
@@ -6494,9 +6454,7 @@ ENDINGS_OF_PROGRAMS = ["sys.exit(3)", "1 / 0", "os.kill(os.getpid(), 15)"]
     ("CommandJupyterServer([sys.executable])", "pass"),
     *(pytest.param("LocalJupyterServer()", ending, marks=pytest.mark.slow) for ending in ENDINGS_OF_PROGRAMS),
 )
-def test_forgotten_servers_end_silently_with_the_program_while_a_cell_runs(
-    server: str, ending: str, marker: str, tmp_path: Path
-) -> None:
+def test_forgotten_servers_end_silently_with_the_program(server: str, ending: str, marker: str, tmp_path: Path) -> None:
     program = f"""
         import os, sys, threading
         from jupyter_exec import *
@@ -6585,8 +6543,8 @@ def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: P
     "import os\nfor i in range(50):\n if not os.fork(): print(1, flush=True); os._exit(0)\n os.wait()",
     "print('x' * 3_000_000)",
 )
-def test_what_is_on_the_way_beside_a_cell_is_no_lost_output(
-    code: str, executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+def test_what_comes_beside_a_cell_is_no_lost_output(
+    code: str, executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch
 ) -> None:
     noisy = textwrap.dedent("""
         import threading
@@ -6630,7 +6588,7 @@ def test_a_slow_hook_loses_nothing(executor: JupyterCodeExecutor) -> None:
     assert len(seen) == 5000
 
 
-def test_unread_output_is_bounded(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_output_is_bounded(executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 10_000_000)
     first = threading.Event()
     mailbox = executor._kernel._mailbox
@@ -6841,8 +6799,8 @@ def test_languages_of_blocks(
 
 
 @pytest.mark.slow
-def test_a_shell_block_that_exceeds_its_time_says_so_in_its_status(
-    server: LocalJupyterServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_timeout_of_a_shell_is_its_status(
+    server: LocalJupyterServer, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     with JupyterCodeExecutor(server, timeout=1, output_dir=tmp_path) as executor:
         result = run_block(executor, "echo a; sleep 30", "bash")
@@ -6920,9 +6878,7 @@ def test_what_a_script_leaves_in_the_background(server: LocalJupyterServer, tmp_
         eventually(lambda: int(pid) not in descendants(os.getpid()), "an interrupt ends the children")
 
 
-def test_a_shell_that_is_missing_and_source_files_that_are(
-    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_shell_and_missing_source_files(executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(jupyter_exec, "functions_source", lambda functions: raising(ValueError))
         assert run_block(executor, "echo {1}", "bash").output == "{1}\n"
@@ -7039,9 +6995,7 @@ async def test_cancelling_interrupts_the_cell_and_keeps_the_kernel(server: Local
 
 
 @on_a_loop
-async def test_cancelling_a_cell_twice_or_one_that_waits_hits_no_other(
-    server: LocalJupyterServer, tmp_path: Path
-) -> None:
+async def test_cancelling_twice_or_in_the_queue_hits_no_other(server: LocalJupyterServer, tmp_path: Path) -> None:
     async with AsyncJupyterCodeExecutor(server) as executor:
         await executor.run("import time; ran = []")
         first = await begin(executor, waiting_for(tmp_path / "gate", "print('go', flush=True)") + "ran.append(1)")
@@ -7137,7 +7091,7 @@ async def longest_lag(work: Any) -> float:
 
 @pytest.mark.bench
 @cases("where", "local", "docker")
-def test_bench_lag_of_the_loop(benchmark: Any, where: str, request: pytest.FixtureRequest) -> None:
+def test_bench_lag_of_the_loop(benchmark: Any, where: str, request: FixtureRequest) -> None:
     if where == "docker":
         request.getfixturevalue("containers")
 
@@ -7192,9 +7146,7 @@ async def test_a_stream_raises_what_keeps_the_cell_from_running(server: LocalJup
             pass
 
 
-def test_coroutine_hooks_run_on_the_loop_of_the_call(
-    server: LocalJupyterServer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_coroutine_hooks_run_on_the_loop_of_the_call(server: LocalJupyterServer, caplog: LogCaptureFixture) -> None:
     async def main() -> None:
         loops, never = [], asyncio.Event()
         executor: AsyncJupyterCodeExecutor
@@ -7224,9 +7176,7 @@ def test_coroutine_hooks_run_on_the_loop_of_the_call(
 
 
 @pytest.fixture(params=["local", "ipykernel 6", "command", "docker", "jupyter_server", "gateway"])
-def place(
-    request: pytest.FixtureRequest, server: LocalJupyterServer, jupyter_server: Peer, gateway: Peer
-) -> Iterator[Any]:
+def place(request: FixtureRequest, server: LocalJupyterServer, jupyter_server: Peer, gateway: Peer) -> Iterator[Any]:
     """What an executor takes as server, of each kind."""
     with contextlib.ExitStack() as stack:
         if request.param in ("jupyter_server", "gateway"):
@@ -7451,7 +7401,7 @@ def test_the_waiting_of_approve_is_not_the_cells_time(server: LocalJupyterServer
         assert (result.status, names_of(result)) == ("timeout", [("add", "ok")])
 
 
-def test_limits_of_tools(server: LocalJupyterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_of_tools(server: LocalJupyterServer, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_TOOL_JSON", 1000)
     told = threading.Event()
 
@@ -7568,9 +7518,7 @@ def test_a_tool_may_interrupt_its_cell_and_not_run_another(server: LocalJupyterS
     ("*['7' * 50 + ':' + call] * 3000, end=0", "", 0),
     ("*[''] * 20, end=0", "", 0),
 )
-def test_forged_requests_cost_no_more_than_the_budget(
-    server: LocalJupyterServer, forged: str, says: str, calls: int
-) -> None:
+def test_forged_requests_cost_only_the_budget(server: LocalJupyterServer, forged: str, says: str, calls: int) -> None:
     forge = textwrap.dedent("""
         import threading
         from concurrent.futures import Future
@@ -7840,7 +7788,7 @@ async def test_coroutine_tools_run_on_the_callers_loop(server: LocalJupyterServe
 
 
 @pytest.mark.slow
-def test_a_hook_whose_loop_is_gone_ends_nothing(server: LocalJupyterServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hook_whose_loop_is_gone_ends_nothing(server: LocalJupyterServer, caplog: LogCaptureFixture) -> None:
     async def hook(output: dict[str, Any]) -> None:
         await asyncio.sleep(60 if output.get("text") == "a\n" else 0)
 
@@ -7860,9 +7808,7 @@ def test_a_hook_whose_loop_is_gone_ends_nothing(server: LocalJupyterServer, capl
 
 @pytest.mark.slow
 @on_a_loop
-async def test_the_async_executor_has_jobs_and_all_that_the_other_has(
-    server: LocalJupyterServer, tmp_path: Path
-) -> None:
+async def test_the_async_executor_has_jobs_and_all_the_rest(server: LocalJupyterServer, tmp_path: Path) -> None:
     executor = AsyncJupyterCodeExecutor(server, "python3", 1, tmp_path, functions=[add_two], on_timeout="detach")
     assert "add_two" in executor.system_message and executor.connection_file is None
     first, second = await asyncio.gather(executor.execute("x = 1; x"), executor.execute("x += 1; x"))
@@ -7916,9 +7862,7 @@ IGNORES = "import time\nwhile True:\n    try: time.sleep(60)\n    except Keyboar
 
 @pytest.mark.slow
 @on_a_loop
-async def test_a_cancelled_call_comes_back_though_it_would_be_detached(
-    server: LocalJupyterServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cancelled_call_is_not_detached(server: LocalJupyterServer, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
 
     async with AsyncJupyterCodeExecutor(server, on_timeout="detach") as executor:
@@ -7929,9 +7873,7 @@ async def test_a_cancelled_call_comes_back_though_it_would_be_detached(
 
 
 @pytest.mark.slow
-def test_an_approval_that_never_comes_keeps_no_cancelled_call(
-    server: LocalJupyterServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_approval_that_never_comes_keeps_no_call(server: LocalJupyterServer, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
     asked, never = threading.Event(), threading.Event()
 
@@ -7955,9 +7897,7 @@ def test_an_approval_that_never_comes_keeps_no_cancelled_call(
 
 @cases("method", "set_variables", "get_variable", "restart", "save_notebook", "stop", "execute")
 @on_a_loop
-async def test_a_hook_that_wants_the_kernel_gets_an_error_and_no_deadlock(
-    server: LocalJupyterServer, method: str
-) -> None:
+async def test_a_hook_that_wants_the_kernel_gets_an_error(server: LocalJupyterServer, method: str) -> None:
     said: list[str] = []
     arguments = ("x",) if method in ("get_variable", "save_notebook", "execute") else ()
 
@@ -8719,7 +8659,7 @@ def test_an_error_names_its_place(name: str, text: str, place: str, tmp_path: Pa
 @pytest.mark.slow
 @cases("name, text, shown, option, then, said", ("a.md", "```\n42\n```\n```python\n6 * 7\n```\n", "42\n", "--unlabelled", "42\n42\n", "a.md:2: skipped a block that names no language"),
         ("a.py", "import pandas\ndisplay(pandas.DataFrame({'a': [1]}))", "   a\n0  1\n", "--html", "   a\n0  1\nHTML data saved to {}/a-1-1.html\n", ""))  # fmt: skip
-def test_blocks_without_a_language_are_no_code_and_tables_no_files_unless_told_otherwise(
+def test_unlabelled_blocks_and_html(
     name: str, text: str, shown: str, option: str, then: str, said: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(text)
@@ -8805,9 +8745,7 @@ def test_kernels_lists_names_and_places() -> None:
     ("1", ["--json", "--put", "no.txt"], 2),
     ("import os; os._exit(3)", ["--json"], 1),
 )
-def test_exit_status_is_that_of_the_result_and_json_agrees(
-    code: str, options: list[str], status: int, tmp_path: Path
-) -> None:
+def test_exit_status_is_the_results_and_jsons(code: str, options: list[str], status: int, tmp_path: Path) -> None:
     result = cli("run", "-c", code, "--timeout", "1", *options, cwd=tmp_path)
     assert result.returncode == status
     assert not options or json.loads(result.stdout)["exit_code"] == status
@@ -8930,7 +8868,7 @@ def test_escapes_of_code_and_documents_are_not_printed(tmp_path: Path) -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", result.stdout + result.stderr)
 
 
-def test_updates_save_no_files_and_others_only_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_save_no_files_and_others_only_so_many(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_FILES", 3)
     printer = jupyter_exec.LivePrinter(1)
     printer.begin(jupyter_exec.CellFiles(jupyter_exec.Folder(tmp_path), "a-1", html=False))
@@ -9199,7 +9137,7 @@ README_BLOCKS = [
 
 @pytest.mark.parametrize(("section", "number", "shown"), README_BLOCKS)
 def test_the_readmes_blocks(
-    section: str, number: int, shown: str, tmp_path: Path, gateway: Peer, request: pytest.FixtureRequest
+    section: str, number: int, shown: str, tmp_path: Path, gateway: Peer, request: FixtureRequest
 ) -> None:
     program = readme_program(section, number)
     if section == "In Docker":
@@ -9242,7 +9180,7 @@ def test_linters_are_content(command: list[str]) -> None:
 
 
 @pytest.fixture
-def rivals(request: pytest.FixtureRequest) -> Callable[..., Any]:
+def rivals(request: FixtureRequest) -> Callable[..., Any]:
     """A function that makes an executor with a running kernel by its name."""
     stack = contextlib.ExitStack()
     request.addfinalizer(stack.close)
