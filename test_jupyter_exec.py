@@ -415,11 +415,10 @@ def test_only_what_never_runs_on_windows_uses_names_that_are_missing_there() -> 
 
 
 def test_import_loads_neither_docker_nor_jupyter_client_nor_ssl() -> None:
-    program = (
-        "import sys, jupyter_exec; print(*(m for m in ('docker', 'jupyter_client', 'ssl', 'zmq') if m in sys.modules))"
+    result = run_python(
+        "import sys, jupyter_exec; print({'docker', 'jupyter_client', 'ssl', 'zmq'} & set(sys.modules))"
     )
-    result = run_python(program)
-    assert (result.stdout, result.stderr) == ("\n", "")
+    assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
 def test_a_host_of_the_same_bytecode_gets_code_and_others_the_source(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
@@ -1425,9 +1424,8 @@ def test_what_is_left_of_outputs(messages: Any, outputs: list[str]) -> None:
 @cases("content", {}, {"name": 5, "text": "x"}, {"name": "stdout", "text": None}, {"data": [], "metadata": None})
 @cases("msg_type", "stream", "display_data", "execute_result", "error", "status", "comm_open", "?")
 def test_malformed_content_does_no_harm(msg_type: str, content: dict[str, Any]) -> None:
-    broken = execution(
-        ("iopub", msg_type, content), ("iopub", msg_type, {"transient": None}), stream("ok"), REPLY, IDLE
-    )
+    contents = (("iopub", msg_type, broken) for broken in (content, {"transient": None}))
+    broken = execution(*contents, stream("ok"), REPLY, IDLE)
     assert broken.done
     assert "ok" in broken.result(0).text
 
@@ -1669,9 +1667,8 @@ def test_a_result_is_short_as_repr_and_safe_as_html() -> None:
 
 
 def test_text_for_language_models_is_preferred_and_files_need_no_directory() -> None:
-    result = shown(
-        {"text/llm+plain": "for models", "text/plain": "for people"}, {"image/png": "!"}, {"text/html": "<b>"}
-    )
+    texts = {"text/llm+plain": "for models", "text/plain": "for people"}
+    result = shown(texts, {"image/png": "!"}, {"text/html": "<b>"})
     assert result.text.startswith("for models")
     assert [(file.mime_type, file.suffix, file.data) for file in result.files] == [("text/html", ".html", b"<b>")]
     assert result.images == []
@@ -1900,8 +1897,8 @@ class ScriptedKernel:
         self.session = Session(key=b"key")
         self._context = zmq.Context()
         self.sockets = {name: self._context.socket(kind) for name, kind in self.KINDS.items()}
-        ports: dict[str, Any] = {
-            f"{name}_port": sock.bind_to_random_port("tcp://127.0.0.1") for name, sock in self.sockets.items()
+        ports: Any = {
+            f"{name}_port": bind.bind_to_random_port("tcp://127.0.0.1") for name, bind in self.sockets.items()
         }
         self.connection = KernelConnection(ip="127.0.0.1", key="key", **ports)
         self.requests: list[dict[str, Any]] = []
@@ -2330,9 +2327,8 @@ def test_of_the_stderr_of_a_command_only_the_end_is_kept(short_path: Path) -> No
         with JupyterCodeExecutor(server) as executor:
             assert run(executor, "print(len('x' * 10**6))").output == "1000000\n"
         assert server._process
-        assert not [
-            file for file in Path(f"/proc/{server._process.pid}/fd").iterdir() if "deleted" in os.readlink(file)
-        ]
+        files = Path(f"/proc/{server._process.pid}/fd").iterdir()
+        assert not [file for file in files if "deleted" in os.readlink(file)]
         link = server.link()
         server._process.kill()
         eventually(lambda: link.lost, "the end of the command")
@@ -2532,10 +2528,8 @@ def facts(preload: list[str] | None) -> Any:
         own |= {"mark": os.environ["JUPYTER_EXEC_KERNEL"] in open("/proc/self/environ").read(), "stack": len(__import__("inspect").stack()) > 1}
         print(json.dumps(own, default=str))
     """)
-    with (
-        LocalJupyterServer(preload=preload, cwd=tempfile.gettempdir()) as server,
-        JupyterCodeExecutor(server) as executor,
-    ):
+    server = LocalJupyterServer(preload=preload, cwd=tempfile.gettempdir())
+    with server, JupyterCodeExecutor(server) as executor:
         return json.loads(run(executor, facts).output)
 
 
@@ -2656,10 +2650,8 @@ def test_preload_finds_modules_of_the_working_directory_and_pictures_come_inline
     (tmp_path / "mine.py").write_text("x = 5")
     with LocalJupyterServer(preload=["mine", "matplotlib.pyplot"], cwd=tmp_path) as server:
         with JupyterCodeExecutor(server, output_dir=tmp_path) as executor:
-            assert (
-                run(executor, "import sys; 'mine' in sys.modules, [p for p in sys.path if p[-1:] == '/']").output
-                == "(True, [])"
-            )
+            found = run(executor, "import sys; 'mine' in sys.modules, [p for p in sys.path if p[-1:] == '/']")
+            assert found.output == "(True, [])"
             result = run(executor, "import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()")
             assert [Path(path).suffix for path in result.output_files] == [".png"]
 
@@ -3033,9 +3025,7 @@ def test_a_host_with_strange_answers_is_given_up(answer: str, tmp_path: Path) ->
 
 @cases("greeting", "9" * 5000 + " 9 00", "3 11 zz", "-3 11 00")
 def test_a_strange_greeting_is_none(greeting: str) -> None:
-    program = "import re, sys; print(re.search('[0-9a-f]{32}', sys.argv[-1])[0], GREETING)".replace(
-        "GREETING", repr(greeting)
-    )
+    program = f"import re, sys; print(re.search('[0-9a-f]{{32}}', sys.argv[-1])[0], {greeting!r})"
     with CommandJupyterServer([sys.executable, "-c", program]) as server:
         with pytest.raises(KernelStartFailed, match="no Python answered"):
             server.kernelspecs()
@@ -3104,9 +3094,8 @@ def need(name: str, present: object) -> None:
 def docker_server(**options: Any) -> DockerJupyterServer:
     if "custom_image_name" not in options:
         options.setdefault("base_image", os.environ.get("BASE_IMAGE"))
-    return DockerJupyterServer(
-        **{"network": "none", **options, "labels": jupyter_exec._merged("labels", {RUN: ""}, options.get("labels", {}))}
-    )
+    labels = jupyter_exec._merged("labels", {RUN: ""}, options.get("labels", {}))
+    return DockerJupyterServer(**{"network": "none", **options, "labels": labels})
 
 
 @pytest.fixture
@@ -3257,9 +3246,7 @@ def test_out_of_memory_is_reported_with_the_limit(containers: Any) -> None:
 
 @pytest.mark.slow
 def test_a_container_killed_from_outside_is_reported_and_replaced(boxed: JupyterCodeExecutor, containers: Any) -> None:
-    result = boxed.execute(
-        "print('go', flush=True)\nwhile True: pass", on_output=lambda output: containers()[0].kill(), timeout=PATIENCE
-    )
+    result = boxed.execute(FOR_EVER, on_output=lambda output: containers()[0].kill(), timeout=PATIENCE)
     assert (result.status, result.kernel_state) == ("died", "lost")
     assert "the container has ended (killed" in result.note
     assert run(boxed, "1").output == "1"
@@ -3311,10 +3298,8 @@ def test_docker_environment_network_and_packages(engine: Any, containers: Any, c
 def test_a_build_that_fails_says_the_cause_first(containers: Any) -> None:
     with docker_server(packages=["there-is-no-such-package"]) as server, pytest.raises(SandboxError) as caught:
         JupyterCodeExecutor(server)
-    assert re.match(
-        "The image could not be built: Could not find a version that satisfies the req.*there-is-no-such-package",
-        str(caught.value),
-    )
+    cause = "The image could not be built: Could not find a version that satisfies the req.*there-is-no-such-package"
+    assert re.match(cause, str(caught.value))
 
 
 def test_bind_dir_is_the_working_directory_with_the_owners_uid(containers: Any, tmp_path: Path) -> None:
@@ -3648,9 +3633,8 @@ def test_uv(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     directory = Path(os.environ.get("JUPYTER_EXEC_FRAMEWORKS", "/nowhere"), "uv", "bin")
     monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{directory}")
     need("uv", shutil.which("uv"))
-    (tmp_path / "pyproject.toml").write_text(
-        "[project]\nname = 'other'\nversion = '1'\ndependencies = ['no-such-thing']\n"
-    )
+    other = "[project]\nname = 'other'\nversion = '1'\ndependencies = ['no-such-thing']\n"
+    (tmp_path / "pyproject.toml").write_text(other)
     with CommandJupyterServer(readme_command("uv"), cwd=str(tmp_path), start_timeout=100) as server:
         with JupyterCodeExecutor(server) as executor:
             result = executor.execute("import sys, pandas; print(pandas.Series([40, 2]).sum()); print(sys.prefix)")
@@ -3752,9 +3736,8 @@ def test_the_engine_is_the_docker_commands(
     for name, host in [("near", "tcp://127.0.0.1:7"), ("far", "ssh://ann@box"), ("broken", '"')]:
         directory = tmp_path / "contexts" / "meta" / hashlib.sha256(name.encode()).hexdigest()
         directory.mkdir(parents=True)
-        (directory / "meta.json").write_text(
-            f'{{"Name": "{name}", "Metadata": {{}}, "Endpoints": {{"docker": {{"Host": "{host}"}}}}}}'
-        )
+        meta = f'{{"Name": "{name}", "Metadata": {{}}, "Endpoints": {{"docker": {{"Host": "{host}"}}}}}}'
+        (directory / "meta.json").write_text(meta)
     for variable in ("DOCKER_HOST", "DOCKER_CONTEXT"):
         monkeypatch.delenv(variable, raising=False)
     for variable, value in (environment | {"DOCKER_CONFIG": str(tmp_path)}).items():
@@ -3942,9 +3925,8 @@ def peer(tmp_path: Path, *options: str, python: str = sys.executable, **info: An
     environment["JUPYTER_RUNTIME_DIR"] = str(tmp_path)
     connection = JupyterConnectionInfo("127.0.0.1", info.pop("use_https", False), port, token, **info)
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, env=environment, cwd=tmp_path, start_new_session=True
-        )
+        options_: Any = {"stdout": file, "stderr": file, "env": environment, "cwd": tmp_path}
+        process = subprocess.Popen(command, start_new_session=True, **options_)
         try:
             with RemoteJupyterServer(connection) as client:
                 eventually(lambda: answers(client) or process.poll() is not None, "the server answers")
@@ -3977,9 +3959,8 @@ def gateway(tmp_path_factory: TempPathFactory) -> Iterator[Peer]:
 @pytest.fixture(scope="session")
 def jupyter_server(tmp_path_factory: TempPathFactory) -> Iterator[Peer]:
     need("server", installed("jupyter_server"))
-    with peer(
-        tmp_path_factory.mktemp("server"), *SERVER, "--ServerApp.base_url=/user/ann/", base_url="/user/ann"
-    ) as started:
+    options = [*SERVER, "--ServerApp.base_url=/user/ann/"]
+    with peer(tmp_path_factory.mktemp("server"), *options, base_url="/user/ann") as started:
         yield started
 
 
@@ -4490,10 +4471,7 @@ def test_answers_of_wrong_shapes_are_our_errors(replies: list[bytes], use: str) 
 @cases("kernel, refusals", ("x", 3), (None, 1))  # restart, delete, start; or start alone
 def test_a_hub_whose_server_was_stopped_is_told_at_the_next_start(kernel: str | None, refusals: int) -> None:
     # A Hub refuses the POST for another reason: only a GET tells.
-    refused, moved = (
-        http("403 Forbidden", "xsrf"),
-        http("302 Found", "", "x", "Location: /hub/user/ann/api/kernelspecs"),
-    )
+    refused, moved = http("403 No", "xsrf"), http("302 Found", "", "x", "Location: /hub/user/ann/api/kernelspecs")
     with scripted_server(*[refused] * refusals, moved) as server:
         control = jupyter_exec.RemoteKernelControl(server, "python3", None)
         control._id = kernel
@@ -4577,11 +4555,8 @@ def test_a_local_gateway_serves_others_and_goes_with_its_server(tmp_path: Path) 
         with JupyterCodeExecutor(server, max_output=None) as executor, client as other:
             assert run(executor, "6 * 7").output == "42"
             assert len(other.list_kernels()) == 1
-            assert (server.ip, server.token, server.get_client().list_kernels()) == (
-                "127.0.0.1",
-                "my$token",
-                other.list_kernels(),
-            )
+            assert (server.ip, server.token) == ("127.0.0.1", "my$token")
+            assert server.get_client().list_kernels() == other.list_kernels()
             assert not any("my$token" in command_line(pid) for pid in descendants(os.getpid()))
             assert len(run(executor, "print('x' * 9_000_000)").output) == 9_000_001
     assert "Kernel started" in log.read_text()
@@ -4851,9 +4826,7 @@ def test_kernels_through_ssh(sshd: list[str]) -> None:
 
 def test_ssh_that_refuses_is_reported(sshd: list[str]) -> None:
     with CommandJupyterServer([*sshd, "/no/such/python3"]) as server:
-        with pytest.raises(
-            KernelStartFailed, match=r"(?s)/no/such/python3.*exit code 127|exit code 127.*/no/such/python3"
-        ):
+        with pytest.raises(KernelStartFailed, match=r"(?s)^(?=.*/no/such/python3).*exit code 127"):
             JupyterCodeExecutor(server)
 
 
@@ -5465,9 +5438,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk: Path) -> None:
     with JupyterCodeExecutor(server, output_dir=small_disk) as executor:
-        result = run(
-            executor, "from IPython.display import HTML\ndisplay(HTML('x' * 10**6))\nprint('y' * 10**6)\nprint('end')"
-        )
+        code = "from IPython.display import HTML\ndisplay(HTML('x' * 10**6))\nprint('y' * 10**6)\nprint('end')"
+        result = run(executor, code)
     assert result.exit_code == 0
     assert "HTML data could not be saved: " in result.output
     assert "No space left" in result.output
@@ -5523,11 +5495,8 @@ def test_files_come_and_go_anywhere(request: FixtureRequest, kind: str, tmp_path
         assert target.read_bytes() == data
         assert executor.download(odd) == data
         listed = executor.list_files(name)
-        assert [(f.name, f.kind) for f in listed] == [
-            ("a", "directory"),
-            ("empty", "file"),
-            (odd[len(name) + 1 :], "file"),
-        ]
+        names = {"a": "directory", "empty": "file", odd[len(name) + 1 :]: "file"}
+        assert [(f.name, f.kind) for f in listed] == [*names.items()]
         assert (listed[1].size, listed[2].size, listed[1].modified > 10**9) == (0, len(data), True)
         result = executor.execute(
             "import os, shutil; from builtins import *; os.chdir(get_ipython().starting_dir)\n"
@@ -6266,10 +6235,8 @@ def test_jobs_run_in_order_and_tell_their_state(executor: JupyterCodeExecutor) -
         first.interrupt()
         assert {call.result().status for call in waiting} == {"interrupted"}
     result = second.wait(PATIENCE)
-    assert (result.exit_code, result.output.splitlines()[:3]) == (
-        1,
-        ["", "[1, 2]", "ZeroDivisionError: division by zero"],
-    )
+    assert result.exit_code == 1
+    assert result.output.startswith("\n[1, 2]\nZeroDivisionError: division by zero\n")
     assert [job.status for job in (first, second, third)] == ["interrupted", "done", "interrupted"]
     assert second.output == result.output and first.output == first.wait().text
     assert executor.submit("5").wait().text == executor.wait().text == run(executor, "5").output
@@ -6668,6 +6635,7 @@ def test_memory_is_flat_over_many_cells() -> None:
     assert grown < 4000  # KB
 
 
+IN_TIME = {(0, "intact"), (124, "intact")}  # or not
 FAULTS: dict[str, tuple[str, set[tuple[int, str]]]] = {
     "fine": ("print('fine')", {(0, "intact")}),
     "raise": ("1 / 0", {(1, "intact")}),
@@ -6681,23 +6649,17 @@ FAULTS: dict[str, tuple[str, set[tuple[int, str]]]] = {
     "end": ("import os; os._exit(4)", {(1, "lost")}),
     "host": ("import os, time; os.kill(os.getppid(), 9); time.sleep(60)", {(137, "lost")}),
     "orphan": ("import subprocess; subprocess.Popen(['sleep', '600'], start_new_session=True)", {(0, "intact")}),
-    "big": ("print('y' * 3_000_000)", {(0, "intact"), (124, "intact")}),
-    "displays": ("for i in range(200): display(i)", {(0, "intact"), (124, "intact")}),
-    "turns": (
-        "import sys\nfor i in range(50): print(i, flush=True); print(i, file=sys.stderr, flush=True)",
-        {(0, "intact"), (124, "intact")},
-    ),
-    "bytes": ("print('\\udc80' * 200_000 + chr(92) * 500_000 + 'x\\b' * 50_000)", {(0, "intact"), (124, "intact")}),
-    "updates": ("h = display(0, display_id=True)\nfor i in range(200): h.update(i)", {(0, "intact"), (124, "intact")}),
-    "deep": (
-        "v = []\nfor i in range(900): v = [v]\ndisplay({'application/json': v}, raw=True)",
-        {(0, "intact"), (124, "intact")},
-    ),
+    "big": ("print('y' * 3_000_000)", IN_TIME),
+    "displays": ("for i in range(200): display(i)", IN_TIME),
+    "turns": ("import sys\nfor i in range(50): print(i, flush=True); print(i, file=sys.stderr, flush=True)", IN_TIME),
+    "bytes": ("print('\\udc80' * 200_000 + chr(92) * 500_000 + 'x\\b' * 50_000)", IN_TIME),
+    "updates": ("h = display(0, display_id=True)\nfor i in range(200): h.update(i)", IN_TIME),
+    "deep": ("v = []\nfor i in range(900): v = [v]\ndisplay({'application/json': v}, raw=True)", IN_TIME),
     "stopped": ("import os; os.kill(os.getpid(), 19)", {(124, "lost")}),
-    "tool": ("print([add(i) for i in range(20)])", {(0, "intact"), (124, "intact")}),
+    "tool": ("print([add(i) for i in range(20)])", IN_TIME),
     "tools": (
         "from concurrent.futures import ThreadPoolExecutor as P\nwith P(8) as p: print(list(p.map(add, range(50))))",
-        {(0, "intact"), (124, "intact")},
+        IN_TIME,
     ),
     "many tools": ("while True: await echo(5)", {(1, "intact"), (124, "intact")}),
     "slow tool": ("slow()", {(124, "intact")}),
@@ -6766,10 +6728,8 @@ def test_children_without_session_and_environment_die_with_the_server() -> None:
     with LocalJupyterServer() as server, JupyterCodeExecutor(server) as executor:
         number = f"9{time.time_ns() % 10**8}"
         run(executor, f"import os; os.system('setsid env -i /bin/sleep {number} &')")
-        sleepers = eventually(
-            lambda: [pid for pid in descendants(os.getpid()) if number in command_line(pid)], "it sleeps"
-        )
-    eventually(lambda: not any(number in command_line(pid) for pid in sleepers), "it is gone")
+        eventually(lambda: marked_processes(f"/bin/sleep\0{number}"), "it sleeps")
+    eventually(lambda: not marked_processes(f"/bin/sleep\0{number}"), "it is gone")
 
 
 # Languages, pip, functions
@@ -6865,9 +6825,8 @@ def test_a_script_leaves_nothing_in_the_kernel(executor: JupyterCodeExecutor, tm
 def test_what_a_script_leaves_in_the_background(server: LocalJupyterServer, tmp_path: Path) -> None:
     with JupyterCodeExecutor(server, timeout=1, output_dir=tmp_path) as executor:
         gate = tmp_path / "gate"
-        result = run_block(
-            executor, f"(until [ -e {gate} ]; do sleep 0.01; done; echo x; touch {gate}2) & echo $!", "bash"
-        )
+        script = f"(until [ -e {gate} ]; do sleep 0.01; done; echo x; touch {gate}2) & echo $!"
+        result = run_block(executor, script, "bash")
         assert result.exit_code == 0  # it goes on, and may go on printing
         gate.touch()
         eventually((tmp_path / "gate2").exists, "the child in the background has printed")
@@ -7455,14 +7414,10 @@ def test_a_cell_ends_as_always_while_a_tool_runs(server: LocalJupyterServer, end
             told.set()
 
     hang_async.__name__ = "hang"
-    died = "import threading, os, signal; threading.Timer(0.3, os.kill, (os.getpid(), 9)).start()\n" * (
-        ending == "death"
-    )
-    code = f"{died}for i in range(3): add(i // 2)\n{'await ' * is_async}hang('x' * 100)"
-    with (
-        ThreadPoolExecutor(1) as pool,
-        JupyterCodeExecutor(server, tools=[add, hang_async if is_async else hang]) as executor,
-    ):
+    die = "import threading, os; threading.Timer(0.3, os.kill, (os.getpid(), 9)).start()\n" * (ending == "death")
+    code = f"{die}for i in range(3): add(i // 2)\n{'await ' * is_async}hang('x' * 100)"
+    tools: list[Any] = [add, hang_async if is_async else hang]
+    with ThreadPoolExecutor(1) as pool, JupyterCodeExecutor(server, tools=tools) as executor:
         executor.execute("1")
         running = pool.submit(executor.execute, code, timeout=0.3 if ending == "timeout" else PATIENCE)
         assert begun.wait(PATIENCE)
@@ -7471,9 +7426,8 @@ def test_a_cell_ends_as_always_while_a_tool_runs(server: LocalJupyterServer, end
         result = running.result(PATIENCE)
         assert (result.status, result.kernel_state) == ENDINGS[ending]
         assert names_of(result) == [("add", "ok")] * 3 + [("hang", "unanswered")]
-        assert result.note.endswith(
-            "Tool calls of this cell: ok: add(a=0) (2 times), add(a=1); unanswered: hang(why='xxxxxxxxxxxx...xxxxxxxxxxxxx')"
-        )
+        told_of = "ok: add(a=0) (2 times), add(a=1); unanswered: hang(why='xxxxxxxxxxxx...xxxxxxxxxxxxx')"
+        assert result.note.endswith(f"Tool calls of this cell: {told_of}")
         assert told.wait(PATIENCE)
         if ending != "stop":
             assert run(executor, "add(1)").output == "3"
@@ -7491,10 +7445,9 @@ def test_a_tool_may_interrupt_its_cell_and_not_run_another(server: LocalJupyterS
     def other() -> str:
         return second.execute("add(40)").text
 
-    with (
-        JupyterCodeExecutor(server, tools=[add]) as second,
-        JupyterCodeExecutor(server, tools=[cut, nest, other]) as executor,
-    ):
+    with contextlib.ExitStack() as stack:
+        second = stack.enter_context(JupyterCodeExecutor(server, tools=[add]))
+        executor = stack.enter_context(JupyterCodeExecutor(server, tools=[cut, nest, other]))
         result = executor.execute("cut()\nwhile True: pass")
         assert (result.status, result.kernel_state) == ("interrupted", "intact")
         for how in ("cell", "blocks", "save"):
@@ -7829,32 +7782,25 @@ async def test_the_async_executor_has_jobs_and_all_the_rest(server: LocalJupyter
 
 
 def test_the_async_executor_has_the_methods_and_arguments_of_the_other() -> None:
-    ours = {name for name in dir(JupyterCodeExecutor) if name[0] != "_"} - {
-        "CODE_WRITER_SYSTEM_MESSAGE",
-        "UserCapability",
-    }
-    assert ours - set(dir(AsyncJupyterCodeExecutor)) == {"code_extractor", "user_capability", "execute_block"}
+    missing = {name for name in dir(JupyterCodeExecutor) if name[0] != "_"} - set(dir(AsyncJupyterCodeExecutor))
+    missing -= {"CODE_WRITER_SYSTEM_MESSAGE", "UserCapability"}
+    assert missing == {"code_extractor", "user_capability", "execute_block"}
     for name in ("__init__", "execute", "submit", "wait", "save_notebook", "restart", "stop", "interrupt"):
-        theirs, here = (
-            inspect.signature(getattr(kind, name)) for kind in (JupyterCodeExecutor, AsyncJupyterCodeExecutor)
-        )
-        assert [*theirs.parameters] == [*here.parameters][: len(theirs.parameters)], name
+        both = (getattr(kind, name) for kind in (JupyterCodeExecutor, AsyncJupyterCodeExecutor))
+        theirs, here = ([*inspect.signature(method).parameters] for method in both)
+        assert theirs == here[: len(theirs)], name
 
 
 @pytest.mark.slow
 @cases("hook", None, lambda output: None)
 def test_an_output_that_is_nested_deep_can_be_detached(server: LocalJupyterServer, hook: Any) -> None:
-    nested = (
-        "d = 1\nfor _ in range(600): d = [d]\ndisplay({'application/json': d}, raw=True)\nimport time; time.sleep(60)"
-    )
+    nested = f"d = 1\nfor _ in range(600): d = [d]\ndisplay({{'application/json': d}}, raw=True)\n{FOR_EVER}"
     with JupyterCodeExecutor(server, on_timeout="detach", on_output=hook) as executor:
         assert executor.execute(nested, timeout=1).status == "running"
         executor.interrupt()
         result = executor.wait()
-        assert (result.status, [kind["output_type"] for kind in result.outputs]) == (
-            "interrupted",
-            ["display_data", "error"],
-        )
+        kinds = [output["output_type"] for output in result.outputs]
+        assert (result.status, kinds) == ("interrupted", ["display_data", "stream", "error"])
 
 
 IGNORES = "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
@@ -8505,9 +8451,8 @@ def test_message_parts() -> None:
 
 def cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     options.setdefault("cwd", tempfile.gettempdir())
-    return subprocess.run(
-        [sys.executable, str(MODULE), *arguments], capture_output=True, text=True, timeout=60, **options
-    )
+    command = [sys.executable, str(MODULE), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
 def test_run_code_prints_as_the_code_does() -> None:
@@ -8613,9 +8558,7 @@ def test_a_script_finds_what_python_gives_it(arguments: list[str], tmp_path: Pat
     """)
     (tmp_path / "beside.py").write_text("x = 1")
     (tmp_path / "a.py").write_text(script)
-    expected = subprocess.run(
-        [sys.executable, tmp_path / "a.py", *arguments], capture_output=True, text=True, check=True
-    ).stdout
+    expected = subprocess.check_output([sys.executable, tmp_path / "a.py", *arguments], text=True)
     assert cli("run", str(tmp_path / "a.py"), "--", *arguments).stdout == expected
 
 
@@ -8899,9 +8842,8 @@ def mcp_run(main: Callable[[Any], Any], *options: str, patience: float = PATIENC
 
     arguments = ["-W", "error", "-c", MCP_PROGRAM, str(patience), "mcp", *options]
     environment = {"PYTHONPATH": str(MODULE.parent), "TMPDIR": tempfile.gettempdir()}
-    parameters = StdioServerParameters(
-        command=sys.executable, args=arguments, env=environment, cwd=tempfile.gettempdir()
-    )
+    where: Any = {"env": environment, "cwd": tempfile.gettempdir()}
+    parameters = StdioServerParameters(command=sys.executable, args=arguments, **where)
 
     async def serve(errors: Any) -> None:
         async with Client(stdio_client(parameters, errors), mode=mode) as client:
@@ -9092,9 +9034,8 @@ def test_mcp_in_docker_without_a_network(engine: Any) -> None:
         assert not (await call("write_file", path="a.txt", content="a")).is_error
         assert mcp_text(await call("run_code", code="cat a.txt; pwd", language="bash")) == "a/workspace\n"
 
-    errors = mcp_run(
-        main, "--docker", "--network", "none", "--base-image", os.environ.get("BASE_IMAGE", "python:3.13-slim")
-    )
+    options = ["--docker", "--network", "none", "--base-image", os.environ.get("BASE_IMAGE", "python:3.13-slim")]
+    errors = mcp_run(main, *options)
     assert "Traceback" not in errors
     eventually(lambda: not engine.containers.list(all=True, filters={"id": names[0]}), "the container is gone")
 
