@@ -529,7 +529,9 @@ def test_working_directory_cannot_shadow_the_standard_library(tmp_path: Path) ->
 # 1. Errors
 # ======================================================================================================
 
-ERRORS = [
+
+@cases(
+    "error",
     JupyterExecError("a"),
     ProtocolError("a"),
     SignatureError("a"),
@@ -544,10 +546,8 @@ ERRORS = [
     ServerError("GET", "http://a/api", 403, "no"),
     FileTransferError("a.csv", "No such file or directory", "ENOENT"),
     VariableError("x", "it is no JSON here"),
-]
-
-
-@cases("error", *ERRORS, ids=lambda error: type(error).__name__)
+    ids=lambda error: type(error).__name__,
+)
 def test_errors_survive_pickling(error: JupyterExecError) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
@@ -2120,7 +2120,10 @@ def test_an_interrupt_during_the_send_still_hits_the_cell(executor: JupyterCodeE
 # 8. Kernel host
 # ======================================================================================================
 
-ENVIRONMENTS: list[dict[str, str | None]] = [
+
+@pytest.mark.slow
+@cases(
+    "changes",
     {},
     {"JUPYTER_PATH": "/a:/b"},
     {"JUPYTER_DATA_DIR": "/data"},
@@ -2129,11 +2132,8 @@ ENVIRONMENTS: list[dict[str, str | None]] = [
     {"JUPYTER_PREFER_ENV_PATH": "0"},
     {"JUPYTER_PREFER_ENV_PATH": "no", "JUPYTER_PATH": "/a"},
     {"HOME": tempfile.gettempdir()},
-]
-
-
-@pytest.mark.slow
-@cases("changes", *ENVIRONMENTS, ids=str)
+    ids=str,
+)
 def test_kernelspec_directories_are_those_of_jupyter(changes: dict[str, str]) -> None:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("JUPYTER")} | changes
     program = """
@@ -4347,8 +4347,8 @@ def test_listing_kernels_may_be_forbidden(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def fake_server(answer: bytes) -> Iterator[JupyterConnectionInfo]:
-    """A server that sends `answer` to each connection and then waits."""
+def fake_server(answer: bytes, drip: bytes = b"") -> Iterator[JupyterConnectionInfo]:
+    """A server that sends `answer` to each connection, then `drip` again and again, and waits."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         stopping = threading.Event()
 
@@ -4361,6 +4361,8 @@ def fake_server(answer: bytes) -> Iterator[JupyterConnectionInfo]:
                     clients[-1].settimeout(PATIENCE)
                     with contextlib.suppress(ConnectionError):
                         clients[-1].sendall(answer)
+                        while drip and not stopping.wait(0.02):
+                            clients[-1].sendall(drip)
             for client in clients:
                 client.close()
 
@@ -4741,22 +4743,9 @@ def sshd(tmp_path: Path) -> Iterator[list[str]]:
 
 
 def test_a_server_that_drips_its_answer_is_given_up_in_time() -> None:
-    def drip(listener: socket.socket) -> None:
-        connection = listener.accept()[0]
-        with connection, contextlib.suppress(OSError):
-            connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
-            while not ended.wait(0.02):
-                connection.sendall(b"x")
-
-    ended = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=drip, args=(listener,))
-        thread.start()
-        rest = jupyter_exec.RestClient(JupyterConnectionInfo("127.0.0.1", False, listener.getsockname()[1]))
+    with fake_server(b"HTTP/1.1 200 OK\r\nX: ", drip=b"x") as info:
         with pytest.raises(ExecutionTimeout, match=r"No answer to GET .* within 0.5 s"):
-            rest.request("GET", "/api", timeout=0.5)
-        ended.set()
-        thread.join()
+            jupyter_exec.RestClient(info).request("GET", "/api", timeout=0.5)
 
 
 @pytest.fixture
@@ -5451,21 +5440,36 @@ def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk:
 
 
 @contextlib.contextmanager
+def server_of(request: FixtureRequest, kind: str, **options: Any) -> Iterator[Any]:
+    """What an executor takes as server, of each kind; one of Docker has options."""
+    if kind in ("server", "gateway", "jupyter_server"):
+        shared = request.getfixturevalue(kind)
+        yield shared.info if isinstance(shared, Peer) else shared
+        return
+    made: Any = CommandJupyterServer([sys.executable])
+    if kind == "docker":
+        request.getfixturevalue("containers")
+        made = docker_server(**options)
+    elif kind == "ssh":
+        made = CommandJupyterServer([*request.getfixturevalue("sshd"), sys.executable])
+    elif kind == "ipykernel 6":
+        python = os.environ.get("JUPYTER_EXEC_ENTERPRISE_PYTHON", "")
+        need("enterprise", os.path.exists(python))
+        made = LocalJupyterServer(python=python)
+    with made:
+        yield made
+
+
+@contextlib.contextmanager
 def executor_at(request: FixtureRequest, kind: str) -> Iterator[JupyterCodeExecutor]:
     """An executor whose kernel is reached in that way, in an empty directory of its own."""
     path = request.getfixturevalue("tmp_path") / "place"
     path.mkdir()
     with contextlib.ExitStack() as stack:
-        server: Any = None
-        if kind == "docker":
-            request.getfixturevalue("containers")
-            server = stack.enter_context(docker_server(read_only=True, work_dir="/data/here"))
-        elif kind == "ssh":
-            server = stack.enter_context(CommandJupyterServer([*request.getfixturevalue("sshd"), sys.executable]))
-        elif kind in ("gateway", "jupyter_server"):
-            server = request.getfixturevalue(kind).info
+        if kind in ("local", "attached"):
+            server: Any = stack.enter_context(LocalJupyterServer(cwd=path))
         else:
-            server = stack.enter_context(LocalJupyterServer(cwd=path))
+            server = stack.enter_context(server_of(request, kind, read_only=True, work_dir="/data/here"))
         if kind == "attached":
             owner = stack.enter_context(JupyterCodeExecutor(server))
             assert owner.execute("1").status == "ok"
@@ -5777,7 +5781,10 @@ def test_a_file_that_changes_while_it_is_read(request: FixtureRequest, change: s
 
 
 GOOD = {"size": 3, "file": [1, 2]}
-ANSWERS: list[dict[str, Any]] = [
+
+
+@cases(
+    "answer",
     {},
     {"result": []},
     {"result": None, "bytes": b"abc"},
@@ -5794,10 +5801,8 @@ ANSWERS: list[dict[str, Any]] = [
     *({"result": {"entries": entries}} for entries in (5, [5], [["n", 1, 2]], [["n", -1, 0, 0.0]], [[5, 1, 1, 1.0]])),
     {"result": {"entries": [["n", 1, 1, float("nan")]]}},
     {"result": {"entries": [["n", 1, 1, 1.0]] * 10_001}},
-]
-
-
-@cases("answer", *ANSWERS, ids=lambda answer: ascii(answer)[:60])
+    ids=lambda answer: ascii(answer)[:60],
+)
 def test_no_answer_raises_anything_but_our_error(answer: Any) -> None:
     files = jupyter_exec.FarFiles(lambda order, data, then: then(dict(answer)), 2**18, 4, lambda: None)
     acts: list[Callable[[], Any]] = [lambda: list(files.read("p", 1000)), lambda: files.entries("p")]
@@ -6119,16 +6124,11 @@ def test_a_death_between_calls_is_told_and_the_code_not_run(executor: JupyterCod
 # Jobs, and cells that go on without their call
 
 
-@pytest.fixture(params=["local", "docker", "remote"])
-def detaching(
-    request: FixtureRequest, server: LocalJupyterServer, jupyter_server: Peer, tmp_path: Path
-) -> Iterator[JupyterCodeExecutor]:
-    with contextlib.ExitStack() as stack:
-        where: Any = server if request.param == "local" else jupyter_server.info
-        if request.param == "docker":
-            request.getfixturevalue("containers")
-            where = stack.enter_context(docker_server())
-        yield stack.enter_context(JupyterCodeExecutor(where, output_dir=tmp_path, on_timeout="detach"))
+@pytest.fixture(params=["server", "docker", "jupyter_server"])
+def detaching(request: FixtureRequest, server: Any, jupyter_server: Peer, tmp_path: Path) -> Iterator[Any]:
+    with server_of(request, request.param) as where:
+        with JupyterCodeExecutor(where, output_dir=tmp_path, on_timeout="detach") as executor:
+            yield executor
 
 
 GO_ON = "import time\nprint('a', flush=True)\ntime.sleep(1.5)\nprint('b')\n6 * 7"
@@ -7134,23 +7134,10 @@ def test_coroutine_hooks_run_on_the_loop_of_the_call(server: LocalJupyterServer,
 # Tools
 
 
-@pytest.fixture(params=["local", "ipykernel 6", "command", "docker", "jupyter_server", "gateway"])
-def place(request: FixtureRequest, server: LocalJupyterServer, jupyter_server: Peer, gateway: Peer) -> Iterator[Any]:
-    """What an executor takes as server, of each kind."""
-    with contextlib.ExitStack() as stack:
-        if request.param in ("jupyter_server", "gateway"):
-            yield {"jupyter_server": jupyter_server, "gateway": gateway}[request.param].info
-        elif request.param == "local":
-            yield server
-        elif request.param == "docker":
-            request.getfixturevalue("containers")
-            yield stack.enter_context(docker_server())
-        elif request.param == "command":
-            yield stack.enter_context(CommandJupyterServer([sys.executable]))
-        else:
-            python = os.environ.get("JUPYTER_EXEC_ENTERPRISE_PYTHON", "")
-            need("enterprise", os.path.exists(python))
-            yield stack.enter_context(LocalJupyterServer(python=python))
+@pytest.fixture(params=["server", "ipykernel 6", "command", "docker", "jupyter_server", "gateway"])
+def place(request: FixtureRequest, server: Any, jupyter_server: Peer, gateway: Peer) -> Iterator[Any]:
+    with server_of(request, request.param) as found:
+        yield found
 
 
 class Meeting:
