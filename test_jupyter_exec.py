@@ -7105,30 +7105,32 @@ async def test_a_stream_raises_what_keeps_the_cell_from_running(server: LocalJup
             pass
 
 
-def test_coroutine_hooks_run_on_the_loop_of_the_call(server: LocalJupyterServer, caplog: LogCaptureFixture) -> None:
-    async def main() -> None:
-        loops, never = [], asyncio.Event()
-        executor: AsyncJupyterCodeExecutor
+@on_a_loop
+async def test_coroutine_hooks_run_on_the_loop_of_the_call(
+    server: LocalJupyterServer, caplog: LogCaptureFixture
+) -> None:
+    loops, never = [], asyncio.Event()
+    executor: AsyncJupyterCodeExecutor
 
-        async def on_output(output: dict[str, Any]) -> None:
-            loops.append(asyncio.get_running_loop())
-            if output.get("text") == "stuck\n":
-                await never.wait()
-            with pytest.raises(JupyterExecError, match="hooks cannot run another one"):
-                await executor.execute("1")
+    async def on_output(output: dict[str, Any]) -> None:
+        loops.append(asyncio.get_running_loop())
+        if output.get("text") == "stuck\n":
+            await never.wait()
+        with pytest.raises(JupyterExecError, match="hooks cannot run another one"):
+            await executor.execute("1")
 
-        async def on_input(prompt: str, password: bool) -> str:
-            return f"to {prompt}"
+    async def on_input(prompt: str, password: bool) -> str:
+        return f"to {prompt}"
 
-        async with AsyncJupyterCodeExecutor(server, on_output=on_output, on_input=on_input) as executor:
-            result = await executor.execute("input('me')")
-            assert result.text.endswith("'to me'")
-            assert loops and set(loops) == {asyncio.get_running_loop()}
-            task = asyncio.ensure_future(executor.execute("print('stuck', flush=True)\nimport time; time.sleep(60)"))
-            while len(loops) < 2:
-                await asyncio.sleep(0.01)
-            await cancel(task)  # though the hook waits for ever
-            assert (await executor.execute("5")).text == "5"
+    async with AsyncJupyterCodeExecutor(server, on_output=on_output, on_input=on_input) as executor:
+        result = await executor.execute("input('me')")
+        assert result.text.endswith("'to me'")
+        assert loops and set(loops) == {asyncio.get_running_loop()}
+        task = asyncio.ensure_future(executor.execute("print('stuck', flush=True)\nimport time; time.sleep(60)"))
+        while len(loops) < 2:
+            await asyncio.sleep(0.01)
+        await cancel(task)  # though the hook waits for ever
+        assert (await executor.execute("5")).text == "5"
 
 
 # Tools
