@@ -48,6 +48,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import timeit
 import types
 import warnings
 import zipfile
@@ -2603,14 +2604,11 @@ def test_a_forked_kernel_with_ipythons_defaults_can_be_debugged() -> None:
 
 
 def fork_server_of(server: LocalJupyterServer) -> int:
+    """Return the pid of the fork server; its kernels have the same command line but another mark."""
     assert server._process
-    (found,) = (pid for pid in descendants(server._process.pid) if is_fork_server(pid))
+    family = descendants(server._process.pid)
+    (found,) = (pid for pid in family if "/fork-server" in Path(f"/proc/{pid}/environ").read_text())
     return found
-
-
-def is_fork_server(pid: int) -> bool:
-    """Whether this is a fork server; its kernels have the same command line but another mark."""
-    return "/fork-server" in Path(f"/proc/{pid}/environ").read_text()
 
 
 def test_kernels_survive_their_fork_server_and_the_next_has_a_new_one() -> None:
@@ -2705,7 +2703,8 @@ def test_a_fork_server_that_hangs_is_replaced_by_a_launch(monkeypatch: MonkeyPat
 @pytest.fixture
 def bare_site(bare_python: str) -> Iterator[Path]:
     """The packages of the bare Python, which has all that a kernel needs by a .pth file."""
-    site = Path(run_bare(bare_python, "import site; print(site.getsitepackages()[0])"))
+    program = "import site; print(site.getsitepackages()[0])"
+    site = Path(subprocess.check_output([bare_python, "-c", program], text=True).strip())
     (site / "shared.pth").write_text(str(Path(pytest.__file__).parents[1]))
     yield site
     for path in site.glob("*.p*"):
@@ -2715,10 +2714,6 @@ def bare_site(bare_python: str) -> Iterator[Path]:
 def test_commands_of_a_cell_are_those_of_the_kernels_environment(bare_python: str, bare_site: Path) -> None:
     with LocalJupyterServer(python=bare_python) as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "!command -v python").output.split() == [bare_python]
-
-
-def run_bare(python: str, program: str) -> str:
-    return subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.mark.slow
@@ -5681,10 +5676,6 @@ def test_a_progress_hook_that_raises_ends_nothing(executor: JupyterCodeExecutor,
     assert (tmp_path / "f").read_bytes() == b"x"
 
 
-def ctrl_c(executor: JupyterCodeExecutor) -> None:
-    raise KeyboardInterrupt
-
-
 def kill_host(executor: JupyterCodeExecutor) -> None:
     os.kill(executor._server._process.pid, signal.SIGKILL)
     eventually(lambda: executor._server._link.lost, "the loss is known")
@@ -5697,7 +5688,7 @@ def stop_elsewhere(executor: JupyterCodeExecutor) -> None:
 
 
 INTERRUPTIONS: dict[str, tuple[Callable[[JupyterCodeExecutor], None], type[BaseException], str | None]] = {
-    "Ctrl-C": (ctrl_c, KeyboardInterrupt, None),
+    "Ctrl-C": (lambda executor: raising(KeyboardInterrupt), KeyboardInterrupt, None),
     "stop": (stop_elsewhere, FileTransferError, "was stopped"),
     "server": (lambda executor: executor._server.stop(), FileTransferError, "the server was stopped"),
     "host": (kill_host, FileTransferError, "The kernel host is gone"),
@@ -6132,12 +6123,6 @@ def detaching(request: FixtureRequest, server: Any, jupyter_server: Peer, tmp_pa
 
 
 GO_ON = "import time\nprint('a', flush=True)\ntime.sleep(1.5)\nprint('b')\n6 * 7"
-
-
-def wait_for(event: threading.Event) -> None:
-    assert event.wait(PATIENCE)
-
-
 FOR_EVER = "import time\nprint('go', flush=True)\nwhile True: time.sleep(0.01)"
 
 
@@ -6199,8 +6184,9 @@ def test_a_detached_cell_can_be_ended(server: LocalJupyterServer, end: str, stat
 
 def test_a_slow_hook_does_not_keep_a_call_from_being_detached(server: LocalJupyterServer) -> None:
     free = threading.Event()
+    hook: Any = lambda output: free.wait(PATIENCE)  # noqa: E731
     with JupyterCodeExecutor(server, on_timeout="detach") as executor:
-        result = executor.execute(FOR_EVER, timeout=0.3, on_output=lambda output: wait_for(free))
+        result = executor.execute(FOR_EVER, timeout=0.3, on_output=hook)
         assert (result.status, result.text) == ("running", f"go\n{jupyter_exec.STILL_RUNNING}")
         free.set()
         executor.interrupt()
@@ -7183,22 +7169,9 @@ def test_tools_work_everywhere(place: Any, tmp_path: Path) -> None:
         print(add(1), add(1, b=1), await echo("é", times=2))
         with ThreadPoolExecutor(10) as pool:
             print(list(pool.map(meet, range(10))))
-        try:
-            fail()
-        except ZeroDivisionError as error:
-            print(error)
-        try:
-            add("x")
-        except TypeError as error:
-            print(error)
-        try:
-            add()
-        except TypeError as error:
-            print(error)
-        try:
-            forbidden()
-        except ToolRefused as error:
-            print(error)
+        for call in (fail, lambda: add("x"), add, forbidden):
+            try: call()
+            except (ArithmeticError, TypeError, ToolRefused) as error: print(type(error).__name__, error)
     """)
 
     approve = lambda name, arguments: "not today" if name == "forbidden" else True  # noqa: E731
@@ -7208,10 +7181,10 @@ def test_tools_work_everywhere(place: Any, tmp_path: Path) -> None:
         assert result.text.splitlines() == [
             "3 2 ['é', 'é']",
             "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]",
-            "division by zero",
-            'can only concatenate str (not "int") to str',
-            "add() missing 1 required positional argument: 'a'",
-            "not today",
+            "ZeroDivisionError division by zero",
+            'TypeError can only concatenate str (not "int") to str',
+            "TypeError add() missing 1 required positional argument: 'a'",
+            "ToolRefused not today",
         ]
         assert [status for _, status in names_of(result)] == ["ok"] * 13 + ["error"] * 2 + ["refused"]
         assert result.calls[1]["arguments"] == {"a": 1, "b": 1}
@@ -7501,16 +7474,11 @@ class Row:
     size: float
 
 
-class Model:
-    def model_dump(self, mode: str) -> Any:
-        return {"mode": mode}
-
-
 @cases(
     "value, there",
     ({"a": [1, None, True, "é\udc80"]}, {"a": [1, None, True, "é\udc80"]}),
     ([Row("x", 1.5)], [{"name": "x", "size": 1.5}]),
-    (Model(), {"mode": "json"}),
+    (types.SimpleNamespace(model_dump=lambda mode: {"mode": mode}), {"mode": "json"}),  # as of Pydantic
     (b"\0\xff", "AP8="),
     ((datetime.date(2026, 1, 2), datetime.time(3, 4)), ["2026-01-02", "03:04:00"]),
     ({3}, [3]),
@@ -7537,17 +7505,13 @@ def test_values_of_the_kernel(server: LocalJupyterServer) -> None:
     assert values == [{"name": "x"}, "2026-01-02", "YQ==", [3], [0, 1], 0.5, 3, float("inf"), "\udc80"]
 
 
-class OwnError(Exception):
-    pass
-
-
 @cases(
     "error, name, message",
     (KeyError("x"), "KeyError", "'x'"),
     (ValueError("bad", 3), "ValueError", "('bad', 3)"),
     (FileNotFoundError(2, "none", "f"), "FileNotFoundError", "[Errno 2] none: 'f'"),
     (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "ToolError", "UnicodeDecodeError: 'utf-8' codec can't"),
-    (OwnError("own"), "ToolError", "OwnError: own"),
+    (type("OwnError", (Exception,), {})("own"), "ToolError", "OwnError: own"),
     (jupyter_exec.ToolRefused("never"), "ToolRefused", "never"),
     (SystemExit(3), "ToolError", "SystemExit: 3"),
     (KeyboardInterrupt("enough"), "KeyboardInterrupt", "enough"),
@@ -9232,21 +9196,11 @@ def test_bench_first_result(
     benchmark.pedantic(ours if way in WAYS else lambda: TheirKernel().stop(), rounds=3)
 
 
-class ReportedTime:
-    """A clock that goes on by what child processes report of themselves, without the start of their Python."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-reported_time = ReportedTime()
+reported_time = [0.0]  # what child processes report of themselves, without the start of their Python
 
 
 @pytest.mark.bench
-@pytest.mark.benchmark(group="import", timer=reported_time)
+@pytest.mark.benchmark(group="import", timer=lambda: reported_time[0])
 @cases("module", "jupyter_exec", "zmq", "jupyter_client")
 def test_bench_import(benchmark: Any, module: str, tmp_path: Path) -> None:
     shutil.copy(MODULE, tmp_path)
@@ -9255,7 +9209,7 @@ def test_bench_import(benchmark: Any, module: str, tmp_path: Path) -> None:
 
     def import_it() -> None:
         child = subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True)
-        reported_time.now += float(child.stdout)
+        reported_time[0] += float(child.stdout)
 
     benchmark.pedantic(import_it, rounds=20, warmup_rounds=1)
 
@@ -9359,12 +9313,6 @@ LINEAR = {
 @pytest.mark.bench
 @cases("kind", *LINEAR)
 def test_bench_ten_times_the_output_takes_about_ten_times_as_long(benchmark: Any, kind: str) -> None:
-    few = min(timed(feed_many, 4000, *LINEAR[kind]) for _ in range(3))
+    few = min(timeit.repeat(lambda: feed_many(4000, *LINEAR[kind]), number=1, repeat=3))
     benchmark.pedantic(feed_many, (40_000, *LINEAR[kind]), rounds=3)
     benchmark.extra_info["times as long"] = round(benchmark.stats.stats.min / few, 1)
-
-
-def timed(function: Callable[..., Any], *arguments: Any) -> float:
-    started = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - started
