@@ -49,6 +49,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import timeit
 import types
 import warnings
 import zipfile
@@ -73,6 +74,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.session import Session
 from jupyter_server.services.kernels.connection import base as jupyter_server_base
 from markdown_it import MarkdownIt
+from pytest import FixtureRequest, LogCaptureFixture, MonkeyPatch, TempPathFactory
 from websockets.frames import Close, Frame, Opcode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
@@ -138,9 +140,14 @@ def eventually(condition: Callable[[], Any], what: str) -> Any:
     return value
 
 
+def environment(**changes: str) -> dict[str, str]:
+    """Return the environment of a program that imports the module under test."""
+    return os.environ | {"PYTHONPATH": str(MODULE.parent)} | changes
+
+
 def run_python(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a program that imports the module under test in a process of its own."""
-    options.setdefault("env", os.environ | {"PYTHONPATH": str(MODULE.parent)})
+    options.setdefault("env", environment())
     options.setdefault("timeout", 60)
     program = "import logging; logging.basicConfig(level=logging.ERROR)\n" + textwrap.dedent(program)
     command = [sys.executable, "-W", "error", "-c", program, *arguments]
@@ -149,12 +156,33 @@ def run_python(program: str, *arguments: str, **options: Any) -> subprocess.Comp
     return result
 
 
+@contextlib.contextmanager
+def client_program(program: str, *arguments: str, **changes: str) -> Iterator[subprocess.Popen[str]]:
+    """A program in a session of its own that imports the module and has printed "ready"; it is killed at last."""
+    command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
+    pipe, env = subprocess.PIPE, environment(**changes)
+    with subprocess.Popen(command, stdout=pipe, text=True, env=env, start_new_session=True) as client:
+        assert client.stdout and client.stdout.readline() == "ready\n"
+        yield client
+        client.kill()
+
+
+def on_a_loop(test: Callable[..., Any]) -> Callable[..., None]:
+    """Make a test of a coroutine function."""
+
+    @functools.wraps(test)
+    def run_it(*arguments: Any, **options: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*arguments, **options), PATIENCE))
+
+    return run_it
+
+
 def descendants(pid: int) -> set[int]:
     """Return the living descendants of a process."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            after_name = stat.read_text(errors="replace").rpartition(")")[2].split()
+            after_name = stat.read_text(errors="replace").rpartition(")")[2].split()  # a name may be any bytes
             if after_name[0] != "Z":
                 parents[int(stat.parent.name)] = int(after_name[1])
     found: set[int] = set()
@@ -175,6 +203,23 @@ def marked_processes(marker: str) -> list[int]:
     return found
 
 
+@pytest.fixture
+def marker() -> Iterator[str]:
+    """A word in the environment or command line of processes, none of which may be left at the end."""
+    word = f"mark-{time.time_ns()}"
+    yield word
+    eventually(lambda: not marked_processes(word), "every process is gone")
+
+
+def is_gone(pid: int) -> bool:
+    return pid not in descendants(os.getpid())
+
+
+def cases(names: str, *rows: Any, ids: Any = None) -> pytest.MarkDecorator:
+    """Run a test once for each row of values for the arguments of these names."""
+    return pytest.mark.parametrize(names, rows, ids=ids)
+
+
 def resources() -> dict[str, Any]:
     """Return what a test may not leave behind."""
     descriptors = []
@@ -190,7 +235,7 @@ def resources() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def surroundings(tmp_path_factory: TempPathFactory) -> Iterator[None]:
     """Give the run a temporary directory of its own, and the signals of a program that was started in a terminal."""
     tmp_path_factory.getbasetemp()  # stays where it is, for a person to look at
     outside = tempfile.gettempdir()
@@ -213,7 +258,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_errors_logged(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_errors_logged(request: FixtureRequest) -> Iterator[None]:
     """Fail on a record of level ERROR, of any thread; `logs_error(TEXT)` expects such records, all with that text."""
     marker = request.node.get_closest_marker("logs_error")
     records: list[str] = []
@@ -228,7 +273,7 @@ def no_errors_logged(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_leaks(request: FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("bench"):  # a rival's leaks are not ours
         yield
         with warnings.catch_warnings():
@@ -337,20 +382,16 @@ def test_pure_sections_know_no_socket_clock_process_or_file() -> None:
             assert not any(start <= node.lineno <= end for start, end in pure), f"line {node.lineno}: {node.id}"
 
 
-def test_only_the_standard_library_is_imported_at_module_level() -> None:
-    imported = set()
-    for node in TREE.body:
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add((node.module or "").split(".")[0])
-    assert imported <= sys.stdlib_module_names
+def test_only_the_standard_library_is_imported_at_module_level_and_little_else_anywhere() -> None:
+    def foreign(nodes: Iterable[ast.AST]) -> set[str]:
+        names: set[str] = set()
+        for node in nodes:
+            names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+        return {name.split(".")[0] for name in names} - sys.stdlib_module_names
 
-
-def test_only_zmq_docker_and_mcp_are_imported_anywhere() -> None:
-    names = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module or "" for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names <= {
+    assert foreign(TREE.body) == set()
+    assert foreign(ast.walk(TREE)) <= {
         "zmq",
         "docker",
         "mcp",  # for the command of that name
@@ -380,28 +421,13 @@ def test_only_what_never_runs_on_windows_uses_names_that_are_missing_there() -> 
 
 
 def test_import_loads_neither_docker_nor_jupyter_client_nor_ssl() -> None:
-    program = (
-        "import sys, jupyter_exec; print(*(m for m in ('docker', 'jupyter_client', 'ssl', 'zmq') if m in sys.modules))"
+    result = run_python(
+        "import sys, jupyter_exec; print({'docker', 'jupyter_client', 'ssl', 'zmq'} & set(sys.modules))"
     )
-    result = run_python(program)
-    assert (result.stdout, result.stderr) == ("\n", "")
+    assert (result.stdout, result.stderr) == ("set()\n", "")
 
 
-VENDORED = """
-    import sys
-    sys.path.insert(0, sys.argv[1])
-    from pkg._vendor import jupyter_exec as one
-    from pkg._vendor import other as two
-    for module in (one, two):
-        with module.LocalJupyterServer() as server, module.JupyterCodeExecutor(server) as executor:
-            print(executor.execute_code_blocks([module.CodeBlock("40 + 2")]).output)
-    assert one.CodeBlock is not two.CodeBlock
-"""
-
-
-def test_a_host_of_the_same_bytecode_gets_code_that_is_there_and_any_other_the_source(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_host_of_the_same_bytecode_gets_code_and_others_the_source(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     source = b"s%08d" % MODULE.stat().st_size + MODULE.read_bytes()
     for cached, expected in ((str(MODULE), b"c"), (str(tmp_path / "none.pyc"), b"s"), (None, b"s")):
         monkeypatch.setattr(jupyter_exec, "__cached__", cached)
@@ -410,23 +436,25 @@ def test_a_host_of_the_same_bytecode_gets_code_that_is_there_and_any_other_the_s
 
 
 @pytest.mark.slow
-def test_two_vendored_copies_work_in_one_process(tmp_path: Path) -> None:
-    package = tmp_path / "pkg" / "_vendor"
-    package.mkdir(parents=True)
-    for name in ("jupyter_exec.py", "other.py"):
-        shutil.copy(MODULE, package / name)
-    result = run_python(VENDORED, str(tmp_path))
-    assert (result.stdout, result.stderr) == ("42\n42\n", "")
-
-
-@pytest.mark.slow
-def test_works_from_a_zip_file(tmp_path: Path) -> None:
+@cases("place", "code", "code.zip")
+def test_two_vendored_copies_work_in_one_process_and_from_a_zip_file(tmp_path: Path, place: str) -> None:
+    vendored = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from pkg._vendor import jupyter_exec as one
+        from pkg._vendor import other as two
+        for module in (one, two):
+            with module.LocalJupyterServer() as server, module.JupyterCodeExecutor(server) as executor:
+                print(executor.execute_code_blocks([module.CodeBlock("40 + 2")]).output)
+        assert one.CodeBlock is not two.CodeBlock
+    """
     with zipfile.ZipFile(tmp_path / "code.zip", "w") as archive:
         for name in ("pkg/__init__.py", "pkg/_vendor/__init__.py"):
             archive.writestr(name, "")
         for name in ("jupyter_exec.py", "other.py"):
             archive.write(MODULE, f"pkg/_vendor/{name}")
-    result = run_python(VENDORED, str(tmp_path / "code.zip"))
+        archive.extractall(tmp_path / "code")
+    result = run_python(vendored, str(tmp_path / place))
     assert (result.stdout, result.stderr) == ("42\n42\n", "")
 
 
@@ -441,7 +469,7 @@ BY_HAND = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".py", ".pyc"])
+@cases("suffix", ".py", ".pyc")
 def test_a_module_that_is_loaded_by_hand_or_without_source_works(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"by_hand{suffix}"
     shutil.copy(MODULE, path) if suffix == ".py" else py_compile.compile(str(MODULE), str(path))
@@ -453,15 +481,13 @@ STRICT = {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
+@cases(
     "changes",
-    [
-        STRICT,
-        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "HOME": None, "PATH": None},
-        {"HOME": "/nonexistent", "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": "1"},
-    ],
+    STRICT,
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "HOME": None, "PATH": None},
+    {"HOME": "/nonexistent", "PYTHONDEVMODE": "1", "PYTHONUNBUFFERED": "1"},
 )
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@cases("method", "fork", "spawn")
 def test_a_worker_process_with_an_odd_environment(changes: dict[str, str | None], method: str, tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(
         "import multiprocessing, sys, jupyter_exec\n"
@@ -474,9 +500,8 @@ def test_a_worker_process_with_an_odd_environment(changes: dict[str, str | None]
         "    worker.start()\n"
         "    worker.join()\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)} | changes
     command = [sys.executable, str(tmp_path / "worker.py"), method]
-    kept = {name: value for name, value in environment.items() if value is not None}
+    kept = {name: value for name, value in (environment() | changes).items() if value is not None}
     result = subprocess.run(command, env=kept, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60)
     assert (result.stdout, result.stderr) == ("intact '\\xe9\\n'\n", "")
 
@@ -489,9 +514,7 @@ def test_bytecode_that_the_host_cannot_read_is_not_sent(tmp_path: Path) -> None:
     assert "ship by_hand.py too" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("where", "name", "value"), [(sys, "frozen", True), (jupyter_exec, "__compiled__", 1), (sys, "executable", "")]
-)
+@cases("where, name, value", (sys, "frozen", True), (jupyter_exec, "__compiled__", 1), (sys, "executable", ""))
 def test_a_frozen_program_has_to_name_a_python(where: Any, name: str, value: Any, monkeypatch: Any) -> None:
     python = sys.executable
     monkeypatch.setattr(where, name, value, raising=False)
@@ -512,7 +535,9 @@ def test_working_directory_cannot_shadow_the_standard_library(tmp_path: Path) ->
 # 1. Errors
 # ======================================================================================================
 
-ERRORS = [
+
+@cases(
+    "error",
     JupyterExecError("a"),
     ProtocolError("a"),
     SignatureError("a"),
@@ -527,29 +552,18 @@ ERRORS = [
     ServerError("GET", "http://a/api", 403, "no"),
     FileTransferError("a.csv", "No such file or directory", "ENOENT"),
     VariableError("x", "it is no JSON here"),
-]
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+    ids=lambda error: type(error).__name__,
+)
 def test_errors_survive_pickling(error: JupyterExecError) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
     assert (str(copy), vars(copy)) == (str(error), vars(error))
 
 
-@pytest.mark.parametrize(
-    ("error", "builtin"),
-    [
-        (ConnectionClosed("a"), ConnectionError),
-        (ExecutionTimeout("a"), TimeoutError),
-        (KernelSpecNotFound(), ValueError),
-    ],
-)
-def test_errors_are_the_builtin_ones_too(error: Exception, builtin: type) -> None:
-    assert isinstance(error, builtin)
-
-
-def test_error_sentences_say_what_happened_and_what_to_do() -> None:
+def test_errors_are_the_builtin_ones_too_and_say_what_happened_and_what_to_do() -> None:
+    for error, builtin in {ConnectionClosed: ConnectionError, ExecutionTimeout: TimeoutError}.items():
+        assert issubclass(error, builtin)
+    assert issubclass(KernelSpecNotFound, ValueError)
     assert str(KernelDied(exit_code=-11)) == "The kernel died (killed by signal 11, SIGSEGV); all variables are lost"
     assert "ended by itself with exit code 3" in str(KernelDied(exit_code=3))
     missing = KernelStartFailed(["/v/python", "-m", "ipykernel_launcher"], "", 1, "No module named ipykernel_launcher")
@@ -578,50 +592,38 @@ def connection_json(**changes: Any) -> str:
     return json.dumps({key: value for key, value in (CONNECTION | changes).items() if value is not ...})
 
 
-def test_connection_file_round_trip() -> None:
+def test_connection_files_are_read_and_written_and_their_key_is_in_no_repr() -> None:
     connection = KernelConnection.from_json(connection_json())
     assert json.loads(connection.to_json()) == CONNECTION
-
-
-def test_connection_addresses() -> None:
-    assert KernelConnection.from_json(connection_json()).address("iopub") == "tcp://127.0.0.1:1002"
+    assert connection.address("iopub") == "tcp://127.0.0.1:1002"
     assert KernelConnection.from_json(connection_json(ip="::1")).address("shell") == "tcp://[::1]:1001"
     ipc = KernelConnection.from_json(connection_json(transport="ipc", ip="/tmp/k", shell_port=1))
     assert ipc.address("shell") == "ipc:///tmp/k-1"
+    odd = KernelConnection.from_json(connection_json(shell_port="1001", jupyter_session="x.ipynb"))
+    assert odd.shell_port == 1001
+    assert "secret-key" not in repr(connection) + str(connection)
 
 
-def test_connection_ports_may_be_strings_and_unknown_keys_are_ignored() -> None:
-    connection = KernelConnection.from_json(connection_json(shell_port="1001", jupyter_session="x.ipynb"))
-    assert connection.shell_port == 1001
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "not JSON"),
-        ("[]", "not a JSON object"),
-        ("[" * 100_000, "not JSON"),
-        (connection_json(shell_port=...), "shell_port"),
-        (connection_json(ip=...), "ip"),
-        (connection_json(shell_port=70000), "shell_port"),
-        (connection_json(shell_port=True), "shell_port"),
-        (connection_json(iopub_port="٣"), "iopub_port"),
-        (connection_json(iopub_port="9" * 5000), "iopub_port"),
-        (connection_json(key=5), "key"),
-        (connection_json(transport="pgm"), "transport"),
-        (connection_json(signature_scheme="rot13"), "signature scheme"),
-        (connection_json(signature_scheme="hmac-rot13"), "signature scheme"),
-        (connection_json(signature_scheme="hmac-shake_128"), "signature scheme"),
-    ],
+@cases(
+    "text, says",
+    ("", "not JSON"),
+    ("[]", "not a JSON object"),
+    ("[" * 100_000, "not JSON"),
+    (connection_json(shell_port=...), "shell_port"),
+    (connection_json(ip=...), "ip"),
+    (connection_json(shell_port=70000), "shell_port"),
+    (connection_json(shell_port=True), "shell_port"),
+    (connection_json(iopub_port="٣"), "iopub_port"),
+    (connection_json(iopub_port="9" * 5000), "iopub_port"),
+    (connection_json(key=5), "key"),
+    (connection_json(transport="pgm"), "transport"),
+    (connection_json(signature_scheme="rot13"), "signature scheme"),
+    (connection_json(signature_scheme="hmac-rot13"), "signature scheme"),
+    (connection_json(signature_scheme="hmac-shake_128"), "signature scheme"),
 )
 def test_broken_connection_files_are_refused_by_name(text: str, says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
         KernelConnection.from_json(text)
-
-
-def test_the_key_is_in_no_repr() -> None:
-    connection = KernelConnection.from_json(connection_json())
-    assert "secret-key" not in repr(connection) + str(connection)
 
 
 # ======================================================================================================
@@ -676,66 +678,53 @@ def decoded(codec: Any, *data: Any) -> jupyter_exec.Message:
     return message
 
 
-def test_lone_surrogates_survive_the_way_to_the_kernel() -> None:
-    codec = jupyter_exec.ZmqCodec("key")
-    assert decoded(codec, "shell", codec.encode(message({"code": "\ud83d"}, {}, []))).content == {"code": "\ud83d"}
-
-
 def signed(*parts: bytes, key: str = "key") -> list[bytes]:
     return [b"<IDS|MSG>", jupyter_exec.ZmqCodec(key)._sign(parts), *parts]
 
 
-def test_invalid_utf8_and_null_dicts_of_real_kernels_are_read() -> None:
-    parts = signed(b'{"msg_type":"stream"}', b"null", b"null", b'{"text":"\xed\xb3\xbf"}')
-    read = decoded(jupyter_exec.ZmqCodec("key"), "iopub", parts)
+def test_lone_surrogates_invalid_utf8_and_null_dicts_of_real_kernels_are_read() -> None:
+    codec = jupyter_exec.ZmqCodec("key")
+    assert decoded(codec, "shell", codec.encode(message({"code": "\ud83d"}, {}, []))).content == {"code": "\ud83d"}
+    read = decoded(codec, "iopub", signed(b'{"msg_type":"stream"}', b"null", b"null", b'{"text":"\xed\xb3\xbf"}'))
     assert (read.parent_header, read.metadata, read.parent_id) == ({}, {}, "")
     assert read.content["text"].startswith("�")
 
 
-@pytest.mark.parametrize(
-    ("parts", "says"),
-    [
-        ([], "delimiter"),
-        ([b"x"] * 6, "delimiter"),
-        ([b"<IDS|MSG>"], "five"),
-        (signed(b"{}", b"{}", b"{}"), "five"),
-        (signed(b"[]", b"{}", b"{}", b"{}"), "header is not a JSON object"),
-        (signed(b"{}", b" " * 2**21, b"{}", b"{}"), "header of a message is larger"),
-    ],
+@cases(
+    "parts, says",
+    ([], "delimiter"),
+    ([b"x"] * 6, "delimiter"),
+    ([b"<IDS|MSG>"], "five"),
+    (signed(b"{}", b"{}", b"{}"), "five"),
+    (signed(b"[]", b"{}", b"{}", b"{}"), "header is not a JSON object"),
+    (signed(b"{}", b" " * 2**21, b"{}", b"{}"), "header of a message is larger"),
 )
 def test_malformed_messages_are_refused(parts: list[bytes], says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
         decoded(jupyter_exec.ZmqCodec("key"), "iopub", parts)
 
 
-def test_a_huge_message_is_refused_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_message_is_refused_before_it_is_parsed(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_MESSAGE", 1000)
     with pytest.raises(ProtocolError, match="larger than 1000"):
         decoded(jupyter_exec.ZmqCodec("key"), "iopub", signed(b"{}", b"{}", b"{}", b" " * 1000))
 
 
-@pytest.mark.parametrize("position", range(1, 6))
-def test_any_change_breaks_the_signature(position: int) -> None:
-    parts = jupyter_exec.ZmqCodec("key").encode(message({}, {}, []))
-    parts[position] = parts[position][:-1] + b" "
-    with pytest.raises(SignatureError):
-        decoded(jupyter_exec.ZmqCodec("key"), "shell", parts)
-
-
-def test_a_forged_copy_does_not_get_the_genuine_message_refused() -> None:
+def test_any_change_breaks_the_signature_and_does_not_get_the_genuine_message_refused() -> None:
     codec = jupyter_exec.ZmqCodec("key")
     genuine = codec.encode(message({"a": 1}, {}, []))
-    forged = [*genuine[:5], b'{"a":2}']
-    with pytest.raises(SignatureError):
-        decoded(codec, "shell", forged)
+    for position in range(1, 6):
+        forged = [*genuine[:position], genuine[position][:-1] + b" ", *genuine[position + 1 :]]
+        with pytest.raises(SignatureError):
+            decoded(codec, "shell", forged)
     assert decoded(codec, "shell", genuine).content == {"a": 1}
 
 
-@pytest.mark.parametrize("piece", [40, 41, 42, 43, 44, 45, 46, 47])
+@cases("piece", 40, 41, 42, 43, 44, 45, 46, 47)
 @given(st.text(alphabet=st.sampled_from('a"\\\n\u00e9\u20ac\U0001f600\ud83d\x01'), max_size=200), st.booleans())
 def test_a_huge_stream_message_comes_in_pieces(piece: int, text: str, ascii_only: bool) -> None:
     content = json.dumps({"name": "stdout", "text": text}, ensure_ascii=ascii_only).encode("utf-8", "replace")
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(jupyter_exec, "STREAM_PIECE", piece)
         pieces = [json.loads(bytes(cut)) for cut in jupyter_exec.stream_pieces(content)]
     assert "".join(cut["text"] for cut in pieces) == json.loads(content)["text"]
@@ -743,9 +732,7 @@ def test_a_huge_stream_message_comes_in_pieces(piece: int, text: str, ascii_only
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize(
-    "text", [b"\x80" * 300_000, b"\\\\" * 8_000_000, b"\\ud83d" * 50_000], ids=["bytes", "escapes", "halves"]
-)
+@cases("text", b"\x80" * 300_000, b"\\\\" * 8_000_000, b"\\ud83d" * 50_000, ids=["bytes", "escapes", "halves"])
 def test_no_text_is_cut_for_ever(text: bytes) -> None:
     pieces = list(jupyter_exec.stream_pieces(b'{"name":"stdout","text":"%b"}' % text))
     read = "".join(json.loads(str(piece, "utf-8", "replace"))["text"] for piece in pieces)
@@ -755,15 +742,13 @@ def test_no_text_is_cut_for_ever(text: bytes) -> None:
 BOMB = b'{"data":{"application/json":[%b[]]},"metadata":{}}' % (b"[]," * 5_000_000)
 
 
-@pytest.mark.parametrize(
-    ("msg_type", "content", "lost"),
-    [
-        ("error", b"{", True),
-        ("display_data", b'{"a":' * 100_000, True),
-        ("comm_msg", BOMB, False),
-        ("display_data", BOMB, True),
-        ("error", b'"' + b"x" * 70_000_000 + b'"', True),
-    ],
+@cases(
+    "msg_type, content, lost",
+    ("error", b"{", True),
+    ("display_data", b'{"a":' * 100_000, True),
+    ("comm_msg", BOMB, False),
+    ("display_data", BOMB, True),
+    ("error", b'"' + b"x" * 70_000_000 + b'"', True),
 )
 def test_what_is_too_large_is_not_parsed(msg_type: str, content: bytes, lost: bool) -> None:
     header = json.dumps({"msg_type": msg_type}).encode()
@@ -787,26 +772,17 @@ def test_pipe_frames_survive_any_chunking(frames: list[list[bytes]], data: st.Da
     assert read == frames
 
 
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (b"Traceback (most recent call last):", "not a frame"),
-        (b"JX\0\0\0\0", "missing or too long"),
-        (b"JX\xff\xff\xff\xff", "over the limit"),
-        (b"JX\0\0\0\x0a\0\0\0\1\0\0\0\x0bab", "do not fit"),
-        (b"JX\0\0\0\x0e\0\0\0\2\0\0\0\x0e\0\0\0\x0dab", "do not fit"),
-    ],
+@cases(
+    "data, says",
+    (b"Traceback (most recent call last):", "not a frame"),
+    (b"JX\0\0\0\0", "missing or too long"),
+    (b"JX\xff\xff\xff\xff", "over the limit"),
+    (b"JX\0\0\0\x0a\0\0\0\1\0\0\0\x0bab", "do not fit"),
+    (b"JX\0\0\0\x0e\0\0\0\2\0\0\0\x0e\0\0\0\x0dab", "do not fit"),
 )
 def test_a_corrupt_pipe_is_noticed(data: bytes, says: str) -> None:
     with pytest.raises(ProtocolError, match=says):
         list(jupyter_exec.PipeCodec().feed(data))
-
-
-@given(st.binary(max_size=200))
-def test_random_bytes_never_crash_the_pipe_codec(data: bytes) -> None:
-    with contextlib.suppress(ProtocolError):
-        for parts in jupyter_exec.PipeCodec().feed(data):
-            assert parts
 
 
 # ======================================================================================================
@@ -854,32 +830,28 @@ def read_by_judge(data: bytes) -> list[tuple[int, bytes]]:
 # Opening
 
 
-@pytest.mark.parametrize(
-    ("changes", "subprotocol"),
-    [
-        ({}, None),
-        ({"Upgrade": "WebSocket", "Connection": "keep-alive ,\tUPGRADE"}, None),
-        ({"Sec-WebSocket-Protocol": V1_SUBPROTOCOL}, V1_SUBPROTOCOL),
-        ({"Sec-WebSocket-Protocol": "", "Sec-WebSocket-Extensions": ""}, None),  # what Jupyter's page asks of servers
-    ],
+@cases(
+    "changes, subprotocol",
+    ({}, None),
+    ({"Upgrade": "WebSocket", "Connection": "keep-alive ,\tUPGRADE"}, None),
+    ({"Sec-WebSocket-Protocol": V1_SUBPROTOCOL}, V1_SUBPROTOCOL),
+    ({"Sec-WebSocket-Protocol": "", "Sec-WebSocket-Extensions": ""}, None),  # what Jupyter's page asks of servers
 )
 def test_an_opening_may_be_written_in_many_ways(changes: dict[str, str], subprotocol: str | None) -> None:
     assert jupyter_exec.check_opening(SAMPLE_KEY, (OPENING | changes).get) == subprotocol
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"Upgrade": None}, "Upgrade"),
-        ({"Upgrade": "h2c"}, "Upgrade"),
-        ({"Connection": None}, "Connection"),
-        ({"Connection": "keep-alive, Upgrades"}, "Connection"),
-        ({"Sec-WebSocket-Accept": None}, "Sec-WebSocket-Accept"),
-        ({"Sec-WebSocket-Accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOO="}, "Sec-WebSocket-Accept"),
-        ({"Sec-WebSocket-Extensions": "permessage-deflate"}, "extension"),
-        ({"Sec-WebSocket-Protocol": "other"}, "subprotocol"),
-        ({"Sec-WebSocket-Protocol": f"x, {V1_SUBPROTOCOL}"}, "subprotocol"),
-    ],
+@cases(
+    "changes, sentence",
+    ({"Upgrade": None}, "Upgrade"),
+    ({"Upgrade": "h2c"}, "Upgrade"),
+    ({"Connection": None}, "Connection"),
+    ({"Connection": "keep-alive, Upgrades"}, "Connection"),
+    ({"Sec-WebSocket-Accept": None}, "Sec-WebSocket-Accept"),
+    ({"Sec-WebSocket-Accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOO="}, "Sec-WebSocket-Accept"),
+    ({"Sec-WebSocket-Extensions": "permessage-deflate"}, "extension"),
+    ({"Sec-WebSocket-Protocol": "other"}, "subprotocol"),
+    ({"Sec-WebSocket-Protocol": f"x, {V1_SUBPROTOCOL}"}, "subprotocol"),
 )
 def test_a_wrong_opening_is_refused(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ProtocolError, match=sentence):
@@ -903,15 +875,15 @@ STORY = (
     + frame(8, Close(1001, "going \u2192 away").serialize())
     + frame(1, b"after the end")
 )
-MESSAGES = ["h\u00e9llo \U0001f600", "", b"\xff\x00" + b"\x01" * 200, "\U0001f600", b"\x02" * 70]
 
 
 @given(st.lists(st.integers(0, 60)))
 @example([])
 @example([1] * len(STORY))
 def test_a_story_in_any_pieces(sizes: list[int]) -> None:
+    messages = ["h\u00e9llo \U0001f600", "", b"\xff\x00" + b"\x01" * 200, "\U0001f600", b"\x02" * 70]
     client = opened()
-    assert [message for piece in cut(STORY, sizes) for message in client.receive(piece)] == MESSAGES
+    assert [message for piece in cut(STORY, sizes) for message in client.receive(piece)] == messages
     # 5.5.3 allows to answer the last ping only.
     assert read_by_judge(client.data_to_send()) == [(Opcode.PONG, b"and now?"), (Opcode.CLOSE, b"\x03\xe9")]
     assert client.closed
@@ -960,44 +932,42 @@ def test_the_masked_hello_of_the_rfc_and_a_fresh_mask_for_each_frame() -> None:
 STARTED = frame(1, b"a", fin=False)
 
 
-@pytest.mark.parametrize(
-    ("data", "code", "sentence"),
-    [
-        (Frame(Opcode.TEXT, b"Hello").serialize(mask=True)[:2], 1002, "MUST NOT mask"),
-        (b"\x81\x80", 1002, "MUST NOT mask"),
-        *((bytes([first, 0]), 1002, "RSV1") for first in (0xC1, 0xA1, 0x91)),
-        *((bytes([first, 5]), 1002, "unknown opcode") for first in (0x83, 0x87, 0x8B, 0x8F)),
-        (b"\x09\x05", 1002, "fragmented"),
-        (b"\x08\x02", 1002, "fragmented"),
-        (b"\x89\x7e", 1002, "125 bytes"),
-        (b"\x8a\x7f", 1002, "125 bytes"),
-        (b"\x88\x7e", 1002, "125 bytes"),
-        (b"\x80\x05", 1002, "interleaved"),
-        (b"\x00\x05", 1002, "interleaved"),
-        (STARTED + b"\x81\x05", 1002, "interleaved"),
-        (STARTED + b"\x02\x05", 1002, "interleaved"),
-        (frame(1, b"", fin=False) + b"\x81\x00", 1002, "interleaved"),
-        (frame(1, b"x") + b"\x80\x00", 1002, "interleaved"),
-        (STARTED + frame(0) + b"\x80\x00", 1002, "interleaved"),
-        (b"\x82\x7e\x00\x7d", 1002, "minimal number"),
-        (b"\x82\x7f" + struct.pack(">Q", 65535), 1002, "minimal number"),
-        (b"\x82\x7f" + struct.pack(">Q", 5), 1002, "minimal number"),
-        (b"\x82\x7f" + struct.pack(">Q", MAX_MESSAGE + 1), 1009, f"over {MAX_MESSAGE} bytes"),
-        (b"\x82\x7f" + b"\xff" * 8, 1009, f"over {MAX_MESSAGE} bytes"),
-        (STARTED + b"\x80\x7f" + struct.pack(">Q", MAX_MESSAGE), 1009, f"over {MAX_MESSAGE} bytes"),
-        (frame(1, b"\xff"), 1007, "UTF-8"),
-        (frame(1, b"\xed\xa0\x80"), 1007, "UTF-8"),
-        (frame(1, "\u20ac".encode()[:2]), 1007, "UTF-8"),
-        (STARTED + frame(0, b"\xff"), 1007, "UTF-8"),
-        (frame(8, b"\x03"), 1002, "2-byte unsigned"),
-        *(
-            (frame(8, struct.pack(">H", code)), 1002, f"{code} is not")
-            for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)
-        ),
-    ],
+@cases(
+    "data, code, sentence",
+    (Frame(Opcode.TEXT, b"Hello").serialize(mask=True)[:2], 1002, "MUST NOT mask"),
+    (b"\x81\x80", 1002, "MUST NOT mask"),
+    *((bytes([first, 0]), 1002, "RSV1") for first in (0xC1, 0xA1, 0x91)),
+    *((bytes([first, 5]), 1002, "unknown opcode") for first in (0x83, 0x87, 0x8B, 0x8F)),
+    (b"\x09\x05", 1002, "fragmented"),
+    (b"\x08\x02", 1002, "fragmented"),
+    (b"\x89\x7e", 1002, "125 bytes"),
+    (b"\x8a\x7f", 1002, "125 bytes"),
+    (b"\x88\x7e", 1002, "125 bytes"),
+    (b"\x80\x05", 1002, "interleaved"),
+    (b"\x00\x05", 1002, "interleaved"),
+    (STARTED + b"\x81\x05", 1002, "interleaved"),
+    (STARTED + b"\x02\x05", 1002, "interleaved"),
+    (frame(1, b"", fin=False) + b"\x81\x00", 1002, "interleaved"),
+    (frame(1, b"x") + b"\x80\x00", 1002, "interleaved"),
+    (STARTED + frame(0) + b"\x80\x00", 1002, "interleaved"),
+    (b"\x82\x7e\x00\x7d", 1002, "minimal number"),
+    (b"\x82\x7f" + struct.pack(">Q", 65535), 1002, "minimal number"),
+    (b"\x82\x7f" + struct.pack(">Q", 5), 1002, "minimal number"),
+    (b"\x82\x7f" + struct.pack(">Q", MAX_MESSAGE + 1), 1009, f"over {MAX_MESSAGE} bytes"),
+    (b"\x82\x7f" + b"\xff" * 8, 1009, f"over {MAX_MESSAGE} bytes"),
+    (STARTED + b"\x80\x7f" + struct.pack(">Q", MAX_MESSAGE), 1009, f"over {MAX_MESSAGE} bytes"),
+    (frame(1, b"\xff"), 1007, "UTF-8"),
+    (frame(1, b"\xed\xa0\x80"), 1007, "UTF-8"),
+    (frame(1, "\u20ac".encode()[:2]), 1007, "UTF-8"),
+    (STARTED + frame(0, b"\xff"), 1007, "UTF-8"),
+    (frame(8, b"\x03"), 1002, "2-byte unsigned"),
+    *(
+        (frame(8, struct.pack(">H", code)), 1002, f"{code} is not")
+        for code in (0, 999, 1004, 1005, 1006, 1015, 1016, 2000, 2999, 5000, 65535)
+    ),
     ids=lambda value: None if isinstance(value, bytes) else str(value),
 )
-@pytest.mark.parametrize("step", [1, 1000])
+@cases("step", 1, 1000)
 def test_a_violation_ends_the_connection(data: bytes, code: int, sentence: str, step: int) -> None:
     client = opened()
     with pytest.raises(ProtocolError, match=sentence):
@@ -1011,7 +981,7 @@ def test_a_violation_ends_the_connection(data: bytes, code: int, sentence: str, 
     assert client.close() == client.data_to_send() == b""
 
 
-@pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1007, 1008, 1011, 1012, 1013, 1014, 3000, 4999, None])
+@cases("code", 1000, 1001, 1002, 1003, 1007, 1008, 1011, 1012, 1013, 1014, 3000, 4999, None)
 def test_a_close_frame_is_answered(code: int | None) -> None:
     client = opened()
     assert list(client.receive(frame(8, b"" if code is None else struct.pack(">H", code)))) == []
@@ -1037,13 +1007,11 @@ def seconds_for(size: int, step: int, fragment: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("size", "step", "fragment"),
-    [
-        pytest.param(50_000, 1, 50_000, id="byte by byte"),
-        pytest.param(8_000_000, 4096, 8_000_000, id="one great frame"),
-        pytest.param(100_000, 65536, 2, id="many small frames"),
-    ],
+@cases(
+    "size, step, fragment",
+    pytest.param(50_000, 1, 50_000, id="byte by byte"),
+    pytest.param(8_000_000, 4096, 8_000_000, id="one great frame"),
+    pytest.param(100_000, 65536, 2, id="many small frames"),
 )
 def test_the_cost_is_linear(size: int, step: int, fragment: int) -> None:
     # Eight times the work takes 8 times as long; it would take 64 times if bytes were moved again and again.
@@ -1095,7 +1063,7 @@ def websockets_server(handler: Callable[[ServerConnection], None], **options: An
             assert not thread.is_alive()
 
 
-def test_websockets_talks_with_us_and_frames_behind_the_answer_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_websockets_talks_with_us_and_frames_behind_the_answer_are_not_lost(monkeypatch: MonkeyPatch) -> None:
     codes, headers = [], []
 
     def handler(connection: ServerConnection) -> None:
@@ -1183,7 +1151,7 @@ def tornado_port() -> Iterator[int]:
     listener.close()
 
 
-@pytest.mark.parametrize("farewell", ["close", "vanish"])
+@cases("farewell", "close", "vanish")
 def test_tornado_talks_with_us(tornado_port: int, farewell: str) -> None:
     with Driver(tornado_port, "/ws") as driver:
         assert driver.subprotocol is None
@@ -1195,7 +1163,7 @@ def test_tornado_talks_with_us(tornado_port: int, farewell: str) -> None:
         assert driver.socket.recv(1) == b""
 
 
-@pytest.mark.parametrize(("target", "status", "says"), [("/none", 404, "Not Found"), ("/login", 302, "redirects")])
+@cases("target, status, says", ("/none", 404, "Not Found"), ("/login", 302, "redirects"))
 def test_a_refusal_to_open_is_told(tornado_port: int, target: str, status: int, says: str) -> None:
     with pytest.raises(ServerError, match=says) as caught:
         Driver(tornado_port, target)
@@ -1204,16 +1172,10 @@ def test_a_refusal_to_open_is_told(tornado_port: int, target: str, status: int, 
 
 # Codecs
 
-numbers = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
-ws_values = st.recursive(
-    st.none() | st.booleans() | numbers | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=6,
-)
-ws_objects = st.dictionaries(st.text(), ws_values, max_size=3)
 channels = st.sampled_from(["shell", "iopub", "stdin", "control"])
-buffers = st.lists(st.binary(), max_size=4)
-kernel_messages = st.builds(Message, channels, ws_objects, ws_objects, ws_objects, ws_objects, buffers)
+kernel_messages = st.builds(
+    Message, channels, json_objects, json_objects, json_objects, json_objects, st.lists(st.binary(), max_size=4)
+)
 
 
 def as_dict(message: Message) -> dict[str, Any]:
@@ -1232,125 +1194,81 @@ def pack(value: Any) -> bytes:
 
 
 @given(kernel_messages)
-def test_json_round_trip(sent: Message) -> None:
-    data = JsonCodec().encode(sent)
+def test_json_goes_to_the_server_and_back(sent: Message) -> None:
+    data, values = JsonCodec().encode(sent), as_dict(sent)
     assert isinstance(data, bytes) == bool(sent.buffers)
+    assert (json.loads(data) if isinstance(data, str) else judge.deserialize_binary_message(data)) == values
     assert decoded(JsonCodec(), data) == sent
-
-
-@given(kernel_messages)
-def test_v1_round_trip(sent: Message) -> None:
-    assert decoded(V1Codec(), V1Codec().encode(sent)) == sent
-
-
-@given(kernel_messages)
-def test_the_server_understands_json(sent: Message) -> None:
-    data = JsonCodec().encode(sent)
-    received = json.loads(data) if isinstance(data, str) else judge.deserialize_binary_message(data)
-    assert received == as_dict(sent)
-
-
-@given(kernel_messages)
-def test_json_of_the_server_is_understood(sent: Message) -> None:
-    values = as_dict(sent)
     assert decoded(JsonCodec(), judge.serialize_binary_message(values)) == sent
     sent.buffers.clear()
     assert decoded(JsonCodec(), json.dumps(values)) == sent
 
 
 @given(kernel_messages)
-def test_the_server_understands_v1(sent: Message) -> None:
-    channel, parts = judge.deserialize_msg_from_ws_v1(V1Codec().encode(sent))
-    assert channel == sent.channel
-    assert [json.loads(part) for part in parts[:4]] == [sent.header, sent.parent_header, sent.metadata, sent.content]
-    assert parts[4:] == sent.buffers
-
-
-@given(kernel_messages)
-def test_v1_of_the_server_is_understood(sent: Message) -> None:
-    parts = [pack(part) for part in (sent.header, sent.parent_header, sent.metadata, sent.content)]
-    data = judge.serialize_msg_to_ws_v1([*parts, *sent.buffers], sent.channel)
+def test_v1_goes_to_the_server_and_back(sent: Message) -> None:
+    objects = [sent.header, sent.parent_header, sent.metadata, sent.content]
+    data = V1Codec().encode(sent)
+    channel, parts = judge.deserialize_msg_from_ws_v1(data)
+    assert (channel, [json.loads(part) for part in parts[:4]], parts[4:]) == (sent.channel, objects, sent.buffers)
     assert decoded(V1Codec(), data) == sent
+    theirs = judge.serialize_msg_to_ws_v1([*map(pack, objects), *sent.buffers], sent.channel)
+    assert decoded(V1Codec(), theirs) == sent
     sent.buffers.clear()
     assert decoded(V1Codec(), judge.serialize_msg_to_ws_v1(as_dict(sent), sent.channel, pack=pack)) == sent
 
 
-@pytest.mark.parametrize("codec", [JsonCodec(), V1Codec()])
+@cases("codec", JsonCodec(), V1Codec())
 def test_a_lone_surrogate_survives(codec: JsonCodec | V1Codec) -> None:
     sent = any_message(content={"code": "print('\ud83d')"})
     assert decoded(codec, codec.encode(sent)) == sent
 
 
-def test_null_stands_for_an_empty_object() -> None:
+def test_null_stands_for_an_empty_object_and_raw_surrogates_do_not_lose_the_message() -> None:
     text = '{"channel":"iopub","header":{"msg_id":"1"},"parent_header":null,"metadata":null,"content":null}'
     expected = Message("iopub", {"msg_id": "1"}, {}, {}, {}, [])
     assert decoded(JsonCodec(), text) == expected
-    parts = [b'{"msg_id":"1"}', b"null", b"null", b"null"]
-    assert decoded(V1Codec(), judge.serialize_msg_to_ws_v1(parts, "iopub")) == expected
-
-
-def test_raw_surrogates_of_a_kernel_do_not_lose_the_message() -> None:
-    parts = [b"{}", b"{}", b"{}", b'{"text":"a\xffb"}']
-    assert decoded(V1Codec(), judge.serialize_msg_to_ws_v1(parts, "iopub")).content == {"text": "a\ufffdb"}
+    assert decoded(V1Codec(), v1_of(b'{"msg_id":"1"}', b"null", b"null", b"null", channel="iopub")) == expected
+    assert decoded(V1Codec(), v1_of(b"{}", b"{}", b"{}", b'{"text":"a\xffb"}')).content == {"text": "a\ufffdb"}
 
 
 def json_of(**values: Any) -> str:
     return json.dumps(as_dict(any_message()) | values)
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        "",
-        "[]",
-        "null",
-        "{",
-        "[" * 100_000,
-        json_of(header=None),
-        json_of(header=[]),
-        json_of(header="x"),
-        json_of(parent_header=[]),
-        json_of(metadata=0),
-        json_of(content=False),
-        json_of(channel=None),
-        json_of(channel="hb"),
-        json_of(channel=["shell"]),
-        json_of(channel={}),
-        "{}",
-    ],
-)
+def v1_of(*parts: bytes, channel: str = "shell") -> bytes:
+    return bytes(judge.serialize_msg_to_ws_v1(list(parts), channel))
+
+
+WRONG_VALUES: list[dict[str, Any]] = [{"parent_header": []}, {"metadata": 0}, {"content": False}]
+WRONG_VALUES += [{"header": None}, {"header": []}, {"header": "x"}]
+WRONG_VALUES += [{"channel": None}, {"channel": "hb"}, {"channel": ["shell"]}, {"channel": {}}]
+
+
+@cases("data", "", "[]", "null", "{", "[" * 100_000, "{}", *(json_of(**v) for v in WRONG_VALUES))
 def test_malformed_json_is_refused(data: str) -> None:
     with pytest.raises(ProtocolError):
         decoded(JsonCodec(), data)
 
 
-def v1_of(*parts: bytes, channel: str = "shell") -> bytes:
-    return bytes(judge.serialize_msg_to_ws_v1(list(parts), channel))
-
-
-@pytest.mark.parametrize(
+@cases(
     "data",
-    [
-        "text",
-        v1_of(b"{}", b"{}", b"{}"),
-        v1_of(b"null", b"{}", b"{}", b"{}"),
-        v1_of(b"[]", b"{}", b"{}", b"{}"),
-        v1_of(b"{}", b"[]", b"{}", b"{}"),
-        v1_of(b"{}", b"{}", b"", b"{}"),
-        v1_of(b"{}", b"{}", b"{}", b"{}", channel="hb"),
-        v1_of(b"{}", b"{}", b"{}", b"{}", channel=""),
-        v1_of(b"{}", b"{}", b"{}", b"{}", channel="sh\u00e9ll"),
-        v1_of(b"{}", b"{}", b"{}", b"{}").replace(b"shell", b"she\xffl"),
-        v1_of(b"{}", b"{}", b"{}", b"{}") + b"x",
-        v1_of(b"{}", b"{}", b"{}", b"{}")[:-1],
-    ],
+    "text",
+    v1_of(b"{}", b"{}", b"{}"),
+    v1_of(b"null", b"{}", b"{}", b"{}"),
+    v1_of(b"[]", b"{}", b"{}", b"{}"),
+    v1_of(b"{}", b"[]", b"{}", b"{}"),
+    v1_of(b"{}", b"{}", b"", b"{}"),
+    *(v1_of(b"{}", b"{}", b"{}", b"{}", channel=channel) for channel in ("hb", "", "sh\u00e9ll")),
+    v1_of(b"{}", b"{}", b"{}", b"{}").replace(b"shell", b"she\xffl"),
+    v1_of(b"{}", b"{}", b"{}", b"{}") + b"x",
+    v1_of(b"{}", b"{}", b"{}", b"{}")[:-1],
 )
 def test_malformed_v1_is_refused(data: str | bytes) -> None:
     with pytest.raises(ProtocolError):
         decoded(V1Codec(), data)
 
 
-def test_what_is_huge_is_parsed_once_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_huge_is_parsed_once_or_not_at_all(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "STREAM_PIECE", 100)
     parsed: list[str] = []
     json_object = jupyter_exec.json_object
@@ -1379,7 +1297,7 @@ PLAIN: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("word", [">I", "<Q"])
+@cases("word", ">I", "<Q")
 def test_no_prefix_of_a_message_is_taken_for_one(word: str) -> None:
     codec, data = CODECS[word], PLAIN[word]
     size = struct.calcsize(word)
@@ -1392,7 +1310,7 @@ def test_no_prefix_of_a_message_is_taken_for_one(word: str) -> None:
             decoded(codec, data[:length])
 
 
-@pytest.mark.parametrize("word", [">I", "<Q"])
+@cases("word", ">I", "<Q")
 def test_hostile_tables_are_refused(word: str) -> None:
     codec, data = CODECS[word], PLAIN[word]
     size = struct.calcsize(word)
@@ -1411,7 +1329,7 @@ def test_hostile_tables_are_refused(word: str) -> None:
     assert refused > 5 * count
 
 
-@pytest.mark.parametrize("word", [">I", "<Q"])
+@cases("word", ">I", "<Q")
 def test_the_number_of_parts_is_bounded(word: str) -> None:
     codec = CODECS[word]
     extra = {">I": 1, "<Q": 6}[word]  # the JSON; channel, four objects and the end
@@ -1427,6 +1345,8 @@ def test_no_bytes_raise_anything_else(data: bytes) -> None:
     for codec in (JsonCodec(), V1Codec()):
         with pytest.raises(ProtocolError):
             decoded(codec, data)
+    with contextlib.suppress(ProtocolError):
+        assert all(jupyter_exec.PipeCodec().feed(data))
 
 
 byte_changes = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1)
@@ -1470,7 +1390,6 @@ def execution(*messages: tuple[str, str, dict[str, Any]]) -> jupyter_exec.Execut
 
 REPLY = ("shell", "execute_reply", {"status": "ok", "execution_count": 3})
 IDLE = ("iopub", "status", {"execution_state": "idle"})
-BUSY = ("iopub", "status", {"execution_state": "busy"})
 
 
 def stream(text: str, name: str = "stdout") -> tuple[str, str, dict[str, Any]]:
@@ -1483,60 +1402,48 @@ def display(
     return "iopub", msg_type, {"data": data, "metadata": {}, "transient": {"display_id": display_id}}
 
 
-@pytest.mark.parametrize("order", [(REPLY, IDLE), (IDLE, REPLY)])
-def test_done_is_reply_and_idle_in_either_order(order: tuple[Any, Any]) -> None:
-    first, second = order
-    assert not execution(BUSY, first).done
-    assert execution(BUSY, first, second).done
-
-
-def test_reply_on_the_wrong_channel_does_not_end_a_cell() -> None:
+def test_done_is_reply_and_idle_in_either_order() -> None:
+    busy = ("iopub", "status", {"execution_state": "busy"})
+    for first, second in ((REPLY, IDLE), (IDLE, REPLY)):
+        assert not execution(busy, first).done
+        assert execution(busy, first, second).done
     assert not execution(("iopub", *REPLY[1:]), IDLE).done
 
 
-def test_stream_chunks_of_one_kind_are_joined_and_kinds_kept_in_order() -> None:
-    outputs = execution(stream("a"), stream("b\n"), stream("e\n", "stderr"), stream("c")).result(0).outputs
-    assert [(output["name"], output["text"]) for output in outputs] == [
-        ("stdout", "ab\n"),
-        ("stderr", "e\n"),
-        ("stdout", "c"),
-    ]
+CLEAR, CLEAR_LATER = (("iopub", "clear_output", {"wait": wait}) for wait in (False, True))
+ONE, TWO = display({"text/plain": "1"}, "d"), display({"text/plain": "2"}, "d", "update_display_data")
 
 
-def test_update_display_data_changes_every_display_of_that_id() -> None:
-    updated = execution(display({"text/plain": "1"}, "d"), display({"text/plain": "2"}, "d", "update_display_data"))
-    assert [output["data"] for output in updated.result(0).outputs] == [{"text/plain": "2"}]
-
-
-def test_clear_output_clears_at_once_or_at_the_next_output() -> None:
-    now, wait = ("iopub", "clear_output", {"wait": False}), ("iopub", "clear_output", {"wait": True})
-    assert execution(stream("a"), now).result(0).outputs == []
-    assert [output["text"] for output in execution(stream("a"), wait).result(0).outputs] == ["a"]
-    assert [output["text"] for output in execution(stream("a"), wait, stream("b")).result(0).outputs] == ["b"]
-
-
-@pytest.mark.parametrize(
-    "content", [{}, {"name": 5, "text": "x"}, {"name": "stdout", "text": None}, {"data": [], "metadata": None}]
+@cases(
+    "messages, outputs",
+    ([stream("a"), stream("b\n"), stream("e\n", "stderr"), stream("c")], ["stdout ab\n", "stderr e\n", "stdout c"]),
+    ([ONE, ONE, TWO], ["2", "2"]),
+    ([stream("a"), CLEAR], []),
+    ([stream("a"), CLEAR_LATER], ["stdout a"]),
+    ([stream("a"), CLEAR_LATER, stream("b")], ["stdout b"]),
 )
-@pytest.mark.parametrize("msg_type", ["stream", "display_data", "execute_result", "error", "status", "comm_open", "?"])
+def test_what_is_left_of_outputs(messages: Any, outputs: list[str]) -> None:
+    left = execution(*messages).result(0).outputs
+    assert [f"{o['name']} {o['text']}" if "text" in o else o["data"]["text/plain"] for o in left] == outputs
+
+
+@cases("content", {}, {"name": 5, "text": "x"}, {"name": "stdout", "text": None}, {"data": [], "metadata": None})
+@cases("msg_type", "stream", "display_data", "execute_result", "error", "status", "comm_open", "?")
 def test_malformed_content_does_no_harm(msg_type: str, content: dict[str, Any]) -> None:
-    broken = execution(
-        ("iopub", msg_type, content), ("iopub", msg_type, {"transient": None}), stream("ok"), REPLY, IDLE
-    )
+    contents = (("iopub", msg_type, broken) for broken in (content, {"transient": None}))
+    broken = execution(*contents, stream("ok"), REPLY, IDLE)
     assert broken.done
     assert "ok" in broken.result(0).text
 
 
-@pytest.mark.parametrize(
-    ("ids", "lost"),
-    [
-        (["s_7_{}"], True),  # ipykernel's: session, pid, number
-        (["{}"], False),
-        (["s_{}"], False),
-        (["s_7_{}x"], False),
-        (["s_7_" + "9" * 5000], False),
-        (["s_7_{}", "t_8_{}"], False),  # restarted in between
-    ],
+@cases(
+    "ids, lost",
+    (["s_7_{}"], True),  # ipykernel's: session, pid, number
+    (["{}"], False),
+    (["s_{}"], False),
+    (["s_7_{}x"], False),
+    (["s_7_" + "9" * 5000], False),
+    (["s_7_{}", "t_8_{}"], False),  # restarted in between
 )
 def test_a_gap_in_the_numbers_of_a_kernel_is_lost_output(ids: list[str], lost: bool) -> None:
     def feed(made: jupyter_exec.Execution, number: int, msg_id: str, state: str, parent: str = "m") -> None:
@@ -1555,7 +1462,7 @@ def test_a_gap_in_the_numbers_of_a_kernel_is_lost_output(ids: list[str], lost: b
     assert not shared.outputs_lost
 
 
-def test_beyond_the_budget_outputs_are_withheld_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beyond_the_budget_outputs_are_withheld_and_forgotten(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_KEPT", 1000)
     made = jupyter_exec.Execution("m")
     shows = [("display_data", "a", 900), ("display_data", "b", 200), ("update_display_data", "b", 50)]
@@ -1569,7 +1476,7 @@ def test_beyond_the_budget_outputs_are_withheld_and_forgotten(monkeypatch: pytes
     assert all("transient" not in output for output in outputs)
 
 
-def test_the_number_of_outputs_is_bounded_and_the_last_text_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_outputs_is_bounded_and_the_last_text_is_there(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_OUTPUTS", 20)
     turns = [stream(f"{i} ", ("stdout", "stderr")[i % 2]) for i in range(100)]
     result = execution(display({"text/plain": "first"}), *turns, REPLY, IDLE).result(0)
@@ -1578,26 +1485,17 @@ def test_the_number_of_outputs_is_bounded_and_the_last_text_is_there(monkeypatch
     assert result.truncated and result.note
 
 
-DEEP: Any = json.loads("[" * 900 + "]" * 900)
-
-
-@pytest.mark.parametrize(
-    "msg_type", ["stream", "display_data", "error", "execute_reply", "status", "update_display_data"]
-)
+@cases("msg_type", "stream", "display_data", "error", "execute_reply", "status", "update_display_data")
 def test_no_nesting_of_what_a_kernel_sends_raises(msg_type: str) -> None:
+    deep: Any = json.loads("[" * 900 + "]" * 900)
     names = "name text data metadata transient ename evalue traceback status payload execution_count execution_state"
     channel = "shell" if msg_type == "execute_reply" else "iopub"
-    contents = [{name: DEEP for name in names.split()}]
-    contents += [
-        {
-            "transient": {"display_id": DEEP},
-            "data": {"text/plain": DEEP, "image/png": DEEP},
-            "payload": [{"source": DEEP}],
-        }
-    ]
+    flat = dict.fromkeys(names.split(), deep)
+    inner = {"transient": {"display_id": deep}, "data": {"text/plain": deep, "image/png": deep}}
+    contents = [flat, {**inner, "payload": [{"source": deep}]}]
     made = execution(*((channel, msg_type, content) for content in contents), REPLY, IDLE)
     assert "[[" not in made.result(0).text
-    odd = jupyter_exec.Message(channel, {"msg_type": DEEP, "msg_id": DEEP}, {"msg_id": DEEP}, {}, {}, [])
+    odd = jupyter_exec.Message(channel, {"msg_type": deep, "msg_id": deep}, {"msg_id": deep}, {}, {}, [])
     assert (odd.msg_type, odd.msg_id, odd.parent_id) == ("", "", "")
 
 
@@ -1611,20 +1509,18 @@ def test_what_a_hook_got_never_changes() -> None:
     assert [output["data"]["text/plain"] for output in seen if output] == ["1", "2"]
 
 
-@pytest.mark.parametrize(
-    ("raw", "clean", "terminal"),
-    [
-        ("a\tb\n\x1b[1;31mred\x1b[0m", "a\tb\nred", "a\tb\n\x1b[1;31mred\x1b[0m"),
-        ("\x1b\x1b[m]52;c;aGk=\x07", "]52;c;aGk=", "\x1b[m]52;c;aGk="),
-        ("\x1b]52;c;aGk=\x07x\x1b]0;title\x1b\\y", "xy", "xy"),
-        ("\x1bc\x1b(0\x1b7\x1b#8x", "x", "x"),
-        ("\x9b2J\x9d52;c;aGk=\x9c\x90q\x9c\x85x", "x", "x"),
-        ("\x1b[2J\x1b[?25l\x1b[Hx\x00\x7f\x0e", "x", "x"),
-        ("10%\r20%\r\n", "10%20%\n", "10%\r20%\n"),
-        ("\x1b]52;c;" * 50_000, "]52;c;" * 50_000, "]52;c;" * 50_000),
-        ("\x9d52;c;" * 50_000, "52;c;" * 50_000, "52;c;" * 50_000),
-        ("\x90q\x1b" * 50_000, "q" * 50_000, "q" * 50_000),
-    ],
+@cases(
+    "raw, clean, terminal",
+    ("a\tb\n\x1b[1;31mred\x1b[0m", "a\tb\nred", "a\tb\n\x1b[1;31mred\x1b[0m"),
+    ("\x1b\x1b[m]52;c;aGk=\x07", "]52;c;aGk=", "\x1b[m]52;c;aGk="),
+    ("\x1b]52;c;aGk=\x07x\x1b]0;title\x1b\\y", "xy", "xy"),
+    ("\x1bc\x1b(0\x1b7\x1b#8x", "x", "x"),
+    ("\x9b2J\x9d52;c;aGk=\x9c\x90q\x9c\x85x", "x", "x"),
+    ("\x1b[2J\x1b[?25l\x1b[Hx\x00\x7f\x0e", "x", "x"),
+    ("10%\r20%\r\n", "10%20%\n", "10%\r20%\n"),
+    ("\x1b]52;c;" * 50_000, "]52;c;" * 50_000, "]52;c;" * 50_000),
+    ("\x9d52;c;" * 50_000, "52;c;" * 50_000, "52;c;" * 50_000),
+    ("\x90q\x1b" * 50_000, "q" * 50_000, "q" * 50_000),
 )
 @pytest.mark.timeout(20)
 def test_text_has_no_commands_for_a_terminal(raw: str, clean: str, terminal: str) -> None:
@@ -1641,60 +1537,49 @@ def test_no_command_is_left_whatever_surrounds_it(raw: str) -> None:
     assert not re.search(r"[\x1b\x07\x08\x9b-\x9d]", re.sub(r"\x1b\[[0-9;:]*m", "", on_terminal))
 
 
-def test_an_unknown_type_is_named_and_an_error_is_cleaned() -> None:
-    output = {"output_type": "display_data", "data": {"application/x-unheard-of": 1}}
-    assert (
-        jupyter_exec.render([output], "", no_file) == "[an output that is not shown, of type application/x-unheard-of]"
-    )
-    error = {"output_type": "error", "ename": "\x1bcE", "evalue": "\x1b]0;t\x07v", "traceback": ["\x1b[31mt\x9b2J"]}
-    assert jupyter_exec.render([error], "\x1bcnote", no_file) == "E: v\nt\nnote"
-
-
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("text", ["x" * 60_000 + "\b" * 60_000, "y" * 400_000 + "z\b\b" * 300_000, "z\r" * 10**6])
+@cases("text", "x" * 60_000 + "\b" * 60_000, "y" * 400_000 + "z\b\b" * 300_000, "z\r" * 10**6)
 def test_backspaces_and_returns_take_time_only_once(text: str) -> None:
     assert len(streamed(text, range(0, len(text), 1000))) in (0, 100_000, 1)
 
 
-def no_file(data: dict[str, Any]) -> None:
-    return None
-
-
-def plain(text: str) -> dict[str, Any]:
-    return {"output_type": "execute_result", "data": {"text/plain": text}, "metadata": {}}
+def shows(text: str, **more: Any) -> dict[str, Any]:
+    return {"output_type": "display_data", "data": {"text/plain": text} | more, "metadata": {}}
 
 
 def printed(text: str) -> dict[str, Any]:
     return {"output_type": "stream", "name": "stdout", "text": text}
 
 
-@pytest.mark.parametrize(
-    ("outputs", "note", "text"),
-    [
-        ([printed("a\n")], "", "a\n"),
-        ([printed("a"), printed("b")], "", "ab"),
-        ([plain("377")], "", "377"),
-        ([printed("a"), plain("1")], "", "a\n1"),
-        ([printed("a\n"), plain("1")], "", "a\n1"),
-        ([plain("1"), printed("a\n")], "", "1\na\n"),
-        ([plain("1"), plain("2")], "", "1\n2"),
-        ([printed("\x1b[31mred\x1b[0m")], "", "red"),
-        ([printed("a")], "note", "a\nnote"),
-        ([], "note", "note"),
-    ],
+@cases(
+    "outputs, note, text",
+    ([printed("a\n")], "", "a\n"),
+    ([printed("a"), printed("b")], "", "ab"),
+    ([shows("377")], "", "377"),
+    ([printed("a"), shows("1")], "", "a\n1"),
+    ([printed("a\n"), shows("1")], "", "a\n1"),
+    ([shows("1"), printed("a\n")], "", "1\na\n"),
+    ([shows("1"), shows("2")], "", "1\n2"),
+    ([printed("\x1b[31mred\x1b[0m")], "", "red"),
+    ([printed("a")], "note", "a\nnote"),
+    ([], "note", "note"),
+    # Text beside a file is kept, unless it is a default repr.
+    ([shows("   a\n0  1", **{"text/html": "<table>"})], "", "   a\n0  1\nsaved"),
+    ([shows("<Figure size 640x480 with 1 Axes>", **{"image/png": ""})], "", "saved"),
+    (
+        [{"output_type": "display_data", "data": {"application/x-unheard-of": 1}}],
+        "",
+        "[an output that is not shown, of type application/x-unheard-of]",
+    ),
+    (
+        [{"output_type": "error", "ename": "\x1bcE", "evalue": "\x1b]0;t\x07v", "traceback": ["\x1b[31mt\x9b2J"]}],
+        "\x1bcnote",
+        "E: v\nt\nnote",
+    ),
 )
 def test_streams_are_verbatim_and_results_on_lines_of_their_own(outputs: Any, note: str, text: str) -> None:
-    assert jupyter_exec.render(outputs, note, no_file) == text
-
-
-def test_plain_text_beside_a_file_is_kept_unless_it_is_a_default_repr() -> None:
-    table = {"output_type": "display_data", "data": {"text/html": "<table>", "text/plain": "   a\n0  1"}}
-    figure = {
-        "output_type": "display_data",
-        "data": {"image/png": "", "text/plain": "<Figure size 640x480 with 1 Axes>"},
-    }
-    assert jupyter_exec.render([table], "", lambda data: "saved") == "   a\n0  1\nsaved"
-    assert jupyter_exec.render([figure], "", lambda data: "saved") == "saved"
+    save = lambda data: "saved" if {"text/html", "image/png"} & set(data) else None  # noqa: E731
+    assert jupyter_exec.render(outputs, note, save) == text
 
 
 def test_results_raise_what_happened() -> None:
@@ -1732,13 +1617,11 @@ def test_parts_are_text_and_pictures_in_order() -> None:
     assert shown().parts() == []
 
 
-@pytest.mark.parametrize(
-    ("budget", "told_parts"),
-    [
-        ({"max_images": 1}, ["a[a picture]", b"12", "[a picture that is not shown: there are too many]z"]),
-        ({"max_image_bytes": 2}, ["a[a picture]", b"12", "[a picture that is not shown: 3 bytes are too many]z"]),
-        ({"max_images": 0}, ["a" + "[a picture that is not shown: there are too many]" * 2 + "z"]),
-    ],
+@cases(
+    "budget, told_parts",
+    ({"max_images": 1}, ["a[a picture]", b"12", "[a picture that is not shown: there are too many]z"]),
+    ({"max_image_bytes": 2}, ["a[a picture]", b"12", "[a picture that is not shown: 3 bytes are too many]z"]),
+    ({"max_images": 0}, ["a" + "[a picture that is not shown: there are too many]" * 2 + "z"]),
 )
 def test_a_picture_beyond_the_budget_is_named(budget: dict[str, int], told_parts: list[Any]) -> None:
     parts = told(shown("a", b"12", b"123", "z").parts(**budget))
@@ -1758,14 +1641,12 @@ def test_parts_keep_to_their_characters(outputs: list[Any], limit: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("form", "place"),
-    [
-        ("anthropic", "anthropic.types.tool_result_block_param:Content"),
-        ("openai", "openai.types.responses:ResponseFunctionCallOutputItemParam"),
-        ("openai-chat", "openai.types.chat:ChatCompletionContentPartParam"),
-        ("mcp", "mcp.types:ContentBlock"),
-    ],
+@cases(
+    "form, place",
+    ("anthropic", "anthropic.types.tool_result_block_param:Content"),
+    ("openai", "openai.types.responses:ResponseFunctionCallOutputItemParam"),
+    ("openai-chat", "openai.types.chat:ChatCompletionContentPartParam"),
+    ("mcp", "mcp.types:ContentBlock"),
 )
 def test_messages_are_what_the_sdks_take(form: str, place: str) -> None:
     from pydantic import TypeAdapter
@@ -1791,9 +1672,8 @@ def test_a_result_is_short_as_repr_and_safe_as_html() -> None:
 
 
 def test_text_for_language_models_is_preferred_and_files_need_no_directory() -> None:
-    result = shown(
-        {"text/llm+plain": "for models", "text/plain": "for people"}, {"image/png": "!"}, {"text/html": "<b>"}
-    )
+    texts = {"text/llm+plain": "for models", "text/plain": "for people"}
+    result = shown(texts, {"image/png": "!"}, {"text/html": "<b>"})
     assert result.text.startswith("for models")
     assert [(file.mime_type, file.suffix, file.data) for file in result.files] == [("text/html", ".html", b"<b>")]
     assert result.images == []
@@ -1836,11 +1716,8 @@ def test_loop_runs_jobs_of_many_threads_in_order(loop: jupyter_exec.Loop) -> Non
         for i in range(500):
             loop.post(functools.partial(seen.append, (number, i)))
 
-    threads = [threading.Thread(target=post, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        pool.map(post, range(4))
     eventually(lambda: len(seen) == 2000, "all jobs ran")
     for number in range(4):
         assert [i for n, i in seen if n == number] == list(range(500))
@@ -1857,7 +1734,7 @@ def test_a_failing_job_costs_only_itself(loop: jupyter_exec.Loop) -> None:
     assert done.wait(PATIENCE)
 
 
-def test_loop_in_a_forked_child_says_so(loop: jupyter_exec.Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_in_a_forked_child_says_so(loop: jupyter_exec.Loop, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getpid", lambda: -1)
     with pytest.raises(JupyterExecError, match="forked"):
         loop.post(lambda: None)
@@ -1898,7 +1775,7 @@ def test_pipe_carries_more_than_the_kernel_buffers(loop: jupyter_exec.Loop, pipe
     assert read == [parts, [b"second"]]
 
 
-def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, monkeypatch: MonkeyPatch) -> None:
     sent: list[str] = []
 
     class Full:
@@ -1942,15 +1819,15 @@ def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, mon
         os.close(end)
 
 
-@pytest.mark.parametrize("garbage", [b"Segmentation fault\n", b"JX\xff\xff\xff\xff"])
+@cases("garbage", b"Segmentation fault\n", b"JX\xff\xff\xff\xff")
 def test_pipe_gives_up_on_garbage(pipe_end: PipeEnd, garbage: bytes) -> None:
     pipe_end.socket.sendall(jupyter_exec.PipeCodec.encode([b"good"]) + garbage)
     eventually(lambda: pipe_end.closed, "the pipe is closed")
     assert pipe_end.frames == [[b"good"]]
 
 
-def test_pipe_gives_up_on_a_reader_that_does_not_read(
-    loop: jupyter_exec.Loop, pipe_end: PipeEnd, monkeypatch: pytest.MonkeyPatch
+def test_pipe_gives_up_on_who_does_not_read(
+    loop: jupyter_exec.Loop, pipe_end: PipeEnd, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 0.1)
     loop.post(lambda: pipe_end.pipe.send([bytes(5_000_000)]))
@@ -1962,8 +1839,8 @@ def raw_message(msg_type: str, size: int) -> tuple[str, list[bytes]]:
     return "iopub", [b"", b"<IDS|MSG>", b"", b'{"msg_type":"%b"}' % msg_type.encode(), b"{}", b"{}", bytes(size)]
 
 
-@pytest.mark.parametrize("msg_type", ["stream", "display_data", "unheard_of"])
-def test_a_mailbox_takes_no_output_beyond_its_limit(monkeypatch: pytest.MonkeyPatch, msg_type: str) -> None:
+@cases("msg_type", "stream", "display_data", "unheard_of")
+def test_a_mailbox_takes_no_output_beyond_its_limit(monkeypatch: MonkeyPatch, msg_type: str) -> None:
     monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 100_000)
     mailbox = jupyter_exec.Mailbox()
     for _ in range(100):
@@ -1976,7 +1853,7 @@ def test_a_mailbox_takes_no_output_beyond_its_limit(monkeypatch: pytest.MonkeyPa
     assert mailbox.get(0) is not None
 
 
-def test_a_kernel_that_sends_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_sends_without_end_is_ended(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 100_000)
     ended: list[int] = []
     mailbox = jupyter_exec.Mailbox(lambda: ended.append(1))
@@ -1996,22 +1873,21 @@ def test_connection_files_are_private_and_read_back(tmp_path: Path) -> None:
     assert jupyter_exec.read_connection_file(path).key == "secret-key"
 
 
-def test_connection_file_open_to_others_is_refused(tmp_path: Path) -> None:
+@cases(
+    "text, mode, says",
+    (connection_json(), 0o644, r"kernel\.json .*chmod 600"),
+    ("", 0o600, "not JSON"),
+    ("{}", 0o600, "has no 'ip'"),
+    ('{"ip": "127.0.0.1"}', 0o600, "port"),
+    (None, 0, r"kernel\.json: No such file"),
+)
+def test_attaching_by_a_wrong_file_fails_clearly(tmp_path: Path, text: str | None, mode: int, says: str) -> None:
     path = tmp_path / "kernel.json"
-    path.write_text(connection_json())
-    path.chmod(0o644)
-    with pytest.raises(ProtocolError, match=f"{path} .*chmod 600"):
+    if text is not None:
+        path.write_text(text)
+        path.chmod(mode)
+    with pytest.raises(ProtocolError, match=says):
         JupyterCodeExecutor(path)
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"ip": "127.0.0.1"}'])
-def test_attaching_by_a_broken_file_fails_clearly(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "kernel.json"
-    jupyter_exec.write_private(str(path), text)
-    with pytest.raises(ProtocolError):
-        JupyterCodeExecutor(path)
-    with pytest.raises(ProtocolError, match=r"nowhere\.json: No such file"):
-        JupyterCodeExecutor(tmp_path / "nowhere.json")
 
 
 # ======================================================================================================
@@ -2026,8 +1902,8 @@ class ScriptedKernel:
         self.session = Session(key=b"key")
         self._context = zmq.Context()
         self.sockets = {name: self._context.socket(kind) for name, kind in self.KINDS.items()}
-        ports: dict[str, Any] = {
-            f"{name}_port": sock.bind_to_random_port("tcp://127.0.0.1") for name, sock in self.sockets.items()
+        ports: Any = {
+            f"{name}_port": bind.bind_to_random_port("tcp://127.0.0.1") for name, bind in self.sockets.items()
         }
         self.connection = KernelConnection(ip="127.0.0.1", key="key", **ports)
         self.requests: list[dict[str, Any]] = []
@@ -2074,18 +1950,12 @@ class ScriptedKernel:
 
 
 @contextlib.contextmanager
-def scripted(script: Callable[[ScriptedKernel, dict[str, Any]], None]) -> Iterator[JupyterCodeExecutor]:
-    kernel = ScriptedKernel(script)
-    try:
-        with JupyterCodeExecutor(kernel.connection) as executor:
+def scripted(
+    script: Callable[[ScriptedKernel, dict[str, Any]], None], output_dir: Any = "."
+) -> Iterator[JupyterCodeExecutor]:
+    with contextlib.closing(ScriptedKernel(script)) as kernel:
+        with JupyterCodeExecutor(kernel.connection, output_dir=output_dir) as executor:
             yield executor
-    finally:
-        kernel.close()
-
-
-def test_a_kernel_without_iopub_welcome_gets_ready() -> None:
-    with scripted(lambda kernel, request: kernel.finish(request)) as executor:
-        assert executor.execute("1").status == "ok"
 
 
 def hostile(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
@@ -2103,7 +1973,7 @@ def hostile(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
     kernel.finish(request)
 
 
-def test_hostile_messages_are_survived_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_hostile_messages_are_survived_and_reported(caplog: LogCaptureFixture) -> None:
     with scripted(hostile) as executor:
         assert run(executor, "1").output == "genuine"
         assert run(executor, "1").output == "genuine"
@@ -2120,13 +1990,18 @@ def without_reply(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
     kernel.publish("status", {"execution_state": "idle"}, request)
 
 
-@pytest.mark.parametrize(
-    ("script", "exit_code", "note"),
-    [(without_idle, 0, "Some of the output was lost on its way"), (without_reply, 1, "its reply was lost")],
+def without_idle_and_deaf(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+    kernel.deaf = 3
+    without_idle(kernel, request)
+
+
+@cases(
+    "script, exit_code, note",
+    (without_idle, 0, "Some of the output was lost on its way"),
+    (without_idle_and_deaf, 0, "Some of the output was lost on its way"),  # it is asked again and again
+    (without_reply, 1, "its reply was lost"),
 )
-def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
-    script: Any, exit_code: int, note: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_idle_or_reply_ends_the_cell(script: Any, exit_code: int, note: str, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "FENCE_DELAY", 0.1)
     with scripted(script) as executor:
         result = executor.execute("1", timeout=PATIENCE)
@@ -2135,8 +2010,8 @@ def test_a_lost_idle_or_reply_ends_the_cell_all_the_same(
     assert note in result.note
 
 
-def test_a_kernel_that_floods_while_no_cell_runs_is_ended_and_the_reason_told(
-    executor: JupyterCodeExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_kernel_that_floods_between_cells_is_ended(
+    executor: JupyterCodeExecutor, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 200_000)
     gate = tmp_path / "gate"
@@ -2152,26 +2027,11 @@ def test_a_kernel_that_floods_while_no_cell_runs_is_ended_and_the_reason_told(
     assert run(executor, "1").output == "1"
 
 
-def test_a_lost_idle_is_asked_for_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jupyter_exec, "FENCE_DELAY", 0.05)
-
-    def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
-        kernel.deaf = 3
-        without_idle(kernel, request)
-
-    with scripted(script) as executor:
-        assert executor.execute("1", timeout=PATIENCE).status == "ok"
-
-
-def test_a_slow_hook_delays_no_deadline(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
-    mark = tmp_path / "interrupted"
+def test_a_slow_hook_neither_delays_nor_makes_a_timeout(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
+    mark, mailbox = tmp_path / "interrupted", executor._kernel._mailbox
     code = f"import time\nprint('go', flush=True)\ntry: time.sleep(60)\nfinally: open({str(mark)!r}, 'w').close()"
     result = executor.execute(code, timeout=0.5, on_output=lambda output: eventually(mark.exists, "the interrupt"))
     assert (result.status, result.kernel_state) == ("timeout", "intact")
-
-
-def test_a_cell_that_ended_in_time_is_no_timeout_however_slow_the_hook(executor: JupyterCodeExecutor) -> None:
-    mailbox = executor._kernel._mailbox
 
     def slow(output: dict[str, Any]) -> None:
         end = time.monotonic() + 0.5
@@ -2180,15 +2040,26 @@ def test_a_cell_that_ended_in_time_is_no_timeout_however_slow_the_hook(executor:
     assert executor.execute("print('go')", timeout=0.3, on_output=slow).status == "ok"
 
 
-def test_ctrl_c_keeps_the_cell_for_the_notebook(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
-    def interrupt(output: dict[str, Any]) -> None:
-        raise KeyboardInterrupt
+def raising(kind: type[BaseException]) -> None:
+    raise kind
 
-    with pytest.raises(KeyboardInterrupt):
-        executor.execute("print('go', flush=True)\nwhile True: pass", on_output=interrupt)
+
+@cases("end", KeyboardInterrupt, SystemExit)
+@cases("by_signal", True, False)
+def test_a_cell_ended_by_a_signal_is_kept(
+    executor: JupyterCodeExecutor, tmp_path: Path, end: type[BaseException], by_signal: bool
+) -> None:
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: raising(end))
+    hook = functools.partial(os.kill, os.getpid(), signal.SIGUSR1) if by_signal else functools.partial(raising, end)
+    try:
+        with pytest.raises(end):
+            executor.execute("print('so far', flush=True)\nwhile True: pass", on_output=lambda output: hook())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     executor.save_notebook(tmp_path / "n.ipynb")
     (cell,) = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
-    assert cell.outputs[0].text == "go\n"
+    assert cell.outputs[0].text == "so far\n"
+    assert "Interrupted" in cell.outputs[-1].text
     assert run(executor, "1").output == "1"
 
 
@@ -2219,7 +2090,7 @@ def test_an_interrupt_that_comes_late_hits_no_later_cell(executor: JupyterCodeEx
     late[0].join()
 
 
-def test_an_attached_kernel_that_ignores_the_interrupt_is_said_to_be_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attached_kernel_that_ignores_the_interrupt_is_said_to_be_busy(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
     with scripted(lambda kernel, request: None) as executor:
         result = executor.execute("1", timeout=0.2)
@@ -2271,7 +2142,7 @@ class Stubborn:
         eventually(lambda: len(self.times) >= number, "an interrupt")
 
 
-@pytest.mark.parametrize("slow", [False, True])
+@cases("slow", False, True)
 def test_a_lost_interrupt_is_sent_again_in_the_middle_of_the_grace(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 2.0)
     script = Stubborn(obeys=2)
@@ -2363,7 +2234,10 @@ def test_a_cell_that_has_answered_is_not_given_up_because_a_hook_was_slow(monkey
 # 8. Kernel host
 # ======================================================================================================
 
-ENVIRONMENTS: list[dict[str, str | None]] = [
+
+@pytest.mark.slow
+@cases(
+    "changes",
     {},
     {"JUPYTER_PATH": "/a:/b"},
     {"JUPYTER_DATA_DIR": "/data"},
@@ -2372,11 +2246,8 @@ ENVIRONMENTS: list[dict[str, str | None]] = [
     {"JUPYTER_PREFER_ENV_PATH": "0"},
     {"JUPYTER_PREFER_ENV_PATH": "no", "JUPYTER_PATH": "/a"},
     {"HOME": tempfile.gettempdir()},
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", ENVIRONMENTS, ids=str)
+    ids=str,
+)
 def test_kernelspec_directories_are_those_of_jupyter(changes: dict[str, str]) -> None:
     environ = {key: value for key, value in os.environ.items() if not key.startswith("JUPYTER")} | changes
     program = """
@@ -2398,18 +2269,28 @@ def kernels_dir(tmp_path: Path) -> Path:
     return path
 
 
-def add_spec(kernels: Path, name: str, **spec: Any) -> None:
+def add_spec(kernels: Path, name: str, argv: Any, **spec: Any) -> dict[str, str]:
+    """Write a kernelspec; returns the environment in which it is found."""
     (kernels / name).mkdir()
+    spec = {"argv": argv, "display_name": name, "language": "python", **spec}
     (kernels / name / "kernel.json").write_text(json.dumps(spec))
+    return {"JUPYTER_PATH": str(kernels.parent)}
+
+
+@contextlib.contextmanager
+def kernel_of(kernels: Path, argv: list[str], name: str = "own", **spec: Any) -> Iterator[JupyterCodeExecutor]:
+    """An executor of a kernel of a kernelspec of its own."""
+    with LocalJupyterServer(env=add_spec(kernels, name, argv, **spec)) as server:
+        with JupyterCodeExecutor(server, name) as executor:
+            yield executor
 
 
 IPYKERNEL = ["python", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
 
-def test_kernelspecs_are_found_as_jupyter_finds_them(kernels_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_spec(kernels_dir, "Mine", argv=IPYKERNEL, display_name="Mine", language="python")
-    add_spec(kernels_dir, "python3", argv=IPYKERNEL, display_name="Own Python", language="python")
-    add_spec(kernels_dir, "broken", argv="no list")
+def test_kernelspecs_are_found_as_jupyter_finds_them(kernels_dir: Path, monkeypatch: MonkeyPatch) -> None:
+    for name, argv in {"Mine": IPYKERNEL, "python3": IPYKERNEL, "broken": "no list"}.items():
+        add_spec(kernels_dir, name, argv)
     (kernels_dir / "not a kernel").mkdir()
     monkeypatch.setenv("JUPYTER_PATH", str(kernels_dir.parent))
     judge = KernelSpecManager().find_kernel_specs()
@@ -2419,31 +2300,19 @@ def test_kernelspecs_are_found_as_jupyter_finds_them(kernels_dir: Path, monkeypa
 
 
 def test_kernelspec_argv_env_and_name(kernels_dir: Path) -> None:
-    argv = [
-        "python",
-        "-c",
-        "import sys; sys.argv[1:] = sys.argv[3:]; from ipykernel_launcher import app",
-        "{resource_dir}",
-        "{x}",
-    ]
     argv = [*IPYKERNEL, "{resource_dir}|{prefix}|{unknown}"]
-    add_spec(kernels_dir, "mine", argv=argv, display_name="m", language="python", env={"A": "${B}-x", "C": "$$"})
-    environment = {"JUPYTER_PATH": str(kernels_dir.parent), "B": "b"}
-    with LocalJupyterServer(env=environment) as server, JupyterCodeExecutor(server, "MINE") as executor:
-        assert run(executor, "import os, sys; print(os.environ['A'], os.environ['C'], sys.executable)").output == (
-            f"b-x $ {sys.executable}\n"
-        )
-        assert run(executor, "print(sys.argv[-3])").output == f"{kernels_dir}/mine|{sys.prefix}|{{unknown}}\n"
+    env = add_spec(kernels_dir, "mine", argv, env={"A": "${B}-x", "C": "$$"})
+    with LocalJupyterServer(env=env | {"B": "b"}) as server, JupyterCodeExecutor(server, "MINE") as executor:
+        shown = run(executor, "import os, sys; print(os.environ['A'], os.environ['C'], sys.executable, sys.argv[-3])")
+    assert shown.output == f"b-x $ {sys.executable} {kernels_dir}/mine|{sys.prefix}|{{unknown}}\n"
 
 
 def test_interrupt_mode_message(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "m", argv=IPYKERNEL, display_name="m", language="python", interrupt_mode="message")
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with JupyterCodeExecutor(server, "m") as executor:
-            assert run(executor, "x = 1").exit_code == 0
-            result = executor.execute("while True: pass", timeout=0.5)
-            assert (result.status, result.kernel_state) == ("timeout", "intact")
-            assert run(executor, "x").output == "1"
+    with kernel_of(kernels_dir, IPYKERNEL, interrupt_mode="message") as executor:
+        assert run(executor, "x = 1").exit_code == 0
+        result = executor.execute("while True: pass", timeout=0.5)
+        assert (result.status, result.kernel_state) == ("timeout", "intact")
+        assert run(executor, "x").output == "1"
 
 
 def test_kernels_are_lean_and_history_works_all_the_same(executor: JupyterCodeExecutor) -> None:
@@ -2451,70 +2320,58 @@ def test_kernels_are_lean_and_history_works_all_the_same(executor: JupyterCodeEx
     assert run(executor, "In[2], Out[2], _").output == "('a + 1', 2, 2)"
     assert run(executor, "%history").output.startswith("a = 1\na + 1\n")
     assert run(executor, "get_ipython().history_manager.enabled").output == "False"
+    with LocalJupyterServer(ipython_defaults=True) as server, JupyterCodeExecutor(server) as other:
+        assert run(other, "get_ipython().history_manager.enabled").output == "True"
 
 
-def test_ipythons_defaults_are_a_keyword_away() -> None:
-    with LocalJupyterServer(ipython_defaults=True) as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "get_ipython().history_manager.enabled").output == "True"
+@cases("is_taken", False, True)
+def test_kernels_that_may_not_know_ipc_get_free_tcp_ports(kernels_dir: Path, tmp_path: Path, is_taken: bool) -> None:
+    tcp_kernel = textwrap.dedent("""
+        import pathlib, sys
+        mark = pathlib.Path(sys.argv[2])
+        if not mark.exists():
+            mark.touch()
+            sys.exit("zmq.error.ZMQError: Address already in use")
+        from ipykernel import kernelapp
+        kernelapp.launch_new_instance(["-f", sys.argv[1]])
+    """)
+    mark = tmp_path / "mark"
+    if not is_taken:
+        mark.touch()
+    (tmp_path / "start.py").write_text(tcp_kernel)
+    with kernel_of(kernels_dir, ["python", f"{tmp_path}/start.py", "{connection_file}", str(mark)]) as executor:
+        assert json.loads(Path(executor.connection_file or "").read_text())["transport"] == "tcp"
+        assert run(executor, "1 + 1").output == "2"
+    assert mark.exists()
 
 
-TCP_KERNEL = ["python", "{resource_dir}/start.py", "{connection_file}"]
-
-
-def test_kernels_that_may_not_know_ipc_get_tcp_ports(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "tcp", argv=TCP_KERNEL, display_name="t", language="python")
-    start = "import sys; from ipykernel import kernelapp; kernelapp.launch_new_instance(['-f', sys.argv[1]])"
-    (kernels_dir / "tcp" / "start.py").write_text(start)
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with JupyterCodeExecutor(server, "tcp") as executor:
-            assert json.loads(Path(executor.connection_file or "").read_text())["transport"] == "tcp"
-            assert run(executor, "1 + 1").output == "2"
-
-
-def test_a_tcp_kernel_whose_port_was_taken_is_launched_again(kernels_dir: Path, tmp_path: Path) -> None:
-    add_spec(kernels_dir, "tcp", argv=TCP_KERNEL, display_name="t", language="python")
-    (kernels_dir / "tcp" / "start.py").write_text(f"""
-import pathlib, sys
-mark = pathlib.Path({str(tmp_path / "mark")!r})
-if not mark.exists():
-    mark.touch()
-    sys.exit("zmq.error.ZMQError: Address already in use")
-from ipykernel import kernelapp
-kernelapp.launch_new_instance(["-f", sys.argv[1]])
-""")
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with JupyterCodeExecutor(server, "tcp") as executor:
-            assert run(executor, "1 + 1").output == "2"
+NO_LICENCE = ["python", "-c", "import sys; sys.exit(' '.join(['no', 'licence', 'found']))"]
 
 
 def test_a_kernel_that_dies_at_start_is_reported_with_its_stderr(kernels_dir: Path) -> None:
-    argv = ["python", "-c", "import sys; sys.exit(' '.join(['no', 'licence', 'found']))"]
-    add_spec(kernels_dir, "bad", argv=argv, display_name="b", language="python")
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        executor = JupyterCodeExecutor(server, "bad")
+    with kernel_of(kernels_dir, NO_LICENCE) as executor:
         result = run(executor, "1")
         assert (result.exit_code, result.kernel_state) == (1, "lost")
         assert "no licence found" in result.output
         assert "exit code 1" in result.output
         with pytest.raises(KernelStartFailed, match="no licence found"):
             executor.execute("1")
-        with JupyterCodeExecutor(server) as other:
+        job = executor.submit("1")
+        with pytest.raises(KernelStartFailed):
+            job.wait(PATIENCE)
+        assert (job.done, job.status, job.output) == (True, "failed", "")
+        with JupyterCodeExecutor(executor._server) as other:
             assert run(other, "1").output == "1"
 
 
-def test_a_kernelspec_with_a_missing_program_is_reported(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "gone", argv=["/no/such/program"], display_name="g", language="python")
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with pytest.raises(KernelStartFailed, match="No such file or directory: /no/such/program"):
-            JupyterCodeExecutor(server, "gone")
-
-
-def test_a_kernelspec_that_wants_a_provisioner_is_refused(kernels_dir: Path) -> None:
-    metadata = {"kernel_provisioner": {"provisioner_name": "yarn"}}
-    add_spec(kernels_dir, "yarn", argv=["python"], display_name="y", language="python", metadata=metadata)
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with pytest.raises(KernelStartFailed, match="provisioner"):
-            JupyterCodeExecutor(server, "yarn")
+@cases(
+    "argv, metadata, says",
+    (["/no/such/program"], {}, "No such file or directory: /no/such/program"),
+    (["python"], {"kernel_provisioner": {"provisioner_name": "yarn"}}, "provisioner"),
+)
+def test_a_kernelspec_that_cannot_be_launched_is_told(kernels_dir: Path, argv: Any, metadata: Any, says: str) -> None:
+    with pytest.raises(KernelStartFailed, match=says), kernel_of(kernels_dir, argv, metadata=metadata):
+        pass
 
 
 @pytest.mark.slow
@@ -2530,34 +2387,39 @@ def test_signals_that_the_program_has_blocked_reach_its_kernels() -> None:
 
 
 @pytest.fixture(scope="session")
-def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+def bare_python(tmp_path_factory: TempPathFactory) -> str:
     """A Python without ipykernel and pyzmq."""
     path = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(path)], check=True)
     return str(path / "bin" / "python")
 
 
-def test_a_python_without_ipykernel_says_what_to_install(bare_python: str, tmp_path: Path) -> None:
+def test_a_python_that_lacks_a_package_says_what_to_install(bare_python: str, tmp_path: Path) -> None:
     with LocalJupyterServer(python=bare_python) as server:
         with pytest.raises(ValueError, match="Kernel python3 is not installed") as caught:
             JupyterCodeExecutor(server)
         assert f"{bare_python} -m pip install ipykernel" in str(caught.value)
-
-
-def test_a_host_without_pyzmq_says_what_to_install(bare_python: str, tmp_path: Path) -> None:
     (tmp_path / "ipykernel.py").touch()
-    with CommandJupyterServer([bare_python], env={"PYTHONPATH": str(tmp_path)}) as server:
+    with CommandJupyterServer([bare_python], env={"PYTHONPATH": str(tmp_path)}) as command:
         with pytest.raises(KernelStartFailed, match=f"pyzmq.*{bare_python} -m pip install pyzmq"):
-            JupyterCodeExecutor(server)
+            JupyterCodeExecutor(command)
+    with LocalJupyterServer(python=bare_python, transport="gateway") as server:
+        with pytest.raises(KernelStartFailed, match=f"{bare_python} -m pip install jupyter_kernel_gateway"):
+            server.get_client()
 
 
-@pytest.mark.parametrize(
-    ("argv", "says"),
-    [
-        (["/no/such/python"], "No such file or directory: /no/such/python"),
-        (["true"], "no Python answered"),
-        (["sh", "-c", "echo welcome; echo trouble >&2; exit 3"], "welcome.*exit code 3.*trouble"),
-    ],
+def program_file(path: Path, text: str) -> str:
+    """Write a program; returns its path."""
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@cases(
+    "argv, says",
+    (["/no/such/python"], "No such file or directory: /no/such/python"),
+    (["true"], "no Python answered"),
+    (["sh", "-c", "echo welcome; echo trouble >&2; exit 3"], "welcome.*exit code 3.*trouble"),
 )
 def test_a_command_that_is_no_python_is_reported(argv: list[str], says: str) -> None:
     with CommandJupyterServer(argv) as server, pytest.raises(KernelStartFailed) as caught:
@@ -2565,25 +2427,22 @@ def test_a_command_that_is_no_python_is_reported(argv: list[str], says: str) -> 
     assert re.search(says, str(caught.value), re.DOTALL)
 
 
-CHATTY = """
-import os, subprocess, sys, threading
-def chatter():
-    while True:
-        os.write(2, b"chatter " * 8000)
-threading.Thread(target=chatter, daemon=True).start()
-os.write(2, b"x" * 2**20)
-sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))
-"""
-
-
 def test_of_the_stderr_of_a_command_only_the_end_is_kept(short_path: Path) -> None:
-    with CommandJupyterServer([sys.executable, "-c", CHATTY], env={"TMPDIR": str(short_path)}) as server:
+    chatty = textwrap.dedent("""
+        import os, subprocess, sys, threading
+        def chatter():
+            while True:
+                os.write(2, b"chatter " * 8000)
+        threading.Thread(target=chatter, daemon=True).start()
+        os.write(2, b"x" * 2**20)
+        sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))
+    """)
+    with CommandJupyterServer([sys.executable, "-c", chatty], env={"TMPDIR": str(short_path)}) as server:
         with JupyterCodeExecutor(server) as executor:
             assert run(executor, "print(len('x' * 10**6))").output == "1000000\n"
         assert server._process
-        assert not [
-            file for file in Path(f"/proc/{server._process.pid}/fd").iterdir() if "deleted" in os.readlink(file)
-        ]
+        files = Path(f"/proc/{server._process.pid}/fd").iterdir()
+        assert not [file for file in files if "deleted" in os.readlink(file)]
         link = server.link()
         server._process.kill()
         eventually(lambda: link.lost, "the end of the command")
@@ -2591,55 +2450,33 @@ def test_of_the_stderr_of_a_command_only_the_end_is_kept(short_path: Path) -> No
 
 
 def test_a_python_that_is_too_old_is_reported(tmp_path: Path) -> None:
-    fake = tmp_path / "python"
-    fake.write_text(f"#!{sys.executable}\nimport sys\nsys.version_info = (3, 8)\nexec(sys.argv[2])\n")
-    fake.chmod(0o755)
-    with LocalJupyterServer(python=fake) as server, pytest.raises(KernelStartFailed, match=r"3\.8 is too old"):
-        JupyterCodeExecutor(server)
+    old = f"#!{sys.executable}\nimport sys\nsys.version_info = (3, 8)\nexec(sys.argv[2])\n"
+    with LocalJupyterServer(python=program_file(tmp_path / "python", old)) as server:
+        with pytest.raises(KernelStartFailed, match=r"3\.8 is too old"):
+            JupyterCodeExecutor(server)
 
 
-def test_noise_before_the_greeting_does_not_confuse() -> None:
-    with CommandJupyterServer(["sh", "-c", 'echo "Welcome to the machine"; exec "$0" "$@"', sys.executable]) as server:
-        assert "python3" in server.kernelspecs()
-
-
-def test_a_host_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jupyter_exec, "SHUTDOWN_GRACE", 0.1)
-    with (
-        CommandJupyterServer(["sh", "-c", "exec sleep 30"], start_timeout=0.3) as server,
-        pytest.raises(KernelStartFailed, match=r"no answer within 0\.3 s"),
-    ):
-        server.kernelspecs()
-
-
-def test_a_command_is_asked_to_end_before_it_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_host_that_never_answers_is_asked_to_end(monkeypatch: MonkeyPatch, tmp_path: Path) -> None:
     """srun takes its job out of the queue when it is terminated, and leaves it there when it is killed."""
     monkeypatch.setattr(jupyter_exec, "SHUTDOWN_GRACE", 0.5)
-    (tmp_path / "srun").write_text(
-        f"#!/bin/sh\ntrap 'echo taken back >{tmp_path}/queue; exit 1' TERM\nwhile :; do sleep 0.05; done"
-    )
-    (tmp_path / "srun").chmod(0o755)
-    with CommandJupyterServer([str(tmp_path / "srun"), "python3"], start_timeout=0.3) as server:
-        with pytest.raises(KernelStartFailed, match="no answer within"):
+    text = f"#!/bin/sh\ntrap 'echo taken back >{tmp_path}/queue; exit 1' TERM\nwhile :; do sleep 0.05; done"
+    with CommandJupyterServer([program_file(tmp_path / "srun", text), "python3"], start_timeout=0.3) as server:
+        with pytest.raises(KernelStartFailed, match=r"no answer within 0\.3 s"):
             server.kernelspecs()
     assert (tmp_path / "queue").read_text() == "taken back\n"
 
 
 @pytest.mark.slow
-def test_what_has_no_newline_comes_through_srun_at_once(tmp_path: Path) -> None:
-    with CommandJupyterServer(["env", sys.executable]) as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "import os; os.environ['SLURM_UNBUFFEREDIO']").output == "'1'"
-    with CommandJupyterServer(["env", sys.executable], env={"SLURM_UNBUFFEREDIO": "0"}) as server:
-        with JupyterCodeExecutor(server) as executor:
-            assert run(executor, "import os; os.environ['SLURM_UNBUFFEREDIO']").output == "'0'"
+@cases("env, value", ({}, "1"), ({"SLURM_UNBUFFEREDIO": "0"}, "0"))
+def test_what_has_no_newline_comes_through_srun_at_once(env: dict[str, str], value: str) -> None:
+    with CommandJupyterServer(["env", sys.executable], env=env) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "import os; os.environ['SLURM_UNBUFFEREDIO']").output == repr(value)
 
 
-@pytest.mark.parametrize(
-    ("option", "error", "says"),
-    [
-        ({"start_timeout": 0}, ValueError, "start_timeout must be a number of seconds, not 0"),
-        ({"start_time": 1}, TypeError, "JupyterServer has no keyword 'start_time'"),
-    ],
+@cases(
+    "option, error, says",
+    ({"start_timeout": 0}, ValueError, "start_timeout must be a number of seconds, not 0"),
+    ({"start_time": 1}, TypeError, "JupyterServer has no keyword 'start_time'"),
 )
 def test_a_wrong_option_of_the_launch_is_named(option: dict[str, Any], error: type[Exception], says: str) -> None:
     for make in (LocalJupyterServer, functools.partial(CommandJupyterServer, ["python3"])):
@@ -2648,7 +2485,7 @@ def test_a_wrong_option_of_the_launch_is_named(option: dict[str, Any], error: ty
 
 
 @pytest.mark.slow
-def test_a_stopped_host_is_given_up_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_host_is_given_up_and_replaced(monkeypatch: MonkeyPatch) -> None:
     before = descendants(os.getpid())
     with LocalJupyterServer() as server:
         server.kernelspecs()
@@ -2662,53 +2499,37 @@ def test_a_stopped_host_is_given_up_and_replaced(monkeypatch: pytest.MonkeyPatch
         assert "python3" in server.kernelspecs()
 
 
-CLIENT = """
-    import sys, time, jupyter_exec
-    server = jupyter_exec.LocalJupyterServer(env={"MARK": sys.argv[1]})
-    if sys.argv[2] == "relay":
-        server = jupyter_exec.CommandJupyterServer([sys.executable], env={"MARK": sys.argv[1]})
-    executor = jupyter_exec.JupyterCodeExecutor(server)
-    code = "import subprocess; a = subprocess.Popen(['sleep', '100']); b = subprocess.Popen(['sleep', '101'], start_new_session=True)"
-    assert executor.execute(code).status == "ok"
-    print("ready", flush=True)
-    executor.execute(sys.argv[3], timeout=100)
-"""
-
-
-@pytest.mark.parametrize("how", ["direct", "relay"])
-@pytest.mark.parametrize("code", ["1", "import time; time.sleep(100)", "while True: print('x' * 1000)"])
-def test_nothing_outlives_a_killed_client(tmp_path: Path, how: str, code: str) -> None:
-    marker = f"mark-{time.time_ns()}"
-    command = [sys.executable, "-c", textwrap.dedent(CLIENT), marker, how, code]
-    environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as client:
-        assert client.stdout
-        assert client.stdout.readline() == b"ready\n"
+@cases("how", "direct", "relay")
+@cases("code", "1", "import time; time.sleep(100)", "while True: print('x' * 1000)")
+def test_nothing_outlives_a_killed_client(tmp_path: Path, marker: str, how: str, code: str) -> None:
+    client = """
+        import sys, time, jupyter_exec
+        server = jupyter_exec.LocalJupyterServer(env={"MARK": sys.argv[1]})
+        if sys.argv[2] == "relay":
+            server = jupyter_exec.CommandJupyterServer([sys.executable], env={"MARK": sys.argv[1]})
+        executor = jupyter_exec.JupyterCodeExecutor(server)
+        code = "import subprocess; a = subprocess.Popen(['sleep', '100']); b = subprocess.Popen(['sleep', '101'], start_new_session=True)"
+        assert executor.execute(code).status == "ok"
+        print("ready", flush=True)
+        executor.execute(sys.argv[3], timeout=100)
+    """
+    with client_program(client, marker, how, code, TMPDIR=str(tmp_path)):
         assert len(marked_processes(f"MARK={marker}")) >= 4
-        client.kill()
-    eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
     eventually(lambda: not list(tmp_path.iterdir()), "every file is gone")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preload", ["[]", "None"])
-def test_nothing_outlives_a_client_and_a_host_that_are_killed_at_once(tmp_path: Path, preload: str) -> None:
-    marker = f"mark-{time.time_ns()}"
+@cases("preload", "[]", "None")
+def test_nothing_outlives_a_client_and_its_host_killed_at_once(tmp_path: Path, marker: str, preload: str) -> None:
     program = f"""
         import sys, jupyter_exec
         server = jupyter_exec.LocalJupyterServer(preload={preload}, env={{"MARK": sys.argv[1]}})
         code = "import ctypes; print(1, flush=True); ctypes.PyDLL(None).sleep(100)"  # no thread of it runs
         jupyter_exec.JupyterCodeExecutor(server).execute(code, on_output=lambda output: print("ready", flush=True))
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), marker]
-    environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as client:
-        assert client.stdout
-        assert client.stdout.readline() == b"ready\n"
+    with client_program(program, marker, TMPDIR=str(tmp_path)) as client:
         client.send_signal(signal.SIGSTOP)  # it does not see what happens
         os.kill(min(marked_processes(f"MARK={marker}")), signal.SIGKILL)
-        client.kill()
-    eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
 
 
 # What some builds of Python lack, and some sandboxes; the far end's own Python only, not the kernel's.
@@ -2734,11 +2555,10 @@ LACKS = "pidfd_open memfd_create pthread_sigmask SOCK_SEQPACKET send_fds recv_fd
 
 # The second fork runs no hooks of Python.
 @pytest.mark.slow
-@pytest.mark.parametrize("fork", ["os.fork()", "ctypes.PyDLL(None).fork()"])
-@pytest.mark.parametrize("lacks", ["", "register_at_fork", "pidfd_open register_at_fork"])
-def test_a_forked_child_of_the_client_does_not_keep_the_kernels(lacks: str, fork: str, tmp_path: Path) -> None:
+@cases("fork", "os.fork()", "ctypes.PyDLL(None).fork()")
+@cases("lacks", "", "register_at_fork", "pidfd_open register_at_fork")
+def test_a_forked_child_of_the_client_keeps_no_kernels(lacks: str, fork: str, marker: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(POOR_PYTHON)
-    marker = f"mark-{time.time_ns()}"
     program = """
         import ctypes, os, sys, time, warnings, jupyter_exec
         server = jupyter_exec.LocalJupyterServer(env={"MARK": sys.argv[1]})
@@ -2752,18 +2572,15 @@ def test_a_forked_child_of_the_client_does_not_keep_the_kernels(lacks: str, fork
         print("ready", flush=True)
         time.sleep(30)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), marker, fork]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{MODULE.parent}", "TMPDIR": str(tmp_path), "LACKS": lacks}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as client:
-        assert client.stdout
-        assert client.stdout.readline() == b"ready\n"
+    changes = {"PYTHONPATH": f"{tmp_path}:{MODULE.parent}", "TMPDIR": str(tmp_path), "LACKS": lacks}
+    with client_program(program, marker, fork, **changes) as client:
         client.kill()
         eventually(lambda: not marked_processes(f"MARK={marker}"), "every kernel is gone")
         os.killpg(client.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lacks", "relay"), [("pidfd_open memfd_create", False), (LACKS, True)])
+@cases("lacks, relay", ("pidfd_open memfd_create", False), (LACKS, True))
 def test_a_python_that_lacks_much_has_kernels(lacks: str, relay: bool, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(POOR_PYTHON)
     env = {"PYTHONPATH": str(tmp_path), "LACKS": lacks}
@@ -2779,42 +2596,55 @@ def test_a_python_that_lacks_much_has_kernels(lacks: str, relay: bool, tmp_path:
             assert run(executor, "3").output == "3"
 
 
-def test_children_that_left_the_session_die_with_their_kernel(server: LocalJupyterServer, tmp_path: Path) -> None:
-    code = "import subprocess; p = subprocess.Popen(['sleep', '1000'], start_new_session=True); p.pid"
+LEAVERS = {
+    "with exec": "import subprocess; p = subprocess.Popen(['sleep', '1000'], start_new_session=True); p.pid",
+    "without exec": """
+import os, time, warnings
+warnings.simplefilter('ignore')
+r, w = os.pipe()
+if not os.fork():
+    os.setsid()
+    os.write(w, str(os.getpid()).encode())
+    time.sleep(1000)
+    os._exit(0)
+print(os.read(r, 9).decode())
+""",
+}
+
+
+@cases("how", *LEAVERS)
+def test_children_that_left_the_session_die_with_their_kernel(server: LocalJupyterServer, how: str) -> None:
     with JupyterCodeExecutor(server) as one, JupyterCodeExecutor(server) as two:
-        first, second = int(run(one, code).output), int(run(two, code).output)
+        first, second = int(run(one, LEAVERS[how]).output), int(run(two, LEAVERS[how]).output)
+        assert not is_gone(first)
         one.stop()
-        eventually(lambda: first not in descendants(os.getpid()), "the child of the stopped kernel is gone")
-        assert second in descendants(os.getpid())
-    eventually(lambda: second not in descendants(os.getpid()), "the other one too")
-
-
-# What a kernel is by, told by a cell: all of it is to be the same however the kernel came to be.
-FACTS = r"""
-import atexit, gc, json, locale, logging, os, resource, signal, sys, threading, warnings
-import __main__
-private = ("JUPYTER_EXEC_KERNEL", "JPY_PARENT_PID", "_", "PYDEVD_USE_FRAME_EVAL")
-own = {"session": os.getsid(0) == os.getpid(), "group": os.getpgrp() == os.getpid(), "cwd": os.getcwd()}
-own |= {"path": sys.path, "env": {key: value for key, value in os.environ.items() if key not in private}}
-own |= {"argv": [sys.argv[0], sys.argv[1], *sys.argv[3:]], "flags": str(sys.flags), "umask": os.umask(0o22)}
-own |= {"signals": {s.name: str(signal.getsignal(s)) for s in signal.Signals}, "gc": gc.isenabled()}
-own |= {"threads": sorted({thread.name.split(" ")[0] for thread in threading.enumerate()}), "main": str(__main__.__dict__.get("__file__"))}
-own |= {"files": sorted({os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in "012"}), "locale": locale.getlocale()}
-own |= {"parent": open(f"/proc/{os.getppid()}/cmdline").read()[:60], "warnings": str(warnings.filters[:4])}
-own |= {"logging": str(logging.root.handlers), "dumpable": os.stat("/proc/self/environ").st_uid == os.getuid()}
-own |= {"oom": open("/proc/self/oom_score_adj").read(), "debugpy": sys.modules.get("debugpy", "absent")}
-own |= {"limits": [resource.getrlimit(name) for name in (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE)]}
-own |= {"mark": os.environ["JUPYTER_EXEC_KERNEL"] in open("/proc/self/environ").read(), "stack": len(__import__("inspect").stack()) > 1}
-print(json.dumps(own, default=str))
-"""
+        eventually(lambda: is_gone(first), "the child of the stopped kernel is gone")
+        assert not is_gone(second)
+    eventually(lambda: is_gone(second), "the other one too")
 
 
 def facts(preload: list[str] | None) -> Any:
-    with (
-        LocalJupyterServer(preload=preload, cwd=tempfile.gettempdir()) as server,
-        JupyterCodeExecutor(server) as executor,
-    ):
-        return json.loads(run(executor, FACTS).output)
+    # What a kernel is by, told by a cell: all of it is to be the same however the kernel came to be.
+    facts = textwrap.dedent(r"""
+        import atexit, gc, json, locale, logging, os, resource, signal, sys, threading, warnings
+        import __main__
+        private = ("JUPYTER_EXEC_KERNEL", "JPY_PARENT_PID", "_", "PYDEVD_USE_FRAME_EVAL")
+        own = {"session": os.getsid(0) == os.getpid(), "group": os.getpgrp() == os.getpid(), "cwd": os.getcwd()}
+        own |= {"path": sys.path, "env": {key: value for key, value in os.environ.items() if key not in private}}
+        own |= {"argv": [sys.argv[0], sys.argv[1], *sys.argv[3:]], "flags": str(sys.flags), "umask": os.umask(0o22)}
+        own |= {"signals": {s.name: str(signal.getsignal(s)) for s in signal.Signals}, "gc": gc.isenabled()}
+        own |= {"threads": sorted({thread.name.split(" ")[0] for thread in threading.enumerate()}), "main": str(__main__.__dict__.get("__file__"))}
+        own |= {"files": sorted({os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in "012"}), "locale": locale.getlocale()}
+        own |= {"parent": open(f"/proc/{os.getppid()}/cmdline").read()[:60], "warnings": str(warnings.filters[:4])}
+        own |= {"logging": str(logging.root.handlers), "dumpable": os.stat("/proc/self/environ").st_uid == os.getuid()}
+        own |= {"oom": open("/proc/self/oom_score_adj").read(), "debugpy": sys.modules.get("debugpy", "absent")}
+        own |= {"limits": [resource.getrlimit(name) for name in (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE)]}
+        own |= {"mark": os.environ["JUPYTER_EXEC_KERNEL"] in open("/proc/self/environ").read(), "stack": len(__import__("inspect").stack()) > 1}
+        print(json.dumps(own, default=str))
+    """)
+    server = LocalJupyterServer(preload=preload, cwd=tempfile.gettempdir())
+    with server, JupyterCodeExecutor(server) as executor:
+        return json.loads(run(executor, facts).output)
 
 
 @pytest.mark.slow
@@ -2831,8 +2661,8 @@ def is_forked(executor: JupyterCodeExecutor) -> bool:
 
 @pytest.mark.slow
 def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "own", argv=IPYKERNEL, display_name="o", language="python", env={"PYTHONOPTIMIZE": "1"})
-    with LocalJupyterServer(preload=[], env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
+    env = add_spec(kernels_dir, "own", IPYKERNEL, env={"PYTHONOPTIMIZE": "1"})
+    with LocalJupyterServer(preload=[], env=env) as server:
         with JupyterCodeExecutor(server) as forked, JupyterCodeExecutor(server, "own") as own:
             assert is_forked(forked)
             assert not is_forked(own)
@@ -2845,22 +2675,20 @@ def test_kernels_are_forked_unless_told_otherwise(kernels_dir: Path) -> None:
             LocalJupyterServer(preload=wrong)
 
 
-OWN = """
-import os, random, sys, uuid
-was_there = "numpy" in sys.modules
-import numpy
-a = numpy.random.rand(300, 300)
-inverse = numpy.linalg.inv(a) @ a
-print(was_there, bool(abs(inverse - numpy.eye(300)).max() < 1e-6))
-print(random.random(), numpy.random.random(), uuid.uuid4(), os.getpid(), id(a), os.environ.get("LEFT"))
-os.environ["LEFT"] = "behind"; os.chdir("/"); sys.path.append("/left"); numpy.left = random.left = 1
-"""
-
-
 def test_forked_kernels_share_nothing_and_blas_works() -> None:
+    own = textwrap.dedent("""
+        import os, random, sys, uuid
+        was_there = "numpy" in sys.modules
+        import numpy
+        a = numpy.random.rand(300, 300)
+        inverse = numpy.linalg.inv(a) @ a
+        print(was_there, bool(abs(inverse - numpy.eye(300)).max() < 1e-6))
+        print(random.random(), numpy.random.random(), uuid.uuid4(), os.getpid(), id(a), os.environ.get("LEFT"))
+        os.environ["LEFT"] = "behind"; os.chdir("/"); sys.path.append("/left"); numpy.left = random.left = 1
+    """)
     with LocalJupyterServer(preload=["numpy"]) as server, contextlib.ExitStack() as stack:
         executors = [stack.enter_context(JupyterCodeExecutor(server)) for _ in range(3)]
-        first, second = (run(executor, OWN).output.splitlines() for executor in executors[:2])
+        first, second = (run(executor, own).output.splitlines() for executor in executors[:2])
         assert first[0] == second[0] == "True True"
         assert first[1].split()[-1] == second[1].split()[-1] == "None"
         assert not set(first[1].split()[:4]) & set(second[1].split()[:4])
@@ -2890,14 +2718,11 @@ def test_a_forked_kernel_with_ipythons_defaults_can_be_debugged() -> None:
 
 
 def fork_server_of(server: LocalJupyterServer) -> int:
+    """Return the pid of the fork server; its kernels have the same command line but another mark."""
     assert server._process
-    (found,) = (pid for pid in descendants(server._process.pid) if is_fork_server(pid))
+    family = descendants(server._process.pid)
+    (found,) = (pid for pid in family if "/fork-server" in Path(f"/proc/{pid}/environ").read_text())
     return found
-
-
-def is_fork_server(pid: int) -> bool:
-    """Whether this is a fork server; its kernels have the same command line but another mark."""
-    return "/fork-server" in Path(f"/proc/{pid}/environ").read_text()
 
 
 def test_kernels_survive_their_fork_server_and_the_next_has_a_new_one() -> None:
@@ -2905,7 +2730,7 @@ def test_kernels_survive_their_fork_server_and_the_next_has_a_new_one() -> None:
         run(one, "x = 1")
         first = fork_server_of(server)
         os.kill(first, signal.SIGKILL)
-        eventually(lambda: first not in descendants(os.getpid()), "the fork server is gone")
+        eventually(lambda: is_gone(first), "the fork server is gone")
         assert run(one, "x").output == "1"
         with JupyterCodeExecutor(server) as two:
             assert is_forked(two)
@@ -2914,14 +2739,12 @@ def test_kernels_survive_their_fork_server_and_the_next_has_a_new_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        ("import nonesuch", "preload: preloaded cannot be imported. ModuleNotFoundError: No module named 'nonesuch'"),
-        ("import os; os._exit(3)", "ended at its preload (it ended by itself with exit code 3)"),
-        ("import os; os.kill(os.getpid(), 11)", "ended at its preload (killed by signal 11, SIGSEGV)"),
-        ("import threading; threading.Thread(target=input, name='watcher').start()", "watcher"),
-    ],
+@cases(
+    "source, says",
+    ("import nonesuch", "preload: preloaded cannot be imported. ModuleNotFoundError: No module named 'nonesuch'"),
+    ("import os; os._exit(3)", "ended at its preload (it ended by itself with exit code 3)"),
+    ("import os; os.kill(os.getpid(), 11)", "ended at its preload (killed by signal 11, SIGSEGV)"),
+    ("import threading; threading.Thread(target=input, name='watcher').start()", "watcher"),
 )
 def test_a_preload_that_fails_is_reported(tmp_path: Path, source: str, says: str) -> None:
     (tmp_path / "preloaded.py").write_text(source)
@@ -2939,33 +2762,24 @@ def test_preload_finds_modules_of_the_working_directory_and_pictures_come_inline
     (tmp_path / "mine.py").write_text("x = 5")
     with LocalJupyterServer(preload=["mine", "matplotlib.pyplot"], cwd=tmp_path) as server:
         with JupyterCodeExecutor(server, output_dir=tmp_path) as executor:
-            assert (
-                run(executor, "import sys; 'mine' in sys.modules, [p for p in sys.path if p[-1:] == '/']").output
-                == "(True, [])"
-            )
+            found = run(executor, "import sys; 'mine' in sys.modules, [p for p in sys.path if p[-1:] == '/']")
+            assert found.output == "(True, [])"
             result = run(executor, "import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()")
             assert [Path(path).suffix for path in result.output_files] == [".png"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preload", [[], ["typing_extensions"]])
-def test_a_restarted_kernel_sees_what_was_installed(bare_python: str, tmp_path: Path, preload: list[str]) -> None:
-    # The environment has all that a kernel needs by a .pth file, and a package that "an install" makes newer.
-    site = Path(run_bare(bare_python, "import site; print(site.getsitepackages()[0])"))
-    shared = Path(pytest.__file__).parents[1]
-    (site / "shared.pth").write_text(str(shared))
-    (site / "typing_extensions.py").write_text(f"exec(open({str(shared / 'typing_extensions.py')!r}).read()); new = 1")
-    try:
-        with LocalJupyterServer(python=bare_python, preload=preload) as server, JupyterCodeExecutor(server) as executor:
-            assert is_forked(executor)
-            (site / "fresh.py").write_text("")
-            (site / "typing_extensions.py").unlink()
-            executor.restart()
-            assert run(executor, "import fresh, typing_extensions; hasattr(typing_extensions, 'new')").output == "False"
-            assert is_forked(executor)
-    finally:
-        for path in site.glob("*.p*"):
-            path.unlink()
+@cases("preload", [], ["typing_extensions"])
+def test_a_restarted_kernel_sees_what_was_installed(bare_python: str, bare_site: Path, preload: list[str]) -> None:
+    old, new = (path / "typing_extensions.py" for path in (bare_site, Path(pytest.__file__).parents[1]))
+    old.write_text(f"exec(open({str(new)!r}).read()); old = 1")
+    with LocalJupyterServer(python=bare_python, preload=preload) as server, JupyterCodeExecutor(server) as executor:
+        assert is_forked(executor)
+        (bare_site / "fresh.py").write_text("")
+        old.unlink()
+        executor.restart()
+        assert run(executor, "import fresh, typing_extensions; hasattr(typing_extensions, 'old')").output == "False"
+        assert is_forked(executor)
 
 
 def test_a_restarted_kernel_sees_an_edited_module_that_was_preloaded(tmp_path: Path) -> None:
@@ -2977,7 +2791,7 @@ def test_a_restarted_kernel_sees_an_edited_module_that_was_preloaded(tmp_path: P
         assert run(executor, "import mine; mine.x").output == "'edited'"
 
 
-def patch_host(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+def patch_host(monkeypatch: MonkeyPatch, old: str, new: str) -> None:
     """Have hosts run the module with a change in its source."""
     source = MODULE.read_bytes()
     assert source.count(old.encode()) == 1
@@ -2986,7 +2800,7 @@ def patch_host(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_fork_server_that_hangs_is_replaced_by_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_server_that_hangs_is_replaced_by_a_launch(monkeypatch: MonkeyPatch) -> None:
     patch_host(monkeypatch, "FORK_TIMEOUT = 2.0", "FORK_TIMEOUT = 0.3")
     with LocalJupyterServer(preload=[]) as server, JupyterCodeExecutor(server) as one:
         run(one, "x = 1")
@@ -3000,36 +2814,32 @@ def test_a_fork_server_that_hangs_is_replaced_by_a_launch(monkeypatch: pytest.Mo
         assert run(one, "x").output == "1"
 
 
-def test_commands_of_a_cell_are_those_of_the_kernels_environment(bare_python: str) -> None:
-    site = Path(run_bare(bare_python, "import site; print(site.getsitepackages()[0])"))
+@pytest.fixture
+def bare_site(bare_python: str) -> Iterator[Path]:
+    """The packages of the bare Python, which has all that a kernel needs by a .pth file."""
+    program = "import site; print(site.getsitepackages()[0])"
+    site = Path(subprocess.check_output([bare_python, "-c", program], text=True).strip())
     (site / "shared.pth").write_text(str(Path(pytest.__file__).parents[1]))
-    try:
-        with LocalJupyterServer(python=bare_python) as server, JupyterCodeExecutor(server) as executor:
-            assert run(executor, "!command -v python").output.split() == [bare_python]
-    finally:
-        (site / "shared.pth").unlink()
+    yield site
+    for path in site.glob("*.p*"):
+        path.unlink()
 
 
-def run_bare(python: str, program: str) -> str:
-    return subprocess.run([python, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+def test_commands_of_a_cell_are_those_of_the_kernels_environment(bare_python: str, bare_site: Path) -> None:
+    with LocalJupyterServer(python=bare_python) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "!command -v python").output.split() == [bare_python]
 
 
 @pytest.mark.slow
-def test_a_python_that_cannot_fork_kernels_launches_them(tmp_path: Path) -> None:
-    wrapper = tmp_path / "python3"
-    wrapper.write_text(f'#!/bin/sh\n{sys.executable} "$@"\n')
-    wrapper.chmod(0o755)
-    spec = tmp_path / "kernels" / "wrapped"
-    spec.mkdir(parents=True)
-    argv = [str(wrapper), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "w", "language": "python"}))
-    for preload in ([], ["json"]):
-        with LocalJupyterServer(preload=preload, env={"JUPYTER_PATH": str(tmp_path)}) as server:
-            with JupyterCodeExecutor(server, "wrapped") as executor:
-                assert not is_forked(executor)
+@cases("preload", [], ["json"])
+def test_a_python_that_cannot_fork_kernels_launches_them(kernels_dir: Path, preload: list[str]) -> None:
+    wrapper = program_file(kernels_dir / "python3", f'#!/bin/sh\n{sys.executable} "$@"\n')
+    env = add_spec(kernels_dir, "wrapped", [wrapper, *IPYKERNEL[1:]])
+    with LocalJupyterServer(preload=preload, env=env) as server, JupyterCodeExecutor(server, "wrapped") as executor:
+        assert not is_forked(executor)
 
 
-def test_a_kernel_of_another_version_than_the_host_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_of_another_version_than_the_host_is_launched(monkeypatch: MonkeyPatch) -> None:
     patch_host(monkeypatch, "cache_tag == {tag!r}", "cache_tag == 'cpython-39'")
     with LocalJupyterServer(preload=["json"]) as server, JupyterCodeExecutor(server) as executor:
         assert not is_forked(executor)
@@ -3043,9 +2853,13 @@ def test_kernels_ordered_from_a_dying_fork_server_start_all_the_same() -> None:
             os.kill(fork_server_of(server), signal.SIGKILL)
             with JupyterCodeExecutor(server) as second, JupyterCodeExecutor(server) as third:
                 assert run(second, "1").output == run(third, "1").output == "1"
-        host = server._process
-        assert host
-        eventually(lambda: len(descendants(host.pid)) == 2, "only the fork server and one kernel")
+        only_one_kernel(server)
+
+
+def only_one_kernel(server: LocalJupyterServer) -> None:
+    host = server._process
+    assert host
+    eventually(lambda: len(descendants(host.pid)) == 2, "only the fork server and one kernel")
 
 
 def test_kernels_that_are_stopped_at_once_cost_no_fork_server() -> None:
@@ -3068,18 +2882,7 @@ def test_a_kernel_given_up_before_it_is_forked_leaves_nothing(tmp_path: Path) ->
         with open(tmp_path / "gate", "w"):
             pass
         assert run(executor, "1").output == "1"
-        host = server._process
-        assert host
-        eventually(lambda: len(descendants(host.pid)) == 2, "only the fork server and one kernel")
-
-
-def test_what_left_the_session_without_exec_dies_with_its_kernel(executor: JupyterCodeExecutor) -> None:
-    code = "import os, time, warnings\nwarnings.simplefilter('ignore')\nr, w = os.pipe()\nif not os.fork():\n    os.setsid()\n"
-    code += "    os.write(w, str(os.getpid()).encode())\n    time.sleep(1000)\n    os._exit(0)\nprint(os.read(r, 9).decode())"
-    child = int(run(executor, code).output)
-    assert child in descendants(os.getpid())
-    executor.stop()
-    eventually(lambda: child not in descendants(os.getpid()), "the forked child is gone")
+        only_one_kernel(server)
 
 
 # ======================================================================================================
@@ -3088,19 +2891,12 @@ def test_what_left_the_session_without_exec_dies_with_its_kernel(executor: Jupyt
 
 
 def test_many_executors_on_one_server_from_many_threads(server: LocalJupyterServer) -> None:
-    outputs: dict[int, str] = {}
-
-    def work(number: int) -> None:
+    def work(number: int) -> str:
         with JupyterCodeExecutor(server) as executor:
-            run(executor, f"x = {number}")
-            outputs[number] = run(executor, "print(x)").output
+            return run(executor, f"x = {number}", "print(x)").output
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert outputs == {number: f"{number}\n" for number in range(4)}
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(work, range(4))] == [f"\n{number}\n" for number in range(4)]
 
 
 def test_a_server_works_without_with_and_starts_on_first_use() -> None:
@@ -3111,22 +2907,15 @@ def test_a_server_works_without_with_and_starts_on_first_use() -> None:
     assert run(executor, "1").output == "1"
     server.stop()
     server.stop()
-    with pytest.raises(ConnectionClosed, match="stopped"):
-        server.start_kernel()
-
-
-def test_stopping_the_server_is_told_in_the_result() -> None:
-    server = LocalJupyterServer()
-    executor = JupyterCodeExecutor(server)
-    run(executor, "1")
-    server.stop()
     result = run(executor, "1")
     assert result.exit_code != 0
     assert "the server was stopped" in result.output
     executor.stop()
+    with pytest.raises(ConnectionClosed, match="stopped"):
+        server.start_kernel()
 
 
-def test_python_cwd_and_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_cwd_and_env(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setenv("REMOVED", "1")
     monkeypatch.setenv("KEPT", "2")
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -3139,23 +2928,28 @@ def test_python_cwd_and_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_given_python_means_python3_whatever_kernelspecs_say(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "python3", argv=["/no/such/program"], display_name="p", language="python")
-    environment = {"JUPYTER_PATH": str(kernels_dir.parent)}
-    with LocalJupyterServer(python=sys.executable, env=environment) as server, JupyterCodeExecutor(server) as executor:
+    env = add_spec(kernels_dir, "python3", ["/no/such/program"])
+    with LocalJupyterServer(python=sys.executable, env=env) as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "1").output == "1"
-    with LocalJupyterServer(env=environment) as server, pytest.raises(KernelStartFailed, match="/no/such/program"):
+    with LocalJupyterServer(env=env) as server, pytest.raises(KernelStartFailed, match="/no/such/program"):
         JupyterCodeExecutor(server)
 
 
-def test_a_missing_working_directory_is_refused() -> None:
+def test_a_missing_working_directory_or_token_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Working directory /no/such/directory does not exist"):
         LocalJupyterServer(cwd="/no/such/directory")
+    with pytest.raises(ValueError, match="open the gateway to everybody"):
+        LocalJupyterServer(token="")
+    (tmp_path / "gone").mkdir()
+    with LocalJupyterServer(cwd=tmp_path / "gone") as server:
+        server.kernelspecs()
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(KernelStartFailed, match="the working directory was removed"):
+            server.start_kernel()
 
 
-@pytest.mark.parametrize("relay", [False, True])
-def test_a_long_tmpdir_does_not_break_socket_files(
-    relay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@cases("relay", False, True)
+def test_a_long_tmpdir_does_not_break_socket_files(relay: bool, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     deep = tmp_path / ("x" * 100)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
@@ -3165,8 +2959,8 @@ def test_a_long_tmpdir_does_not_break_socket_files(
             assert run(executor, "1").output == "1"
 
 
-@pytest.mark.parametrize("relay", [False, True])
-def test_no_temporary_directory_is_a_clear_error(relay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@cases("relay", False, True)
+def test_no_temporary_directory_is_a_clear_error(relay: bool, tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text("import tempfile; tempfile.tempdir = '/no/such/directory'")
     server = CommandJupyterServer([sys.executable], env={"PYTHONPATH": str(tmp_path)})
     if not relay:
@@ -3176,18 +2970,7 @@ def test_no_temporary_directory_is_a_clear_error(relay: bool, tmp_path: Path, mo
         server.kernelspecs()
 
 
-def test_a_removed_working_directory_is_a_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "gone").mkdir()
-    with LocalJupyterServer(cwd=tmp_path / "gone") as server:
-        server.kernelspecs()
-        (tmp_path / "gone").rmdir()
-        with pytest.raises(KernelStartFailed, match="the working directory was removed"):
-            server.start_kernel()
-
-
-def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
-    short_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_directories_of_killed_processes_are_removed(short_path: Path, monkeypatch: MonkeyPatch) -> None:
     program = """
         import os, jupyter_exec
         server = jupyter_exec.LocalJupyterServer()
@@ -3195,7 +2978,7 @@ def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
         for pid in (server._process.pid, os.getpid()):
             os.kill(pid, 9)
     """
-    run_python(program, env=os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(short_path)})
+    run_python(program, env=environment(TMPDIR=str(short_path)))
     (left,) = short_path.iterdir()
     pid, start, place = left.name.split("-")[1].split(".")
     others = [f"jx-{os.getpid()}.{start}-x", f"jx-{pid}.{start}.00000000-x", "jx-abc", f"xjx-{pid}.{start}.{place}-x"]
@@ -3213,7 +2996,7 @@ def test_directories_that_killed_processes_left_are_removed_at_the_next_start(
         assert (short_path / "jx-abc" / "file").exists()
 
 
-def test_a_process_may_have_any_name(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_may_have_any_name(short_path: Path, monkeypatch: MonkeyPatch) -> None:
     program = "open('/proc/self/comm', 'wb').write(b'\\xff'); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout and process.stdin
@@ -3227,9 +3010,16 @@ def test_a_process_may_have_any_name(short_path: Path, monkeypatch: pytest.Monke
     assert not list(short_path.iterdir())
 
 
-def test_a_stdin_that_does_not_block_is_waited_for() -> None:
-    unblock = "import os, sys; os.set_blocking(0, False); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    with CommandJupyterServer([sys.executable, "-c", unblock]) as server:
+UNBLOCK = "import os, sys; os.set_blocking(0, False); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
+@cases(
+    "argv",
+    [sys.executable, "-c", UNBLOCK],  # a stdin that does not block is waited for
+    ["sh", "-c", 'echo "Welcome to the machine"; exec "$0" "$@"', sys.executable],
+)
+def test_a_command_may_become_a_python_in_odd_ways(argv: list[str]) -> None:
+    with CommandJupyterServer(argv) as server:
         assert "python3" in server.kernelspecs()
 
 
@@ -3242,18 +3032,9 @@ def test_a_kernel_reached_only_through_the_pipe(tmp_path: Path) -> None:
         result = executor.execute("while True: print('y' * 1000)", timeout=0.5)
         assert (result.status, result.kernel_state) == ("timeout", "intact")
         assert run(executor, "x").output == "6"
-        assert run(
-            executor, "import os, time; print('last words', flush=True); time.sleep(0.5); os._exit(3)"
-        ).output.startswith("last words\n")
+        died = run(executor, "import os, time; print('last words', flush=True); time.sleep(0.5); os._exit(3)")
+        assert died.output.startswith("last words\n")
         assert run(executor, "'x' in dir()").output == "False"
-
-
-def test_a_killed_host_is_reported_and_replaced() -> None:
-    with LocalJupyterServer() as server, JupyterCodeExecutor(server) as executor:
-        result = run(executor, "import os, signal; os.kill(os.getppid(), signal.SIGKILL); import time; time.sleep(60)")
-        assert (result.exit_code, result.kernel_state) == (137, "lost")
-        assert "SIGKILL" in result.output
-        assert run(executor, "1").output == "1"
 
 
 def test_attach_to_a_kernel_of_ours_and_leave_it_running(executor: JupyterCodeExecutor) -> None:
@@ -3266,12 +3047,7 @@ def test_attach_to_a_kernel_of_ours_and_leave_it_running(executor: JupyterCodeEx
         assert (result.status, result.kernel_state) == ("timeout", "intact")
         with pytest.raises(KernelError, match="not ours"):
             attached.restart()
-    assert run(executor, "shared").output == "5"
-
-
-def test_jupyter_client_attaches_by_our_connection_file(executor: JupyterCodeExecutor) -> None:
-    run(executor, "shared = 5")
-    program = """
+    judge = """
         import sys
         from jupyter_client.blocking import BlockingKernelClient
         client = BlockingKernelClient(connection_file=sys.argv[1])
@@ -3280,72 +3056,47 @@ def test_jupyter_client_attaches_by_our_connection_file(executor: JupyterCodeExe
         client.wait_for_ready(timeout=20)
         client.execute_interactive("print(shared)", timeout=20)
     """
-    assert run_python(program, executor.connection_file or "").stdout == "5\n"
-
-
-GREETING = """
-import json, os, re, sys, types
-nonce = re.search("[0-9a-f]{32}", sys.argv[-1])[0]
-os.write(1, ("%s %d %d 00 1 1\\n" % (nonce, *sys.version_info[:2])).encode())  # no bytecode in common
-def read(size):
-    data = b""
-    while len(data) < size:
-        more = os.read(0, size - len(data))
-        if not more:
-            sys.exit()
-        data += more
-    return data
-assert read(1) == b"s"
-source = read(int(read(8))).decode()
-module = sys.modules["jupyter_exec_host"] = types.ModuleType("jupyter_exec_host")
-exec(source, module.__dict__)
-frame = module.PipeCodec.encode
-"""
+    assert run_python(judge, path).stdout == "5\n"
+    assert run(executor, "shared").output == "5"
 
 
 @contextlib.contextmanager
 def scripted_host(tmp_path: Path, script: str) -> Iterator[CommandJupyterServer]:
     """A host on a real pipe that greets properly and then does what `script` says."""
-    (tmp_path / "host.py").write_text(GREETING + textwrap.dedent(script))
+    greeting = textwrap.dedent("""
+        import json, os, re, sys, types
+        nonce = re.search("[0-9a-f]{32}", sys.argv[-1])[0]
+        os.write(1, ("%s %d %d 00 1 1\\n" % (nonce, *sys.version_info[:2])).encode())  # no bytecode in common
+        def read(size):
+            data = b""
+            while len(data) < size:
+                more = os.read(0, size - len(data))
+                if not more:
+                    sys.exit()
+                data += more
+            return data
+        assert read(1) == b"s"
+        source = read(int(read(8))).decode()
+        module = sys.modules["jupyter_exec_host"] = types.ModuleType("jupyter_exec_host")
+        exec(source, module.__dict__)
+        frame = module.PipeCodec.encode
+    """)
+    (tmp_path / "host.py").write_text(greeting + textwrap.dedent(script))
     with CommandJupyterServer([sys.executable, str(tmp_path / "host.py")]) as server:
         yield server
 
 
-@pytest.mark.parametrize(
-    ("script", "says"),
-    [
-        ("os.write(1, b'Segmentation fault')", "something that is not a frame"),
-        ("os.write(1, b'JX\\xff\\xff\\xff\\xff'); read(10**9)", "over the limit"),
-        ("os.write(1, frame([b'', b'{'])); read(10**9)", "not JSON"),
-        ("os.write(1, frame([b'', b'[]'])); read(10**9)", "not a JSON object"),
-        ("sys.exit('last words')", "last words"),
-    ],
+@cases(
+    "script, says",
+    ("os.write(1, b'Segmentation fault')", "something that is not a frame"),
+    ("os.write(1, b'JX\\xff\\xff\\xff\\xff'); read(10**9)", "over the limit"),
+    ("os.write(1, frame([b'', b'{'])); read(10**9)", "not JSON"),
+    ("os.write(1, frame([b'', b'[]'])); read(10**9)", "not a JSON object"),
+    ("sys.exit('last words')", "last words"),
 )
 def test_a_host_that_sends_garbage_is_given_up(tmp_path: Path, script: str, says: str) -> None:
     with scripted_host(tmp_path, script) as server, pytest.raises(ConnectionClosed, match=says):
         server.kernelspecs()
-
-
-LYING_HOST = r"""
-def answer(request, **content):
-    os.write(1, frame([b"", json.dumps({"id": request["id"]} | content).encode()]))
-codec = module.PipeCodec()
-for text in (b'"x":1', b'"id":null', b'"id":[]', b'"id":99999', b'"event":"exit","kernel":[]', b'"event":{}'):
-    os.write(1, frame([b"", b"{" + text + b"}"]))
-os.write(1, frame([b"k1.1/nowhere", b"x"]))
-os.write(1, frame([b"\xff/shell", b"x"]))
-while True:
-    for parts in codec.feed(os.read(0, 65536)):
-        if parts[0]:
-            os.write(1, frame([parts[0].replace(b"shell", b"iopub"), *parts[1:]]))
-            os.write(1, frame([parts[0], b"<IDS|MSG>", b"bad signature", b"{}", b"{}", b"{}", b"{}"]))
-            continue
-        request = json.loads(parts[1])
-        if request["op"] == "start":
-            answer(request, result={"argv": [1, None], "connection_file": "/etc/passwd"})
-        else:
-            answer(request, error="KernelStartFailed", data={"argv": 5, "reason": "lies", "stderr": {}})
-"""
 
 
 ANY_JSON = st.recursive(
@@ -3368,29 +3119,25 @@ def test_whatever_a_host_reports_can_be_printed(data: dict[str, Any], other: Any
     assert 0 <= death.status() <= 255
 
 
-STRANGE_ANSWERS = """
-codec = module.PipeCodec()
-while True:
-    for parts in codec.feed(os.read(0, 65536) or sys.exit()):
-        request = json.loads(parts[1])
-        os.write(1, frame([b"", b'{"id": %d, "result": %s}' % (request["id"], ANSWER)]))
-"""
-
-
-@pytest.mark.parametrize(
+@cases(
     "answer",
-    [
-        "b'5'",
-        "b'9' * 10**5",
-        "b'[' * 10**5 + b']' * 10**5",
-        """b'{"connection": {}}'""",
-        """b'{"connection": "{}"}'""",
-        "json.dumps({'connection': json.dumps(elsewhere)}).encode()",
-    ],
+    "b'5'",
+    "b'9' * 10**5",
+    "b'[' * 10**5 + b']' * 10**5",
+    """b'{"connection": {}}'""",
+    """b'{"connection": "{}"}'""",
+    "json.dumps({'connection': json.dumps(elsewhere)}).encode()",
 )
 def test_a_host_with_strange_answers_is_given_up(answer: str, tmp_path: Path) -> None:
+    strange_answers = textwrap.dedent("""
+        codec = module.PipeCodec()
+        while True:
+            for parts in codec.feed(os.read(0, 65536) or sys.exit()):
+                request = json.loads(parts[1])
+                os.write(1, frame([b"", b'{"id": %d, "result": %s}' % (request["id"], ANSWER)]))
+    """)
     elsewhere = f"elsewhere = {CONNECTION | {'ip': '127.0.0.2'}!r}\n"
-    with scripted_host(tmp_path, elsewhere + STRANGE_ANSWERS.replace("ANSWER", answer)) as server:
+    with scripted_host(tmp_path, elsewhere + strange_answers.replace("ANSWER", answer)) as server:
         server.relays = False
         with pytest.raises((ProtocolError, ConnectionClosed)):
             server.start_kernel()
@@ -3399,18 +3146,36 @@ def test_a_host_with_strange_answers_is_given_up(answer: str, tmp_path: Path) ->
         eventually(lambda: process.poll() is not None, "the host is gone")
 
 
-@pytest.mark.parametrize("greeting", ["9" * 5000 + " 9 00", "3 11 zz", "-3 11 00"])
+@cases("greeting", "9" * 5000 + " 9 00", "3 11 zz", "-3 11 00")
 def test_a_strange_greeting_is_none(greeting: str) -> None:
-    program = "import re, sys; print(re.search('[0-9a-f]{32}', sys.argv[-1])[0], GREETING)".replace(
-        "GREETING", repr(greeting)
-    )
+    program = f"import re, sys; print(re.search('[0-9a-f]{{32}}', sys.argv[-1])[0], {greeting!r})"
     with CommandJupyterServer([sys.executable, "-c", program]) as server:
         with pytest.raises(KernelStartFailed, match="no Python answered"):
             server.kernelspecs()
 
 
 def test_a_host_that_lies_is_survived(tmp_path: Path) -> None:
-    with scripted_host(tmp_path, LYING_HOST) as server:
+    lying_host = textwrap.dedent(r"""
+        def answer(request, **content):
+            os.write(1, frame([b"", json.dumps({"id": request["id"]} | content).encode()]))
+        codec = module.PipeCodec()
+        for text in (b'"x":1', b'"id":null', b'"id":[]', b'"id":99999', b'"event":"exit","kernel":[]', b'"event":{}'):
+            os.write(1, frame([b"", b"{" + text + b"}"]))
+        os.write(1, frame([b"k1.1/nowhere", b"x"]))
+        os.write(1, frame([b"\xff/shell", b"x"]))
+        while True:
+            for parts in codec.feed(os.read(0, 65536)):
+                if parts[0]:
+                    os.write(1, frame([parts[0].replace(b"shell", b"iopub"), *parts[1:]]))
+                    os.write(1, frame([parts[0], b"<IDS|MSG>", b"bad signature", b"{}", b"{}", b"{}", b"{}"]))
+                    continue
+                request = json.loads(parts[1])
+                if request["op"] == "start":
+                    answer(request, result={"argv": [1, None], "connection_file": "/etc/passwd"})
+                else:
+                    answer(request, error="KernelStartFailed", data={"argv": 5, "reason": "lies", "stderr": {}})
+    """)
+    with scripted_host(tmp_path, lying_host) as server:
         with pytest.raises(KernelStartFailed, match="lies"):
             server.kernelspecs()
         client = server.start_kernel()
@@ -3452,9 +3217,8 @@ def need(name: str, present: object) -> None:
 def docker_server(**options: Any) -> DockerJupyterServer:
     if "custom_image_name" not in options:
         options.setdefault("base_image", os.environ.get("BASE_IMAGE"))
-    return DockerJupyterServer(
-        **{"network": "none", **options, "labels": jupyter_exec._merged("labels", {RUN: ""}, options.get("labels", {}))}
-    )
+    labels = jupyter_exec._merged("labels", {RUN: ""}, options.get("labels", {}))
+    return DockerJupyterServer(**{"network": "none", **options, "labels": labels})
 
 
 @pytest.fixture
@@ -3478,18 +3242,16 @@ def test_the_dockerfile_is_the_bundled_one() -> None:
     assert (HERE / "Dockerfile").read_bytes() == DockerJupyterServer.DEFAULT_DOCKERFILE.encode()
 
 
-HARDENED = r"""
-import os, socket
-lines = open("/proc/self/status").read().splitlines()
-status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-print(os.getuid(), int(status["CapEff"], 16), int(status["CapBnd"], 16), status["NoNewPrivs"])
-print([name for _, name in socket.if_nameindex()], os.getcwd(), os.access(".", os.W_OK), os.environ["USER"])
-print(open("/proc/1/comm").read().strip(), [name for name in os.environ if "TOKEN" in name])
-"""
-
-
 def test_docker_kernels_share_one_hardened_container(boxed: JupyterCodeExecutor, containers: Any) -> None:
-    assert run(boxed, HARDENED).output == "1000 0 0 1\n['lo'] /workspace True jupyter\npython3 []\n"
+    hardened = textwrap.dedent(r"""
+        import os, socket
+        lines = open("/proc/self/status").read().splitlines()
+        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+        print(os.getuid(), int(status["CapEff"], 16), int(status["CapBnd"], 16), status["NoNewPrivs"])
+        print([name for _, name in socket.if_nameindex()], os.getcwd(), os.access(".", os.W_OK), os.environ["USER"])
+        print(open("/proc/1/comm").read().strip(), [name for name in os.environ if "TOKEN" in name])
+    """)
+    assert run(boxed, hardened).output == "1000 0 0 1\n['lo'] /workspace True jupyter\npython3 []\n"
     with JupyterCodeExecutor(boxed._server) as second:
         run(boxed, "x = 1")
         assert run(second, "'x' in dir()").output == "False"
@@ -3502,23 +3264,17 @@ def test_docker_kernels_share_one_hardened_container(boxed: JupyterCodeExecutor,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "limits"),
-    [
-        ({}, (True, 2**30, 10**9, "none")),
-        (
-            {"read_only": False, "mem_limit": "256m", "cpu_quota": 50_000, "network": "bridge"},
-            (False, 2**28, 0, "bridge"),
-        ),
-    ],
+@cases(
+    "options, limits",
+    ({}, (True, 2**30, 10**9, "none")),
+    ({"read_only": False, "mem_limit": "256m", "cpu_quota": 50_000, "network": "bridge"}, (False, 2**28, 0, "bridge")),
 )
-def test_hardened_is_one_word_for_limits_that_may_be_said_otherwise(
-    containers: Any, options: dict[str, Any], limits: tuple[Any, ...]
-) -> None:
-    with docker_server(**{"network": None, "hardened": True, **options}) as server:
+def test_hardened_is_one_word_for_limits(containers: Any, options: dict[str, Any], limits: tuple[Any, ...]) -> None:
+    # A directory to work in that is not in the image is writable all the same.
+    with docker_server(**{"network": None, "hardened": True, "work_dir": "/else/where", **options}) as server:
         assert server.container_id is None
         with JupyterCodeExecutor(server) as executor:
-            assert run(executor, "open('file', 'w').write('x')").output == "1"
+            assert run(executor, "import os; os.getcwd(), open('file', 'w').write('x')").output == "('/else/where', 1)"
         (container,) = containers()
         assert container.id == server.container_id
         config = container.attrs["HostConfig"]
@@ -3526,9 +3282,7 @@ def test_hardened_is_one_word_for_limits_that_may_be_said_otherwise(
         assert config["MemorySwap"] == limits[1]
 
 
-def test_processes_have_readable_names_and_the_log_tells_of_their_life(
-    containers: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_processes_have_names_and_the_log_tells_of_their_life(containers: Any, caplog: LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "jupyter_exec")
     with docker_server() as server, JupyterCodeExecutor(server) as executor:
         run(executor, "secret = 1; print('output')")
@@ -3540,11 +3294,13 @@ def test_processes_have_readable_names_and_the_log_tells_of_their_life(
     assert "secret" not in caplog.text and "output" not in caplog.text
 
 
-def test_docker_pictures_come_out_of_the_box(boxed: JupyterCodeExecutor) -> None:
-    png = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
-    code = f"from IPython.display import Image\nimport base64\nImage(base64.b64decode('{png}'), format='png')"
-    (path,) = run(boxed, code).output_files
-    assert Path(path).read_bytes().startswith(b"\x89PNG")
+def test_code_in_a_container_can_neither_stop_its_host_nor_reach_the_pipe(boxed: JupyterCodeExecutor) -> None:
+    with JupyterCodeExecutor(boxed._server) as bystander:
+        run(bystander, "y = 7")
+        assert run(boxed, ATTACKS).output == "denied\n" * 3
+        assert run(bystander, "y").output == "7"
+    (path,) = run(boxed, "from IPython.display import HTML\nHTML('<b>')").output_files
+    assert Path(path).read_text() == "<b>"
 
 
 ATTACKS = """
@@ -3559,13 +3315,6 @@ for attack in (lambda: os.listdir("/proc/1/fd"), lambda: open("/proc/1/fd/4", "w
 """
 
 
-def test_code_in_a_container_can_neither_stop_its_host_nor_reach_the_pipe(boxed: JupyterCodeExecutor) -> None:
-    with JupyterCodeExecutor(boxed._server) as bystander:
-        run(bystander, "y = 7")
-        assert run(boxed, ATTACKS).output == "denied\n" * 3
-        assert run(bystander, "y").output == "7"
-
-
 def test_orphans_in_a_container_are_reaped(boxed: JupyterCodeExecutor) -> None:
     code = """
         import os, subprocess, time
@@ -3576,8 +3325,8 @@ def test_orphans_in_a_container_are_reaped(boxed: JupyterCodeExecutor) -> None:
     assert boxed.execute(textwrap.dedent(code), timeout=PATIENCE).status == "ok"
 
 
-def test_an_entrypoint_that_stays_before_the_host_is_named(
-    containers: Any, image: Callable[[str], str], caplog: pytest.LogCaptureFixture
+def test_an_entrypoint_that_stays_is_named(
+    containers: Any, image: Callable[[str], str], caplog: LogCaptureFixture
 ) -> None:
     name = image('FROM BUNDLED\nENTRYPOINT ["sh", "-c", "\\"$@\\"; exit $?", "entry"]')
     with docker_server(custom_image_name=name) as server:
@@ -3593,7 +3342,7 @@ def test_a_host_that_is_the_first_process_hears_a_stop_at_once(containers: Any) 
         assert server._stream and server._stream.exit_code() == 137
 
 
-def test_docker_timeout_and_death(boxed: JupyterCodeExecutor) -> None:
+def test_docker_timeout_and_death(boxed: JupyterCodeExecutor, monkeypatch: MonkeyPatch) -> None:
     run(boxed, "x = 5")
     assert boxed.execute("while True: print('y' * 1000)", timeout=0.5).kernel_state == "intact"
     assert boxed.execute("import subprocess; subprocess.run(['sleep', '60'])", timeout=0.5).kernel_state == "intact"
@@ -3601,6 +3350,9 @@ def test_docker_timeout_and_death(boxed: JupyterCodeExecutor) -> None:
     result = run(boxed, "import os; os.kill(os.getpid(), 11)")
     assert (result.exit_code, result.kernel_state) == (139, "lost")
     assert run(boxed, "'x' in dir()").output == "False"
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
+    place = "it was at line 3: list(map(sleep, [60])), in sleep (deaf.py:3)"
+    assert boxed.execute(DEAF, timeout=0.5).note.endswith(f"all variables are lost; {place}")
 
 
 @pytest.mark.slow
@@ -3617,9 +3369,7 @@ def test_out_of_memory_is_reported_with_the_limit(containers: Any) -> None:
 
 @pytest.mark.slow
 def test_a_container_killed_from_outside_is_reported_and_replaced(boxed: JupyterCodeExecutor, containers: Any) -> None:
-    result = boxed.execute(
-        "print('go', flush=True)\nwhile True: pass", on_output=lambda output: containers()[0].kill(), timeout=PATIENCE
-    )
+    result = boxed.execute(FOR_EVER, on_output=lambda output: containers()[0].kill(), timeout=PATIENCE)
     assert (result.status, result.kernel_state) == ("died", "lost")
     assert "the container has ended (killed" in result.note
     assert run(boxed, "1").output == "1"
@@ -3633,37 +3383,24 @@ def test_the_container_of_a_killed_client_is_gone(containers: Any) -> None:
         print("ready", flush=True)
         time.sleep(60)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), os.environ.get("BASE_IMAGE", ""), RUN]
-    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as client:
-        assert client.stdout
-        assert client.stdout.readline() == b"ready\n"
+    with client_program(program, os.environ.get("BASE_IMAGE", ""), RUN):
         assert len(containers()) == 1
-        client.kill()
-    eventually(lambda: not containers(), "the container is gone")
+    # The fixture waits until it is gone.
 
 
-def test_a_container_that_is_to_stay_is_stopped_only(engine: Any, containers: Any) -> None:
+def test_a_container_that_is_to_stay_is_stopped_only_and_has_its_name_alone(engine: Any, containers: Any) -> None:
     with docker_server(auto_remove=False, container_name=f"{RUN}-stays") as server:
         server.kernelspecs()
+        with docker_server(container_name=f"{RUN}-stays") as other, pytest.raises(SandboxError, match="already in use"):
+            JupyterCodeExecutor(other)
+        assert "python3" in server.kernelspecs()
     container = engine.containers.get(f"{RUN}-stays")
     assert container.status == "exited"
     container.remove()
 
 
-def test_docker_name_taken(containers: Any) -> None:
-    with docker_server(container_name=f"{RUN}-name") as server:
-        server.kernelspecs()
-        with docker_server(container_name=f"{RUN}-name") as other:
-            with pytest.raises(SandboxError, match="already in use"):
-                JupyterCodeExecutor(other)
-        assert "python3" in server.kernelspecs()
-
-
 @pytest.mark.slow
-def test_docker_environment_network_and_packages(
-    engine: Any, containers: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_docker_environment_network_and_packages(engine: Any, containers: Any, caplog: LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "jupyter_exec")
     packages = [
         "six; python_version >= '3' and platform_machine != '$(touch /tmp/pwned)`touch /tmp/pwned`\";*'",
@@ -3683,8 +3420,9 @@ def test_docker_environment_network_and_packages(
 @pytest.mark.slow
 def test_a_build_that_fails_says_the_cause_first(containers: Any) -> None:
     with docker_server(packages=["there-is-no-such-package"]) as server, pytest.raises(SandboxError) as caught:
-        server.kernelspecs()
-    assert str(caught.value).startswith("The image could not be built: Could not find a version that satisfies the req")
+        JupyterCodeExecutor(server)
+    cause = "The image could not be built: Could not find a version that satisfies the req.*there-is-no-such-package"
+    assert re.match(cause, str(caught.value))
 
 
 def test_a_base_image_that_is_not_there_is_told_before_dockers_words(containers: Any) -> None:
@@ -3723,17 +3461,15 @@ def test_code_is_not_root_in_a_bind_dir_of_root(containers: Any, tmp_path: Path)
         os.chmod(tmp_path, 0o770)
 
 
-@pytest.mark.parametrize(
-    ("owner", "mode", "user"),
-    [
-        ((4321, 4322), 0o700, "4321:4322"),
-        ((4321, 0), 0o700, "4321:1000"),
-        ((4321, 1000), 0o577, None),
-        ((0, 0), 0o703, "1000:1000"),
-        ((0, 1000), 0o730, "1000:1000"),
-        ((0, 1000), 0o757, None),
-        ((0, 0), 0o775, None),
-    ],
+@cases(
+    "owner, mode, user",
+    ((4321, 4322), 0o700, "4321:4322"),
+    ((4321, 0), 0o700, "4321:1000"),
+    ((4321, 1000), 0o577, None),
+    ((0, 0), 0o703, "1000:1000"),
+    ((0, 1000), 0o730, "1000:1000"),
+    ((0, 1000), 0o757, None),
+    ((0, 0), 0o775, None),
 )
 def test_as_whom_code_runs_in_a_bind_dir(tmp_path: Path, owner: tuple[int, int], mode: int, user: str | None) -> None:
     os.chown(tmp_path, *owner)
@@ -3746,22 +3482,11 @@ def test_as_whom_code_runs_in_a_bind_dir(tmp_path: Path, owner: tuple[int, int],
     tmp_path.chmod(0o700)
 
 
-@pytest.mark.parametrize(
-    ("info", "user"), [({"SecurityOptions": ["name=rootless"]}, "0:0"), ({"Rootless": True}, "0:0"), ({}, "1007:1007")]
-)
+@cases("info, user", ({"SecurityOptions": ["name=rootless"]}, "0:0"), ({"Rootless": True}, "0:0"), ({}, "1007:1007"))
 def test_root_of_a_rootless_engine_is_the_owner_of_a_bind_dir(info: Any, user: str, tmp_path: Path) -> None:
-    class Engine:
-        def info(self) -> Any:
-            return info
-
     os.chown(tmp_path, 1007, 1007)
-    assert docker_server(bind_dir=tmp_path)._user(Engine(), {}) == user
-
-
-@pytest.mark.slow
-def test_docker_work_dir_that_is_not_in_the_image_is_writable(containers: Any) -> None:
-    with docker_server(work_dir="/elsewhere/deep") as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "import os; open('made', 'w').close(); print(os.getcwd())").output == "/elsewhere/deep\n"
+    engine = types.SimpleNamespace(info=lambda: info)
+    assert docker_server(bind_dir=tmp_path)._user(engine, {}) == user
 
 
 @pytest.mark.slow
@@ -3780,7 +3505,7 @@ def test_docker_read_only_runs_pip_and_matplotlib(containers: Any, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_docker_through_tcp(containers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docker_through_tcp(containers: Any, monkeypatch: MonkeyPatch) -> None:
     with socket.socket() as probe:
         probe.settimeout(1)
         need("docker", probe.connect_ex(("127.0.0.1", 2375)) == 0)
@@ -3837,7 +3562,7 @@ class StallingEngine:
 
 
 @pytest.fixture
-def stalling(containers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StallingEngine]:
+def stalling(containers: Any, monkeypatch: MonkeyPatch, tmp_path: Path) -> Iterator[StallingEngine]:
     for name in ("ENGINE_TIMEOUT", "STOP_TIMEOUT"):
         monkeypatch.setattr(jupyter_exec, name, 0.5)
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/engine.sock")
@@ -3849,11 +3574,9 @@ def stalling(containers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("request_", ["/version", "/images/", "/wait", "/attach", "/start"])
+@cases("request_", "/version", "/images/", "/wait", "/attach", "/start")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
-def test_an_engine_that_stalls_while_a_container_starts(
-    stalling: StallingEngine, request_: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_stalls_at_the_start(stalling: StallingEngine, request_: str, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "WAIT_TIMEOUT", 1)
     stalling.stall_at = request_.encode()
     with docker_server() as server, pytest.raises(SandboxError, match="engine does not answer"):
@@ -3862,7 +3585,7 @@ def test_an_engine_that_stalls_while_a_container_starts(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_engine_that_stalls_under_a_cell(stalling: StallingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_stalls_under_a_cell(stalling: StallingEngine, monkeypatch: MonkeyPatch) -> None:
     with docker_server() as server, JupyterCodeExecutor(server) as executor:
         run(executor, "x = 1")
         stalling.passes.clear()
@@ -3918,14 +3641,14 @@ def podman() -> Iterator[str]:
 
 
 @pytest.fixture
-def podman_server(podman: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DockerJupyterServer]:
+def podman_server(podman: str, monkeypatch: MonkeyPatch) -> Callable[..., DockerJupyterServer]:
     monkeypatch.setenv("DOCKER_HOST", podman)
     return functools.partial(docker_server, base_image=f"localhost/{os.environ['BASE_IMAGE']}")
 
 
 @pytest.mark.slow
 def test_podman_by_its_docker_api(
-    bundled_image: None, podman_server: Callable[..., DockerJupyterServer], caplog: pytest.LogCaptureFixture
+    bundled_image: None, podman_server: Callable[..., DockerJupyterServer], caplog: LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "jupyter_exec")
     places = "for path in ('x', '/tmp/x'): open(path, 'w').close()\n"
@@ -3956,14 +3679,14 @@ def test_podman_by_command(bundled_image: None, podman_server: Callable[..., Doc
 def readme_command(name: str) -> list[str]:
     """Return the first command of that name of the README's sandboxes."""
     found: list[list[str]] = []
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(jupyter_exec, "CommandJupyterServer", found.append)
         exec(readme_blocks("In other sandboxes")[0], {})
     return next(argv for argv in found if argv[0] == name)
 
 
 @pytest.mark.slow
-def test_bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bubblewrap(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     works = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
     need("bwrap", shutil.which("bwrap") and subprocess.run(works).returncode == 0)
     monkeypatch.setenv("SECRET", "a key")
@@ -3986,7 +3709,7 @@ def test_bubblewrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def slurm(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def slurm(short_path: Path, monkeypatch: MonkeyPatch) -> Iterator[None]:
     """A Slurm cluster of one node, which is this machine."""
     programs = [shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("slurmctld", "slurmd", "srun")]
     need("slurm", os.getuid() == 0 and all(programs))
@@ -4039,13 +3762,12 @@ def test_slurm(slurm: None) -> None:
 
 
 @pytest.mark.slow
-def test_uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uv(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     directory = Path(os.environ.get("JUPYTER_EXEC_FRAMEWORKS", "/nowhere"), "uv", "bin")
     monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{directory}")
     need("uv", shutil.which("uv"))
-    (tmp_path / "pyproject.toml").write_text(
-        "[project]\nname = 'other'\nversion = '1'\ndependencies = ['no-such-thing']\n"
-    )
+    other = "[project]\nname = 'other'\nversion = '1'\ndependencies = ['no-such-thing']\n"
+    (tmp_path / "pyproject.toml").write_text(other)
     with CommandJupyterServer(readme_command("uv"), cwd=str(tmp_path), start_timeout=100) as server:
         with JupyterCodeExecutor(server) as executor:
             result = executor.execute("import sys, pandas; print(pandas.Series([40, 2]).sum()); print(sys.prefix)")
@@ -4085,14 +3807,12 @@ ENTRYPOINT ["sh", "-c", "shift 2; exec /usr/bin/python3 /old.py \"$1\"", "x"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dockerfile", "says"),
-    [
-        ("FROM scratch\nLABEL a=b", "python3"),
-        ('FROM BASE\nENTRYPOINT ["sh", "-c", "echo trouble >&2; exit 3"]', "exit code 3.*trouble"),
-        ("FROM BASE", "-m pip install ipykernel"),
-        (OLD_PYTHON, r"Python 3\.8 is too old"),
-    ],
+@cases(
+    "dockerfile, says",
+    ("FROM scratch\nLABEL a=b", "python3"),
+    ('FROM BASE\nENTRYPOINT ["sh", "-c", "echo trouble >&2; exit 3"]', "exit code 3.*trouble"),
+    ("FROM BASE", "-m pip install ipykernel"),
+    (OLD_PYTHON, r"Python 3\.8 is too old"),
     ids=["no Python", "ends at once", "no ipykernel", "old Python"],
 )
 def test_unfit_images_are_reported(containers: Any, image: Callable[[str], str], dockerfile: str, says: str) -> None:
@@ -4102,61 +3822,55 @@ def test_unfit_images_are_reported(containers: Any, image: Callable[[str], str],
     assert re.search(says, str(caught.value), re.DOTALL)
 
 
-def test_missing_custom_image_is_reported(containers: Any) -> None:
-    with docker_server(custom_image_name="no/such:image") as server, pytest.raises(SandboxError) as caught:
+@cases(
+    "options, says",
+    ({"custom_image_name": "no/such:image"}, "Custom image no/such:image does not exist"),
+    ({"mem_limit": "1 apple"}, "1 apple"),
+)
+def test_what_the_engine_refuses_is_reported(containers: Any, options: dict[str, Any], says: str) -> None:
+    with docker_server(**options) as server, pytest.raises(SandboxError, match=says):
         JupyterCodeExecutor(server)
-    assert "Custom image no/such:image does not exist" in str(caught.value)
 
 
-@pytest.mark.slow
-def test_a_failing_build_is_reported_with_its_end(containers: Any) -> None:
-    with docker_server(packages=["no-such-package-at-all-1234"]) as server, pytest.raises(SandboxError) as caught:
-        JupyterCodeExecutor(server)
-    assert "could not be built" in str(caught.value)
-    assert "no-such-package-at-all-1234" in str(caught.value)
-
-
-def test_docker_that_does_not_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+@cases(
+    "error, says",
+    ("Read timed out. (read timeout=20)", "The Docker engine does not answer: try again, restart it"),
+    ("[Errno 13] Permission denied", "No permission to use Docker: add yourself to the group docker"),
+)
+def test_docker_that_cannot_be_used_says_what_to_do(monkeypatch: MonkeyPatch, error: str, says: str) -> None:
     import docker
 
-    error = docker.errors.DockerException("Error while fetching server API version: Read timed out. (read timeout=10)")
-    asked: list[int] = []
+    timeouts: list[int] = []
 
-    def stall(timeout: int, **address: Any) -> None:
-        asked.append(timeout)
-        raise error
+    def fail(timeout: int, **address: Any) -> None:
+        timeouts.append(timeout)
+        raise docker.errors.DockerException(f"Error while fetching server API version: {error}")
 
-    monkeypatch.setattr(docker, "DockerClient", stall)
-    with pytest.raises(SandboxError, match="The Docker engine does not answer: try again, restart it"):
-        jupyter_exec.docker_client()
-    assert asked == [20]
+    monkeypatch.setattr(docker, "DockerClient", fail)
+    with pytest.raises(SandboxError, match=says):
+        JupyterCodeExecutor(DockerJupyterServer())
+    assert timeouts == [20]
 
 
-@pytest.mark.parametrize(
-    ("environment", "engine"),
-    [
-        ({}, "tcp://127.0.0.1:7"),  # `docker context use near` was said
-        ({"DOCKER_HOST": "unix:///other.sock"}, "unix:///other.sock"),
-        ({"DOCKER_CONTEXT": "default"}, None),
-        ({"DOCKER_CONTEXT": "far"}, "cannot attach to containers by ssh: forward the socket"),
-        ({"DOCKER_HOST": "ssh://ann@box"}, "cannot attach to containers by ssh: forward the socket"),
-        (
-            {"DOCKER_CONTEXT": "none"},
-            r"context none cannot be used: 'docker context ls' shows what there is \(it is not",
-        ),
-        ({"DOCKER_CONTEXT": "broken"}, "context broken cannot be used"),
-    ],
+@cases(
+    "environment, engine",
+    ({}, "tcp://127.0.0.1:7"),  # `docker context use near` was said
+    ({"DOCKER_HOST": "unix:///other.sock"}, "unix:///other.sock"),
+    ({"DOCKER_CONTEXT": "default"}, None),
+    ({"DOCKER_CONTEXT": "far"}, "cannot attach to containers by ssh: forward the socket"),
+    ({"DOCKER_HOST": "ssh://ann@box"}, "cannot attach to containers by ssh: forward the socket"),
+    ({"DOCKER_CONTEXT": "none"}, r"context none cannot be used: 'docker context ls' shows what there is \(it is not"),
+    ({"DOCKER_CONTEXT": "broken"}, "context broken cannot be used"),
 )
-def test_the_engine_is_that_of_the_docker_command(
-    environment: dict[str, str], engine: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_engine_is_the_docker_commands(
+    environment: dict[str, str], engine: str | None, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text('{"currentContext": "near"}')
     for name, host in [("near", "tcp://127.0.0.1:7"), ("far", "ssh://ann@box"), ("broken", '"')]:
         directory = tmp_path / "contexts" / "meta" / hashlib.sha256(name.encode()).hexdigest()
         directory.mkdir(parents=True)
-        (directory / "meta.json").write_text(
-            f'{{"Name": "{name}", "Metadata": {{}}, "Endpoints": {{"docker": {{"Host": "{host}"}}}}}}'
-        )
+        meta = f'{{"Name": "{name}", "Metadata": {{}}, "Endpoints": {{"docker": {{"Host": "{host}"}}}}}}'
+        (directory / "meta.json").write_text(meta)
     for variable in ("DOCKER_HOST", "DOCKER_CONTEXT"):
         monkeypatch.delenv(variable, raising=False)
     for variable, value in (environment | {"DOCKER_CONFIG": str(tmp_path)}).items():
@@ -4168,37 +3882,30 @@ def test_the_engine_is_that_of_the_docker_command(
         assert jupyter_exec._engine_in_use().get("base_url") == engine
 
 
+@cases(
+    "host, says",
+    ("unix:///no/such.sock", "Docker is not running: start it, or use LocalJupyterServer"),
+    ("npipe:////./pipe/docker_engine", "named pipe of Windows is no socket"),
+)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
-def test_docker_not_running_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nothing.sock")
-    with pytest.raises(SandboxError, match="Docker is not running: start it, or use LocalJupyterServer"):
+def test_docker_not_running_says_what_to_do(monkeypatch: MonkeyPatch, host: str, says: str) -> None:
+    monkeypatch.setenv("DOCKER_HOST", host)
+    with pytest.raises(SandboxError, match=says):
         JupyterCodeExecutor(DockerJupyterServer())
 
 
-def test_no_permission_for_docker_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    import docker
-
-    def refuse(**options: Any) -> None:
-        raise docker.errors.DockerException("Error while fetching server API version: [Errno 13] Permission denied")
-
-    monkeypatch.setattr(docker, "DockerClient", refuse)
-    with pytest.raises(SandboxError, match="No permission to use Docker: add yourself to the group docker"):
-        JupyterCodeExecutor(DockerJupyterServer())
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"command": "x"}, "custom_image_name"),
-        ({"name": "x"}, "container_name"),
-        ({"log_config": {}}, "stdout of the container"),
-        ({"network": "none", "network_mode": "host"}, "not both"),
-        ({"custom_image_name": "x", "packages": ["six"]}, "bundled image"),
-        ({"packages": "six"}, "list of strings"),
-        ({"packages": ["six", "--index-url=http://evil"]}, "option of pip"),
-        ({"packages": ["six\n-r /etc/passwd"]}, "option of pip"),
-        ({"token": " "}, "open the gateway to everybody"),
-    ],
+@cases(
+    "options, says",
+    ({"command": "x"}, "custom_image_name"),
+    ({"name": "x"}, "container_name"),
+    ({"log_config": {}}, "stdout of the container"),
+    ({"network": "none", "network_mode": "host"}, "not both"),
+    ({"custom_image_name": "x", "packages": ["six"]}, "bundled image"),
+    ({"packages": "six"}, "list of strings"),
+    ({"packages": ["six", "--index-url=http://evil"]}, "option of pip"),
+    ({"packages": ["six\n-r /etc/passwd"]}, "option of pip"),
+    ({"token": " "}, "open the gateway to everybody"),
+    ({"network": "none", "transport": "gateway"}, "cannot be reached without a network"),
 )
 def test_docker_keywords_that_do_not_go_together(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
@@ -4231,69 +3938,53 @@ def test_docker_kwargs_are_merged_with_ours(containers: Any, tmp_path: Path) -> 
         assert (attrs["HostConfig"]["PidsLimit"], attrs["HostConfig"]["NanoCpus"]) == (77, 10**9)
 
 
-@pytest.mark.parametrize(
-    ("name", "ours", "theirs", "merged"),
-    [
-        ("cap_drop", ["ALL"], "NET_RAW", ["ALL", "NET_RAW"]),
-        ("cap_drop", ["ALL"], [], ["ALL"]),
-        ("environment", {"A": "1"}, ["B=2=3", "C", "A=4"], {"A": "4", "B": "2=3", "C": None}),
-        ("volumes", {"/a": {"bind": "/b", "mode": "rw"}}, "/c:/d", ["/a:/b:rw", "/c:/d"]),
-        ("volumes", {"/a": {}}, {"/c": {}}, {"/a": {}, "/c": {}}),
-        ("tmpfs", None, ["/x", "/y:size=1m"], {"/x": None, "/y": "size=1m"}),
-        ("pids_limit", 512, 77, 77),
-        ("ulimits", None, [1], [1]),
-    ],
+@cases(
+    "name, ours, theirs, merged",
+    ("cap_drop", ["ALL"], "NET_RAW", ["ALL", "NET_RAW"]),
+    ("cap_drop", ["ALL"], [], ["ALL"]),
+    ("environment", {"A": "1"}, ["B=2=3", "C", "A=4"], {"A": "4", "B": "2=3", "C": None}),
+    ("volumes", {"/a": {"bind": "/b", "mode": "rw"}}, "/c:/d", ["/a:/b:rw", "/c:/d"]),
+    ("volumes", {"/a": {}}, {"/c": {}}, {"/a": {}, "/c": {}}),
+    ("tmpfs", None, ["/x", "/y:size=1m"], {"/x": None, "/y": "size=1m"}),
+    ("pids_limit", 512, 77, 77),
+    ("ulimits", None, [1], [1]),
 )
 def test_merging_of_docker_options(name: str, ours: Any, theirs: Any, merged: Any) -> None:
     assert jupyter_exec._merged(name, ours, theirs) == merged
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"), [("mem_limitt", "mem_limit"), ("package", "packages"), ("bind_dirr", "bind_dir"), ("xyzzy", "")]
-)
+@cases("name, meant", ("mem_limitt", "mem_limit"), ("package", "packages"), ("bind_dirr", "bind_dir"), ("xyzzy", ""))
 def test_an_unknown_docker_keyword_is_named(name: str, meant: str) -> None:
     with pytest.raises(TypeError, match=f"'{name}'" + (f"; did you mean '{meant}'" if meant else "$")):
         docker_server(**{name: 1})
 
 
-def test_a_docker_keyword_with_a_strange_value_is_our_error(containers: Any) -> None:
-    with docker_server(mem_limit="1 apple") as server, pytest.raises(SandboxError, match="1 apple"):
-        server.kernelspecs()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"privileged": True},
-        {"cap_add": ["SYS_ADMIN"]},
-        {"security_opt": ["no-new-privileges:false"]},
-        {"security_opt": ("seccomp=unconfined",)},
-        {"network": "host"},
-        {"network_mode": "container:other"},
-        {"pid_mode": "host"},
-        {"user": "00"},
-        {"user": 0},
-        {"pids_limit": -1},
-        {"volumes": ["/var/run/docker.sock:/var/run/docker.sock"]},
-        {"volumes": {"/": {"bind": "/host", "mode": "ro"}}},
-        {"mounts": [{"Source": "/run/podman/podman.sock", "Target": "/x", "Type": "bind"}]},
-        {"bind_dir": "/"},
-    ],
+@cases(
+    "warnings_of, options",
+    (1, {"privileged": True}),
+    (1, {"cap_add": ["SYS_ADMIN"]}),
+    (1, {"security_opt": ["no-new-privileges:false"]}),
+    (1, {"security_opt": ("seccomp=unconfined",)}),
+    (1, {"network": "host"}),
+    (1, {"network_mode": "container:other"}),
+    (1, {"pid_mode": "host"}),
+    (1, {"user": "00"}),
+    (1, {"user": 0}),
+    (1, {"pids_limit": -1}),
+    (1, {"volumes": ["/var/run/docker.sock:/var/run/docker.sock"]}),
+    (1, {"volumes": {"/": {"bind": "/host", "mode": "ro"}}}),
+    (1, {"mounts": [{"Source": "/run/podman/podman.sock", "Target": "/x", "Type": "bind"}]}),
+    (1, {"bind_dir": "/"}),
+    (0, {"bind_dir": tempfile.gettempdir(), "user": "1000", "read_only": True, "pids_limit": 9, "cap_add": []}),
+    (0, {"security_opt": ["label=type:x"], "volumes": [f"{HERE}:/x"], "ipc_mode": "private"}),
     ids=str,
 )
-def test_what_opens_the_sandbox_is_warned_of(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_what_opens_the_sandbox_is_warned_of(warnings_of: int, options: dict[str, Any], caplog: Any) -> None:
     DockerJupyterServer(**options)
-    (record,) = caplog.records
-    assert (record.name, record.levelname) == ("jupyter_exec", "WARNING")
+    assert [(record.name, record.levelname) for record in caplog.records] == [("jupyter_exec", "WARNING")] * warnings_of
 
 
-def test_usual_options_warn_of_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"security_opt": ["label=type:x"], "volumes": [f"{tmp_path}:/x"], "ipc_mode": "private"}
-    DockerJupyterServer(bind_dir=tmp_path, user="1000", read_only=True, pids_limit=9, cap_add=[], **options)
-    assert caplog.text == ""
-
-
-@pytest.mark.parametrize("user", ["", "0", "00", "0000:0", "+0", "root", "root:x", "0:1000"])
+@cases("user", "", "0", "00", "0000:0", "+0", "root", "root:x", "0:1000")
 def test_users_of_an_image_that_are_root(user: str) -> None:
     server = DockerJupyterServer()
     assert server._user(None, {"User": user}) == "1000:1000"
@@ -4309,8 +4000,8 @@ def test_another_name_of_root_in_an_image_is_refused(containers: Any, image: Cal
 
 
 @pytest.mark.slow
-def test_proxies_of_the_docker_configuration_stay_out_without_a_network(
-    containers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_proxies_stay_out_of_docker_without_a_network(
+    containers: Any, monkeypatch: MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text('{"proxies": {"default": {"httpProxy": "http://me:secret@proxy"}}}')
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
@@ -4362,9 +4053,8 @@ def peer(tmp_path: Path, *options: str, python: str = sys.executable, **info: An
     environment["JUPYTER_RUNTIME_DIR"] = str(tmp_path)
     connection = JupyterConnectionInfo("127.0.0.1", info.pop("use_https", False), port, token, **info)
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, env=environment, cwd=tmp_path, start_new_session=True
-        )
+        options_: Any = {"stdout": file, "stderr": file, "env": environment, "cwd": tmp_path}
+        process = subprocess.Popen(command, start_new_session=True, **options_)
         try:
             with RemoteJupyterServer(connection) as client:
                 eventually(lambda: answers(client) or process.poll() is not None, "the server answers")
@@ -4388,23 +4078,22 @@ def installed(*names: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+def gateway(tmp_path_factory: TempPathFactory) -> Iterator[Peer]:
     need("server", installed("kernel_gateway"))
     with peer(tmp_path_factory.mktemp("gateway"), *GATEWAY) as started:
         yield started
 
 
 @pytest.fixture(scope="session")
-def jupyter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+def jupyter_server(tmp_path_factory: TempPathFactory) -> Iterator[Peer]:
     need("server", installed("jupyter_server"))
-    with peer(
-        tmp_path_factory.mktemp("server"), *SERVER, "--ServerApp.base_url=/user/ann/", base_url="/user/ann"
-    ) as started:
+    options = [*SERVER, "--ServerApp.base_url=/user/ann/"]
+    with peer(tmp_path_factory.mktemp("server"), *options, base_url="/user/ann") as started:
         yield started
 
 
 @pytest.fixture(scope="session")
-def enterprise_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+def enterprise_gateway(tmp_path_factory: TempPathFactory) -> Iterator[Peer]:
     """Enterprise Gateway pins an older jupyter-server: it lives in an environment of its own."""
     python = os.environ.get("JUPYTER_EXEC_ENTERPRISE_PYTHON", "")
     need("enterprise", os.path.exists(python))
@@ -4413,7 +4102,7 @@ def enterprise_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pee
 
 
 @pytest.fixture(params=["gateway", "jupyter_server"])
-def remote(request: pytest.FixtureRequest, gateway: Peer, jupyter_server: Peer) -> Peer:
+def remote(request: FixtureRequest, gateway: Peer, jupyter_server: Peer) -> Peer:
     return {"gateway": gateway, "jupyter_server": jupyter_server}[request.param]
 
 
@@ -4476,17 +4165,14 @@ def test_a_remote_server_that_nobody_refers_to_deletes_its_kernels_and_ends(gate
         eventually(lambda: set(threading.enumerate()) <= threads, "the thread has ended")
 
 
-def test_remote_kernel_gets_its_environment(gateway: Peer) -> None:
-    with gateway.client(env={"KERNEL_GREETING": "hello"}) as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "import os; os.environ['KERNEL_GREETING']").output == "'hello'"
+def test_remote_kernel_gets_its_environment_and_input(gateway: Peer) -> None:
+    with gateway.client(env={"KERNEL_GREETING": "hello"}) as server:
+        with JupyterCodeExecutor(server, on_input=lambda prompt, password: "blue") as executor:
+            code = "import os; os.environ['KERNEL_GREETING'], input('colour? ')"
+            assert run(executor, code).output.endswith("('hello', 'blue')")
 
 
-def test_remote_input(gateway: Peer) -> None:
-    with JupyterCodeExecutor(gateway.info, on_input=lambda prompt, password: "blue") as executor:
-        assert run(executor, "input('colour? ')").output.endswith("'blue'")
-
-
-def test_the_default_subprotocol_works_too(jupyter_server: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_subprotocol_works_too(jupyter_server: Peer, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "V1_SUBPROTOCOL", "unknown.to.the.server")
     with JupyterCodeExecutor(jupyter_server.info) as executor:
         assert run(executor, "6 * 7").output == "42"
@@ -4494,39 +4180,49 @@ def test_the_default_subprotocol_works_too(jupyter_server: Peer, monkeypatch: py
         assert isinstance(executor._kernel._channels._codec, jupyter_exec.JsonCodec)
 
 
-def test_a_dropped_connection_is_made_anew_and_the_rest_replayed(
-    jupyter_server: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gate = tmp_path / "gate"
-    code = f"import os, time\nprint('first', flush=True)\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\nn += 1\n7"
+@pytest.fixture
+def connections(tmp_path: Path, monkeypatch: MonkeyPatch) -> list[socket.socket]:
+    """The connections that WebSockets were opened on; tmp_path/gate is there when the first was dropped."""
     opened: list[socket.socket] = []
     websocket = jupyter_exec.RestClient.websocket
 
     def counting(*arguments: Any) -> Any:
         if opened:  # nothing that comes from now on can have come over the first connection
             eventually(lambda: opened[0].fileno() == -1, "the first connection was dropped")
-            gate.touch()
+            (tmp_path / "gate").touch()
         result = websocket(*arguments)
         opened.append(result[0])
         return result
 
     monkeypatch.setattr(jupyter_exec.RestClient, "websocket", counting)
+    return opened
+
+
+def waiting_for(gate: Path, before: str = "") -> str:
+    """Code that runs until a file is there."""
+    return f"import os, time\n{before}\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
+
+
+def test_a_dropped_connection_is_made_anew(
+    jupyter_server: Peer, tmp_path: Path, connections: list[socket.socket]
+) -> None:
     with JupyterCodeExecutor(jupyter_server.info) as executor:
         run(executor, "n = 0")
 
         def cut(output: dict[str, Any]) -> None:
             if output.get("text") == "first\n":
-                opened[0].shutdown(socket.SHUT_RDWR)
+                connections[0].shutdown(socket.SHUT_RDWR)
 
+        code = waiting_for(tmp_path / "gate", "print('first', flush=True)") + "n += 1\n7"
         result = executor.execute(code, on_output=cut, timeout=PATIENCE)
         assert (result.status, result.kernel_state) == ("ok", "intact")
         assert result.text.startswith("first\n7")
         assert run(executor, "n").output == "1"
-    assert len(opened) == 2
+    assert len(connections) == 2
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_away_in_mid_cell_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_goes_away_in_mid_cell_is_reported(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     need("server", installed("kernel_gateway"))
     monkeypatch.setattr(jupyter_exec, "RECONNECT_TIMEOUT", 1.0)
     killed = threading.Event()
@@ -4558,8 +4254,8 @@ def command_line(pid: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", ["", "sleep(60)", "while True:\n try: sleep(1)\n except BaseException: pass"])
-@pytest.mark.parametrize(("method", "path"), [("DELETE", ""), ("POST", "/restart")])
+@cases("code", "", "sleep(60)", "while True:\n try: sleep(1)\n except BaseException: pass")
+@cases("method, path", ("DELETE", ""), ("POST", "/restart"))
 def test_a_kernel_that_others_end_is_told_at_once(remote: Peer, method: str, path: str, code: str) -> None:
     with remote.client() as server, JupyterCodeExecutor(server) as executor:
         run(executor, "from time import sleep")
@@ -4611,7 +4307,7 @@ def test_a_cell_after_a_long_pause_works(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def certificate(tmp_path_factory: TempPathFactory) -> tuple[Path, Path]:
     """A self-signed certificate for 127.0.0.1 and its key."""
     path = tmp_path_factory.mktemp("tls")
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
@@ -4657,6 +4353,13 @@ def test_enterprise_gateway(enterprise_gateway: Peer) -> None:
             assert executor.execute("while True: pass", timeout=0.5).kernel_state == "intact"
             executor.restart()
             assert run(executor, "'x' in dir()").output == "False"
+
+
+def test_enterprise_gateway_tells_why_it_refuses(enterprise_gateway: Peer) -> None:
+    with enterprise_gateway.client(env={"KERNEL_USERNAME": "root"}) as server:
+        with pytest.raises(ServerError, match="root") as caught:
+            JupyterCodeExecutor(server)
+    assert caught.value.status == 403
 
 
 HUB_CONFIG = """
@@ -4743,22 +4446,10 @@ def test_a_jupyterhub_behind_its_proxy_with_tls(certificate: tuple[Path, Path], 
                 assert "server behind this JupyterHub does not run" in run(executor, "1").output
 
 
-def test_enterprise_gateway_tells_why_it_refuses(enterprise_gateway: Peer) -> None:
-    with enterprise_gateway.client(env={"KERNEL_USERNAME": "root"}) as server, pytest.raises(ServerError) as caught:
-        JupyterCodeExecutor(server)
-    assert caught.value.status == 403
-    assert "root" in str(caught.value)
-
-
 @pytest.mark.slow
 def test_any_object_with_connection_info_is_a_server(gateway: Peer) -> None:
-    class Theirs:
-        host, use_https, port, token = "127.0.0.1", False, gateway.info.port, gateway.info.token
-
-    class Connectable:
-        connection_info = Theirs()
-
-    with JupyterCodeExecutor(Connectable()) as executor:
+    info = {name: getattr(gateway.info, name) for name in ("host", "use_https", "port", "token")}
+    with JupyterCodeExecutor(types.SimpleNamespace(connection_info=types.SimpleNamespace(**info))) as executor:
         assert run(executor, "1").output == "1"
 
 
@@ -4783,8 +4474,8 @@ def test_listing_kernels_may_be_forbidden(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def fake_server(answer: bytes) -> Iterator[JupyterConnectionInfo]:
-    """A server that sends `answer` to each connection and then waits."""
+def fake_server(answer: bytes, drip: bytes = b"") -> Iterator[JupyterConnectionInfo]:
+    """A server that sends `answer` to each connection, then `drip` again and again, and waits."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         stopping = threading.Event()
 
@@ -4797,6 +4488,8 @@ def fake_server(answer: bytes) -> Iterator[JupyterConnectionInfo]:
                     clients[-1].settimeout(PATIENCE)
                     with contextlib.suppress(ConnectionError):
                         clients[-1].sendall(answer)
+                        while drip and not stopping.wait(0.02):
+                            clients[-1].sendall(drip)
             for client in clients:
                 client.close()
 
@@ -4812,44 +4505,39 @@ def http(status: str, body: str, kind: str = "text/html", *more: str) -> bytes:
     return "\r\n".join(lines).encode()
 
 
-@pytest.mark.parametrize(
-    ("answer", "says"),
-    [
-        (http("200 OK", "<html>Please log in</html>"), "no Jupyter server: it sends text/html"),
-        (http("302 Found", "", "text/html", "Location: /hub/login"), "redirects elsewhere"),
-        (http("500 Oops", '{"message": "it broke", "reason": null}', "application/json"), "500.*it broke"),
-        (http("200 OK", "[1]", "application/json"), "no Jupyter server"),
-        (http("200 OK", "[" * 100_000, "application/json"), "no Jupyter server"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "broke the connection"),
-        (http("302 Found", "", "text/html", "Location: /hub/user/ann/api/kernelspecs"), "JupyterHub does not run"),
-        (http("424 Failed Dependency", "{}"), "424 .* on a JupyterHub, start the server there"),
-        (http("503 Service Unavailable", "<h1>Proxy</h1> error"), "start the server there. Proxy error"),
-        (
-            http("401 No", "Authorization: token s3cret-t0ken"),
-            r"token is missing or wrong. Authorization: token \*\*\*",
-        ),
-        (http("401 No", '{"message": "\\u00733cret-t0ken\\u001b[2J"}'), r"wrong. \*\*\* \[2J"),
-        (http("401 No", "x" * 9_995 + "s3cret-t0ken"), "401"),
-        (http("200 OK", "", "s3cret-t0ken"), "no Jupyter server"),
-        (http("200 OK", "x", "s3cret-t0ken"), r"it sends \*\*\*"),
-        (b"HTTP/1.1 s3cret-t0ken x\r\n\r\n", r"BadStatusLine: HTTP/1.1 \*\*\* x"),
-        (http("200 OK", '{"kernelspecs": {"s3cret-t0ken": {"spec": {}}}}'), r"Available: \*\*\*"),
-        (http("20000 OK", "{}"), "BadStatusLine"),
-        (http(f"{'9' * 5000} OK", "{}"), "BadStatusLine"),
-        (http("103 Early Hints", "{}"), "answered 103"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n" * 200_000, "over the limit of 4194304 bytes|100 interim responses|No answer"),
-        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**20, "more than 65536 bytes"),
-        (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200, "more than 100 headers"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 12 + b"\r\n\r\n" + bytes(5_000_000), "over the limit"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n" + bytes(5_000_000), "over the limit"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "No answer"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n" + bytes(5_000_000), "broke the connection"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 16 + b"\r\n" + bytes(5_000_000), "limit"),
-        (b"", "No answer to GET .* within 0.5 s"),
-    ],
+@cases(
+    "answer, says",
+    (http("200 OK", "<html>Please log in</html>"), "no Jupyter server: it sends text/html"),
+    (http("302 Found", "", "text/html", "Location: /hub/login"), "redirects elsewhere"),
+    (http("500 Oops", '{"message": "it broke", "reason": null}', "application/json"), "500.*it broke"),
+    (http("200 OK", "[1]", "application/json"), "no Jupyter server"),
+    (http("200 OK", "[" * 100_000, "application/json"), "no Jupyter server"),
+    (b"SSH-2.0-OpenSSH_9.2\r\n", "broke the connection"),
+    (http("302 Found", "", "text/html", "Location: /hub/user/ann/api/kernelspecs"), "JupyterHub does not run"),
+    (http("424 Failed Dependency", "{}"), "424 .* on a JupyterHub, start the server there"),
+    (http("503 Service Unavailable", "<h1>Proxy</h1> error"), "start the server there. Proxy error"),
+    (http("401 No", "Authorization: token s3cret-t0ken"), r"token is missing or wrong. Authorization: token \*\*\*"),
+    (http("401 No", '{"message": "\\u00733cret-t0ken\\u001b[2J"}'), r"wrong. \*\*\* \[2J"),
+    (http("401 No", "x" * 9_995 + "s3cret-t0ken"), "401"),
+    (http("200 OK", "", "s3cret-t0ken"), "no Jupyter server"),
+    (http("200 OK", "x", "s3cret-t0ken"), r"it sends \*\*\*"),
+    (b"HTTP/1.1 s3cret-t0ken x\r\n\r\n", r"BadStatusLine: HTTP/1.1 \*\*\* x"),
+    (http("200 OK", '{"kernelspecs": {"s3cret-t0ken": {"spec": {}}}}'), r"Available: \*\*\*"),
+    (http("20000 OK", "{}"), "BadStatusLine"),
+    (http(f"{'9' * 5000} OK", "{}"), "BadStatusLine"),
+    (http("103 Early Hints", "{}"), "answered 103"),
+    (b"HTTP/1.1 100 Continue\r\n\r\n" * 200_000, "over the limit of 4194304 bytes|100 interim responses|No answer"),
+    (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 2**20, "more than 65536 bytes"),
+    (b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200, "more than 100 headers"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 12 + b"\r\n\r\n" + bytes(5_000_000), "over the limit"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n" + bytes(5_000_000), "over the limit"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n", "No answer"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "IncompleteRead"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n" + bytes(5_000_000), "broke the connection"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 16 + b"\r\n" + bytes(5_000_000), "limit"),
+    (b"", "No answer to GET .* within 0.5 s"),
 )
-def test_what_is_no_jupyter_server_is_told(answer: bytes, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_jupyter_server_is_told(answer: bytes, says: str, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec.RestClient.request, "__kwdefaults__", {"timeout": 0.5})
     with fake_server(answer) as info, pytest.raises(JupyterExecError) as caught:
         JupyterCodeExecutor(info)
@@ -4870,7 +4558,7 @@ def scripted_server(*replies: bytes) -> Iterator[RemoteJupyterServer]:
         far.shutdown(socket.SHUT_WR)
         return near
 
-    with pytest.MonkeyPatch.context() as patch:
+    with MonkeyPatch.context() as patch:
         patch.setattr(jupyter_exec.RestClient, "_dial", dial)
         with RemoteJupyterServer(JupyterConnectionInfo("x", False, 1, "s3cret-t0ken")) as server:
             yield server
@@ -4887,22 +4575,20 @@ BAD_SPECS: list[Any] = [{}, [], 5, None, *({"kernelspecs": value} for value in B
 BAD_LISTS: list[Any] = [5, "abc", {}, [1], None]
 
 
-@pytest.mark.parametrize(
-    ("replies", "use"),
-    [
-        *(([SPECS, http("201 Created", json.dumps(model))], "start_kernel") for model in BAD_MODELS),
-        *(([http("200 OK", json.dumps(specs))], "start_kernel") for specs in BAD_SPECS),
-        *(([http("200 OK", json.dumps(models))], "list_kernels") for models in BAD_LISTS),
-        *(
-            ([SPECS, http("201 OK", '{"id": "x"}'), answer], "start_kernel")
-            for answer in (
-                b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
-                b"HTTP/1.1 101 Switching Protocols\r\nTransfer-Encoding: chunked\r\n\r\n",
-                http("200 OK", "{}"),
-                http("403 No", "s3cret-t0ken"),
-            )
-        ),
-    ],
+@cases(
+    "replies, use",
+    *(([SPECS, http("201 Created", json.dumps(model))], "start_kernel") for model in BAD_MODELS),
+    *(([http("200 OK", json.dumps(specs))], "start_kernel") for specs in BAD_SPECS),
+    *(([http("200 OK", json.dumps(models))], "list_kernels") for models in BAD_LISTS),
+    *(
+        ([SPECS, http("201 OK", '{"id": "x"}'), answer], "start_kernel")
+        for answer in (
+            b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+            b"HTTP/1.1 101 Switching Protocols\r\nTransfer-Encoding: chunked\r\n\r\n",
+            http("200 OK", "{}"),
+            http("403 No", "s3cret-t0ken"),
+        )
+    ),
 )
 def test_answers_of_wrong_shapes_are_our_errors(replies: list[bytes], use: str) -> None:
     with scripted_server(*replies) as server, pytest.raises(JupyterExecError) as caught:
@@ -4911,13 +4597,10 @@ def test_answers_of_wrong_shapes_are_our_errors(replies: list[bytes], use: str) 
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize(("kernel", "refusals"), [("x", 3), (None, 1)])  # restart, delete, start; or start alone
+@cases("kernel, refusals", ("x", 3), (None, 1))  # restart, delete, start; or start alone
 def test_a_hub_whose_server_was_stopped_is_told_at_the_next_start(kernel: str | None, refusals: int) -> None:
     # A Hub refuses the POST for another reason: only a GET tells.
-    refused, moved = (
-        http("403 Forbidden", "xsrf"),
-        http("302 Found", "", "x", "Location: /hub/user/ann/api/kernelspecs"),
-    )
+    refused, moved = http("403 No", "xsrf"), http("302 Found", "", "x", "Location: /hub/user/ann/api/kernelspecs")
     with scripted_server(*[refused] * refusals, moved) as server:
         control = jupyter_exec.RemoteKernelControl(server, "python3", None)
         control._id = kernel
@@ -4946,7 +4629,7 @@ def test_no_answer_raises_anything_else(reply: bytes, use: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 1.0)
     pairs: list[tuple[socket.socket, socket.socket]] = []
 
@@ -4972,14 +4655,14 @@ def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(mo
         far.close()
 
 
-@pytest.mark.parametrize("host", ["http://example.com", "example.com/path", "a b", ""])
+@cases("host", "http://example.com", "example.com/path", "a b", "")
 def test_a_host_that_is_none_is_refused(host: str) -> None:
     with pytest.raises(ValueError, match="host must be a name or an address"):
         RemoteJupyterServer(JupyterConnectionInfo(host, True))
 
 
-def test_the_token_is_in_no_repr_url_log_or_command_line(
-    gateway: Peer, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+def test_the_token_is_nowhere_in_sight(
+    gateway: Peer, caplog: LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level("DEBUG")
     token = gateway.info.token or ""
@@ -5001,11 +4684,8 @@ def test_a_local_gateway_serves_others_and_goes_with_its_server(tmp_path: Path) 
         with JupyterCodeExecutor(server, max_output=None) as executor, client as other:
             assert run(executor, "6 * 7").output == "42"
             assert len(other.list_kernels()) == 1
-            assert (server.ip, server.token, server.get_client().list_kernels()) == (
-                "127.0.0.1",
-                "my$token",
-                other.list_kernels(),
-            )
+            assert (server.ip, server.token) == ("127.0.0.1", "my$token")
+            assert server.get_client().list_kernels() == other.list_kernels()
             assert not any("my$token" in command_line(pid) for pid in descendants(os.getpid()))
             assert len(run(executor, "print('x' * 9_000_000)").output) == 9_000_001
     assert "Kernel started" in log.read_text()
@@ -5014,9 +4694,8 @@ def test_a_local_gateway_serves_others_and_goes_with_its_server(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_local_gateway_dies_with_a_killed_client(tmp_path: Path) -> None:
+def test_a_local_gateway_dies_with_a_killed_client(marker: str) -> None:
     need("server", installed("kernel_gateway"))
-    marker = f"mark-{time.time_ns()}"
     program = """
         import sys, time, jupyter_exec
         server = jupyter_exec.LocalJupyterServer(transport="gateway", env={"MARK": sys.argv[1]})
@@ -5024,13 +4703,8 @@ def test_a_local_gateway_dies_with_a_killed_client(tmp_path: Path) -> None:
         print("ready", flush=True)
         time.sleep(60)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), marker]
-    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as client:
-        assert client.stdout
-        assert client.stdout.readline() == b"ready\n"
-        client.kill()
-    eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
+    with client_program(program, marker):
+        assert marked_processes(f"MARK={marker}")
 
 
 @pytest.mark.slow
@@ -5047,7 +4721,7 @@ def test_a_gateway_whose_port_is_taken_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_token_is_not_sent_to_a_faster_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_not_sent_to_a_faster_listener(monkeypatch: MonkeyPatch) -> None:
     need("server", installed("kernel_gateway"))
     port, call, thieves = free_port(), jupyter_exec.HostLink.call, []
 
@@ -5064,58 +4738,47 @@ def test_a_token_is_not_sent_to_a_faster_listener(monkeypatch: pytest.MonkeyPatc
         thieves[0].accept()
 
 
-def test_an_empty_token_is_refused() -> None:
-    with pytest.raises(ValueError, match="open the gateway to everybody"):
-        LocalJupyterServer(token="")
-
-
-def test_a_python_without_kernel_gateway_says_what_to_install(bare_python: str) -> None:
-    with (
-        LocalJupyterServer(python=bare_python, transport="gateway") as server,
-        pytest.raises(KernelStartFailed) as caught,
-    ):
-        server.get_client()
-    assert f"{bare_python} -m pip install jupyter_kernel_gateway" in str(caught.value)
-
-
-# The module in a Python that lacks what Python on Windows lacks; the rest of the standard library is as it is here.
-ON_WINDOWS = """
-    import os, signal, socket, sys, types
-    import jupyter_exec  # and with it all that it imports
-    del sys.modules["jupyter_exec"]
-    real = {"os": os, "signal": signal, "socket": socket}
-    for name, module in real.items():
-        sys.modules[name] = copy = types.ModuleType(name)
-        vars(copy).update({key: value for key, value in vars(module).items() if key not in sys.argv[1].split()})
-    sys.modules["os"].name, sys.modules["os"].supports_dir_fd = "nt", set()
-    import jupyter_exec
-    sys.modules.update(real)
-    del os.environ["DOCKER_HOST"]
-    from jupyter_exec import *
-
-    servers = LocalJupyterServer, lambda: CommandJupyterServer(["ssh"]), lambda: DockerJupyterServer().kernelspecs()
-    for make in servers:
-        try:
-            make()
-        except JupyterExecError as error:
-            print(error)
-    info = JupyterConnectionInfo("127.0.0.1", False, int(sys.argv[2]), sys.argv[3])
-    with RemoteJupyterServer(info) as server, JupyterCodeExecutor(server, output_dir=sys.argv[4]) as executor:
-        picture = "from IPython.display import Image; Image(data=b'GIF89a', format='gif')"
-        result = executor.execute_code_blocks([CodeBlock("print(6 * 7)"), CodeBlock(picture)])
-        print(result.exit_code, result.output[:2], [os.stat(path).st_size for path in result.output_files])
-        print(executor.execute("while True: pass", timeout=0.5).note)
-        executor.save_notebook(sys.argv[4] + "/session.ipynb")
-"""
-
-
 @pytest.mark.slow
 def test_on_windows_remote_servers_work_and_the_others_say_what_to_use(gateway: Peer, tmp_path: Path) -> None:
+    # The module in a Python that lacks what Python on Windows lacks; the rest of the standard library is as it is here.
+    on_windows = """
+        import os, signal, socket, sys, types
+        import jupyter_exec  # and with it all that it imports
+        del sys.modules["jupyter_exec"]
+        real = {"os": os, "signal": signal, "socket": socket}
+        for name, module in real.items():
+            sys.modules[name] = copy = types.ModuleType(name)
+            vars(copy).update({key: value for key, value in vars(module).items() if key not in sys.argv[1].split()})
+        sys.modules["os"].name, sys.modules["os"].supports_dir_fd = "nt", set()
+        import jupyter_exec
+        sys.modules.update(real)
+        del os.environ["DOCKER_HOST"]
+        from jupyter_exec import *
+
+        servers = LocalJupyterServer, lambda: CommandJupyterServer(["ssh"]), lambda: DockerJupyterServer().kernelspecs()
+        for make in servers:
+            try:
+                make()
+            except JupyterExecError as error:
+                print(error)
+        info = JupyterConnectionInfo("127.0.0.1", False, int(sys.argv[2]), sys.argv[3])
+        with RemoteJupyterServer(info) as server, JupyterCodeExecutor(server, output_dir=sys.argv[4]) as executor:
+            picture = "from IPython.display import Image; Image(data=b'GIF89a', format='gif')"
+            result = executor.execute_code_blocks([CodeBlock("print(6 * 7)"), CodeBlock(picture)])
+            print(result.exit_code, result.output[:2], [os.stat(path).st_size for path in result.output_files])
+            print(executor.execute("while True: pass", timeout=0.5).note)
+            executor.save_notebook(sys.argv[4] + "/session.ipynb")
+    """
     info, guarded = gateway.info, {"TCP_QUICKACK", "register_at_fork", "O_NOFOLLOW", "O_PATH"}
     lacks = " ".join({*missing_on_windows().values()} | guarded)
-    environment = os.environ | {"PYTHONPATH": str(MODULE.parent), "DOCKER_HOST": ""}
     result = run_python(
-        ON_WINDOWS, lacks, str(info.port), info.token or "", str(tmp_path), env=environment, cwd=tmp_path
+        on_windows,
+        lacks,
+        str(info.port),
+        info.token or "",
+        str(tmp_path),
+        env=environment(DOCKER_HOST=""),
+        cwd=tmp_path,
     )
     local, command, docker, *cells = result.stdout.splitlines()
     assert result.stderr == ""
@@ -5127,12 +4790,6 @@ def test_on_windows_remote_servers_work_and_the_others_say_what_to_use(gateway: 
     assert (tmp_path / "session.ipynb").exists()
 
 
-def test_docker_over_a_named_pipe_says_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER_HOST", "npipe:////./pipe/docker_engine")
-    with pytest.raises(SandboxError, match="named pipe of Windows is no socket"), DockerJupyterServer() as server:
-        server.kernelspecs()
-
-
 def test_a_direct_server_has_no_connection_info() -> None:
     for name in ("connection_info", "ip", "port", "token", "get_client"):
         with pytest.raises(AttributeError, match='transport="gateway"'):
@@ -5140,23 +4797,18 @@ def test_a_direct_server_has_no_connection_info() -> None:
 
 
 @pytest.mark.slow
-def test_a_docker_gateway(containers: Any) -> None:
-    with docker_server(network=None, token="t0ken") as server, JupyterCodeExecutor(server) as executor:
-        assert run(executor, "6 * 7").output == "42"
-        with RemoteJupyterServer(server.connection_info) as other:
+def test_a_docker_gateway_may_be_left_running(containers: Any) -> None:
+    with docker_server(network=None, token="t0ken", stop_container=False, container_name=f"{RUN}-left") as server:
+        with JupyterCodeExecutor(server) as executor, RemoteJupyterServer(server.connection_info) as other:
+            assert run(executor, "6 * 7").output == "42"
             assert len(other.list_kernels()) == 1
         (container,) = containers()
         assert container.ports["8888/tcp"][0]["HostIp"] == "127.0.0.1"
         assert container.attrs["Config"]["User"] == "1000:1000"
-
-
-@pytest.mark.slow
-def test_a_docker_gateway_may_be_left_running(engine: Any, containers: Any) -> None:
-    with docker_server(network=None, stop_container=False, container_name=f"{RUN}-left") as server:
         info = server.connection_info
     with JupyterCodeExecutor(info) as executor:
         assert run(executor, "1").output == "1"
-    engine.containers.get(f"{RUN}-left").remove(force=True)
+    container.remove(force=True)
 
 
 @pytest.mark.slow
@@ -5193,11 +4845,6 @@ def test_a_forked_child_that_exits_leaves_the_gateway_of_its_parent(containers: 
     assert result.returncode == 0, result.stderr
 
 
-def test_a_gateway_without_network_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot be reached without a network"):
-        DockerJupyterServer(network="none", transport="gateway")
-
-
 # Commands
 
 
@@ -5205,9 +4852,7 @@ def test_a_gateway_without_network_is_refused() -> None:
 def sshd(tmp_path: Path) -> Iterator[list[str]]:
     """A real sshd on loopback; returns the ssh command that reaches it."""
     need("ssh", os.path.exists("/usr/sbin/sshd") and shutil.which("ssh"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
     (tmp_path / "user.pub").rename(tmp_path / "authorized")
@@ -5225,64 +4870,50 @@ def sshd(tmp_path: Path) -> Iterator[list[str]]:
 
 
 def test_a_server_that_drips_its_answer_is_given_up_in_time() -> None:
-    def drip(listener: socket.socket) -> None:
-        connection = listener.accept()[0]
-        with connection, contextlib.suppress(OSError):
-            connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
-            while not ended.wait(0.02):
-                connection.sendall(b"x")
-
-    ended = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=drip, args=(listener,))
-        thread.start()
-        rest = jupyter_exec.RestClient(JupyterConnectionInfo("127.0.0.1", False, listener.getsockname()[1]))
+    with fake_server(b"HTTP/1.1 200 OK\r\nX: ", drip=b"x") as info:
         with pytest.raises(ExecutionTimeout, match=r"No answer to GET .* within 0.5 s"):
-            rest.request("GET", "/api", timeout=0.5)
-        ended.set()
-        thread.join()
+            jupyter_exec.RestClient(info).request("GET", "/api", timeout=0.5)
 
 
-SLOW_LINK = """
-import os, subprocess, sys, threading, time
-process = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-def copy(source, target, rate):
-    while data := os.read(source, 65536):
-        time.sleep(len(data) / rate)
-        while data:
-            data = data[os.write(target, data):]
-    os.close(target)
-threading.Thread(target=copy, args=(0, process.stdin.fileno(), 1e12), daemon=True).start()
-copy(process.stdout.fileno(), 1, float(os.environ["RATE"]))
-"""
+@pytest.fixture
+def slow_link(tmp_path: Path) -> Callable[[str], CommandJupyterServer]:
+    """A function that makes a server behind a link of so many bytes a second."""
+    slow_link = textwrap.dedent("""
+        import os, subprocess, sys, threading, time
+        process = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        def copy(source, target, rate):
+            while data := os.read(source, 65536):
+                time.sleep(len(data) / rate)
+                while data:
+                    data = data[os.write(target, data):]
+            os.close(target)
+        threading.Thread(target=copy, args=(0, process.stdin.fileno(), 1e12), daemon=True).start()
+        copy(process.stdout.fileno(), 1, float(os.environ["RATE"]))
+    """)
+    (tmp_path / "link.py").write_text(slow_link)
+    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
+    return lambda rate: CommandJupyterServer(argv, env={"RATE": rate})
 
 
 @pytest.mark.slow
-def test_output_on_a_slow_link_keeps_no_other_kernel_from_starting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_on_a_slow_link_keeps_no_kernel_from_starting(slow_link: Any, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 3.0)
-    (tmp_path / "link.py").write_text(SLOW_LINK)
     printing = threading.Event()
-    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
-    with CommandJupyterServer(argv, env={"RATE": "5e6"}) as server:
-        with JupyterCodeExecutor(server) as one, ThreadPoolExecutor(1) as pool:
-            code = "import sys\nfor _ in range(300_000): sys.stdout.write('x' * 99 + chr(10))"
-            cell = pool.submit(one.execute, code, on_output=lambda output: printing.set())
-            assert printing.wait(PATIENCE)
-            with JupyterCodeExecutor(server) as two:
-                assert not cell.done()
-                assert run(two, "1").output == "1"
-            assert cell.result().status == "ok"
+    with slow_link("5e6") as server, JupyterCodeExecutor(server) as one, ThreadPoolExecutor(1) as pool:
+        code = "import sys\nfor _ in range(300_000): sys.stdout.write('x' * 99 + chr(10))"
+        cell = pool.submit(one.execute, code, on_output=lambda output: printing.set())
+        assert printing.wait(PATIENCE)
+        with JupyterCodeExecutor(server) as two:
+            assert not cell.done()
+            assert run(two, "1").output == "1"
+        assert cell.result().status == "ok"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["", "os._exit(3)", "1 / 0"])
-def test_a_flood_over_a_slow_link_is_bounded_and_its_cell_ends_in_time(end: str, tmp_path: Path) -> None:
-    (tmp_path / "link.py").write_text(SLOW_LINK)
-    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
+@cases("end", "", "os._exit(3)", "1 / 0")
+def test_a_flood_over_a_slow_link_is_bounded_and_its_cell_ends_in_time(end: str, slow_link: Any) -> None:
     flood = "while True: print('x' * 1000)" if not end else "for _ in range(20_000): print('x' * 1000)"
-    with CommandJupyterServer(argv, env={"RATE": "1e6"}) as server, JupyterCodeExecutor(server) as executor:
+    with slow_link("1e6") as server, JupyterCodeExecutor(server) as executor:
         assert run(executor, "x = 5; import os").exit_code == 0
         started = time.monotonic()
         result = executor.execute(f"{flood}\n{end}", timeout=4)
@@ -5292,14 +4923,11 @@ def test_a_flood_over_a_slow_link_is_bounded_and_its_cell_ends_in_time(end: str,
 
 
 @pytest.mark.slow
-def test_what_a_slow_link_loses_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_slow_link_loses_is_said(slow_link: Any, monkeypatch: MonkeyPatch) -> None:
     patch_host(monkeypatch, "RELAY_LIMIT = 64 * 2**20", "RELAY_LIMIT = 10**6")
-    (tmp_path / "link.py").write_text(SLOW_LINK)
-    argv = [sys.executable, str(tmp_path / "link.py"), sys.executable]
-    with CommandJupyterServer(argv, env={"RATE": "5e6"}) as server, JupyterCodeExecutor(server) as executor:
+    with slow_link("5e6") as server, JupyterCodeExecutor(server) as executor:
         result = executor.execute("for _ in range(100): print('x' * 10**5, flush=True)\n1 / 0")
-        assert result.error
-        assert result.error["ename"] == "ZeroDivisionError"
+        assert result.error and result.error["ename"] == "ZeroDivisionError"
         assert "lost" in result.note
         assert "lost" not in executor.execute("print('y' * 1000)").note
 
@@ -5313,10 +4941,9 @@ def test_kernels_through_ssh(sshd: list[str]) -> None:
 
 
 def test_ssh_that_refuses_is_reported(sshd: list[str]) -> None:
-    with CommandJupyterServer([*sshd, "/no/such/python3"]) as server, pytest.raises(KernelStartFailed) as caught:
-        JupyterCodeExecutor(server)
-    assert "/no/such/python3" in str(caught.value)
-    assert "exit code 127" in str(caught.value)
+    with CommandJupyterServer([*sshd, "/no/such/python3"]) as server:
+        with pytest.raises(KernelStartFailed, match=r"(?s)^(?=.*/no/such/python3).*exit code 127"):
+            JupyterCodeExecutor(server)
 
 
 # ======================================================================================================
@@ -5327,16 +4954,24 @@ def test_ssh_that_refuses_is_reported(sshd: list[str]) -> None:
 def test_the_example_prints_exactly_this(executor: JupyterCodeExecutor) -> None:
     result = executor.execute_code_blocks([CodeBlock(language="python", code="print('Hello, World!')")])
     assert str(result) == "exit_code=0 output='Hello, World!\\n' output_files=[]"
+    assert str(executor.execute_code_blocks([])) == "exit_code=0 output='' output_files=[]"
+    assert executor.execute_code_blocks("6 * 7").output == "42"
+    assert executor.execute_code_blocks(CodeBlock("6 * 7")).output == "42"
+    with pytest.raises(TypeError, match="code_blocks must be"):
+        executor.execute_code_blocks(["6 * 7"])
 
 
-def test_variables_live_from_block_to_block_and_call_to_call(executor: JupyterCodeExecutor) -> None:
-    assert run(executor, "x = 1", "x += 1").output == "\n"
-    assert run(executor, "x").output == "2"
+SHOW = "from IPython.display import display, update_display, Markdown\ndisplay('one', display_id='d')"
 
 
-def test_autogens_documented_result_of_two_blocks(executor: JupyterCodeExecutor) -> None:
-    define = "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)"
-    assert run(executor, define, "fibonacci(14)").output == "\n377"
+@cases("codes, output", (["x = 1", "x += 1"], "\n"),
+        (["def fibonacci(n): return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)", "fibonacci(14)"], "\n377"),
+        (["import sys\nprint('o', flush=True)\nprint('e', file=sys.stderr, flush=True)\ndisplay('d')\n'r'"], "o\ne\n'd'\n'r'"),
+        (["for i in range(5): print(f'\\r{i * 25}%', end='', flush=True); __import__('time').sleep(0.05)\nprint(' done')"], "100% done\n"),
+        ([f"{SHOW}\nupdate_display('two', display_id='d')", "update_display('three', display_id='d')"], "'two'\n'three'"),
+        (["print('\ud83d\ude00', ord('\ud83d') == 0xFFFD)", "1"], "😀 True\n\n1"))  # fmt: skip
+def test_the_text_of_blocks(executor: JupyterCodeExecutor, codes: list[str], output: str) -> None:
+    assert run(executor, *codes).output == output
 
 
 def test_an_error_costs_only_the_failing_block(executor: JupyterCodeExecutor) -> None:
@@ -5347,31 +4982,22 @@ def test_an_error_costs_only_the_failing_block(executor: JupyterCodeExecutor) ->
     assert run(executor, "a, 'b' in dir(), 'c' in dir()").output == "(1, False, False)"
 
 
-def test_stdout_stderr_result_and_display_in_order(executor: JupyterCodeExecutor) -> None:
-    code = "import sys\nprint('o', flush=True)\nprint('e', file=sys.stderr, flush=True)\ndisplay('d')\n'r'"
-    assert run(executor, code).output == "o\ne\n'd'\n'r'"
-
-
 def test_pictures_and_html_become_files_named_in_the_text(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
     png = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
     result = run(
         executor,
         f"from IPython.display import *\nimport base64\ndisplay(Image(base64.b64decode('{png}'), format='png'))",
         "print('before')\ndisplay(HTML('<b>ü</b>'))\nprint('after')",
+        "import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.show()",
     )
-    picture, page = result.output_files
-    assert result.output == f"Image data saved to {picture}\nbefore\nHTML data saved to {page}\nafter\n"
+    picture, page, plot = result.output_files
+    saved = [f"Image data saved to {picture}", f"before\nHTML data saved to {page}\nafter\n"]
+    assert result.output == "\n".join([*saved, f"Image data saved to {plot}"])
     assert Path(picture).read_bytes() == b"\x89PNG\r\n\x1a\n"
+    assert Path(plot).read_bytes().startswith(b"\x89PNG")
     assert Path(page).read_text(encoding="utf-8") == "<b>ü</b>"
-    assert Path(picture).suffix == ".png"
-    assert {Path(picture).parent, Path(page).parent} == {tmp_path}
-
-
-def test_a_matplotlib_plot_becomes_a_png(executor: JupyterCodeExecutor) -> None:
-    result = run(executor, "import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.show()")
-    (picture,) = result.output_files
-    assert Path(picture).read_bytes().startswith(b"\x89PNG")
-    assert result.output == f"Image data saved to {picture}"
+    assert [Path(path).suffix for path in result.output_files] == [".png", ".html", ".png"]
+    assert {Path(path).parent for path in result.output_files} == {tmp_path}
 
 
 def test_a_vanished_output_directory_costs_only_the_file(server: LocalJupyterServer, tmp_path: Path) -> None:
@@ -5385,16 +5011,24 @@ def test_a_vanished_output_directory_costs_only_the_file(server: LocalJupyterSer
     assert result.output.endswith("after\n")
 
 
-@pytest.mark.parametrize(
+@cases(
     "code",
-    [
-        "while True: pass",
-        "import time; time.sleep(60)",
-        "import asyncio; await asyncio.sleep(60)",
-        "import subprocess; subprocess.run(['sleep', '60'])",
-        "!sleep 60",
-        "while True: print('x')",
-    ],
+    "while True: pass",
+    "import time; time.sleep(60)",
+    "import asyncio; await asyncio.sleep(60)",
+    "import subprocess; subprocess.run(['sleep', '60'])",
+    "!sleep 60",
+    "while True: print('x')",
+    *(
+        pytest.param(code, marks=pytest.mark.slow)
+        for code in (
+            "import os\nif os.fork() == 0:\n    import time; time.sleep(60); os._exit(0)\nos.wait()",
+            "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('caught')",
+            "import subprocess; subprocess.run('sleep 60 & sleep 60', shell=True)",
+            "import os; os.system('sleep 60')",  # which ignores SIGINT itself: the sleeping process must get it
+            "import threading; threading.Event().wait()",
+        )
+    ),
 )
 def test_timeout_interrupts_and_keeps_the_variables(executor: JupyterCodeExecutor, code: str) -> None:
     run(executor, "x = 5")
@@ -5402,59 +5036,54 @@ def test_timeout_interrupts_and_keeps_the_variables(executor: JupyterCodeExecuto
     assert (result.status, result.exit_code, result.kernel_state) == ("timeout", 124, "intact")
     assert result.text.startswith("before\n")
     place = f"; it was at line 2: {code}" if code[0] != "!" else ""  # IPython keeps this interrupt to itself
-    assert result.text.endswith(f"Timeout: interrupted after 0.5 s; variables are kept{place}")
+    told = result.text.endswith(f"Timeout: interrupted after 0.5 s; variables are kept{place}")
+    assert told or "\n" in code or "os.system" in code
     assert run(executor, "x").output == "5"
 
 
-def test_code_that_ignores_the_interrupt_is_killed(
-    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+@cases("code, place", ("import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass", r"3: try: time\.sleep\(60\)"),
+        # Told by faulthandler, though C code holds the GIL.
+        ("import ctypes, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, [2])\nlibc = ctypes.PyDLL(None)\nwhile True:\n    libc.sleep(60)", r"5: libc\.sleep\(60\)"))  # fmt: skip
+def test_code_that_ignores_interrupts_is_killed(
+    executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch, code: str, place: str
 ) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
     run(executor, "x = 5")
-    code = "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
     result = executor.execute(code, timeout=0.5)
     assert (result.status, result.exit_code, result.kernel_state) == ("timeout", 124, "lost")
-    assert "the kernel was killed and restarted; all variables are lost" in result.note
+    said = f"the kernel was killed and restarted; all variables are lost; it was at line {place}$"
+    assert re.search(said, result.note)
     assert run(executor, "'x' in dir()").output == "False"
 
 
-@pytest.mark.parametrize(
-    ("code", "exit_code", "says"),
-    [
-        ("import os; os.kill(os.getpid(), 11)", 139, "SIGSEGV"),
-        ("import os; os.kill(os.getpid(), 9)", 137, "SIGKILL"),
-        ("import os; os._exit(3)", 1, "exit code 3"),
-        ("import os; os._exit(0)", 1, "exit code 0"),
-    ],
+@cases(
+    "code, exit_code, says",
+    ("os.kill(os.getpid(), 11)", 139, r"The kernel died \(.*SIGSEGV.*all variables are lost"),
+    ("os.kill(os.getpid(), 9)", 137, r"The kernel died \(.*SIGKILL.*all variables are lost"),
+    ("os._exit(3)", 1, r"The kernel died \(.*exit code 3.*all variables are lost"),
+    ("os._exit(0)", 1, r"The kernel died \(.*exit code 0.*all variables are lost"),
+    ("exit()", 0, "the session was ended by the code$"),
+    ("exit(3)", 3, "the session was ended by the code"),
+    ("quit(0)", 0, "the session was ended by the code"),
+    ("exit(-1)", 255, "the session was ended by the code"),
 )
-def test_death_is_reported_and_the_next_call_has_a_fresh_kernel(
+def test_death_is_told_and_the_next_kernel_fresh(
     executor: JupyterCodeExecutor, code: str, exit_code: int, says: str
 ) -> None:
     # ipykernel hands what it prints to a thread of its own: the death must not overtake that.
-    result = run(executor, "import time\nx = 5\nprint('before', flush=True)\ntime.sleep(0.5)\n" + code)
+    before = "import os, time\nx = 5\nprint('before', flush=True)\ntime.sleep(0.5)\n"
+    result = run(executor, before + code, "print('never')")
     assert (result.exit_code, result.kernel_state) == (exit_code, "lost")
-    assert result.output.startswith("before\nThe kernel died (")
-    assert says in result.output
-    assert "all variables are lost" in result.output
-    assert run(executor, "'x' in dir()").output == "False"
-
-
-def test_exit_ends_the_session_well(executor: JupyterCodeExecutor) -> None:
-    result = run(executor, "x = 1\nprint('bye')\nexit()", "print('never')")
-    assert (result.exit_code, result.kernel_state) == (0, "lost")
-    assert result.output == "bye\nthe session was ended by the code"
+    assert re.match(f"before\n{says}", result.output) and "never" not in result.output
     assert run(executor, "'x' in dir()").output == "False"
 
 
 def test_interrupt_from_another_thread(executor: JupyterCodeExecutor) -> None:
-    seen = threading.Event()
-
-    def interrupt_it() -> None:
-        seen.wait(PATIENCE)
-        executor.interrupt()
-
-    threading.Thread(target=interrupt_it).start()
-    result = executor.execute("print('go', flush=True)\nwhile True: pass", on_output=lambda output: seen.set())
+    executor.interrupt()  # while nothing runs it does nothing
+    assert run(executor, "1").output == "1"
+    thread = threading.Thread(target=executor.interrupt)
+    code = "print('go', flush=True)\nwhile True: pass"
+    result = executor.execute(code, on_output=lambda output: started(thread))
     assert (result.status, result.exit_code, result.kernel_state) == ("interrupted", 130, "intact")
     assert run(executor, "1").output == "1"
 
@@ -5468,11 +5097,10 @@ def test_a_storm_of_interrupts_hits_running_cells_only(executor: JupyterCodeExec
         while not over.wait(0.002):
             executor.interrupt()
 
-    thread = threading.Thread(target=storm)
-    thread.start()
-    statuses = [executor.execute("x += 1", timeout=PATIENCE).status for _ in range(25)]
-    over.set()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(storm)
+        statuses = [executor.execute("x += 1", timeout=PATIENCE).status for _ in range(25)]
+        over.set()
     # A SIGINT between its own handlers, as a cell ends, ends ipykernel itself: seen once in some thousand cells.
     assert set(statuses) <= {"ok", "error", "interrupted", "died"}
     if "died" not in statuses:
@@ -5481,30 +5109,17 @@ def test_a_storm_of_interrupts_hits_running_cells_only(executor: JupyterCodeExec
     assert executor.execute("1").text == "1"
 
 
-def test_interrupt_while_nothing_runs_does_nothing(executor: JupyterCodeExecutor) -> None:
-    executor.interrupt()
-    assert run(executor, "1").output == "1"
+@cases("on_timeout", "interrupt", pytest.param("detach", marks=pytest.mark.slow))
+def test_ctrl_c_interrupts_the_cell_and_goes_on(server: LocalJupyterServer, on_timeout: Any) -> None:
+    with JupyterCodeExecutor(server, on_timeout=on_timeout) as executor:
+        run(executor, "x = 5")
+        with pytest.raises(KeyboardInterrupt):
+            executor.execute(FOR_EVER, on_output=lambda output: signal.raise_signal(signal.SIGINT))
+        assert run(executor, "x").output == "5"  # though the signal came in another thread when it may be detached
 
 
-def test_ctrl_c_interrupts_the_cell_and_goes_on() -> None:
-    program = """
-        import sys, os, signal, jupyter_exec
-        with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:
-            try:
-                executor.execute("x = 5; print('go', flush=True)\\nwhile True: pass",
-                                 on_output=lambda output: os.kill(os.getpid(), signal.SIGINT))
-            except KeyboardInterrupt:
-                print("interrupted", executor.execute("x").text)
-    """
-    result = run_python(program)
-    assert (result.stdout, result.stderr) == ("interrupted 5\n", "")
-
-
-def test_input_raises_in_the_cell_instead_of_hanging(executor: JupyterCodeExecutor) -> None:
+def test_on_input_answers_and_without_it_input_raises(executor: JupyterCodeExecutor) -> None:
     assert "StdinNotImplementedError" in run(executor, "input()").output
-
-
-def test_on_input_answers(executor: JupyterCodeExecutor) -> None:
     asked = []
 
     def answer(prompt: str, password: bool) -> str:
@@ -5516,8 +5131,21 @@ def test_on_input_answers(executor: JupyterCodeExecutor) -> None:
     assert asked == [("colour? ", False), ("secret? ", True)]
 
 
-def test_outputs_come_while_the_cell_runs_and_a_failing_hook_stops_nothing(
-    executor: JupyterCodeExecutor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_failing_on_input_ends_the_input_not_the_session(executor: JupyterCodeExecutor, caplog: Any) -> None:
+    async def coroutine(prompt: str, password: bool) -> str:
+        return "text"
+
+    hooks: list[Any] = [coroutine, lambda *asked: b"bytes", lambda *asked: 5, lambda *asked: 1 // 0]
+    for hook in hooks:
+        caplog.clear()
+        result = executor.execute("input()", on_input=hook, timeout=PATIENCE)
+        assert result.error and result.error["ename"] == "EOFError"
+        assert ("on_input must return a string" in caplog.text) == (hook is not hooks[-1])
+    assert run(executor, "1").output == "1"
+
+
+def test_outputs_come_at_once_and_a_failing_hook_stops_nothing(
+    executor: JupyterCodeExecutor, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
     gate = tmp_path / "gate"
 
@@ -5531,42 +5159,36 @@ def test_outputs_come_while_the_cell_runs_and_a_failing_hook_stops_nothing(
     assert "a bug in the hook" in caplog.text
 
 
-def test_restart_gives_a_fresh_kernel(executor: JupyterCodeExecutor) -> None:
-    run(executor, "x = 1")
-    path = executor.connection_file
-    executor.restart()
-    assert run(executor, "'x' in dir()").output == "False"
-    assert executor.connection_file == path
-
-
 def test_a_stopped_executor_says_so(executor: JupyterCodeExecutor) -> None:
     executor.stop()
     executor.stop()
-    with pytest.raises(JupyterExecError, match="was stopped"):
-        run(executor, "1")
+    acts: list[Callable[[], Any]] = [lambda: run(executor, "1"), lambda: executor.upload(b"", "x")]
+    acts += [lambda: executor.set_variables(x=1), lambda: executor.list_files()]
+    for act in acts:
+        with pytest.raises(JupyterExecError, match="was stopped"):
+            act()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"timeout": 0.5}, r"Timeout must be greater than or equal to 1\."),
+@cases("arguments, says", *(({"timeout": wrong}, r"Timeout must be greater than or equal to 1\.") for wrong in (0.5, 0, -1, float("nan"))),
         ({"output_dir": "/no/such"}, r"Output directory .* does not exist\."),
         ({"kernel_name": "nope"}, r"Kernel .* is not installed\."),
-        ({"jupyter_server": 5}, r"jupyter_server must be a JupyterConnectable or JupyterConnectionInfo\."),
-    ],
-)
-def test_wrong_arguments_are_autogens_value_errors(
-    server: LocalJupyterServer, arguments: dict[str, Any], says: str
-) -> None:
+        ({"jupyter_server": 5}, r"jupyter_server must be a JupyterConnectable or JupyterConnectionInfo\."))  # fmt: skip
+def test_wrong_arguments_are_value_errors(server: LocalJupyterServer, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         JupyterCodeExecutor(**({"jupyter_server": server} | arguments))
 
 
-def test_vars_of_an_executor_are_json(executor: JupyterCodeExecutor) -> None:
-    assert json.loads(json.dumps(vars(executor)))["_kernel_name"] == "python3"
+def test_timeouts_may_be_infinite_and_are_numbers(server: LocalJupyterServer) -> None:
+    with JupyterCodeExecutor(server, timeout=float("inf")) as executor:
+        wrong: Any
+        for wrong in ("x", []):
+            with pytest.raises(TypeError):
+                executor.execute("1", timeout=wrong)
+        assert run(executor, "1").output == executor.execute("1", timeout=1e30).text == "1"
 
 
 def test_execute_gives_nbformat_shaped_outputs(executor: JupyterCodeExecutor) -> None:
+    assert json.loads(json.dumps(vars(executor)))["_kernel_name"] == "python3"
     result = executor.execute("print('a')\n5")
     assert result.outputs == [
         {"output_type": "stream", "name": "stdout", "text": "a\n"},
@@ -5574,13 +5196,7 @@ def test_execute_gives_nbformat_shaped_outputs(executor: JupyterCodeExecutor) ->
     ]
     assert (result.execution_count, result.error) == (1, None)
     failed = executor.execute("1/0")
-    assert failed.error
-    assert (failed.error["ename"], failed.error["evalue"]) == ("ZeroDivisionError", "division by zero")
-
-
-def test_surrogates_in_code_reach_the_kernel_as_characters(executor: JupyterCodeExecutor) -> None:
-    assert run(executor, "print('\ud83d\ude00', ord('\ud83d') == 0xFFFD)").output == "😀 True\n"
-    assert run(executor, "1").output == "1"
+    assert failed.error and (failed.error["ename"], failed.error["evalue"]) == ("ZeroDivisionError", "division by zero")
 
 
 # Results for a model and for a person
@@ -5607,15 +5223,16 @@ def test_a_single_cell_says_that_its_text_was_cut(server: LocalJupyterServer, tm
         assert result.truncated and result.missing == 901
         assert "max_output" in result.note
         assert not executor.execute("print('x' * 50)").truncated
+    with JupyterCodeExecutor(server, output_dir=tmp_path, max_output=None) as executor:
+        whole = run(executor, "print('x' * 300_000)")
+    assert (len(whole.output), whole.output_files) == (300_001, [])
 
 
-@pytest.mark.parametrize(
+@cases(
     "code",
-    [
-        "print('[' + '9' * 5000 + ' characters are missing here]\\n' * 3)\nprint('x' * 200_000)",
-        "print('\\n[5 characters are missing here]\\n')",
-        "v = []\nfor i in range(900): v = [v]\nfrom IPython.display import JSON, display\ndisplay({'application/json': v}, raw=True)",
-    ],
+    "print('[' + '9' * 5000 + ' characters are missing here]\\n' * 3)\nprint('x' * 200_000)",
+    "print('\\n[5 characters are missing here]\\n')",
+    "v = []\nfor i in range(900): v = [v]\nfrom IPython.display import JSON, display\ndisplay({'application/json': v}, raw=True)",
     ids=["forged mark", "forged mark in short text", "deep JSON"],
 )
 def test_a_call_never_raises_for_what_the_code_did(executor: JupyterCodeExecutor, tmp_path: Path, code: str) -> None:
@@ -5625,7 +5242,7 @@ def test_a_call_never_raises_for_what_the_code_did(executor: JupyterCodeExecutor
 
 
 def test_a_full_temporary_disk_costs_the_notebook_not_the_result(
-    executor: JupyterCodeExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    executor: JupyterCodeExecutor, tmp_path: Path, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
 ) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -5640,7 +5257,7 @@ def test_a_full_temporary_disk_costs_the_notebook_not_the_result(
     assert cells[0].source == "2" and "No space left" in cells[1].source
 
 
-def test_the_files_of_a_call_are_bounded(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_a_call_are_bounded(executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_FILES", 3)
     result = run(executor, "from IPython.display import HTML, display\nfor i in range(5): display(HTML('<b>'))")
     assert len(result.output_files) == 3
@@ -5668,37 +5285,6 @@ def test_planted_links_are_not_followed(server: LocalJupyterServer, tmp_path: Pa
     assert [path.name for path in victim.iterdir()] == ["rc"]
 
 
-def test_max_output_none_is_no_limit(server: LocalJupyterServer, tmp_path: Path) -> None:
-    with JupyterCodeExecutor(server, output_dir=tmp_path, max_output=None) as executor:
-        result = run(executor, "print('x' * 300_000)")
-    assert (len(result.output), result.output_files) == (300_001, [])
-
-
-@pytest.mark.slow
-def test_memory_stays_bounded_however_much_is_printed(tmp_path: Path) -> None:
-    program = """
-        import resource, sys, jupyter_exec
-        def peak():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        with jupyter_exec.LocalJupyterServer() as server:
-            executor = jupyter_exec.JupyterCodeExecutor(server, output_dir=sys.argv[1])
-            block = jupyter_exec.CodeBlock
-            executor.execute_code_blocks([block("print(1)")])
-            before = peak()
-            result = executor.execute_code_blocks([block("for i in range(1_000_000): print('y' * 99)")])
-            print(peak() - before, len(result.output), result.output_files[0])
-            result = executor.execute_code_blocks([block("print('z' * 200_000_000)")])
-            print(peak() - before, len(result.output), result.output_files[0])
-            executor.stop()
-    """
-    lines, one = (line.split() for line in run_python(program, str(tmp_path)).stdout.splitlines())
-    assert int(lines[0]) < 60
-    assert int(one[0]) < 500  # the message itself, which ZeroMQ hands over in one piece, and its copy
-    assert int(lines[1]) < 101_000 and int(one[1]) < 101_000
-    assert Path(lines[2]).stat().st_size == 100_000_000
-    assert Path(one[2]).stat().st_size == 200_000_001
-
-
 SEND = """
     k, end = get_ipython().kernel, __import__("time").time() + 2
     def send(msg_type, plain, number=1, **more):
@@ -5717,12 +5303,16 @@ FLOODS = {
     "errors": "during(lambda n: send('error', '', ename='E', evalue='x' * 1_000_000))",
     "displays": "during(lambda n: send('display_data', 'x' * 1_000_000, n))",
     "one display shown often": "during(lambda n: send(('display_data', 'update_display_data')[n % 2], 'x' * 10_000))",
+    "lines": "for i in range(1_000_000): print('y' * 99)",
+    "one line": "print('z' * 200_000_000)",
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", FLOODS.values(), ids=FLOODS.keys())
-def test_no_flood_grows_the_client_by_more_than_300_megabytes(code: str, tmp_path: Path) -> None:
+@cases("what", *FLOODS)
+def test_no_flood_grows_the_client_without_bound(what: str, tmp_path: Path) -> None:
+    # Megabytes, and how much is in the file: of one line the message itself, which ZeroMQ hands over in one piece, and its copy.
+    printed = {"lines": (60, 100_000_000), "one line": (500, 200_000_001)}
     program = """
         import resource, sys, jupyter_exec
         def peak():
@@ -5732,11 +5322,14 @@ def test_no_flood_grows_the_client_by_more_than_300_megabytes(code: str, tmp_pat
             executor.execute("1")
             before = peak()
             result = executor.execute_code_blocks([jupyter_exec.CodeBlock(sys.argv[2])])
-            print(result.exit_code, peak() - before)
+            print(result.exit_code, peak() - before, len(result.output), *result.output_files)
     """
-    exit_code, growth = run_python(program, str(tmp_path), textwrap.dedent(SEND) + code).stdout.split()
-    assert exit_code == "0"
-    assert int(growth) < 300
+    said = run_python(program, str(tmp_path), textwrap.dedent(SEND) + FLOODS[what]).stdout
+    exit_code, growth, length, *files = said.split()
+    limit, size = printed.get(what, (300, None))
+    assert exit_code == "0" or what == "one line"
+    assert int(growth) < limit and int(length) < 101_000
+    assert size is None or Path(files[0]).stat().st_size == size
 
 
 @pytest.mark.slow
@@ -5763,19 +5356,17 @@ def streamed(text: str, cuts: Iterable[int]) -> str:
     return "".join(output["text"] for output in outputs.so_far()[0])
 
 
-@pytest.mark.parametrize(
-    ("raw", "left"),
-    [
-        ("\r10%\r20%\r30%\n", "30%\n"),
-        ("a\r\nb\r\n", "a\nb\n"),
-        ("abc\b\bX\n", "aX\n"),
-        ("\b\bx", "x"),
-        ("keep\r", "keep"),
-        ("over\r\rwritten", "written"),
-        ("ab\b\b\b\bc\n\b\bd", "c\nd"),
-        ("1\n2\r3\n4", "1\n3\n4"),
-        ("no\n", "no\n"),
-    ],
+@cases(
+    "raw, left",
+    ("\r10%\r20%\r30%\n", "30%\n"),
+    ("a\r\nb\r\n", "a\nb\n"),
+    ("abc\b\bX\n", "aX\n"),
+    ("\b\bx", "x"),
+    ("keep\r", "keep"),
+    ("over\r\rwritten", "written"),
+    ("ab\b\b\b\bc\n\b\bd", "c\nd"),
+    ("1\n2\r3\n4", "1\n3\n4"),
+    ("no\n", "no\n"),
 )
 def test_text_is_as_a_terminal_would_have_left_it(raw: str, left: str) -> None:
     assert streamed(raw, []) == jupyter_exec.without_erased(raw) == left
@@ -5806,42 +5397,27 @@ def test_head_and_tail_of_all_streams_are_kept(texts: list[tuple[str, str]], lim
         assert len(head) + len(tail) == limit
 
 
-def test_a_progress_bar_leaves_its_last_state(executor: JupyterCodeExecutor) -> None:
-    code = (
-        "import time\nfor i in range(5): print(f'\\r{i * 25}%', end='', flush=True); time.sleep(0.05)\nprint(' done')"
-    )
-    assert run(executor, code).output == "100% done\n"
-
-
 def test_page_and_load_texts_are_shown(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
     assert "Docstring" in run(executor, "print?").output
     (tmp_path / "code.py").write_text("loaded = 1")
     assert "loaded = 1" in run(executor, f"%load {tmp_path}/code.py").output
 
 
-def test_updates_of_displays(executor: JupyterCodeExecutor) -> None:
-    show = "from IPython.display import display, update_display, Markdown\ndisplay('one', display_id='d')"
-    assert run(executor, show + "\nupdate_display('two', display_id='d')").output == "'two'"
-    assert run(executor, "update_display('three', display_id='d')").output == "'three'"
-
-
-@pytest.mark.parametrize(
-    ("data", "word", "suffix", "start"),
-    [
-        ({"image/png": base64.b64encode(b"\x89PNG").decode()}, "Image", ".png", b"\x89PNG"),
-        ({"image/jpeg": base64.b64encode(b"\xff\xd8").decode()}, "Image", ".jpg", b"\xff\xd8"),
-        ({"image/gif": base64.b64encode(b"GIF8").decode()}, "Image", ".gif", b"GIF8"),
-        ({"image/webp": base64.b64encode(b"RIFF").decode()}, "Image", ".webp", b"RIFF"),
-        ({"image/svg+xml": "<svg>ü</svg>"}, "Image", ".svg", "<svg>ü</svg>".encode()),
-        ({"application/pdf": base64.b64encode(b"%PDF").decode()}, "PDF", ".pdf", b"%PDF"),
-        ({"text/html": "<b>"}, "HTML", ".html", b"<b>"),
-        ({"application/json": {"a": [1, "ü"]}}, "JSON", ".json", b'{"a"'),
-        ({"application/json": 5}, "JSON", ".json", b"5"),
-        ({"application/vnd.plotly.v1+json": {"data": []}, "text/html": "<div>"}, "HTML", ".html", b"<!DOCTYPE html>"),
-        ({"application/vnd.vegalite.v5+json": {"mark": "bar"}, "text/html": "<div>"}, "JSON", ".json", b"{"),
-        ({"application/geo+json": {"type": "Point"}}, "JSON", ".json", b"{"),
-        ({"text/html": ["<b>", "x"]}, "HTML", ".html", b"<b>x"),
-    ],
+@cases(
+    "data, word, suffix, start",
+    ({"image/png": base64.b64encode(b"\x89PNG").decode()}, "Image", ".png", b"\x89PNG"),
+    ({"image/jpeg": base64.b64encode(b"\xff\xd8").decode()}, "Image", ".jpg", b"\xff\xd8"),
+    ({"image/gif": base64.b64encode(b"GIF8").decode()}, "Image", ".gif", b"GIF8"),
+    ({"image/webp": base64.b64encode(b"RIFF").decode()}, "Image", ".webp", b"RIFF"),
+    ({"image/svg+xml": "<svg>ü</svg>"}, "Image", ".svg", "<svg>ü</svg>".encode()),
+    ({"application/pdf": base64.b64encode(b"%PDF").decode()}, "PDF", ".pdf", b"%PDF"),
+    ({"text/html": "<b>"}, "HTML", ".html", b"<b>"),
+    ({"application/json": {"a": [1, "ü"]}}, "JSON", ".json", b'{"a"'),
+    ({"application/json": 5}, "JSON", ".json", b"5"),
+    ({"application/vnd.plotly.v1+json": {"data": []}, "text/html": "<div>"}, "HTML", ".html", b"<!DOCTYPE html>"),
+    ({"application/vnd.vegalite.v5+json": {"mark": "bar"}, "text/html": "<div>"}, "JSON", ".json", b"{"),
+    ({"application/geo+json": {"type": "Point"}}, "JSON", ".json", b"{"),
+    ({"text/html": ["<b>", "x"]}, "HTML", ".html", b"<b>x"),
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_every_mime_type_gets_its_file(tmp_path: Path, data: Any, word: str, suffix: str, start: bytes) -> None:
@@ -5862,16 +5438,14 @@ def test_a_plotly_page_shows_the_figure_and_nothing_else_of_it(tmp_path: Path) -
     assert page.count("<script") == 2 and json.loads(shown) == {name: figure[name] for name in ("data", "layout")}
 
 
-@pytest.mark.parametrize(
+@cases(
     "data",
-    [
-        {"image/png": "!"},
-        {"image/png": 5},
-        {"text/html": {}},
-        {"image/png": "a" * 5},
-        {"application/pdf": True},
-        {"application/vnd.plotly.v1+json": []},
-    ],
+    {"image/png": "!"},
+    {"image/png": 5},
+    {"text/html": {}},
+    {"image/png": "a" * 5},
+    {"application/pdf": True},
+    {"application/vnd.plotly.v1+json": []},
 )
 def test_what_cannot_be_a_file_is_said(tmp_path: Path, data: Any) -> None:
     files = jupyter_exec.CallFiles(jupyter_exec.Folder(tmp_path), None)
@@ -5879,15 +5453,13 @@ def test_what_cannot_be_a_file_is_said(tmp_path: Path, data: Any) -> None:
     assert list(map(str, tmp_path.iterdir())) == files.paths
 
 
-@pytest.mark.parametrize(
-    ("data", "text"),
-    [
-        ({"text/markdown": "**b**", "text/plain": "<IPython.core.display.Markdown object>"}, "**b**"),
-        ({"text/latex": "$x$", "text/plain": "x"}, "x"),
-        ({"text/latex": "$x$", "text/plain": "<IPython.core.display.Latex object>"}, "$x$"),
-        ({"application/javascript": "alert()", "text/plain": "<IPython.core.display.Javascript object>"}, "<IPython"),
-        ({"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider(value=0)"}, "IntSlider(value=0)"),
-    ],
+@cases(
+    "data, text",
+    ({"text/markdown": "**b**", "text/plain": "<IPython.core.display.Markdown object>"}, "**b**"),
+    ({"text/latex": "$x$", "text/plain": "x"}, "x"),
+    ({"text/latex": "$x$", "text/plain": "<IPython.core.display.Latex object>"}, "$x$"),
+    ({"application/javascript": "alert()", "text/plain": "<IPython.core.display.Javascript object>"}, "<IPython"),
+    ({"application/vnd.jupyter.widget-view+json": {}, "text/plain": "IntSlider(value=0)"}, "IntSlider(value=0)"),
 )
 def test_text_is_chosen_where_text_is_best(tmp_path: Path, data: Any, text: str) -> None:
     output = {"output_type": "display_data", "data": data, "metadata": {}}
@@ -5895,21 +5467,19 @@ def test_text_is_chosen_where_text_is_best(tmp_path: Path, data: Any, text: str)
     assert jupyter_exec.CallFiles(jupyter_exec.Folder(tmp_path), None).save(data) is None
 
 
-LIBRARIES = """
-import matplotlib.pyplot as plt, pandas as pd, plotly.graph_objects as go
-from PIL import Image
-from IPython.display import display, SVG
-display(pd.DataFrame({"a": [1, 2]}))
-plt.plot([1, 3, 2]); plt.show()
-display(go.Figure(go.Bar(y=[1, 2])))
-display(Image.new("RGB", (8, 8), "red"))
-display(SVG("<svg xmlns='http://www.w3.org/2000/svg'/>"))
-"""
-
-
 @pytest.mark.slow
 def test_real_libraries(executor: JupyterCodeExecutor) -> None:
-    result = run(executor, LIBRARIES)
+    libraries = textwrap.dedent("""
+        import matplotlib.pyplot as plt, pandas as pd, plotly.graph_objects as go
+        from PIL import Image
+        from IPython.display import display, SVG
+        display(pd.DataFrame({"a": [1, 2]}))
+        plt.plot([1, 3, 2]); plt.show()
+        display(go.Figure(go.Bar(y=[1, 2])))
+        display(Image.new("RGB", (8, 8), "red"))
+        display(SVG("<svg xmlns='http://www.w3.org/2000/svg'/>"))
+    """)
+    result = run(executor, libraries)
     assert [Path(path).suffix for path in result.output_files] == [".html", ".png", ".html", ".png", ".svg"]
     assert result.output.startswith("   a\n0  1\n1  2\nHTML data saved to ")
     assert "<Figure" not in result.output and "<PIL" not in result.output
@@ -5955,24 +5525,17 @@ def test_a_notebook_of_the_session(executor: JupyterCodeExecutor, tmp_path: Path
 
 
 def malformed(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
-    deep: Any = []
-    for _ in range(50):
-        deep = [deep]
     bundles = [{"image/png": "%%%"}, {"image/png": {"a": 1}}, {"text/plain": 5}, {"../../etc/passwd": "x"}, None, 7]
-    for bundle in [*bundles, {"application/json": deep}, {"text/html": None, "text/plain": "fine"}]:
+    for bundle in [*bundles, {"application/json": nested(50)}, {"text/html": None, "text/plain": "fine"}]:
         kernel.publish("display_data", {"data": bundle, "metadata": None, "transient": None}, request)
     kernel.publish("stream", {"name": "stdout", "text": "end"}, request)
     kernel.finish(request)
 
 
 def test_malformed_bundles_cost_only_themselves(tmp_path: Path) -> None:
-    kernel = ScriptedKernel(malformed)
-    try:
-        with JupyterCodeExecutor(kernel.connection, output_dir=tmp_path) as executor:
-            result = run(executor, "1")
-            executor.save_notebook(tmp_path / "n.ipynb")
-    finally:
-        kernel.close()
+    with scripted(malformed, tmp_path) as executor:
+        result = run(executor, "1")
+        executor.save_notebook(tmp_path / "n.ipynb")
     assert result.exit_code == 0
     assert result.output.endswith("fine\nend")
     assert "Image data could not be saved" in result.output
@@ -5992,9 +5555,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk: Path) -> None:
     with JupyterCodeExecutor(server, output_dir=small_disk) as executor:
-        result = run(
-            executor, "from IPython.display import HTML\ndisplay(HTML('x' * 10**6))\nprint('y' * 10**6)\nprint('end')"
-        )
+        code = "from IPython.display import HTML\ndisplay(HTML('x' * 10**6))\nprint('y' * 10**6)\nprint('end')"
+        result = run(executor, code)
     assert result.exit_code == 0
     assert "HTML data could not be saved: " in result.output
     assert "No space left" in result.output
@@ -6006,21 +5568,36 @@ def test_a_full_disk_costs_only_the_file(server: LocalJupyterServer, small_disk:
 
 
 @contextlib.contextmanager
-def executor_at(request: pytest.FixtureRequest, kind: str) -> Iterator[JupyterCodeExecutor]:
+def server_of(request: FixtureRequest, kind: str, **options: Any) -> Iterator[Any]:
+    """What an executor takes as server, of each kind; one of Docker has options."""
+    if kind in ("server", "gateway", "jupyter_server"):
+        shared = request.getfixturevalue(kind)
+        yield shared.info if isinstance(shared, Peer) else shared
+        return
+    made: Any = CommandJupyterServer([sys.executable])
+    if kind == "docker":
+        request.getfixturevalue("containers")
+        made = docker_server(**options)
+    elif kind == "ssh":
+        made = CommandJupyterServer([*request.getfixturevalue("sshd"), sys.executable])
+    elif kind == "ipykernel 6":
+        python = os.environ.get("JUPYTER_EXEC_ENTERPRISE_PYTHON", "")
+        need("enterprise", os.path.exists(python))
+        made = LocalJupyterServer(python=python)
+    with made:
+        yield made
+
+
+@contextlib.contextmanager
+def executor_at(request: FixtureRequest, kind: str) -> Iterator[JupyterCodeExecutor]:
     """An executor whose kernel is reached in that way, in an empty directory of its own."""
     path = request.getfixturevalue("tmp_path") / "place"
     path.mkdir()
     with contextlib.ExitStack() as stack:
-        server: Any = None
-        if kind == "docker":
-            request.getfixturevalue("containers")
-            server = stack.enter_context(docker_server(read_only=True, work_dir="/data/here"))
-        elif kind == "ssh":
-            server = stack.enter_context(CommandJupyterServer([*request.getfixturevalue("sshd"), sys.executable]))
-        elif kind in ("gateway", "jupyter_server"):
-            server = request.getfixturevalue(kind).info
+        if kind in ("local", "attached"):
+            server: Any = stack.enter_context(LocalJupyterServer(cwd=path))
         else:
-            server = stack.enter_context(LocalJupyterServer(cwd=path))
+            server = stack.enter_context(server_of(request, kind, read_only=True, work_dir="/data/here"))
         if kind == "attached":
             owner = stack.enter_context(JupyterCodeExecutor(server))
             assert owner.execute("1").status == "ok"
@@ -6035,8 +5612,8 @@ SHADOWS = "open = print = exec = eval = len = __import__ = json = base64 = os = 
 
 
 @anywhere
-@pytest.mark.parametrize("kind", PLACES)
-def test_files_come_and_go_anywhere(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+@cases("kind", *PLACES)
+def test_files_come_and_go_anywhere(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     data = os.urandom(2_500_000)
     source, target, name = tmp_path / "in.bin", tmp_path / "out.bin", f"new {kind}"
     source.write_bytes(data)
@@ -6050,11 +5627,8 @@ def test_files_come_and_go_anywhere(request: pytest.FixtureRequest, kind: str, t
         assert target.read_bytes() == data
         assert executor.download(odd) == data
         listed = executor.list_files(name)
-        assert [(f.name, f.kind) for f in listed] == [
-            ("a", "directory"),
-            ("empty", "file"),
-            (odd[len(name) + 1 :], "file"),
-        ]
+        names = {"a": "directory", "empty": "file", odd[len(name) + 1 :]: "file"}
+        assert [(f.name, f.kind) for f in listed] == [*names.items()]
         assert (listed[1].size, listed[2].size, listed[1].modified > 10**9) == (0, len(data), True)
         result = executor.execute(
             "import os, shutil; from builtins import *; os.chdir(get_ipython().starting_dir)\n"
@@ -6090,8 +5664,8 @@ FILE_ERRORS: list[tuple[Callable[[JupyterCodeExecutor], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["local", "attached"])
-def test_what_is_wrong_with_a_file_is_told(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+@cases("kind", "local", "attached")
+def test_what_is_wrong_with_a_file_is_told(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     with executor_at(request, kind) as executor:
         (tmp_path / "place/d").mkdir()
         (tmp_path / "place/d/f").write_text("123")
@@ -6103,24 +5677,8 @@ def test_what_is_wrong_with_a_file_is_told(request: pytest.FixtureRequest, kind:
         assert sorted(path.name for path in (tmp_path / "place").rglob("*")) == ["d", "f", "fifo"]
 
 
-def test_an_error_of_a_file_names_errno_and_path(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
-    with pytest.raises(FileTransferError) as caught:
-        executor.download("no-such")
-    assert (caught.value.errno, caught.value.path, caught.value.here) == (2, "no-such", False)
-    with pytest.raises(FileTransferError) as caught:
-        executor.upload(tmp_path / "nothing")
-    assert (caught.value.errno, caught.value.path, caught.value.here) == (2, str(tmp_path / "nothing"), True)
-
-
-@pytest.mark.parametrize("source", [5, b"no path", io.StringIO("text")])
-def test_what_is_no_source_is_a_type_error(executor: JupyterCodeExecutor, source: Any) -> None:
-    with pytest.raises(TypeError):
-        executor.upload(source, None if source == b"no path" else "never")
-    assert "never" not in [entry.name for entry in executor.list_files()]
-
-
 @pytest.mark.slow
-def test_a_sandbox_refuses_what_its_user_may_not(request: pytest.FixtureRequest) -> None:
+def test_a_sandbox_refuses_what_its_user_may_not(request: FixtureRequest) -> None:
     with executor_at(request, "docker") as executor:
         for path, says in (("/etc/x", "Read-only|Permission denied"), ("/proc/1/environ", "Permission denied")):
             with pytest.raises(FileTransferError, match=says):
@@ -6142,12 +5700,11 @@ class Zeros(io.RawIOBase):
         return bytes(got)
 
 
-def zeros(size: int) -> Any:
-    return Zeros(size)
+zeros: Any = Zeros
 
 
-@pytest.mark.parametrize("kind", ["local", "attached"])
-def test_a_full_disk_leaves_no_half_file(request: pytest.FixtureRequest, kind: str, small_disk: Path) -> None:
+@cases("kind", "local", "attached")
+def test_a_full_disk_leaves_no_half_file(request: FixtureRequest, kind: str, small_disk: Path) -> None:
     with executor_at(request, kind) as executor:
         (small_disk / "old").write_text("old")
         with pytest.raises(FileTransferError, match="No space left") as caught:
@@ -6162,8 +5719,8 @@ def test_a_full_disk_leaves_no_half_file(request: pytest.FixtureRequest, kind: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["local", "docker", SLOW_PLACES[0]])
-def test_files_come_and_go_while_a_cell_runs(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+@cases("kind", "local", "docker", SLOW_PLACES[0])
+def test_files_come_and_go_while_a_cell_runs(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     with executor_at(request, kind) as executor, ThreadPoolExecutor(1) as pool:
         code = f"import os\nopen('{kind}-begun', 'w').write('yes')\nwhile not os.path.exists('{kind}-go'): pass\n"
         code += f"os.remove('{kind}-go'), os.remove('{kind}-begun')\nprint('gone')"
@@ -6179,14 +5736,13 @@ def test_files_come_and_go_while_a_cell_runs(request: pytest.FixtureRequest, kin
         assert cell.result(PATIENCE).output == "gone\n"
 
 
-def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    argv = [*IPYKERNEL, "--IPKernelApp.kernel_class=other.Other"]
+def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path) -> None:
     (kernels_dir.parent / "other.py").write_text(
         "from ipykernel.ipkernel import IPythonKernel\n"
         "class Other(IPythonKernel):\n    language_info = {'name': 'R', 'file_extension': '.r'}\n"
     )
-    add_spec(kernels_dir, "other", argv=argv, display_name="o", language="R")
-    env = {"JUPYTER_PATH": str(kernels_dir.parent), "PYTHONPATH": str(kernels_dir.parent)}
+    env = add_spec(kernels_dir, "other", [*IPYKERNEL, "--IPKernelApp.kernel_class=other.Other"], language="R")
+    env["PYTHONPATH"] = str(kernels_dir.parent)
     with LocalJupyterServer(env=env, cwd=kernels_dir) as server, JupyterCodeExecutor(server, "other") as executor:
         executor.upload(b"1", "in")
         assert executor.download("in") == b"1"
@@ -6197,45 +5753,44 @@ def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path, monkeypatch:
                     act()
 
 
-@pytest.mark.parametrize("kind", ["local", "attached"])
-def test_a_link_over_there_is_followed_to_read_and_replaced_to_write(request: pytest.FixtureRequest, kind: str) -> None:
+@cases("kind", "local", "attached")
+def test_a_link_is_read_through_and_replaced(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     with executor_at(request, kind) as executor:
-        here = Path(request.getfixturevalue("tmp_path") / "place")
-        (here / "old").write_text("old")
-        (here / "link").symlink_to("old")
+        places = (tmp_path, tmp_path / "place")  # here and there
+        for place in places:
+            (place / "old").write_text("old")
+            (place / "link").symlink_to("old")
         assert executor.download("link") == b"old"
         assert [(entry.name, entry.kind) for entry in executor.list_files()] == [("link", "link"), ("old", "file")]
         executor.upload(b"new", "link")
-        assert ((here / "link").is_symlink(), (here / "link").read_text(), (here / "old").read_text()) == (
-            False,
-            "new",
-            "old",
-        )
+        executor.download("link", tmp_path / "link")
+    for place in places:
+        assert not (place / "link").is_symlink()
+        assert [(place / name).read_text() for name in ("link", "old")] == ["new", "old"]
 
 
-def test_a_link_here_is_replaced(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
-    (tmp_path / "old").write_text("old")
-    (tmp_path / "link").symlink_to("old")
-    name = executor.upload(b"new", tmp_path / "far")
-    executor.download(name, tmp_path / "link")
-    assert (tmp_path / "old").read_text() == "old"
-    assert (tmp_path / "link").read_text() == "new"
-    assert not (tmp_path / "link").is_symlink()
-
-
-def test_a_source_is_called_by_its_own_name_there(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_a_source_is_called_by_its_own_name_there(request: FixtureRequest, tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("a,b")
     with executor_at(request, "local") as executor:
         assert executor.upload(tmp_path / "table.csv") == "table.csv"
         file = io.BytesIO()
         executor.download("table.csv", file)
         assert file.getvalue() == b"a,b"
+        source: Any
+        for source in (5, b"no path", io.StringIO("text")):
+            with pytest.raises(TypeError):
+                executor.upload(source, None if source == b"no path" else "never")
+        acts: list[Any] = [lambda: executor.download("no"), lambda: executor.upload(tmp_path / "no")]
+        for act, path, here in zip(acts, ("no", str(tmp_path / "no")), (False, True), strict=True):
+            with pytest.raises(FileTransferError) as caught:
+                act()
+            assert (caught.value.errno, caught.value.path, caught.value.here) == (2, path, here)
     assert os.listdir(tmp_path / "place") == ["table.csv"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["local", "attached"])
-def test_progress_is_told(request: pytest.FixtureRequest, kind: str) -> None:
+@cases("kind", "local", "attached")
+def test_progress_is_told(request: FixtureRequest, kind: str) -> None:
     calls: list[tuple[int, int | None]] = []
     with executor_at(request, kind) as executor:
         for size in (0, 1, 2**18 - 1, 2**18, 2**20, 5 * 2**18 + 1):
@@ -6254,10 +5809,6 @@ def test_a_progress_hook_that_raises_ends_nothing(executor: JupyterCodeExecutor,
     assert (tmp_path / "f").read_bytes() == b"x"
 
 
-def ctrl_c(executor: JupyterCodeExecutor) -> None:
-    raise KeyboardInterrupt
-
-
 def kill_host(executor: JupyterCodeExecutor) -> None:
     os.kill(executor._server._process.pid, signal.SIGKILL)
     eventually(lambda: executor._server._link.lost, "the loss is known")
@@ -6270,14 +5821,14 @@ def stop_elsewhere(executor: JupyterCodeExecutor) -> None:
 
 
 INTERRUPTIONS: dict[str, tuple[Callable[[JupyterCodeExecutor], None], type[BaseException], str | None]] = {
-    "Ctrl-C": (ctrl_c, KeyboardInterrupt, None),
+    "Ctrl-C": (lambda executor: raising(KeyboardInterrupt), KeyboardInterrupt, None),
     "stop": (stop_elsewhere, FileTransferError, "was stopped"),
     "server": (lambda executor: executor._server.stop(), FileTransferError, "the server was stopped"),
     "host": (kill_host, FileTransferError, "The kernel host is gone"),
 }
 
 
-@pytest.mark.parametrize("what", list(INTERRUPTIONS))
+@cases("what", *list(INTERRUPTIONS))
 def test_an_interrupted_transfer_leaves_no_half_file(what: str, tmp_path: Path) -> None:
     act, kind, says = INTERRUPTIONS[what]
     (tmp_path / "old").write_bytes(bytes(2_000_000))
@@ -6295,7 +5846,7 @@ def test_an_interrupted_transfer_leaves_no_half_file(what: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["Ctrl-C", "stop", "kernel"])
+@cases("what", "Ctrl-C", "stop", "kernel")
 def test_an_interrupted_transfer_through_a_kernel_leaves_no_half_file(gateway: Peer, what: str, tmp_path: Path) -> None:
     act, kind, says = INTERRUPTIONS.get(what) or (kill_kernel, FileTransferError, "lost|dead")
     (tmp_path / "old").write_bytes(b"old")
@@ -6329,8 +5880,8 @@ def test_a_client_that_is_killed_leaves_no_half_file(tmp_path: Path) -> None:
     eventually(lambda: os.listdir(tmp_path) == [], "the half file is gone")
 
 
-@pytest.mark.parametrize("change", ["shorter", "another", "longer"])
-def test_a_file_that_changes_while_it_is_read(request: pytest.FixtureRequest, change: str, tmp_path: Path) -> None:
+@cases("change", "shorter", "another", "longer")
+def test_a_file_that_changes_while_it_is_read(request: FixtureRequest, change: str, tmp_path: Path) -> None:
     file = tmp_path / "f"
     file.write_bytes(b"x" * 10_000_000)
 
@@ -6354,7 +5905,10 @@ def test_a_file_that_changes_while_it_is_read(request: pytest.FixtureRequest, ch
 
 
 GOOD = {"size": 3, "file": [1, 2]}
-ANSWERS: list[dict[str, Any]] = [
+
+
+@cases(
+    "answer",
     {},
     {"result": []},
     {"result": None, "bytes": b"abc"},
@@ -6371,10 +5925,8 @@ ANSWERS: list[dict[str, Any]] = [
     *({"result": {"entries": entries}} for entries in (5, [5], [["n", 1, 2]], [["n", -1, 0, 0.0]], [[5, 1, 1, 1.0]])),
     {"result": {"entries": [["n", 1, 1, float("nan")]]}},
     {"result": {"entries": [["n", 1, 1, 1.0]] * 10_001}},
-]
-
-
-@pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: ascii(answer)[:60])
+    ids=lambda answer: ascii(answer)[:60],
+)
 def test_no_answer_raises_anything_but_our_error(answer: Any) -> None:
     files = jupyter_exec.FarFiles(lambda order, data, then: then(dict(answer)), 2**18, 4, lambda: None)
     acts: list[Callable[[], Any]] = [lambda: list(files.read("p", 1000)), lambda: files.entries("p")]
@@ -6385,14 +5937,14 @@ def test_no_answer_raises_anything_but_our_error(answer: Any) -> None:
         assert "\x1b" not in str(caught.value)
 
 
-def test_a_host_that_is_silent_ends_the_transfer_not_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_is_silent_ends_the_transfer_not_the_host(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "TRANSFER_TIMEOUT", 0.3)
     files = jupyter_exec.FarFiles(lambda order, data, then: None, 2**18, 4, lambda: None)
     with pytest.raises(FileTransferError, match="nothing was heard"):
         files.write("p", [b"x"] * 10, lambda size: None)
 
 
-def test_a_directory_of_too_many_entries_is_an_error(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_of_too_many_entries_is_an_error(request: Any, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_LISTED", 2)
     with executor_at(request, "local") as executor:
         for name in "cab":
@@ -6401,7 +5953,7 @@ def test_a_directory_of_too_many_entries_is_an_error(request: Any, monkeypatch: 
             executor.list_files()
 
 
-def test_files_reach_a_new_host_after_the_loss_of_one(request: pytest.FixtureRequest) -> None:
+def test_files_reach_a_new_host_after_the_loss_of_one(request: FixtureRequest) -> None:
     with executor_at(request, "local") as executor:
         kill_host(executor)
         executor.upload(b"x", "f")
@@ -6409,18 +5961,10 @@ def test_files_reach_a_new_host_after_the_loss_of_one(request: pytest.FixtureReq
         assert run(executor, "open('f').read()").output == "'x'"
 
 
-def test_a_stopped_executor_takes_no_files(server: LocalJupyterServer) -> None:
-    executor = JupyterCodeExecutor(server)
-    executor.stop()
-    for act in (lambda: executor.upload(b"", "x"), lambda: executor.set_variables(x=1), executor.list_files):
-        with pytest.raises(JupyterExecError, match="was stopped"):
-            act()
-
-
 @pytest.mark.slow
 @anywhere
-@pytest.mark.parametrize("kind", ["local", "docker", "gateway"])
-def test_200_megabytes_go_both_ways_in_little_memory(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+@cases("kind", "local", "docker", "gateway")
+def test_200_megabytes_go_both_ways_in_little_memory(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     source.write_bytes(os.urandom(2**20) * 200)
     with executor_at(request, kind) as executor:
@@ -6434,16 +5978,14 @@ def test_200_megabytes_go_both_ways_in_little_memory(request: pytest.FixtureRequ
     assert source.read_bytes() == target.read_bytes()
 
 
-VALUES = [None, True, 0, -(10**400), 1.5, "", "ä\ud83d\ude00\udc80\0\n'\"", [], {}, [[1], {"a": [None]}], {"": ""}]
-
-
 @anywhere
-@pytest.mark.parametrize("kind", PLACES)
-def test_variables_come_and_go_anywhere(request: pytest.FixtureRequest, kind: str) -> None:
+@cases("kind", *PLACES)
+def test_variables_come_and_go_anywhere(request: FixtureRequest, kind: str) -> None:
+    values = [None, True, 0, -(10**400), 1.5, "", "ä\ud83d\ude00\udc80\0\n'\"", [], {}, [[1], {"a": [None]}], {"": ""}]
     with executor_at(request, kind) as executor:
         executor.execute(SHADOWS)
-        executor.set_variables(values=VALUES, ä=(1, (2,)), nan=float("nan"), inf=-float("inf"))
-        assert executor.get_variable("values") == VALUES
+        executor.set_variables(values=values, ä=(1, (2,)), nan=float("nan"), inf=-float("inf"))
+        assert executor.get_variable("values") == values
         assert executor.get_variable("ä") == [1, [2]]
         assert [str(executor.get_variable(name)) for name in ("nan", "inf")] == ["nan", "-inf"]
         long = ["ä" * 1000, 12345] * 2000
@@ -6454,8 +5996,8 @@ def test_variables_come_and_go_anywhere(request: pytest.FixtureRequest, kind: st
 
 @pytest.mark.slow
 @anywhere
-@pytest.mark.parametrize("kind", ["local", "gateway"])
-def test_transfers_leave_no_trace_in_the_kernel(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+@cases("kind", "local", "gateway")
+def test_transfers_leave_no_trace_in_the_kernel(request: FixtureRequest, kind: str, tmp_path: Path) -> None:
     look = "import sys; print([name for name in sorted(globals()) if name[:2] != '_i'], len(Out), _, __, ___)\n"
     look += "print(sorted(vars(sys)), In[-2])"
     with executor_at(request, kind) as executor:
@@ -6482,15 +6024,13 @@ def nested(depth: int) -> Any:
     return value
 
 
-@pytest.mark.parametrize(
-    ("values", "says"),
-    [
-        ({"x": {1, 2}}, "'x': it is no JSON here. TypeError"),
-        ({"a": 1, "x": b"1"}, "'x': it is no JSON here"),
-        ({"1x": 1}, "'1x': it is no name"),
-        ({"class": 1}, "'class': it is no name"),
-        ({"x": nested(100_000)}, "RecursionError"),
-    ],
+@cases(
+    "values, says",
+    ({"x": {1, 2}}, "'x': it is no JSON here. TypeError"),
+    ({"a": 1, "x": b"1"}, "'x': it is no JSON here"),
+    ({"1x": 1}, "'1x': it is no name"),
+    ({"class": 1}, "'class': it is no name"),
+    ({"x": nested(100_000)}, "RecursionError"),
     ids=["set", "bytes", "digit", "keyword", "deep"],
 )
 def test_what_cannot_be_a_variable_is_told(executor: JupyterCodeExecutor, values: Any, says: str) -> None:
@@ -6517,7 +6057,7 @@ HOSTILE_VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", list(HOSTILE_VALUES))
+@cases("name", *list(HOSTILE_VALUES))
 def test_what_cannot_be_had_from_a_kernel_is_told(executor: JupyterCodeExecutor, name: str) -> None:
     code, says = HOSTILE_VALUES[name]
     executor.execute(f"x = 1\n{code}")
@@ -6550,9 +6090,7 @@ def test_what_a_thread_prints_during_a_transfer_is_heard(server: LocalJupyterSer
     assert "".join(output["text"] for output in heard) == "late\n"
 
 
-def test_a_value_that_takes_for_ever_is_interrupted(
-    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_value_that_takes_for_ever_is_told(executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "TRANSFER_TIMEOUT", 1.0)
     executor.execute("class D(dict):\n    def items(self):\n        while True: pass\nx, endless = 1, D(a=1)")
     with pytest.raises(VariableError, match="Timeout: interrupted after 1 s; variables are kept"):
@@ -6560,112 +6098,78 @@ def test_a_value_that_takes_for_ever_is_interrupted(
     assert executor.get_variable("x") == 1
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        [],
-        {"status": "ok"},
-        {"status": "ok", "data": {"text/plain": 5}},
-        {"status": "ok", "data": {"text/plain": "'e30='"}},
-        {"status": "ok", "data": {"text/plain": "'e30 e30'"}},
-        {"status": "ok", "data": {"text/plain": "'W10= '"}},
-        {"status": "ok", "data": {"text/plain": "'e30= '"}},
-        {"status": "error", "evalue": ["\x1b[2J"]},
-        {"status": "error", "evalue": "\x1b]0;\x07" * 1000},
-    ],
-    ids=lambda value: ascii(value)[:50],
-)
-def test_no_reply_raises_anything_but_our_errors(value: Any) -> None:
+def answering(value: Any) -> Callable[[ScriptedKernel, dict[str, Any]], None]:
+    """The script of a kernel that gives this for an expression."""
+
     def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
         kernel.reply("execute_reply", {"status": "ok", "user_expressions": {"value": value}}, request)
         kernel.publish("status", {"execution_state": "idle"}, request)
 
-    with scripted(script) as executor:
+    return script
+
+
+@cases(
+    "value",
+    None,
+    [],
+    {"status": "ok"},
+    {"status": "ok", "data": {"text/plain": 5}},
+    {"status": "ok", "data": {"text/plain": "'e30='"}},
+    {"status": "ok", "data": {"text/plain": "'e30 e30'"}},
+    {"status": "ok", "data": {"text/plain": "'W10= '"}},
+    {"status": "ok", "data": {"text/plain": "'e30= '"}},
+    {"status": "error", "evalue": ["\x1b[2J"]},
+    {"status": "error", "evalue": "\x1b]0;\x07" * 1000},
+    ids=lambda value: ascii(value)[:50],
+)
+def test_no_reply_raises_anything_but_our_errors(value: Any) -> None:
+    with scripted(answering(value)) as executor:
         for act in (lambda: executor.get_variable("x"), lambda: executor.list_files(), lambda: executor.download("x")):
             with pytest.raises((VariableError, FileTransferError)) as caught:
                 act()
             assert "\x1b" not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"\xff", b"[", b"", b"[" * 10**4], ids=["bytes", "half", "nothing", "deep"])
+@cases("data", b"\xff", b"[", b"", b"[" * 10**4, ids=["bytes", "half", "nothing", "deep"])
 def test_a_value_that_is_no_json_is_told(data: bytes) -> None:
     parts = [base64.b64encode(part).decode() for part in (json.dumps({"size": len(data)}).encode(), data)]
     value = {"status": "ok", "data": {"text/plain": f"'{' '.join(parts)}'"}}
-
-    def script(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
-        kernel.reply("execute_reply", {"status": "ok", "user_expressions": {"value": value}}, request)
-        kernel.publish("status", {"execution_state": "idle"}, request)
-
-    with scripted(script) as executor, pytest.raises(VariableError, match="what came is no JSON"):
+    with scripted(answering(value)) as executor, pytest.raises(VariableError, match="what came is no JSON"):
         executor.get_variable("x")
 
 
-def test_files_and_variables_for_asyncio(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with AsyncJupyterCodeExecutor(LocalJupyterServer(cwd=tmp_path)) as executor:
-            await executor.execute("1")
-            waiting = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint('gone')"
-            cell = asyncio.ensure_future(executor.execute(waiting))
-            assert await executor.upload(b"data", "in") == "in"
-            assert await executor.download("in") == b"data"
-            assert [entry.name for entry in await executor.list_files()] == ["in"]
-            await executor.download("in", tmp_path / "out")
-            assert not cell.done()
-            await executor.upload(b"", "go")
-            assert (await cell).text == "gone\n"
-            await executor.set_variables(x=[1, 2])
-            assert await executor.get_variable("x") == [1, 2]
-            begun, troubles = asyncio.Event(), []
-            loop = asyncio.get_running_loop()
-            loop.set_exception_handler(lambda loop, context: troubles.append(context))
-            tell: Any = lambda done, total: loop.call_soon_threadsafe(begun.set)  # noqa: E731
-            endless = asyncio.ensure_future(executor.upload(zeros(10**12), "never", on_progress=tell))
-            await asyncio.wait_for(begun.wait(), PATIENCE)
-            endless.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await endless
-            await asyncio.to_thread(
-                eventually, lambda: sorted(os.listdir(tmp_path)) == ["go", "in", "out"], "the half file is gone"
-            )
-            await executor.stop()
-            executor._executor and executor._executor._server.stop()
-            gc.collect()
-            assert troubles == []  # an error that nobody waits for is none
-
-    asyncio.run(main())
+@on_a_loop
+async def test_files_and_variables_for_asyncio(tmp_path: Path) -> None:
+    async with AsyncJupyterCodeExecutor(LocalJupyterServer(cwd=tmp_path)) as executor:
+        await executor.execute("1")
+        waiting = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint('gone')"
+        cell = asyncio.ensure_future(executor.execute(waiting))
+        assert await executor.upload(b"data", "in") == "in"
+        assert await executor.download("in") == b"data"
+        assert [entry.name for entry in await executor.list_files()] == ["in"]
+        await executor.download("in", tmp_path / "out")
+        assert not cell.done()
+        await executor.upload(b"", "go")
+        assert (await cell).text == "gone\n"
+        await executor.set_variables(x=[1, 2])
+        assert await executor.get_variable("x") == [1, 2]
+        begun, troubles = asyncio.Event(), []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: troubles.append(context))
+        tell: Any = lambda done, total: loop.call_soon_threadsafe(begun.set)  # noqa: E731
+        endless = asyncio.ensure_future(executor.upload(zeros(10**12), "never", on_progress=tell))
+        await asyncio.wait_for(begun.wait(), PATIENCE)
+        await cancel(endless)
+        await asyncio.to_thread(
+            eventually, lambda: sorted(os.listdir(tmp_path)) == ["go", "in", "out"], "the half file is gone"
+        )
+        await executor.stop()
+        executor._executor and executor._executor._server.stop()
+        gc.collect()
+        assert troubles == []  # an error that nobody waits for is none
 
 
 # When things go wrong
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import os\nif os.fork() == 0:\n    import time; time.sleep(60); os._exit(0)\nos.wait()",
-        "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('caught')",
-        "import subprocess; subprocess.run('sleep 60 & sleep 60', shell=True)",
-        "import os; os.system('sleep 60')",  # which ignores SIGINT itself: the sleeping process must get it
-        "import threading; threading.Event().wait()",
-    ],
-)
-def test_more_cells_that_can_be_interrupted(executor: JupyterCodeExecutor, code: str) -> None:
-    run(executor, "x = 5")
-    result = executor.execute(code, timeout=0.5)
-    assert (result.status, result.kernel_state) == ("timeout", "intact")
-    assert run(executor, "x").output == "5"
-
-
-def test_c_code_that_never_returns_is_killed(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
-    code = "import ctypes\nlibc = ctypes.PyDLL(None)\nprint('in', flush=True)\nwhile True:\n    libc.sleep(60)"
-    mask = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])\n"
-    result = executor.execute(mask + code, timeout=0.5)
-    assert (result.status, result.kernel_state) == ("timeout", "lost")
-    place = "it was at line 6: libc.sleep(60)"  # told by faulthandler, though C code holds the GIL
-    assert result.note.endswith(f"the kernel was killed and restarted; all variables are lost; {place}")
-    assert run(executor, "1").output == "1"
 
 
 # A module whose function is in C code that holds the GIL, and cannot be interrupted.
@@ -6679,22 +6183,14 @@ f()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preload", [None, pytest.param([], marks=pytest.mark.slow)])
-def test_a_kernel_that_was_killed_or_crashed_tells_where(preload: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@cases("preload", None, pytest.param([], marks=pytest.mark.slow))
+def test_a_kernel_that_was_killed_or_crashed_tells_where(preload: Any, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
     with LocalJupyterServer(preload=preload) as server, JupyterCodeExecutor(server) as executor:
         stuck = executor.execute(f"\n\n{DEAF}", timeout=0.3)
         assert re.search(r"; it was at line 5: list\(map\(sleep, \[60\]\)\), in sleep \(deaf\.py:3\)$", stuck.note)
         crash = executor.execute("import ctypes\ndef f():\n    ctypes.string_at(0)\nf()")
         assert re.search(r"Segmentation fault\n.* in string_at\n.*, line 3 in f\n.*, line 4 in <module>$", crash.note)
-
-
-def test_a_killed_kernel_in_docker_tells_where(boxed: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
-    result = boxed.execute(DEAF, timeout=0.5)
-    assert result.note.endswith(
-        "all variables are lost; it was at line 3: list(map(sleep, [60])), in sleep (deaf.py:3)"
-    )
 
 
 OWN_FRAME, OTHER_FRAME = (
@@ -6706,18 +6202,16 @@ ABORTED = (
 )
 
 
-@pytest.mark.parametrize(
-    ("stderr", "place"),
-    [
-        (f"{ABORTED}):\n{OWN_FRAME}{OTHER_FRAME}\nExtension modules: x", "; it was at line 2: b"),
-        (f'{ABORTED}):\n  File "/x/re.py", line 7 in go\x1b[2J\n{OWN_FRAME}', "; it was at line 2: b, in go (re.py:7)"),
-        (f"{ABORTED}):\n{OWN_FRAME * 3000}{OTHER_FRAME * 3000}", "; it was at line 2: b"),
-        (f"{ABORTED}):\n{OWN_FRAME.replace('2 in', '9 in')}", ""),
-        (f"{ABORTED}):\n{OWN_FRAME.replace('2 in', '9' * 5000 + ' in')}", ""),
-        (f"{ABORTED}):\n{OTHER_FRAME}", ""),
-        ("Fatal Python error: " * 3000, ""),
-        ("", ""),
-    ],
+@cases(
+    "stderr, place",
+    (f"{ABORTED}):\n{OWN_FRAME}{OTHER_FRAME}\nExtension modules: x", "; it was at line 2: b"),
+    (f'{ABORTED}):\n  File "/x/re.py", line 7 in go\x1b[2J\n{OWN_FRAME}', "; it was at line 2: b, in go (re.py:7)"),
+    (f"{ABORTED}):\n{OWN_FRAME * 3000}{OTHER_FRAME * 3000}", "; it was at line 2: b"),
+    (f"{ABORTED}):\n{OWN_FRAME.replace('2 in', '9 in')}", ""),
+    (f"{ABORTED}):\n{OWN_FRAME.replace('2 in', '9' * 5000 + ' in')}", ""),
+    (f"{ABORTED}):\n{OTHER_FRAME}", ""),
+    ("Fatal Python error: " * 3000, ""),
+    ("", ""),
 )
 def test_what_a_kernel_writes_when_it_is_killed_is_not_trusted(stderr: str, place: str) -> None:
     short = jupyter_exec.without_machinery(stderr)
@@ -6726,18 +6220,16 @@ def test_what_a_kernel_writes_when_it_is_killed_is_not_trusted(stderr: str, plac
     assert jupyter_exec.place_of(result, "a\nb\nc") == place
 
 
-@pytest.mark.parametrize(
-    ("frames", "place"),
-    [
-        (["Cell In[3], line 2, in f()\n      1 x\n----> 2 y"], "line 2: b"),
-        (["Cell In[1], line 1, in f()", "Cell In[3], line 3", "Cell In[2], line 1"], "line 3: c"),
-        (["Input In [3], in <cell line: 2>()\n----> 2 y"], "line 2: b"),
-        (["<ipython-input-3-0123> in <module>\n----> 1 x"], "line 1: a"),
-        (["/tmp/ipykernel_9/12.py in f()\n      1 x\n----> 3 y"], "line 3: c"),
-        (["Cell In[3], line 9"], ""),
-        (["Cell In[3], line " + "9" * 5000], ""),
-        (["File /lib/x.py:3, in f"], ""),
-    ],
+@cases(
+    "frames, place",
+    (["Cell In[3], line 2, in f()\n      1 x\n----> 2 y"], "line 2: b"),
+    (["Cell In[1], line 1, in f()", "Cell In[3], line 3", "Cell In[2], line 1"], "line 3: c"),
+    (["Input In [3], in <cell line: 2>()\n----> 2 y"], "line 2: b"),
+    (["<ipython-input-3-0123> in <module>\n----> 1 x"], "line 1: a"),
+    (["/tmp/ipykernel_9/12.py in f()\n      1 x\n----> 3 y"], "line 3: c"),
+    (["Cell In[3], line 9"], ""),
+    (["Cell In[3], line " + "9" * 5000], ""),
+    (["File /lib/x.py:3, in f"], ""),
 )
 def test_the_line_of_an_interrupted_cell_is_found_in_the_traceback(frames: list[str], place: str) -> None:
     error = {"output_type": "error", "ename": "KeyboardInterrupt", "evalue": "", "traceback": ["---", *frames, "end"]}
@@ -6745,12 +6237,10 @@ def test_the_line_of_an_interrupted_cell_is_found_in_the_traceback(frames: list[
     assert jupyter_exec.place_of(result, "a\nb\nc") == (f"; it was at {place}" if place else "")
 
 
-def test_a_kernel_that_dies_between_calls_is_told_and_the_code_not_run(
-    executor: JupyterCodeExecutor, tmp_path: Path
-) -> None:
+def test_a_death_between_calls_is_told_and_the_code_not_run(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
     pid = int(run(executor, "import os; os.getpid()").output)
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: pid not in descendants(os.getpid()), "the kernel is gone")
+    eventually(lambda: is_gone(pid), "the kernel is gone")
     result = run(executor, f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert (result.exit_code, result.kernel_state) == (137, "lost")
     assert "SIGKILL" in result.output and "all variables are lost" in result.output
@@ -6761,25 +6251,14 @@ def test_a_kernel_that_dies_between_calls_is_told_and_the_code_not_run(
 # Jobs, and cells that go on without their call
 
 
-@pytest.fixture(params=["local", "docker", "remote"])
-def detaching(
-    request: pytest.FixtureRequest, server: LocalJupyterServer, jupyter_server: Peer, tmp_path: Path
-) -> Iterator[JupyterCodeExecutor]:
-    with contextlib.ExitStack() as stack:
-        where: Any = server if request.param == "local" else jupyter_server.info
-        if request.param == "docker":
-            request.getfixturevalue("containers")
-            where = stack.enter_context(docker_server())
-        yield stack.enter_context(JupyterCodeExecutor(where, output_dir=tmp_path, on_timeout="detach"))
+@pytest.fixture(params=["server", "docker", "jupyter_server"])
+def detaching(request: FixtureRequest, server: Any, jupyter_server: Peer, tmp_path: Path) -> Iterator[Any]:
+    with server_of(request, request.param) as where:
+        with JupyterCodeExecutor(where, output_dir=tmp_path, on_timeout="detach") as executor:
+            yield executor
 
 
 GO_ON = "import time\nprint('a', flush=True)\ntime.sleep(1.5)\nprint('b')\n6 * 7"
-
-
-def wait_for(event: threading.Event) -> None:
-    assert event.wait(PATIENCE)
-
-
 FOR_EVER = "import time\nprint('go', flush=True)\nwhile True: time.sleep(0.01)"
 
 
@@ -6817,14 +6296,12 @@ def test_a_detached_call_goes_on_with_its_next_blocks(server: LocalJupyterServer
         assert whole.output.endswith("1\nx\na\nb\n42\nlast\n")
 
 
-@pytest.mark.parametrize(
-    ("end", "status", "says"),
-    [
-        ("interrupt", "interrupted", "Interrupted; variables are kept"),
-        ("restart", "died", "The kernel was restarted while the code ran; all variables are lost"),
-        ("stop", "died", "The executor was stopped while the code ran; all variables are lost"),
-        ("SIGKILL", "died", "The kernel died (killed by signal 9, SIGKILL); all variables are lost"),
-    ],
+@cases(
+    "end, status, says",
+    ("interrupt", "interrupted", "Interrupted; variables are kept"),
+    ("restart", "died", "The kernel was restarted while the code ran; all variables are lost"),
+    ("stop", "died", "The executor was stopped while the code ran; all variables are lost"),
+    ("SIGKILL", "died", "The kernel died (killed by signal 9, SIGKILL); all variables are lost"),
 )
 def test_a_detached_cell_can_be_ended(server: LocalJupyterServer, end: str, status: str, says: str) -> None:
     with JupyterCodeExecutor(server, on_timeout="detach") as executor:
@@ -6843,29 +6320,28 @@ def test_a_detached_cell_can_be_ended(server: LocalJupyterServer, end: str, stat
 
 def test_a_slow_hook_does_not_keep_a_call_from_being_detached(server: LocalJupyterServer) -> None:
     free = threading.Event()
+    hook: Any = lambda output: free.wait(PATIENCE)  # noqa: E731
     with JupyterCodeExecutor(server, on_timeout="detach") as executor:
-        result = executor.execute(FOR_EVER, timeout=0.3, on_output=lambda output: wait_for(free))
+        result = executor.execute(FOR_EVER, timeout=0.3, on_output=hook)
         assert (result.status, result.text) == ("running", f"go\n{jupyter_exec.STILL_RUNNING}")
         free.set()
         executor.interrupt()
         assert executor.wait(PATIENCE).status == "interrupted"
 
 
-@pytest.mark.slow
-def test_ctrl_c_in_a_call_that_may_be_detached_interrupts_its_cell(server: LocalJupyterServer) -> None:
-    with JupyterCodeExecutor(server, on_timeout="detach") as executor:
-        run(executor, "x = 5")
-        with pytest.raises(KeyboardInterrupt):
-            executor.execute(FOR_EVER, on_output=lambda output: signal.raise_signal(signal.SIGINT))
-        assert run(executor, "x").output == "5"  # though the signal came in another thread
-
-
-def test_a_hook_of_a_detaching_executor_cannot_run_another_cell(server: LocalJupyterServer) -> None:
+@cases("on_timeout", "interrupt", "detach")
+def test_a_hook_cannot_run_another_cell(server: LocalJupyterServer, on_timeout: Any, caplog: Any) -> None:
     said: list[CodeResult] = []
-    with JupyterCodeExecutor(server, on_timeout="detach") as executor:
-        hook = lambda output: said.append(run(executor, "2"))  # noqa: E731
-        assert executor.execute("print(1)", on_output=hook).text == "1\n"
-    assert said[0].output == jupyter_exec.HOOK_RUNS_CELL
+    executor: JupyterCodeExecutor
+
+    def hook(output: dict[str, Any]) -> None:
+        said.append(run(executor, "2"))
+        executor.execute("2")
+
+    with JupyterCodeExecutor(server, on_timeout=on_timeout) as executor:
+        result = executor.execute("print(1)", on_output=hook)
+    assert (result.status, result.text, said[0].output) == ("ok", "1\n", jupyter_exec.HOOK_RUNS_CELL)
+    assert "its hooks cannot run another one" in caplog.text
 
 
 def test_jobs_run_in_order_and_tell_their_state(executor: JupyterCodeExecutor) -> None:
@@ -6881,10 +6357,8 @@ def test_jobs_run_in_order_and_tell_their_state(executor: JupyterCodeExecutor) -
         first.interrupt()
         assert {call.result().status for call in waiting} == {"interrupted"}
     result = second.wait(PATIENCE)
-    assert (result.exit_code, result.output.splitlines()[:3]) == (
-        1,
-        ["", "[1, 2]", "ZeroDivisionError: division by zero"],
-    )
+    assert result.exit_code == 1
+    assert result.output.startswith("\n[1, 2]\nZeroDivisionError: division by zero\n")
     assert [job.status for job in (first, second, third)] == ["interrupted", "done", "interrupted"]
     assert second.output == result.output and first.output == first.wait().text
     assert executor.submit("5").wait().text == executor.wait().text == run(executor, "5").output
@@ -6911,18 +6385,8 @@ def test_the_output_of_a_job_is_as_in_results_and_bounded(server: LocalJupyterSe
             assert len(so_far) < 1100
 
 
-def test_a_job_of_a_kernel_that_cannot_start_raises_in_wait(kernels_dir: Path) -> None:
-    add_spec(kernels_dir, "broken", argv=[sys.executable, "-c", "raise SystemExit(3)", "{connection_file}"])
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with JupyterCodeExecutor(server, "broken") as executor:
-            job = executor.submit("1")
-            with pytest.raises(KernelStartFailed):
-                job.wait(PATIENCE)
-            assert (job.done, job.status, job.output) == (True, "failed", "")
-
-
-@pytest.mark.parametrize("kind", ["submitted", "detached", "attached"])
-def test_a_job_ends_with_an_executor_that_is_collected(
+@cases("kind", "idle", "submitted", "detached", "attached")
+def test_a_job_ends_with_a_collected_executor(
     server: LocalJupyterServer, executor: JupyterCodeExecutor, kind: str
 ) -> None:
     run(executor, "1")
@@ -6930,87 +6394,74 @@ def test_a_job_ends_with_an_executor_that_is_collected(
     target: Any = executor.connection_file if kind == "attached" else server
     other: Any = JupyterCodeExecutor(target, on_timeout="detach")
     pid = int(run(other, "import os; os.getpid()").output)
-    job = other.submit(FOR_EVER)
-    eventually(lambda: job.output, "it has begun")
+    job: Any = None
+    if kind != "idle":
+        job = other.submit(FOR_EVER)
+        eventually(lambda: job.output, "it has begun")
     if kind == "detached":
-        del job
+        job = None
     with pytest.warns(ResourceWarning, match="forgotten"):
         del other
         gc.collect()
-    if kind != "detached":
+    if job:
         assert job.wait(PATIENCE).status == "died"
     eventually(lambda: set(threading.enumerate()) <= before, "its threads have ended")
     if kind == "attached":
         executor._kernel._control.interrupt(lambda: None)
     else:
-        eventually(lambda: pid not in descendants(os.getpid()), "the kernel is gone")
+        eventually(lambda: is_gone(pid), "the kernel is gone")
 
 
 @pytest.mark.slow
-def test_a_detached_cell_is_complete_after_a_dropped_connection(
-    jupyter_server: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_detached_cell_survives_a_dropped_connection(
+    jupyter_server: Peer, tmp_path: Path, connections: list[socket.socket]
 ) -> None:
-    opened: list[socket.socket] = []
-    websocket = jupyter_exec.RestClient.websocket
-
-    def counting(*arguments: Any) -> Any:
-        if opened:
-            eventually(lambda: opened[0].fileno() == -1, "the first connection was dropped")
-            (tmp_path / "gate").touch()
-        result = websocket(*arguments)
-        opened.append(result[0])
-        return result
-
-    monkeypatch.setattr(jupyter_exec.RestClient, "websocket", counting)
-    wait = f"while not os.path.exists({str(tmp_path / 'gate')!r}): time.sleep(0.01)"
     with JupyterCodeExecutor(jupyter_server.info, on_timeout="detach") as executor:
-        code = f"import os, time\nprint('first', flush=True)\n{wait}\nfor i in range(5): print(i, flush=True)\n7"
+        code = waiting_for(tmp_path / "gate", "print('first', flush=True)")
+        code += "for i in range(5): print(i, flush=True)\n7"
         assert executor.execute(code, timeout=0.5).status == "running"
-        opened[0].shutdown(socket.SHUT_RDWR)
+        connections[0].shutdown(socket.SHUT_RDWR)
         result = executor.wait(PATIENCE)
         assert (result.status, result.kernel_state) == ("ok", "intact")
         assert result.text.startswith("first\n0\n1\n2\n3\n4\n7")
         assert run(executor, "7").output == "7"
-    assert len(opened) == 2
+    assert len(connections) == 2
 
 
-@pytest.mark.parametrize("what", ["restart", "stop"])
-def test_restart_and_stop_end_the_running_cell_and_go_before_the_waiting_ones(
-    server: LocalJupyterServer, what: str
-) -> None:
+def submit_endless(pool: ThreadPoolExecutor, executor: JupyterCodeExecutor) -> Any:
+    """Run a cell without end in another thread; its future comes when it has begun."""
+    going = threading.Event()
+    cell = pool.submit(executor.execute, FOR_EVER, on_output=lambda output: going.set())
+    assert going.wait(PATIENCE)
+    return cell
+
+
+@cases("what", "restart", "stop")
+def test_restart_and_stop_end_the_running_cell_before_all_others(server: LocalJupyterServer, what: str) -> None:
     with JupyterCodeExecutor(server) as executor, ThreadPoolExecutor(5) as pool:
         run(executor, "x = 1")
-        going = threading.Event()
-        code = "print('go', flush=True)\nwhile True: pass"
-        running = pool.submit(executor.execute, code, on_output=lambda output: going.set())
-        assert going.wait(PATIENCE)
-        waiting = [
-            pool.submit(executor.execute_code_blocks, [CodeBlock("'x' in dir()"), CodeBlock("2")]) for _ in range(4)
-        ]
+        running = submit_endless(pool, executor)
+        waiting = [pool.submit(run, executor, "'x' in dir()", "2") for _ in range(4)]
         eventually(lambda: len(executor._turns._queue) == 5, "four wait in line")
         getattr(executor, what)()
         ended = running.result(PATIENCE)
         assert (ended.status, ended.kernel_state) == ("died", "lost")
-        if what == "stop":
-            assert ended.note == "The executor was stopped while the code ran; all variables are lost"
-            for call in waiting:
+        done = "stopped" if what == "stop" else "restarted"
+        assert re.fullmatch(rf"The \w+ was {done} while the code ran; all variables are lost", ended.note)
+        for call in waiting:
+            if what == "stop":
                 with pytest.raises(JupyterExecError, match="The executor was stopped"):
                     call.result(PATIENCE)
-        else:
-            assert ended.note == "The kernel was restarted while the code ran; all variables are lost"
-            for call in waiting:
+            else:
                 assert call.result(PATIENCE).output == f"False\n{jupyter_exec._FRESH}\n2"
-            assert run(executor, "1").output == "1"
+        assert what == "stop" or run(executor, "1").output == "1"
 
 
 def test_stop_of_an_attached_executor_ends_its_cell_only(executor: JupyterCodeExecutor) -> None:
     run(executor, "x = 7")
     assert executor.connection_file
-    going = threading.Event()
     with JupyterCodeExecutor(executor.connection_file) as attached, ThreadPoolExecutor(1) as pool:
-        code = "print('go', flush=True)\nwhile True: pass"
-        running = pool.submit(attached.execute, code, on_output=lambda output: going.set())
-        assert going.wait(PATIENCE)
+        running = submit_endless(pool, attached)
         attached.stop()
         assert running.result(PATIENCE).status == "interrupted"
     assert run(executor, "x").output == "7"
@@ -7042,24 +6493,6 @@ def test_threads_with_a_stop_at_a_random_instant(server: LocalJupyterServer) -> 
         assert executor._turns._queue == []
 
 
-@pytest.mark.parametrize("end", ["KeyboardInterrupt", "SystemExit"])
-def test_a_cell_that_a_signal_ends_is_in_the_notebook(executor: JupyterCodeExecutor, tmp_path: Path, end: str) -> None:
-    def stop(number: int, frame: Any) -> None:
-        raise {"KeyboardInterrupt": KeyboardInterrupt, "SystemExit": SystemExit}[end]
-
-    before = signal.signal(signal.SIGUSR1, stop)
-    try:
-        hook = functools.partial(os.kill, os.getpid(), signal.SIGUSR1)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            executor.execute("print('so far', flush=True)\nwhile True: pass", on_output=lambda output: hook())
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-    executor.save_notebook(tmp_path / "n.ipynb")
-    (cell,) = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
-    assert cell.outputs[0].text == "so far\n"
-    assert "Interrupted" in cell.outputs[-1].text
-
-
 def test_cells_of_many_threads_run_in_the_order_of_the_calls(executor: JupyterCodeExecutor) -> None:
     run(executor, "import time; order = []")
     threads = []
@@ -7074,64 +6507,60 @@ def test_cells_of_many_threads_run_in_the_order_of_the_calls(executor: JupyterCo
 
 @pytest.mark.slow
 def test_sixteen_kernels_at_work_on_one_server(server: LocalJupyterServer) -> None:
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(16) as pool:
         executors = [stack.enter_context(JupyterCodeExecutor(server)) for _ in range(16)]
-        outputs = {}
-
-        def work(number: int) -> None:
-            outputs[number] = [run(executors[number], f"print({number})").output for _ in range(5)]
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert outputs == {number: [f"{number}\n"] * 5 for number in range(16)}
+        outputs = pool.map(lambda n: [run(executors[n], f"print({n})").output for _ in range(5)], range(16))
+        assert [*outputs] == [[f"{number}\n"] * 5 for number in range(16)]
 
 
-def test_an_executor_in_a_forked_child_says_so() -> None:
+def test_an_executor_in_a_forked_child_says_so_and_a_server_collected_there_lives_on() -> None:
     program = """
-        import os, sys, warnings, jupyter_exec
+        import gc, os, sys, warnings, jupyter_exec
         warnings.simplefilter("ignore")
-        server = jupyter_exec.LocalJupyterServer()
+        server, spare = jupyter_exec.LocalJupyterServer(), jupyter_exec.LocalJupyterServer()
         executor = jupyter_exec.JupyterCodeExecutor(server)
         executor.execute("x = 5")
+        spare.kernelspecs()
         if os.fork() == 0:
             result = executor.execute_code_blocks([jupyter_exec.CodeBlock("1")])
             print(result.exit_code, "forked" in result.output, flush=True)
+            del spare
+            gc.collect()
             os._exit(0)
         os.wait()
-        print(executor.execute("x").text)
+        print(executor.execute("x").text, "python3" in spare.kernelspecs())
     """
     result = run_python(program)
-    assert (result.stdout, result.stderr) == ("1 True\n5\n", "")
+    assert (result.stdout, result.stderr) == ("1 True\n5 True\n", "")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ending", ["pass", "sys.exit(3)", "1 / 0", "os.kill(os.getpid(), 15)"])
-def test_forgotten_servers_end_silently_with_the_program(ending: str, tmp_path: Path) -> None:
-    marker = f"mark-{time.time_ns()}"
+ENDINGS_OF_PROGRAMS = ["sys.exit(3)", "1 / 0", "os.kill(os.getpid(), 15)"]
+
+
+@cases(
+    "server, ending",
+    ("LocalJupyterServer()", "pass"),
+    ("CommandJupyterServer([sys.executable])", "pass"),
+    *(pytest.param("LocalJupyterServer()", ending, marks=pytest.mark.slow) for ending in ENDINGS_OF_PROGRAMS),
+)
+def test_forgotten_servers_end_silently_with_the_program(server: str, ending: str, marker: str, tmp_path: Path) -> None:
     program = f"""
-        import os, sys, threading, jupyter_exec
-        server = jupyter_exec.LocalJupyterServer(env={{"MARK": sys.argv[1]}})
-        executor = jupyter_exec.JupyterCodeExecutor(server)
-        executor.execute("1")
-        threading.Thread(target=executor.execute, args=("while True: pass",), daemon=True).start()
+        import os, sys, threading
+        from jupyter_exec import *
+        executor, go = JupyterCodeExecutor({server}), threading.Event()
+        code = "print('go', flush=True)\\nwhile True: print('x' * 1000)"
+        threading.Thread(target=executor.execute, args=(code,), kwargs={{"on_output": lambda output: go.set()}}, daemon=True).start()
+        go.wait(20)
         {ending}
     """
-    result = run_python(program, marker, env=os.environ | {"PYTHONPATH": str(MODULE.parent), "TMPDIR": str(tmp_path)})
-    noise = [
-        line
-        for line in result.stderr.splitlines()
-        if "ZeroDivision" not in line and not line.startswith(("Trace", "  "))
-    ]
-    assert noise == []
-    eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
+    result = run_python(program, env=environment(TMPDIR=str(tmp_path), MARK=marker))
+    assert (result.returncode == 0, result.stdout) == (ending == "pass", "")
+    assert re.fullmatch(r"(Traceback.*\n(  .*\n)+ZeroDivisionError.*\n)?", result.stderr)
     eventually(lambda: not list(tmp_path.iterdir()), "every file is gone")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["local", "command", "gateway"])
+@cases("kind", "local", "command", "gateway")
 def test_a_server_that_nobody_refers_to_ends(kind: str) -> None:
     before = resources()
     server: Any = CommandJupyterServer([sys.executable]) if kind == "command" else LocalJupyterServer()
@@ -7148,23 +6577,6 @@ def test_a_server_that_nobody_refers_to_ends(kind: str) -> None:
     gc.collect()
     names = ("processes", "threads", "files")
     eventually(lambda: all(resources()[name] <= before[name] for name in names), "nothing is left")
-
-
-def test_a_server_that_is_collected_in_a_forked_child_lives_on() -> None:
-    program = """
-        import gc, os, warnings, jupyter_exec
-        warnings.simplefilter("ignore")
-        server = jupyter_exec.LocalJupyterServer()
-        server.kernelspecs()
-        if os.fork() == 0:
-            del server
-            gc.collect()
-            os._exit(0)
-        os.wait()
-        print("python3" in server.kernelspecs())
-    """
-    result = run_python(program)
-    assert (result.stdout, result.stderr) == ("True\n", "")
 
 
 def test_a_forked_child_that_leaves_the_with_of_its_parent_ends_nothing(gateway: Peer) -> None:
@@ -7185,22 +6597,13 @@ def test_a_forked_child_that_leaves_the_with_of_its_parent_ends_nothing(gateway:
     assert (result.stdout, result.stderr) == ("42\n42\n", "")
 
 
-def test_a_forgotten_executor_is_ended_with_a_warning(server: LocalJupyterServer) -> None:
-    executor: JupyterCodeExecutor | None = JupyterCodeExecutor(server)
-    assert executor
-    pid = int(run(executor, "import os; os.getpid()").output)
-    with pytest.warns(ResourceWarning, match="forgotten"):
-        del executor
-        gc.collect()
-    eventually(lambda: pid not in descendants(os.getpid()), "the kernel is gone")
-
-
-def test_what_kernels_of_a_killed_host_had_started_is_ended(tmp_path: Path) -> None:
-    marker = f"mark-{time.time_ns()}"
+def test_a_killed_host_is_reported_and_replaced_and_what_its_kernels_had_started_is_ended(marker: str) -> None:
     with LocalJupyterServer(env={"MARK": marker}) as server, JupyterCodeExecutor(server) as executor:
         code = "import os, signal, subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
         code += "os.kill(os.getppid(), signal.SIGKILL); import time; time.sleep(60)"
-        assert run(executor, code).kernel_state == "lost"
+        result = run(executor, code)
+        assert (result.exit_code, result.kernel_state) == (137, "lost")
+        assert "SIGKILL" in result.output
         assert run(executor, "1").output == "1"
         assert not any("sleep\0" in command_line(pid) for pid in marked_processes(f"MARK={marker}"))
 
@@ -7214,14 +6617,11 @@ def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: P
             code += "for i in range(10_000): show({'text/plain': 'x' * 500})\\n"
             code += "import os, time\\nwhile not os.path.exists('GATE'): time.sleep(0.5)"  # so that idle is not lost, too
             seen = []
-            result = executor.execute(code, timeout=60, on_output=lambda output: seen or (print("go", flush=True), seen.append(1)))
+            result = executor.execute(code, timeout=60, on_output=lambda output: seen or (print("ready", flush=True), seen.append(1)))
             print(result.status, (len(result.outputs) == 10_001) != ("lost" in result.note), executor.execute("7").text)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program.replace("GATE", str(tmp_path / "gate")))]
-    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as client:
+    with client_program(program.replace("GATE", str(tmp_path / "gate"))) as client:
         assert client.stdout
-        assert client.stdout.readline() == "go\n"
         client.send_signal(signal.SIGSTOP)
         family = descendants(client.pid)
         busy = [-1.0]
@@ -7237,35 +6637,31 @@ def test_a_client_that_was_stopped_under_a_flood_still_ends_its_cell(tmp_path: P
         finally:
             client.send_signal(signal.SIGCONT)
             (tmp_path / "gate").touch()
-        status, truth, after = client.stdout.readline().split()
-    assert (status, truth, after) == ("ok", "True", "7")
-
-
-NOISY = """
-import threading
-from comm import create_comm
-def chatter():
-    while not enough.wait(0.01):
-        display(1), print(2), create_comm(target_name="t").send({})
-enough = threading.Event()
-for _ in range(3): threading.Thread(target=chatter, daemon=True).start()
-"""
+        assert client.stdout.readline() == "ok True 7\n"
+        client.wait(PATIENCE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
+@cases(
     "code",
-    [
-        "for i in range(50): input()",
-        "import time; time.sleep(100)",
-        "import asyncio; await asyncio.sleep(0.5)",
-        "import os\nfor i in range(50):\n if not os.fork(): print(1, flush=True); os._exit(0)\n os.wait()",
-        "print('x' * 3_000_000)",
-    ],
+    "for i in range(50): input()",
+    "import time; time.sleep(100)",
+    "import asyncio; await asyncio.sleep(0.5)",
+    "import os\nfor i in range(50):\n if not os.fork(): print(1, flush=True); os._exit(0)\n os.wait()",
+    "print('x' * 3_000_000)",
 )
-def test_what_is_on_the_way_beside_a_cell_is_no_lost_output(
-    code: str, executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+def test_what_comes_beside_a_cell_is_no_lost_output(
+    code: str, executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch
 ) -> None:
+    noisy = textwrap.dedent("""
+        import threading
+        from comm import create_comm
+        def chatter():
+            while not enough.wait(0.01):
+                display(1), print(2), create_comm(target_name="t").send({})
+        enough = threading.Event()
+        for _ in range(3): threading.Thread(target=chatter, daemon=True).start()
+    """)
     seen: list[jupyter_exec.Execution] = []
 
     class Seen(jupyter_exec.Execution):
@@ -7276,7 +6672,7 @@ def test_what_is_on_the_way_beside_a_cell_is_no_lost_output(
     monkeypatch.setattr(jupyter_exec, "Execution", Seen)
     assert executor.connection_file
     with JupyterCodeExecutor(executor.connection_file) as other, ThreadPoolExecutor(1) as pool:
-        assert executor.execute(NOISY).status == "ok"
+        assert executor.execute(noisy).status == "ok"
         asked = pool.submit(lambda: [other.execute("1", timeout=PATIENCE) for _ in range(30)])
         result = executor.execute(code, timeout=1 if "100" in code else PATIENCE, on_input=lambda *question: "1")
         assert result.kernel_state == "intact"
@@ -7299,7 +6695,7 @@ def test_a_slow_hook_loses_nothing(executor: JupyterCodeExecutor) -> None:
     assert len(seen) == 5000
 
 
-def test_unread_output_is_bounded(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_output_is_bounded(executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 10_000_000)
     first = threading.Event()
     mailbox = executor._kernel._mailbox
@@ -7315,24 +6711,8 @@ def test_unread_output_is_bounded(executor: JupyterCodeExecutor, monkeypatch: py
     assert "Some of the output was lost" in result.note
 
 
-@pytest.mark.parametrize("server", ["LocalJupyterServer()", "CommandJupyterServer([sys.executable])"])
-def test_a_program_may_end_while_a_cell_runs_in_a_daemon_thread(server: str) -> None:
-    marker = f"mark-{time.time_ns()}"
-    program = f"""
-        import sys, threading
-        from jupyter_exec import *
-        executor, go = JupyterCodeExecutor({server}), threading.Event()
-        code = "print('go', flush=True)\\nwhile True: print('x' * 1000)"
-        threading.Thread(target=executor.execute, args=(code,), kwargs={{"on_output": lambda output: go.set()}}, daemon=True).start()
-        go.wait(20)
-    """
-    result = run_python(program, env=os.environ | {"PYTHONPATH": str(MODULE.parent), "MARK": marker})
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    eventually(lambda: not marked_processes(f"MARK={marker}"), "every process is gone")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["before the start", "before a cell"])
+@cases("when", "before the start", "before a cell")
 def test_a_limit_of_open_files_is_told_wherever_it_is_reached_and_overcome(when: str, tmp_path: Path) -> None:
     program = """
         import resource, sys, jupyter_exec
@@ -7391,11 +6771,11 @@ def test_memory_is_flat_over_many_cells() -> None:
             print(used() - before)
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    environment = os.environ | {"PYTHONPATH": str(MODULE.parent)}
-    grown = int(subprocess.run(command, capture_output=True, text=True, timeout=390, env=environment).stdout)
+    grown = int(subprocess.run(command, capture_output=True, text=True, timeout=390, env=environment()).stdout)
     assert grown < 4000  # KB
 
 
+IN_TIME = {(0, "intact"), (124, "intact")}  # or not
 FAULTS: dict[str, tuple[str, set[tuple[int, str]]]] = {
     "fine": ("print('fine')", {(0, "intact")}),
     "raise": ("1 / 0", {(1, "intact")}),
@@ -7409,23 +6789,17 @@ FAULTS: dict[str, tuple[str, set[tuple[int, str]]]] = {
     "end": ("import os; os._exit(4)", {(1, "lost")}),
     "host": ("import os, time; os.kill(os.getppid(), 9); time.sleep(60)", {(137, "lost")}),
     "orphan": ("import subprocess; subprocess.Popen(['sleep', '600'], start_new_session=True)", {(0, "intact")}),
-    "big": ("print('y' * 3_000_000)", {(0, "intact"), (124, "intact")}),
-    "displays": ("for i in range(200): display(i)", {(0, "intact"), (124, "intact")}),
-    "turns": (
-        "import sys\nfor i in range(50): print(i, flush=True); print(i, file=sys.stderr, flush=True)",
-        {(0, "intact"), (124, "intact")},
-    ),
-    "bytes": ("print('\\udc80' * 200_000 + chr(92) * 500_000 + 'x\\b' * 50_000)", {(0, "intact"), (124, "intact")}),
-    "updates": ("h = display(0, display_id=True)\nfor i in range(200): h.update(i)", {(0, "intact"), (124, "intact")}),
-    "deep": (
-        "v = []\nfor i in range(900): v = [v]\ndisplay({'application/json': v}, raw=True)",
-        {(0, "intact"), (124, "intact")},
-    ),
+    "big": ("print('y' * 3_000_000)", IN_TIME),
+    "displays": ("for i in range(200): display(i)", IN_TIME),
+    "turns": ("import sys\nfor i in range(50): print(i, flush=True); print(i, file=sys.stderr, flush=True)", IN_TIME),
+    "bytes": ("print('\\udc80' * 200_000 + chr(92) * 500_000 + 'x\\b' * 50_000)", IN_TIME),
+    "updates": ("h = display(0, display_id=True)\nfor i in range(200): h.update(i)", IN_TIME),
+    "deep": ("v = []\nfor i in range(900): v = [v]\ndisplay({'application/json': v}, raw=True)", IN_TIME),
     "stopped": ("import os; os.kill(os.getpid(), 19)", {(124, "lost")}),
-    "tool": ("print([add(i) for i in range(20)])", {(0, "intact"), (124, "intact")}),
+    "tool": ("print([add(i) for i in range(20)])", IN_TIME),
     "tools": (
         "from concurrent.futures import ThreadPoolExecutor as P\nwith P(8) as p: print(list(p.map(add, range(50))))",
-        {(0, "intact"), (124, "intact")},
+        IN_TIME,
     ),
     "many tools": ("while True: await echo(5)", {(1, "intact"), (124, "intact")}),
     "slow tool": ("slow()", {(124, "intact")}),
@@ -7476,7 +6850,7 @@ def test_soak_of_random_faults(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["direct", "relay"])
+@cases("kind", "direct", "relay")
 def test_a_flood_of_small_messages_starves_nobody(kind: str) -> None:
     made = LocalJupyterServer() if kind == "direct" else CommandJupyterServer([sys.executable])
     with made as server, JupyterCodeExecutor(server) as executor, JupyterCodeExecutor(server) as bystander:
@@ -7494,51 +6868,8 @@ def test_children_without_session_and_environment_die_with_the_server() -> None:
     with LocalJupyterServer() as server, JupyterCodeExecutor(server) as executor:
         number = f"9{time.time_ns() % 10**8}"
         run(executor, f"import os; os.system('setsid env -i /bin/sleep {number} &')")
-        sleepers = eventually(
-            lambda: [pid for pid in descendants(os.getpid()) if number in command_line(pid)], "it sleeps"
-        )
-    eventually(lambda: not any(number in command_line(pid) for pid in sleepers), "it is gone")
-
-
-def test_a_hook_cannot_run_another_cell(executor: JupyterCodeExecutor, caplog: pytest.LogCaptureFixture) -> None:
-    inner: list[Any] = []
-    hook = lambda output: inner.append(executor.execute("print('inner')"))  # noqa: E731
-    result = executor.execute("print('outer')", on_output=hook)
-    assert (result.status, result.text) == ("ok", "outer\n")
-    assert "its hooks cannot run another one" in caplog.text
-
-
-@pytest.mark.parametrize("answer", [b"bytes", 5])
-def test_an_answer_that_is_no_text_ends_the_input_not_the_session(
-    executor: JupyterCodeExecutor, answer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def coroutine() -> str:
-        return "text"
-
-    for value in (answer, coroutine()):
-        result = executor.execute("input()", on_input=lambda prompt, password, value=value: value)  # type: ignore[misc]
-        assert result.error and result.error["ename"] == "EOFError"
-    assert "on_input must return a string" in caplog.text
-    assert run(executor, "1").output == "1"
-
-
-def test_a_failing_on_input_ends_the_input_not_the_session(executor: JupyterCodeExecutor) -> None:
-    def broken(prompt: str, password: bool) -> str:
-        raise RuntimeError("no operator")
-
-    assert "EOFError" in executor.execute("input()", on_input=broken, timeout=PATIENCE).text
-    assert run(executor, "1").output == "1"
-
-
-@pytest.mark.parametrize("timeout", [float("nan"), 0, -1])
-def test_timeouts_that_are_none(server: LocalJupyterServer, timeout: float) -> None:
-    with pytest.raises(ValueError, match="Timeout must be greater"):
-        JupyterCodeExecutor(server, timeout=timeout)
-
-
-def test_an_infinite_timeout_is_no_limit(server: LocalJupyterServer) -> None:
-    with JupyterCodeExecutor(server, timeout=float("inf")) as executor:
-        assert run(executor, "1").output == "1"
+        eventually(lambda: marked_processes(f"/bin/sleep\0{number}"), "it sleeps")
+    eventually(lambda: not marked_processes(f"/bin/sleep\0{number}"), "it is gone")
 
 
 # Languages, pip, functions
@@ -7548,14 +6879,28 @@ def run_block(executor: JupyterCodeExecutor, code: str, language: str) -> CodeRe
     return executor.execute_code_blocks([CodeBlock(code, language)])
 
 
-@pytest.mark.parametrize("language", ["python", "py", "Python", "ipython", "python3", "python3.11", "", None])
-def test_names_of_python(executor: JupyterCodeExecutor, language: Any) -> None:
-    assert run_block(executor, "6 * 7", language).output == "42"
+PYTHONS: list[Any] = ["python", "py", "Python", "ipython", "python3", "python3.11", "", None]
+
+
+@cases(
+    "code, language, exit_code, output",
+    *(("6 * 7", name, 0, "42") for name in PYTHONS),
+    ("command -v python", "bash", 0, f"{Path(sys.executable).parent}/python\n"),
+    ('!echo "hello world!"', "bash", 0, "hello world!\n"),  # AutoGen's: a bang in a block of bash is IPython's
+    ("%time 1", "sh", 0, None),
+    ("puts 1", "ruby", 1, "The kernel runs python or bash, not ruby: the block was not run."),
+)
+def test_languages_of_blocks(
+    executor: JupyterCodeExecutor, code: str, language: Any, exit_code: int, output: str | None
+) -> None:
+    result = run_block(executor, code, language)
+    assert result.exit_code == exit_code
+    assert output is None or result.output == output
 
 
 @pytest.mark.slow
-def test_a_shell_block_that_exceeds_its_time_says_so_in_its_status(
-    server: LocalJupyterServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_timeout_of_a_shell_is_its_status(
+    server: LocalJupyterServer, tmp_path: Path, monkeypatch: MonkeyPatch
 ) -> None:
     with JupyterCodeExecutor(server, timeout=1, output_dir=tmp_path) as executor:
         result = run_block(executor, "echo a; sleep 30", "bash")
@@ -7566,21 +6911,7 @@ def test_a_shell_block_that_exceeds_its_time_says_so_in_its_status(
         assert result.output.endswith("all variables are lost")  # and no line of our own program
 
 
-@pytest.mark.parametrize(("code", "status"), [("exit(3)", 3), ("quit(0)", 0), ("exit(-1)", 255)])
-def test_exit_with_a_status_ends_the_session_with_it(executor: JupyterCodeExecutor, code: str, status: int) -> None:
-    result = run(executor, f"x = 1\n{code}", "print('never')")
-    assert (result.exit_code, result.kernel_state) == (status, "lost")
-    assert run(executor, "'x' in dir()").output == "False"
-
-
-@pytest.mark.parametrize("timeout", ["x", []])
-def test_a_timeout_that_is_none_costs_nothing(executor: JupyterCodeExecutor, timeout: Any) -> None:
-    with pytest.raises(TypeError):
-        executor.execute("1", timeout=timeout)
-    assert executor.execute("1", timeout=1e30).status == "ok"
-
-
-@pytest.mark.parametrize("language", ["bash", "sh", "shell", "BASH"])
+@cases("language", "bash", "sh", "shell", "BASH")
 def test_shell_blocks_run_in_a_shell_and_give_their_status(executor: JupyterCodeExecutor, language: str) -> None:
     result = run_block(executor, "for i in 1 2; do echo $i; done\necho 'it''s'\necho err >&2", language)
     assert (result.exit_code, result.output.split()) == (0, ["1", "2", "its", "err"])
@@ -7588,35 +6919,30 @@ def test_shell_blocks_run_in_a_shell_and_give_their_status(executor: JupyterCode
     assert (failed.exit_code, failed.output, failed.kernel_state) == (3, "before\n", "intact")
 
 
-@pytest.mark.parametrize(
-    ("script", "status", "output"),
-    [
-        ("echo {1+1} '{{.State}}' $((1+1))", 0, "{1+1} {{.State}} 2\n"),
-        ("cat <<'E'\n{a} $x `y` \\\npip install z\nE", 0, "{a} $x `y` \\\npip install z\n"),
-        ("cat; read x; echo rest", 0, "rest\n"),
-        ("set -e\nfalse\necho no", 1, ""),
-        ("kill -9 $$", 137, ""),
-        ("echo é \\", 0, "é \\\n"),
-        ("printf '\\303'; sleep 0.2; printf '\\251'", 0, "é"),
-        ("if true; then\r\n  echo a\r\nfi\r\n", 0, "a\n"),
-        ("echo a\n\0echo b", 0, "a\nb\n"),
-        ("", 0, ""),
-        ("# nothing", 0, ""),
-        (f"x='{'y' * 1_000_000}'; echo ${{#x}}", 0, "1000000\n"),
-        ("exec >&- 2>&-; exit 5", 5, ""),
-        ("for i in 1 2 3; do echo $i; echo $i >&2; done", 0, None),
-    ],
+@cases(
+    "script, status, output",
+    ("echo {1+1} '{{.State}}' $((1+1))", 0, "{1+1} {{.State}} 2\n"),
+    ("cat <<'E'\n{a} $x `y` \\\npip install z\nE", 0, "{a} $x `y` \\\npip install z\n"),
+    ("cat; read x; echo rest", 0, "rest\n"),
+    ("set -e\nfalse\necho no", 1, ""),
+    ("kill -9 $$", 137, ""),
+    ("echo é \\", 0, "é \\\n"),
+    ("printf '\\303'; sleep 0.2; printf '\\251'", 0, "é"),
+    ("if true; then\r\n  echo a\r\nfi\r\n", 0, "a\n"),
+    ("echo a\n\0echo b", 0, "a\nb\n"),
+    ("", 0, ""),
+    ("# nothing", 0, ""),
+    (f"x='{'y' * 1_000_000}'; echo ${{#x}}", 0, "1000000\n"),
+    ("exec >&- 2>&-; exit 5", 5, ""),
+    ("for i in 1 2 3; do echo $i; echo $i >&2; done", 0, "112233"),
 )
 def test_a_script_reaches_the_shell_as_written(
-    executor: JupyterCodeExecutor, script: str, status: int, output: str | None
+    executor: JupyterCodeExecutor, script: str, status: int, output: str
 ) -> None:
     result = run_block(executor, script, "bash")
     assert (result.exit_code, result.kernel_state) == (status, "intact")
-    assert (
-        result.output == output
-        if output is not None
-        else sorted(result.output.split()) == ["1", "1", "2", "2", "3", "3"]
-    )
+    both = "".join(sorted(result.output.split()))  # of stdout and stderr, in no order
+    assert output == (both if output == "112233" else result.output)
 
 
 def test_a_script_leaves_nothing_in_the_kernel(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
@@ -7639,9 +6965,8 @@ def test_a_script_leaves_nothing_in_the_kernel(executor: JupyterCodeExecutor, tm
 def test_what_a_script_leaves_in_the_background(server: LocalJupyterServer, tmp_path: Path) -> None:
     with JupyterCodeExecutor(server, timeout=1, output_dir=tmp_path) as executor:
         gate = tmp_path / "gate"
-        result = run_block(
-            executor, f"(until [ -e {gate} ]; do sleep 0.01; done; echo x; touch {gate}2) & echo $!", "bash"
-        )
+        script = f"(until [ -e {gate} ]; do sleep 0.01; done; echo x; touch {gate}2) & echo $!"
+        result = run_block(executor, script, "bash")
         assert result.exit_code == 0  # it goes on, and may go on printing
         gate.touch()
         eventually((tmp_path / "gate2").exists, "the child in the background has printed")
@@ -7653,7 +6978,7 @@ def test_what_a_script_leaves_in_the_background(server: LocalJupyterServer, tmp_
 
 
 def test_a_script_that_ignores_signals_is_ended_even_if_the_interrupt_is_repeated(
-    executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
+    executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_REPEAT", 0.2)
     script = "trap '' INT TERM; echo $$; while true; do sleep 0.1; done"
@@ -7665,37 +6990,30 @@ def test_a_script_that_ignores_signals_is_ended_even_if_the_interrupt_is_repeate
     assert job.status == "interrupted"
 
 
-def test_a_shell_that_is_missing_is_said(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_shell_and_missing_source_files(executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(jupyter_exec, "functions_source", lambda functions: raising(ValueError))
+        assert run_block(executor, "echo {1}", "bash").output == "{1}\n"
     monkeypatch.setitem(jupyter_exec._SHELLS, "bash", "no-such-bash")
     result = run_block(executor, "echo 1", "bash")
     assert (result.exit_code, result.output) == (127, "There is no no-such-bash where the kernel runs.\n")
 
 
-def test_shell_blocks_without_source_files(executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_source(*arguments: Any) -> str:
-        raise ValueError("no source")
-
-    monkeypatch.setattr(jupyter_exec, "functions_source", no_source)
-    assert run_block(executor, "echo {1}", "bash").output == "{1}\n"
-
-
 QUIET_PIP = """!"{__import__('sys').executable}" -m pip install -qq --disable-pip-version-check x"""
 
 
-@pytest.mark.parametrize(
-    ("code", "cell"),
-    [
-        ("!pip install x", QUIET_PIP),
-        ("if 1:\n  % pip3 install x\n1", f"if 1:\n  {QUIET_PIP}\n1"),
-        ("!echo it's\n!pip install x", f"!echo it's\n{QUIET_PIP}"),
-        ("# it's '''\n!pip install x", f"# it's '''\n{QUIET_PIP}"),
-        ("s = 'a' \"b'\" + '''c'''\n!pip install x", f"s = 'a' \"b'\" + '''c'''\n{QUIET_PIP}"),
-        ('s = """\n!pip install x\n"""', None),
-        ("s = r'''\\'''\n!pip install x\n'''", None),
-        ("s = 'a\\\n!pip install x'", None),
-        ("%%writefile a.sh\n!pip install x", None),
-        ("!pip list", None),
-    ],
+@cases(
+    "code, cell",
+    ("!pip install x", QUIET_PIP),
+    ("if 1:\n  % pip3 install x\n1", f"if 1:\n  {QUIET_PIP}\n1"),
+    ("!echo it's\n!pip install x", f"!echo it's\n{QUIET_PIP}"),
+    ("# it's '''\n!pip install x", f"# it's '''\n{QUIET_PIP}"),
+    ("s = 'a' \"b'\" + '''c'''\n!pip install x", f"s = 'a' \"b'\" + '''c'''\n{QUIET_PIP}"),
+    ('s = """\n!pip install x\n"""', None),
+    ("s = r'''\\'''\n!pip install x\n'''", None),
+    ("s = 'a\\\n!pip install x'", None),
+    ("%%writefile a.sh\n!pip install x", None),
+    ("!pip list", None),
 )
 def test_only_lines_of_ipython_are_made_quiet(code: str, cell: str | None) -> None:
     expected = code if cell is None else cell
@@ -7706,39 +7024,13 @@ def test_a_block_without_a_language_is_the_kernels_own() -> None:
     assert jupyter_exec.cell_of(CodeBlock("echo 1"), "bash", "bash") == ("echo 1", "echo 1")
 
 
-def test_one_block_or_a_string_will_do(executor: JupyterCodeExecutor) -> None:
-    assert executor.execute_code_blocks("6 * 7").output == "42"
-    assert executor.execute_code_blocks(CodeBlock("6 * 7")).output == "42"
-    with pytest.raises(TypeError, match="code_blocks must be"):
-        executor.execute_code_blocks(["6 * 7"])
-
-
-def test_a_kernel_that_is_no_longer_installed_is_no_intact_kernel(
-    kernels_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add_spec(kernels_dir, "vanishing", argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
-    with LocalJupyterServer(env={"JUPYTER_PATH": str(kernels_dir.parent)}) as server:
-        with JupyterCodeExecutor(server, "vanishing") as executor:
-            assert run(executor, "exit()").kernel_state == "lost"
-            shutil.rmtree(kernels_dir / "vanishing")
-            result = run(executor, "1")
-            assert (result.exit_code, result.kernel_state) == (1, "lost")
-            assert "Kernel vanishing is not installed" in result.output
-
-
-def test_shell_blocks_use_the_kernels_python(executor: JupyterCodeExecutor) -> None:
-    found = run_block(executor, "command -v python", "bash").output.strip()
-    assert Path(found).parent == Path(sys.executable).parent
-
-
-def test_autogens_bang_in_a_bash_block_goes_to_ipython(executor: JupyterCodeExecutor) -> None:
-    assert run_block(executor, '!echo "hello world!"', "bash").output.strip() == "hello world!"
-    assert run_block(executor, "%time 1", "sh").exit_code == 0
-
-
-def test_a_language_that_the_kernel_does_not_speak_is_refused(executor: JupyterCodeExecutor) -> None:
-    result = run_block(executor, "puts 1", "ruby")
-    assert (result.exit_code, result.output) == (1, "The kernel runs python or bash, not ruby: the block was not run.")
+def test_a_kernel_that_is_no_longer_installed_is_no_intact_kernel(kernels_dir: Path) -> None:
+    with kernel_of(kernels_dir, IPYKERNEL, "vanishing") as executor:
+        assert run(executor, "exit()").kernel_state == "lost"
+        shutil.rmtree(kernels_dir / "vanishing")
+        result = run(executor, "1")
+        assert (result.exit_code, result.kernel_state) == (1, "lost")
+        assert "Kernel vanishing is not installed" in result.output
 
 
 @pytest.mark.slow
@@ -7757,10 +7049,18 @@ def add_two(a: int, b: int = 2) -> int:
 
 def test_functions_are_there_from_the_start_and_after_every_restart(server: LocalJupyterServer) -> None:
     with JupyterCodeExecutor(server, functions=[add_two]) as executor:
+        execute = executor._kernel.execute
+
+        def interrupted(*arguments: Any, **options: Any) -> Any:
+            executor._kernel.execute = execute  # type: ignore[method-assign]
+            return execute("raise KeyboardInterrupt", 20)
+
+        executor._kernel.execute = interrupted  # type: ignore[method-assign]
+        assert "in the kernel: KeyboardInterrupt" in run(executor, "1").output
         assert run(executor, "add_two(3)").output == "5"
-        assert executor.execute("1").execution_count == 2
         executor.restart()
         assert run(executor, "add_two(4)").output == "6"
+        assert executor.execute("1").execution_count == 2
         run(executor, "import os; os._exit(1)")
         assert run(executor, "add_two(5)").output == "7"
         assert "add_two(a: 'int', b: 'int' = 2) -> 'int': Add two numbers." in executor.system_message
@@ -7777,19 +7077,6 @@ def test_without_a_network_no_model_is_told_to_install_packages(server: LocalJup
     assert ["There is no network" in text and "pip" not in text for text in texts] == [True, True]
 
 
-def test_functions_are_there_after_their_definition_was_interrupted(server: LocalJupyterServer) -> None:
-    with JupyterCodeExecutor(server, functions=[add_two]) as executor:
-        execute = executor._kernel.execute
-
-        def interrupted(*arguments: Any, **options: Any) -> Any:
-            executor._kernel.execute = execute  # type: ignore[method-assign]
-            return execute("raise KeyboardInterrupt", 20)
-
-        executor._kernel.execute = interrupted  # type: ignore[method-assign]
-        assert "in the kernel: KeyboardInterrupt" in run(executor, "1").output
-        assert run(executor, "add_two(1)").output == "3"
-
-
 def test_functions_that_cannot_be_sent_are_refused(server: LocalJupyterServer) -> None:
     free = 5
     for function in (lambda: 1, len, lambda: free):
@@ -7797,98 +7084,84 @@ def test_functions_that_cannot_be_sent_are_refused(server: LocalJupyterServer) -
             JupyterCodeExecutor(server, functions=[function])
 
 
-def test_an_empty_list_of_blocks_is_fine(executor: JupyterCodeExecutor) -> None:
-    assert str(executor.execute_code_blocks([])) == "exit_code=0 output='' output_files=[]"
-
-
 # asyncio
 
 
-def test_async_executor_runs_blocks_on_a_loop(server: LocalJupyterServer, tmp_path: Path) -> None:
-    async def main() -> None:
-        async with AsyncJupyterCodeExecutor(server, output_dir=tmp_path) as executor:
-            assert (await executor.execute_code_blocks([CodeBlock("x = 6"), CodeBlock("x * 7")])).output == "\n42"
-            assert (await executor.execute("x")).text == "6"
-            assert (await executor.run("echo hi", "bash")).output == "hi\n"
-            await executor.restart()
-            assert (await executor.run("'x' in dir()", "python", context=None)).output == "False"
-            await executor.save_notebook(tmp_path / "n.ipynb")
-
-    asyncio.run(main())
+@on_a_loop
+async def test_async_executor_runs_blocks_on_a_loop(server: LocalJupyterServer, tmp_path: Path) -> None:
+    async with AsyncJupyterCodeExecutor(server, output_dir=tmp_path) as executor:
+        assert (await executor.execute_code_blocks([CodeBlock("x = 6"), CodeBlock("x * 7")])).output == "\n42"
+        assert (await executor.execute("x")).text == "6"
+        assert (await executor.run("echo hi", "bash")).output == "hi\n"
+        await executor.restart()
+        assert (await executor.run("'x' in dir()", "python", context=None)).output == "False"
+        await executor.save_notebook(tmp_path / "n.ipynb")
 
 
-def test_cancelling_interrupts_the_cell_and_keeps_the_kernel(server: LocalJupyterServer) -> None:
-    async def main() -> None:
-        async with AsyncJupyterCodeExecutor(server) as executor:
-            await executor.run("x = 5\nimport time")
-            for delay in (0.0, 0.3):
-                task = asyncio.ensure_future(executor.run("time.sleep(60)"))
-                await asyncio.sleep(delay)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-                assert (await executor.run("x")).output == "5"
-
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
-
-
-def test_a_cancellation_token_interrupts_too(server: LocalJupyterServer) -> None:
+@on_a_loop
+async def test_cancelling_interrupts_the_cell_and_keeps_the_kernel(server: LocalJupyterServer) -> None:
     class Token:
         def link_future(self, future: Any) -> None:
             asyncio.get_running_loop().call_later(0.3, future.cancel)
 
-    async def main() -> None:
-        async with AsyncJupyterCodeExecutor(server) as executor:
-            await executor.run("x = 5")  # what is cancelled before it begins does not run
-            with pytest.raises(asyncio.CancelledError):
-                await executor.execute_code_blocks([CodeBlock("import time; time.sleep(60)")], Token())
-            assert (await executor.run("x")).output == "5"
-
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
-
-
-@pytest.mark.parametrize("what", ["restart", "stop"])
-def test_async_restart_and_stop_go_before_the_waiting_cells(server: LocalJupyterServer, what: str) -> None:
-    async def main() -> None:
-        async with AsyncJupyterCodeExecutor(server) as executor:
-            going = asyncio.Event()
-            wake = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, going.set)
-            code = "print('go', flush=True)\nwhile True: pass"
-            running = asyncio.ensure_future(executor.execute(code, on_output=lambda output: wake()))
-            await going.wait()
-            waiting = [asyncio.ensure_future(executor.run("2")) for _ in range(3)]
-            await asyncio.sleep(0)
-            await getattr(executor, what)()
-            assert (await running).status == "died"
-            said = await asyncio.gather(*waiting, return_exceptions=True)
-            expected = f"2\n{jupyter_exec._FRESH}" if what == "restart" else jupyter_exec._STOPPED
-            assert [getattr(result, "output", str(result)) for result in said] == [expected] * 3
-
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    async with AsyncJupyterCodeExecutor(server) as executor:
+        await executor.run("x = 5\nimport time")
+        task: Any = asyncio.ensure_future(executor.run("time.sleep(60)"))
+        await asyncio.sleep(0)
+        await cancel(task)
+        await cancel(await begin(executor))
+        assert (await executor.run("x")).output == "5"
+        with pytest.raises(asyncio.CancelledError):
+            await executor.execute_code_blocks([CodeBlock("time.sleep(60)")], Token())
+        assert (await executor.run("x")).output == "5"
 
 
-def test_cancelling_a_cell_twice_or_one_that_waits_hits_no_other(server: LocalJupyterServer) -> None:
-    async def main() -> None:
-        async with AsyncJupyterCodeExecutor(server) as executor:
-            await executor.run("import time; ran = []")
-            first = asyncio.ensure_future(executor.run("time.sleep(0.3); ran.append(1)"))
-            second = asyncio.ensure_future(executor.run("ran.append(2)"))
-            await asyncio.sleep(0.1)
-            second.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await second
-            assert (await first).exit_code == 0
-            third = asyncio.ensure_future(executor.run("time.sleep(60)"))
-            for _ in range(2):
-                await asyncio.sleep(0.1)
-                third.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await third
-            with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(executor.run("time.sleep(60)"), 0.2)
-            assert (await executor.run("ran")).output == "[1]"
+@on_a_loop
+async def test_cancelling_twice_or_in_the_queue_hits_no_other(server: LocalJupyterServer, tmp_path: Path) -> None:
+    async with AsyncJupyterCodeExecutor(server) as executor:
+        await executor.run("import time; ran = []")
+        first = await begin(executor, waiting_for(tmp_path / "gate", "print('go', flush=True)") + "ran.append(1)")
+        second = asyncio.ensure_future(executor.run("ran.append(2)"))
+        await asyncio.sleep(0)
+        await cancel(second)
+        (tmp_path / "gate").touch()
+        assert (await first).exit_code == 0
+        third = await begin(executor)
+        third.cancel()
+        await asyncio.sleep(0)
+        await cancel(third)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(executor.run("time.sleep(60)"), 0.2)
+        assert (await executor.run("ran")).output == "[1]"
 
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+async def begin(executor: AsyncJupyterCodeExecutor, code: str = FOR_EVER) -> asyncio.Task[ExecutionResult]:
+    """Start a cell that prints at once; returns its task when it has."""
+    going = asyncio.Event()
+    tell = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, going.set)
+    task = asyncio.ensure_future(executor.execute(code, on_output=lambda output: tell()))
+    await going.wait()
+    return task
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@cases("what", "restart", "stop")
+@on_a_loop
+async def test_async_restart_and_stop_go_before_the_waiting_cells(server: LocalJupyterServer, what: str) -> None:
+    async with AsyncJupyterCodeExecutor(server) as executor:
+        running = await begin(executor)
+        waiting = [asyncio.ensure_future(executor.run("2")) for _ in range(3)]
+        await asyncio.sleep(0)
+        await getattr(executor, what)()
+        assert (await running).status == "died"
+        said = await asyncio.gather(*waiting, return_exceptions=True)
+        expected = f"2\n{jupyter_exec._FRESH}" if what == "restart" else jupyter_exec._STOPPED
+        assert [getattr(result, "output", str(result)) for result in said] == [expected] * 3
 
 
 async def cancel_at_random(server: LocalJupyterServer, times: int, randoms: random.Random) -> None:
@@ -7910,31 +7183,21 @@ async def cancel_at_random(server: LocalJupyterServer, times: int, randoms: rand
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [10, pytest.param(500, marks=pytest.mark.slow)])
+@cases("times", 10, pytest.param(500, marks=pytest.mark.slow))
 def test_cancelling_at_random_instants(server: LocalJupyterServer, times: int) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     asyncio.run(cancel_at_random(server, times, random.Random(seed)))
 
 
-def test_many_cells_do_not_block_the_event_loop(server: LocalJupyterServer) -> None:
-    async def main() -> list[float]:
-        async with contextlib.AsyncExitStack() as stack:
-            executors = [await stack.enter_async_context(AsyncJupyterCodeExecutor(server)) for _ in range(4)]
-            await asyncio.gather(*(executor.run("import time") for executor in executors))
-            cells = asyncio.gather(*(executor.run("time.sleep(0.5)") for executor in executors))
-            lags = []
-            while not cells.done():
-                before = time.monotonic()
-                await asyncio.sleep(0)
-                lags.append(time.monotonic() - before)
-                await asyncio.sleep(0.01)
-            await cells
-            return lags
-
-    lags = asyncio.run(main())
-    assert len(lags) > 20  # the loop went on turning for half a second
-    assert sorted(lags)[len(lags) // 2] < 0.02
+@on_a_loop
+async def test_many_cells_do_not_block_the_event_loop(server: LocalJupyterServer, tmp_path: Path) -> None:
+    code = waiting_for(tmp_path / "gate", "print('go', flush=True)")
+    async with contextlib.AsyncExitStack() as stack:
+        executors = [await stack.enter_async_context(AsyncJupyterCodeExecutor(server)) for _ in range(4)]
+        cells = [await begin(executor, code) for executor in executors]  # it goes on turning while they run,
+        (tmp_path / "gate").touch()  # or never gets here
+        assert [(await cell).status for cell in cells] == ["ok"] * 4
 
 
 async def longest_lag(work: Any) -> float:
@@ -7949,8 +7212,8 @@ async def longest_lag(work: Any) -> float:
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("where", ["local", "docker"])
-def test_bench_lag_of_the_loop(benchmark: Any, where: str, request: pytest.FixtureRequest) -> None:
+@cases("where", "local", "docker")
+def test_bench_lag_of_the_loop(benchmark: Any, where: str, request: FixtureRequest) -> None:
     if where == "docker":
         request.getfixturevalue("containers")
 
@@ -7968,103 +7231,78 @@ def test_bench_lag_of_the_loop(benchmark: Any, where: str, request: pytest.Fixtu
     benchmark.pedantic(lambda: None)
 
 
-def test_a_stream_gives_outputs_as_they_come_and_last_the_result(server: LocalJupyterServer) -> None:
-    async def main() -> None:
-        async with AsyncJupyterCodeExecutor(server, on_input=lambda prompt, password: "yes") as executor:
-            seen = []
-            async for output in executor.stream("print(input(), flush=True)\n" + FOR_EVER):
-                seen.append(output if isinstance(output, dict) else output.status)
-                if output in (
-                    {"output_type": "stream", "name": "stdout", "text": text} for text in ("go\n", "yes\ngo\n")
-                ):
-                    executor.interrupt()
-            assert "".join(output.get("text", "") for output in seen[:-2]) == "yes\ngo\n"
-            assert (seen[-2]["ename"], seen[-1]) == ("KeyboardInterrupt", "interrupted")
-            flood = [output async for output in executor.stream("for i in range(2000): display(i)")]
-            assert (len(flood), flood[-1].status) == (2001, "ok")
-
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+@on_a_loop
+async def test_a_stream_gives_outputs_as_they_come_and_last_the_result(server: LocalJupyterServer) -> None:
+    async with AsyncJupyterCodeExecutor(server, on_input=lambda prompt, password: "yes") as executor:
+        seen = []
+        async for output in executor.stream("print(input(), flush=True)\n" + FOR_EVER):
+            seen.append(output if isinstance(output, dict) else output.status)
+            if output in ({"output_type": "stream", "name": "stdout", "text": text} for text in ("go\n", "yes\ngo\n")):
+                executor.interrupt()
+        assert "".join(output.get("text", "") for output in seen[:-2]) == "yes\ngo\n"
+        assert (seen[-2]["ename"], seen[-1]) == ("KeyboardInterrupt", "interrupted")
+        flood = [output async for output in executor.stream("for i in range(2000): display(i)")]
+        assert (len(flood), flood[-1].status) == (2001, "ok")
 
 
-@pytest.mark.parametrize("code", [FOR_EVER, "while True: display(1)"])
-def test_leaving_a_stream_interrupts_the_cell(server: LocalJupyterServer, code: str) -> None:
-    async def main() -> None:
-        async with AsyncJupyterCodeExecutor(server) as executor:
-            await executor.execute("x = 5")
-            async with contextlib.aclosing(executor.stream(code)) as outputs:
-                async for _ in outputs:
-                    break
-            async for _ in executor.stream(code):  # collected at once, and closed soon
+@cases("code", FOR_EVER, "while True: display(1)")
+@on_a_loop
+async def test_leaving_a_stream_interrupts_the_cell(server: LocalJupyterServer, code: str) -> None:
+    async with AsyncJupyterCodeExecutor(server) as executor:
+        await executor.execute("x = 5")
+        async with contextlib.aclosing(executor.stream(code)) as outputs:
+            async for _ in outputs:
                 break
-            assert (await executor.execute("x")).text == "5"
+        async for _ in executor.stream(code):  # collected at once, and closed soon
+            break
+        assert (await executor.execute("x")).text == "5"
 
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
-
-def test_a_stream_raises_what_keeps_the_cell_from_running(server: LocalJupyterServer) -> None:
-    async def main() -> None:
-        executor = AsyncJupyterCodeExecutor(server)
-        async with executor:
+@on_a_loop
+async def test_a_stream_raises_what_keeps_the_cell_from_running(server: LocalJupyterServer) -> None:
+    executor = AsyncJupyterCodeExecutor(server)
+    async with executor:
+        pass
+    with pytest.raises(JupyterExecError, match="was stopped"):
+        async for _ in executor.stream("1"):
             pass
-        with pytest.raises(JupyterExecError, match="was stopped"):
-            async for _ in executor.stream("1"):
-                pass
-
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
-def test_coroutine_hooks_run_on_the_loop_of_the_call(
-    server: LocalJupyterServer, caplog: pytest.LogCaptureFixture
+@on_a_loop
+async def test_coroutine_hooks_run_on_the_loop_of_the_call(
+    server: LocalJupyterServer, caplog: LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        loops, never = [], asyncio.Event()
-        executor: AsyncJupyterCodeExecutor
+    loops, never = [], asyncio.Event()
+    executor: AsyncJupyterCodeExecutor
 
-        async def on_output(output: dict[str, Any]) -> None:
-            loops.append(asyncio.get_running_loop())
-            if output.get("text") == "stuck\n":
-                await never.wait()
-            with pytest.raises(JupyterExecError, match="hooks cannot run another one"):
-                await executor.execute("1")
+    async def on_output(output: dict[str, Any]) -> None:
+        loops.append(asyncio.get_running_loop())
+        if output.get("text") == "stuck\n":
+            await never.wait()
+        with pytest.raises(JupyterExecError, match="hooks cannot run another one"):
+            await executor.execute("1")
 
-        async def on_input(prompt: str, password: bool) -> str:
-            return f"to {prompt}"
+    async def on_input(prompt: str, password: bool) -> str:
+        return f"to {prompt}"
 
-        async with AsyncJupyterCodeExecutor(server, on_output=on_output, on_input=on_input) as executor:
-            result = await executor.execute("input('me')")
-            assert result.text.endswith("'to me'")
-            assert loops and set(loops) == {asyncio.get_running_loop()}
-            task = asyncio.ensure_future(executor.execute("print('stuck', flush=True)\nimport time; time.sleep(60)"))
-            while len(loops) < 2:
-                await asyncio.sleep(0.01)
-            task.cancel()  # though the hook waits for ever
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert (await executor.execute("5")).text == "5"
+    async with AsyncJupyterCodeExecutor(server, on_output=on_output, on_input=on_input) as executor:
+        result = await executor.execute("input('me')")
+        assert result.text.endswith("'to me'")
+        assert loops and set(loops) == {asyncio.get_running_loop()}
+        task = asyncio.ensure_future(executor.execute("print('stuck', flush=True)\nimport time; time.sleep(60)"))
+        while len(loops) < 2:
+            await asyncio.sleep(0.01)
+        await cancel(task)  # though the hook waits for ever
+        assert (await executor.execute("5")).text == "5"
 
 
 # Tools
 
 
-@pytest.fixture(params=["local", "ipykernel 6", "command", "docker", "jupyter_server", "gateway"])
-def place(
-    request: pytest.FixtureRequest, server: LocalJupyterServer, jupyter_server: Peer, gateway: Peer
-) -> Iterator[Any]:
-    """What an executor takes as server, of each kind."""
-    with contextlib.ExitStack() as stack:
-        if request.param in ("jupyter_server", "gateway"):
-            yield {"jupyter_server": jupyter_server, "gateway": gateway}[request.param].info
-        elif request.param == "local":
-            yield server
-        elif request.param == "docker":
-            request.getfixturevalue("containers")
-            yield stack.enter_context(docker_server())
-        elif request.param == "command":
-            yield stack.enter_context(CommandJupyterServer([sys.executable]))
-        else:
-            python = os.environ.get("JUPYTER_EXEC_ENTERPRISE_PYTHON", "")
-            need("enterprise", os.path.exists(python))
-            yield stack.enter_context(LocalJupyterServer(python=python))
+@pytest.fixture(params=["server", "ipykernel 6", "command", "docker", "jupyter_server", "gateway"])
+def place(request: FixtureRequest, server: Any, jupyter_server: Peer, gateway: Peer) -> Iterator[Any]:
+    with server_of(request, request.param) as found:
+        yield found
 
 
 class Meeting:
@@ -8101,49 +7339,29 @@ def names_of(result: Any) -> list[tuple[str, str]]:
     return [(call["name"], call["status"]) for call in result.calls]
 
 
-EVERYWHERE = """
-import asyncio
-from concurrent.futures import ThreadPoolExecutor
-print(add(1), add(1, b=1), await echo("é", times=2))
-with ThreadPoolExecutor(10) as pool:
-    print(list(pool.map(meet, range(10))))
-try:
-    fail()
-except ZeroDivisionError as error:
-    print(error)
-try:
-    add("x")
-except TypeError as error:
-    print(error)
-try:
-    add()
-except TypeError as error:
-    print(error)
-try:
-    forbidden()
-except ToolRefused as error:
-    print(error)
-"""
-
-
 def test_tools_work_everywhere(place: Any, tmp_path: Path) -> None:
-    def fail() -> float:
-        return 1 / 0
-
-    def forbidden() -> None:
-        raise AssertionError("not to be called")
+    everywhere = textwrap.dedent("""
+        import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+        print(add(1), add(1, b=1), await echo("é", times=2))
+        with ThreadPoolExecutor(10) as pool:
+            print(list(pool.map(meet, range(10))))
+        for call in (fail, lambda: add("x"), add, forbidden):
+            try: call()
+            except (ArithmeticError, TypeError, ToolRefused) as error: print(type(error).__name__, error)
+    """)
 
     approve = lambda name, arguments: "not today" if name == "forbidden" else True  # noqa: E731
-    tools: list[Any] = [add, echo, Meeting(10).meet, fail, forbidden]
+    tools: list[Any] = [add, echo, Meeting(10).meet, named("fail", lambda: 1 / 0), named("forbidden", pytest.fail)]
     with JupyterCodeExecutor(place, tools=tools, approve=approve, output_dir=tmp_path) as executor:
-        result = executor.execute(EVERYWHERE)
+        result = executor.execute(everywhere)
         assert result.text.splitlines() == [
             "3 2 ['é', 'é']",
             "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]",
-            "division by zero",
-            'can only concatenate str (not "int") to str',
-            "add() missing 1 required positional argument: 'a'",
-            "not today",
+            "ZeroDivisionError division by zero",
+            'TypeError can only concatenate str (not "int") to str',
+            "TypeError add() missing 1 required positional argument: 'a'",
+            "ToolRefused not today",
         ]
         assert [status for _, status in names_of(result)] == ["ok"] * 13 + ["error"] * 2 + ["refused"]
         assert result.calls[1]["arguments"] == {"a": 1, "b": 1}
@@ -8212,59 +7430,43 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_a_tool_looks_as_it_does_here(server: LocalJupyterServer) -> None:
+    patience_object = object()
+
     def look(
-        city: str, when: datetime.date | None = None, /, *rest: list[int], unit: object = PATIENCE_OBJECT
+        city: str, when: datetime.date | None = None, /, *rest: list[int], unit: object = patience_object
     ) -> "no text":  # type: ignore  # noqa: F722
         """Look out of "the window".
 
         Twice."""
 
     with JupyterCodeExecutor(server, tools=[look, echo]) as executor:
-        shown = executor.execute(
-            "import inspect\nprint(inspect.signature(look))\nhelp(look)\nprint(look.__name__)"
-        ).text
-        assert (
-            "(city: 'str', when: 'datetime.date | None' = None, /, *rest: 'list[int]', unit: 'object' = Ellipsis)"
-            in shown
-        )
+        shown = executor.execute("import inspect\nprint(inspect.signature(look))\nhelp(look)").text
+        signature = "city: 'str', when: 'datetime.date | None' = None, /, *rest: 'list[int]', unit: 'object' = Ellipsis"
+        assert f"({signature})" in shown
         assert re.search(r'    Look out of "the window"\.\n *\n    Twice\.\n', shown)
-        assert (
-            executor.execute("inspect.iscoroutinefunction(echo), inspect.iscoroutinefunction(look)").text
-            == "(True, False)"
-        )
-        for wrong, says in {
-            "look()": "missing 1 required",
-            "look(1, x=2)": "unexpected keyword",
-            "echo(1, 2)": "takes 1",
-        }.items():
-            result = executor.execute(f"await {wrong}" if "echo" in wrong else wrong)
+        kinds = executor.execute("inspect.iscoroutinefunction(echo), inspect.iscoroutinefunction(look)").text
+        assert kinds == "(True, False)"
+        wrong_calls = {"look()": "missing 1 req", "look(1, x=2)": "unexpected key", "await echo(1, 2)": "takes 1"}
+        for wrong, says in wrong_calls.items():
+            result = executor.execute(wrong)
             assert result.error and result.error["ename"] == "TypeError"
-            assert says in result.error["evalue"]
-            assert result.calls == []
+            assert says in result.error["evalue"] and result.calls == []
         executor.execute("look = echo = 5; del ToolError")
         assert executor.execute("look").text == "5"
         executor.restart()
         assert executor.execute("callable(look), issubclass(ToolRefused, ToolError)").text == "(True, True)"
 
 
-PATIENCE_OBJECT = object()
-
-
-@pytest.mark.parametrize(
-    ("said", "says"),
-    [
-        (True, "5"),
-        ("it costs too much", "ToolRefused: it costs too much"),
-        (False, "ToolRefused: The call of add was refused."),
-        (None, "ToolRefused: The call of add was refused."),
-        (1, "ToolRefused: The call of add was refused."),
-        (
-            OSError("no operator"),
-            "ToolRefused: The call of add was refused: the hook that approves calls raised OSError.",
-        ),
-    ],
+@cases(
+    "said, says",
+    (True, "5"),
+    ("it costs too much", "ToolRefused: it costs too much"),
+    (False, "ToolRefused: The call of add was refused."),
+    (None, "ToolRefused: The call of add was refused."),
+    (1, "ToolRefused: The call of add was refused."),
+    (OSError("no operator"), "ToolRefused: The call of add was refused: the hook that approves calls raised OSError."),
 )
-@pytest.mark.parametrize("is_async", [False, True])
+@cases("is_async", False, True)
 def test_what_approve_may_say(server: LocalJupyterServer, said: Any, says: str, is_async: bool) -> None:
     asked = []
 
@@ -8297,7 +7499,7 @@ def test_the_waiting_of_approve_is_not_the_cells_time(server: LocalJupyterServer
         assert (result.status, names_of(result)) == ("timeout", [("add", "ok")])
 
 
-def test_limits_of_tools(server: LocalJupyterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_of_tools(server: LocalJupyterServer, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_TOOL_JSON", 1000)
     told = threading.Event()
 
@@ -8306,13 +7508,7 @@ def test_limits_of_tools(server: LocalJupyterServer, monkeypatch: pytest.MonkeyP
             threading.Event().wait(0.01)
         told.set()
 
-    def much() -> str:
-        return "x" * 2000
-
-    def strange() -> object:
-        return object()
-
-    tools: list[Any] = [add, hang, much, strange]
+    tools: list[Any] = [add, hang, named("much", lambda: "x" * 2000), named("strange", object)]
     with JupyterCodeExecutor(server, tools=tools, max_tool_calls=3, tool_timeout=0.3) as executor:
         for code, says in {
             "for i in range(5): print(add(i))": "2\n3\n4\nToolError: add(): this cell has made 3 tool calls, which is the limit.",
@@ -8338,8 +7534,8 @@ ENDINGS: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("ending", list(ENDINGS))
-@pytest.mark.parametrize("is_async", [False, True])
+@cases("ending", *list(ENDINGS))
+@cases("is_async", False, True)
 def test_a_cell_ends_as_always_while_a_tool_runs(server: LocalJupyterServer, ending: str, is_async: bool) -> None:
     begun, told = threading.Event(), threading.Event()
 
@@ -8357,14 +7553,10 @@ def test_a_cell_ends_as_always_while_a_tool_runs(server: LocalJupyterServer, end
             told.set()
 
     hang_async.__name__ = "hang"
-    died = "import threading, os, signal; threading.Timer(0.3, os.kill, (os.getpid(), 9)).start()\n" * (
-        ending == "death"
-    )
-    code = f"{died}for i in range(3): add(i // 2)\n{'await ' * is_async}hang('x' * 100)"
-    with (
-        ThreadPoolExecutor(1) as pool,
-        JupyterCodeExecutor(server, tools=[add, hang_async if is_async else hang]) as executor,
-    ):
+    die = "import threading, os; threading.Timer(0.3, os.kill, (os.getpid(), 9)).start()\n" * (ending == "death")
+    code = f"{die}for i in range(3): add(i // 2)\n{'await ' * is_async}hang('x' * 100)"
+    tools: list[Any] = [add, hang_async if is_async else hang]
+    with ThreadPoolExecutor(1) as pool, JupyterCodeExecutor(server, tools=tools) as executor:
         executor.execute("1")
         running = pool.submit(executor.execute, code, timeout=0.3 if ending == "timeout" else PATIENCE)
         assert begun.wait(PATIENCE)
@@ -8373,9 +7565,8 @@ def test_a_cell_ends_as_always_while_a_tool_runs(server: LocalJupyterServer, end
         result = running.result(PATIENCE)
         assert (result.status, result.kernel_state) == ENDINGS[ending]
         assert names_of(result) == [("add", "ok")] * 3 + [("hang", "unanswered")]
-        assert result.note.endswith(
-            "Tool calls of this cell: ok: add(a=0) (2 times), add(a=1); unanswered: hang(why='xxxxxxxxxxxx...xxxxxxxxxxxxx')"
-        )
+        told_of = "ok: add(a=0) (2 times), add(a=1); unanswered: hang(why='xxxxxxxxxxxx...xxxxxxxxxxxxx')"
+        assert result.note.endswith(f"Tool calls of this cell: {told_of}")
         assert told.wait(PATIENCE)
         if ending != "stop":
             assert run(executor, "add(1)").output == "3"
@@ -8393,10 +7584,9 @@ def test_a_tool_may_interrupt_its_cell_and_not_run_another(server: LocalJupyterS
     def other() -> str:
         return second.execute("add(40)").text
 
-    with (
-        JupyterCodeExecutor(server, tools=[add]) as second,
-        JupyterCodeExecutor(server, tools=[cut, nest, other]) as executor,
-    ):
+    with contextlib.ExitStack() as stack:
+        second = stack.enter_context(JupyterCodeExecutor(server, tools=[add]))
+        executor = stack.enter_context(JupyterCodeExecutor(server, tools=[cut, nest, other]))
         result = executor.execute("cut()\nwhile True: pass")
         assert (result.status, result.kernel_state) == ("interrupted", "intact")
         for how in ("cell", "blocks", "save"):
@@ -8404,48 +7594,42 @@ def test_a_tool_may_interrupt_its_cell_and_not_run_another(server: LocalJupyterS
         assert executor.execute("other()").text == "'42'"
 
 
-FORGE = """
-import threading
-from concurrent.futures import Future
-kernel = get_ipython().kernel
-caller = kernel._tool_caller
-class Endless(dict):
-    __len__ = lambda self: 0
-caller._calls = Endless()
-def forge(*texts, first=0, end=1):
-    futures = [kernel.raw_input(caller._tag + text) for text in texts]
-    for future in futures[first:end]:
-        try:
-            print(future.result(10))
-        except Exception as error:
-            print(type(error).__name__, error)
-"""
-CALL = '{"name": "add", "args": [1], "kwargs": {}}'
-
-
-@pytest.mark.parametrize(
-    ("forged", "says", "calls"),
-    [
-        ("'1:' + call", "3", 1),
-        ("'1:' + call.replace('add', 'eval')", "ToolError There is no such tool.", 0),
-        ("'1:' + call.replace('\"add\"', '[]')", "ToolError There is no such tool.", 0),
-        ("'1:' + call.replace('[1]', '{}')", "ToolError There is no such tool.", 0),
-        ("'1:' + call.replace('[1]', '[]')", "TypeError missing a required argument: 'a'", 0),
-        ("'1:' + call.replace('{}', '{\"self\": 1}')", "TypeError got an unexpected keyword argument 'self'", 0),
-        ("'1:' + '[' * 100_000", "ToolError The call of a tool is not JSON: RecursionError.", 0),
-        ("'1:' + 'nonsense'", "ToolError The call of a tool is not JSON: JSONDecodeError.", 0),
-        ("'1:' + call.replace('1', '\"' + 'x' * 5_000_000 + '\"')", "ToolError The arguments of this cell's", 0),
-        ("*['1:' + call] * 2, first=1, end=2", "3", 2),  # an id twice
-        ("*['%d:%s' % (i, call) for i in range(3000)]", "3", 10),
-        ("*['7' * 50 + ':' + call] * 3000, end=0", "", 0),
-        ("*[''] * 20, end=0", "", 0),
-    ],
+@cases(
+    "forged, says, calls",
+    ("'1:' + call", "3", 1),
+    ("'1:' + call.replace('add', 'eval')", "ToolError There is no such tool.", 0),
+    ("'1:' + call.replace('\"add\"', '[]')", "ToolError There is no such tool.", 0),
+    ("'1:' + call.replace('[1]', '{}')", "ToolError There is no such tool.", 0),
+    ("'1:' + call.replace('[1]', '[]')", "TypeError missing a required argument: 'a'", 0),
+    ("'1:' + call.replace('{}', '{\"self\": 1}')", "TypeError got an unexpected keyword argument 'self'", 0),
+    ("'1:' + '[' * 100_000", "ToolError The call of a tool is not JSON: RecursionError.", 0),
+    ("'1:' + 'nonsense'", "ToolError The call of a tool is not JSON: JSONDecodeError.", 0),
+    ("'1:' + call.replace('1', '\"' + 'x' * 5_000_000 + '\"')", "ToolError The arguments of this cell's", 0),
+    ("*['1:' + call] * 2, first=1, end=2", "3", 2),  # an id twice
+    ("*['%d:%s' % (i, call) for i in range(3000)]", "3", 10),
+    ("*['7' * 50 + ':' + call] * 3000, end=0", "", 0),
+    ("*[''] * 20, end=0", "", 0),
 )
-def test_forged_requests_cost_no_more_than_the_budget(
-    server: LocalJupyterServer, forged: str, says: str, calls: int
-) -> None:
+def test_forged_requests_cost_only_the_budget(server: LocalJupyterServer, forged: str, says: str, calls: int) -> None:
+    forge = textwrap.dedent("""
+        import threading
+        from concurrent.futures import Future
+        kernel = get_ipython().kernel
+        caller = kernel._tool_caller
+        class Endless(dict):
+            __len__ = lambda self: 0
+        caller._calls = Endless()
+        def forge(*texts, first=0, end=1):
+            futures = [kernel.raw_input(caller._tag + text) for text in texts]
+            for future in futures[first:end]:
+                try:
+                    print(future.result(10))
+                except Exception as error:
+                    print(type(error).__name__, error)
+    """)
+    call = '{"name": "add", "args": [1], "kwargs": {}}'
     with JupyterCodeExecutor(server, tools=[add], max_tool_calls=10) as executor:
-        executor.execute(f"call = {CALL!r}\n{FORGE}")
+        executor.execute(f"call = {call!r}\n{forge}")
         result = executor.execute(f"forge({forged})", timeout=PATIENCE)
         assert result.status == "ok", result.text
         assert result.text.startswith(says)
@@ -8467,63 +7651,48 @@ class Row:
     size: float
 
 
-class Model:
-    def model_dump(self, mode: str) -> Any:
-        return {"mode": mode}
-
-
-@pytest.mark.parametrize(
-    ("value", "there"),
-    [
-        ({"a": [1, None, True, "é\udc80"]}, {"a": [1, None, True, "é\udc80"]}),
-        ([Row("x", 1.5)], [{"name": "x", "size": 1.5}]),
-        (Model(), {"mode": "json"}),
-        (b"\0\xff", "AP8="),
-        ((datetime.date(2026, 1, 2), datetime.time(3, 4)), ["2026-01-02", "03:04:00"]),
-        ({3}, [3]),
-        (float("inf"), float("inf")),
-        (memoryview(b"a"), "YQ=="),
-    ],
+@cases(
+    "value, there",
+    ({"a": [1, None, True, "é\udc80"]}, {"a": [1, None, True, "é\udc80"]}),
+    ([Row("x", 1.5)], [{"name": "x", "size": 1.5}]),
+    (types.SimpleNamespace(model_dump=lambda mode: {"mode": mode}), {"mode": "json"}),  # as of Pydantic
+    (b"\0\xff", "AP8="),
+    ((datetime.date(2026, 1, 2), datetime.time(3, 4)), ["2026-01-02", "03:04:00"]),
+    ({3}, [3]),
+    (float("inf"), float("inf")),
+    (memoryview(b"a"), "YQ=="),
 )
 def test_values(server: LocalJupyterServer, value: Any, there: Any) -> None:
     with JupyterCodeExecutor(server, tools=[named("get", lambda: value)]) as executor:
         assert executor.execute(f"inf = float('inf')\nget() == {there!r} or get()").text == "True"
 
 
-PUT_VALUES = """
-import dataclasses, datetime, numpy
-inf = float("inf")
-@dataclasses.dataclass
-class Row:
-    name: str
-put([Row("x"), datetime.date(2026, 1, 2), b"a", {3}, numpy.arange(2), numpy.float32(0.5), numpy.int64(3), inf, "\\udc80"])
-"""
-
-
 def test_values_of_the_kernel(server: LocalJupyterServer) -> None:
+    put_values = textwrap.dedent("""
+        import dataclasses, datetime, numpy
+        inf = float("inf")
+        @dataclasses.dataclass
+        class Row:
+            name: str
+        put([Row("x"), datetime.date(2026, 1, 2), b"a", {3}, numpy.arange(2), numpy.float32(0.5), numpy.int64(3), inf, "\\udc80"])
+    """)
     values: list[Any] = []
     with JupyterCodeExecutor(server, tools=[named("put", values.extend)]) as executor:
-        assert executor.execute(PUT_VALUES).status == "ok"
+        assert executor.execute(put_values).status == "ok"
     assert values == [{"name": "x"}, "2026-01-02", "YQ==", [3], [0, 1], 0.5, 3, float("inf"), "\udc80"]
 
 
-class OwnError(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("error", "name", "message"),
-    [
-        (KeyError("x"), "KeyError", "'x'"),
-        (ValueError("bad", 3), "ValueError", "('bad', 3)"),
-        (FileNotFoundError(2, "none", "f"), "FileNotFoundError", "[Errno 2] none: 'f'"),
-        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "ToolError", "UnicodeDecodeError: 'utf-8' codec can't"),
-        (OwnError("own"), "ToolError", "OwnError: own"),
-        (jupyter_exec.ToolRefused("never"), "ToolRefused", "never"),
-        (SystemExit(3), "ToolError", "SystemExit: 3"),
-        (KeyboardInterrupt("enough"), "KeyboardInterrupt", "enough"),
-        (StopIteration(), "StopIteration", ""),
-    ],
+@cases(
+    "error, name, message",
+    (KeyError("x"), "KeyError", "'x'"),
+    (ValueError("bad", 3), "ValueError", "('bad', 3)"),
+    (FileNotFoundError(2, "none", "f"), "FileNotFoundError", "[Errno 2] none: 'f'"),
+    (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "ToolError", "UnicodeDecodeError: 'utf-8' codec can't"),
+    (type("OwnError", (Exception,), {})("own"), "ToolError", "OwnError: own"),
+    (jupyter_exec.ToolRefused("never"), "ToolRefused", "never"),
+    (SystemExit(3), "ToolError", "SystemExit: 3"),
+    (KeyboardInterrupt("enough"), "KeyboardInterrupt", "enough"),
+    (StopIteration(), "StopIteration", ""),
 )
 def test_exceptions_of_tools(server: LocalJupyterServer, error: BaseException, name: str, message: str) -> None:
     def fail() -> None:
@@ -8537,32 +7706,27 @@ def test_exceptions_of_tools(server: LocalJupyterServer, error: BaseException, n
         assert result.calls[0]["status"] == ("refused" if name == "ToolRefused" else "error")
 
 
-LATE = """
-import threading, time
-caller, said = get_ipython().kernel._tool_caller, []
-def late(tool, ended):
-    while ended and caller._last is not None: time.sleep(0.001)
-    try: said.append(tool())
-    except ToolError as error: said.append(str(error))
-    if len(said) == 2: open(path, "x").write("|".join(sorted(said)))
-for arguments in ((hang, False), (add, True)):
-    threading.Thread(target=late, args=arguments).start()
-while not caller._calls: time.sleep(0.001)
-"""
-
-
 def test_calls_that_outlive_their_cell_fail_at_once(server: LocalJupyterServer, tmp_path: Path) -> None:
+    late = textwrap.dedent("""
+        import threading, time
+        caller, said = get_ipython().kernel._tool_caller, []
+        def late(tool, ended):
+            while ended and caller._last is not None: time.sleep(0.001)
+            try: said.append(tool())
+            except ToolError as error: said.append(str(error))
+            if len(said) == 2: open(path, "x").write("|".join(sorted(said)))
+        for arguments in ((hang, False), (add, True)):
+            threading.Thread(target=late, args=arguments).start()
+        while not caller._calls: time.sleep(0.001)
+    """)
     gate = threading.Event()
     with JupyterCodeExecutor(server, tools=[named("add", int), named("hang", gate.wait)]) as executor:
-        result = executor.execute(f"path = {str(tmp_path / 'said')!r}\n{LATE}")
+        result = executor.execute(f"path = {str(tmp_path / 'said')!r}\n{late}")
         assert names_of(result) == [("hang", "unanswered")]
         path = tmp_path / "said"
         said = eventually(lambda: path.exists() and path.read_text(), "both calls have failed")
         gate.set()
-        assert (
-            said
-            == "The cell has ended: nobody answers any more.|add() was called while no cell of its program was running."
-        )
+        assert said.startswith("The cell has ended: nobody answers any more.|add() was called while no cell of its pr")
 
 
 def test_a_child_process_of_the_kernel_cannot_call(server: LocalJupyterServer) -> None:
@@ -8590,28 +7754,29 @@ def test_tools_of_an_attached_executor(executor: JupyterCodeExecutor) -> None:
             assert result.error and "no cell of its program" in result.error["evalue"]
 
 
-@pytest.mark.parametrize(
-    ("tools", "says"),
-    [
-        ([lambda: 1], "has no name"),
-        ([functools.partial(add, 1)], "has no name"),
-        ([add, add], "two tools of the name add"),
-        ([named("class", add)], "has no name"),
-        ([named("ToolError", add)], "two tools"),
-        ([5], "has no name"),
-        ([dict.fromkeys], None),
-        ([type], "cannot be a tool"),
-    ],
+@cases(
+    "tools, says",
+    ([lambda: 1], "has no name"),
+    ([functools.partial(add, 1)], "has no name"),
+    ([add, add], "two tools of the name add"),
+    ([named("class", add)], "has no name"),
+    ([named("ToolError", add)], "two tools"),
+    ([5], "has no name"),
+    ([dict.fromkeys], None),
+    ([type], "cannot be a tool"),
+    ({"no name": len}, "cannot be a tool"),
+    ({"double": lambda x: 2 * x}, None),
 )
 def test_what_is_no_tool_is_refused(server: LocalJupyterServer, tools: Any, says: str | None) -> None:
-    if says is None:
-        JupyterCodeExecutor(server, tools=tools).stop()
+    if says:
+        with pytest.raises(ValueError, match=says):
+            JupyterCodeExecutor(server, tools=tools)
         return
-    with pytest.raises(ValueError, match=says):
-        JupyterCodeExecutor(server, tools=tools)
+    with JupyterCodeExecutor(server, tools=tools) as executor:
+        assert isinstance(tools, list) or executor.execute("double(21)").text == "42"
 
 
-@pytest.mark.parametrize("size", [10, 100, 5000])
+@cases("size", 10, 100, 5000)
 def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer, size: int) -> None:
     def tool(query: str, limit: int = 10) -> list[dict[str, str]]:
         return [{query: str(limit)}]
@@ -8631,13 +7796,6 @@ def test_a_model_is_told_of_fifty_tools_in_few_words(server: LocalJupyterServer,
             'def add(a: int, b: int = 2) -> int:\n    """Add two numbers.\n\n    They may be large."""\n'
             "async def echo(value: Any, *, times: float = 1) -> Any: ..."
         )
-
-
-def test_a_dict_names_its_tools(server: LocalJupyterServer) -> None:
-    with JupyterCodeExecutor(server, tools={"double": lambda x: 2 * x, "half": lambda x: x / 2}) as executor:
-        assert executor.execute("double(21), half(21)").text == "(42, 10.5)"
-    with pytest.raises(ValueError, match="cannot be a tool"):
-        JupyterCodeExecutor(server, tools={"no name": len})
 
 
 MCP_SERVER = """
@@ -8678,46 +7836,42 @@ def test_the_readme_on_tools(number: int, code: str | None, shown: str, tmp_path
     assert (done.stdout, done.returncode) == (shown + "\n", 0), done.stderr
 
 
-def test_coroutine_tools_run_on_the_callers_loop(server: LocalJupyterServer) -> None:
-    async def main() -> None:
-        here = asyncio.get_running_loop()
-        meeting, alone = Meeting(10), Meeting(2)
-        running: list[AsyncJupyterCodeExecutor] = []
-        asked = []
+@on_a_loop
+async def test_coroutine_tools_run_on_the_callers_loop(server: LocalJupyterServer) -> None:
+    here = asyncio.get_running_loop()
+    meeting, alone = Meeting(10), Meeting(2)
+    running: list[AsyncJupyterCodeExecutor] = []
+    asked = []
 
-        async def wait() -> int:
-            return await alone.ameet(1)
+    async def wait() -> int:
+        return await alone.ameet(1)
 
-        async def where() -> bool:
-            return asyncio.get_running_loop() is here
+    async def where() -> bool:
+        return asyncio.get_running_loop() is here
 
-        async def nest() -> None:
-            await running[0].execute("1")
+    async def nest() -> None:
+        await running[0].execute("1")
 
-        async def approve(name: str, arguments: Any) -> bool:
-            asked.append(name)
-            return asyncio.get_running_loop() is here
+    async def approve(name: str, arguments: Any) -> bool:
+        asked.append(name)
+        return asyncio.get_running_loop() is here
 
-        tools: list[Any] = [where, nest, meeting.ameet, wait]
-        async with AsyncJupyterCodeExecutor(server, tools=tools, approve=approve) as executor:
-            running.append(executor)
-            assert (await executor.execute("await where()")).text == "True"
-            code = "import asyncio\nawait asyncio.gather(*[ameet(i) for i in range(10)])"
-            assert (await executor.execute(code)).text == str(list(range(10)))
-            assert "busy with the cell that called this tool" in (await executor.execute("await nest()")).text
-            assert len(asked) == 12
-            task = asyncio.ensure_future(executor.execute("await wait()"))
-            await asyncio.sleep(0.1)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            assert (await executor.execute("await where()")).text == "True"
-
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    tools: list[Any] = [where, nest, meeting.ameet, wait]
+    async with AsyncJupyterCodeExecutor(server, tools=tools, approve=approve) as executor:
+        running.append(executor)
+        assert (await executor.execute("await where()")).text == "True"
+        code = "import asyncio\nawait asyncio.gather(*[ameet(i) for i in range(10)])"
+        assert (await executor.execute(code)).text == str(list(range(10)))
+        assert "busy with the cell that called this tool" in (await executor.execute("await nest()")).text
+        assert len(asked) == 12
+        task = asyncio.ensure_future(executor.execute("await wait()"))
+        await asyncio.sleep(0.1)
+        await cancel(task)
+        assert (await executor.execute("await where()")).text == "True"
 
 
 @pytest.mark.slow
-def test_a_hook_whose_loop_is_gone_ends_nothing(server: LocalJupyterServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hook_whose_loop_is_gone_ends_nothing(server: LocalJupyterServer, caplog: LogCaptureFixture) -> None:
     async def hook(output: dict[str, Any]) -> None:
         await asyncio.sleep(60 if output.get("text") == "a\n" else 0)
 
@@ -8736,83 +7890,66 @@ def test_a_hook_whose_loop_is_gone_ends_nothing(server: LocalJupyterServer, capl
 
 
 @pytest.mark.slow
-def test_the_async_executor_has_jobs_and_all_that_the_other_has(server: LocalJupyterServer, tmp_path: Path) -> None:
-    async def main() -> None:
-        executor = AsyncJupyterCodeExecutor(server, "python3", 1, tmp_path, functions=[add_two], on_timeout="detach")
-        assert "add_two" in executor.system_message and executor.connection_file is None
-        first, second = await asyncio.gather(executor.execute("x = 1; x"), executor.execute("x += 1; x"))
-        assert (first.text, second.text) == ("1", "2")  # in the order of the calls, before the start too
-        assert os.path.exists(executor.connection_file or "")
-        assert (await executor.run(FOR_EVER)).kernel_state == "busy"
-        assert (await executor.execute("1")).kernel_state == "busy"
-        assert await executor.wait(0.01) is None
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(executor.wait(), 0.01)
-        executor.interrupt()
-        assert (await executor.wait()).exit_code == 130
-        job = await executor.submit([CodeBlock("add_two(1)")])
-        assert (await job.wait()).output == job.output == "3"
-        assert (job.done, job.status) == (True, "done")
-        await executor.stop()
-        await executor.stop()
-
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+@on_a_loop
+async def test_the_async_executor_has_jobs_and_all_the_rest(server: LocalJupyterServer, tmp_path: Path) -> None:
+    executor = AsyncJupyterCodeExecutor(server, "python3", 1, tmp_path, functions=[add_two], on_timeout="detach")
+    assert "add_two" in executor.system_message and executor.connection_file is None
+    first, second = await asyncio.gather(executor.execute("x = 1; x"), executor.execute("x += 1; x"))
+    assert (first.text, second.text) == ("1", "2")  # in the order of the calls, before the start too
+    assert os.path.exists(executor.connection_file or "")
+    assert (await executor.run(FOR_EVER)).kernel_state == "busy"
+    assert (await executor.execute("1")).kernel_state == "busy"
+    assert await executor.wait(0.01) is None
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(executor.wait(), 0.01)
+    executor.interrupt()
+    assert (await executor.wait()).exit_code == 130
+    job = await executor.submit([CodeBlock("add_two(1)")])
+    assert (await job.wait()).output == job.output == "3"
+    assert (job.done, job.status) == (True, "done")
+    await executor.stop()
+    await executor.stop()
 
 
 def test_the_async_executor_has_the_methods_and_arguments_of_the_other() -> None:
-    ours = {name for name in dir(JupyterCodeExecutor) if name[0] != "_"} - {
-        "CODE_WRITER_SYSTEM_MESSAGE",
-        "UserCapability",
-    }
-    assert ours - set(dir(AsyncJupyterCodeExecutor)) == {"code_extractor", "user_capability", "execute_block"}
+    missing = {name for name in dir(JupyterCodeExecutor) if name[0] != "_"} - set(dir(AsyncJupyterCodeExecutor))
+    missing -= {"CODE_WRITER_SYSTEM_MESSAGE", "UserCapability"}
+    assert missing == {"code_extractor", "user_capability", "execute_block"}
     for name in ("__init__", "execute", "submit", "wait", "save_notebook", "restart", "stop", "interrupt"):
-        theirs, here = (
-            inspect.signature(getattr(kind, name)) for kind in (JupyterCodeExecutor, AsyncJupyterCodeExecutor)
-        )
-        assert [*theirs.parameters] == [*here.parameters][: len(theirs.parameters)], name
-
-
-NESTED = "d = 1\nfor _ in range(600): d = [d]\ndisplay({'application/json': d}, raw=True)\nimport time; time.sleep(60)"
+        both = (getattr(kind, name) for kind in (JupyterCodeExecutor, AsyncJupyterCodeExecutor))
+        theirs, here = ([*inspect.signature(method).parameters] for method in both)
+        assert theirs == here[: len(theirs)], name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hook", [None, lambda output: None])
+@cases("hook", None, lambda output: None)
 def test_an_output_that_is_nested_deep_can_be_detached(server: LocalJupyterServer, hook: Any) -> None:
+    nested = f"d = 1\nfor _ in range(600): d = [d]\ndisplay({{'application/json': d}}, raw=True)\n{FOR_EVER}"
     with JupyterCodeExecutor(server, on_timeout="detach", on_output=hook) as executor:
-        assert executor.execute(NESTED, timeout=1).status == "running"
+        assert executor.execute(nested, timeout=1).status == "running"
         executor.interrupt()
         result = executor.wait()
-        assert (result.status, [kind["output_type"] for kind in result.outputs]) == (
-            "interrupted",
-            ["display_data", "error"],
-        )
+        kinds = [output["output_type"] for output in result.outputs]
+        assert (result.status, kinds) == ("interrupted", ["display_data", "stream", "error"])
 
 
 IGNORES = "import time\nwhile True:\n    try: time.sleep(60)\n    except KeyboardInterrupt: pass"
 
 
 @pytest.mark.slow
-def test_a_cancelled_call_comes_back_though_it_would_be_detached(
-    server: LocalJupyterServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@on_a_loop
+async def test_a_cancelled_call_is_not_detached(server: LocalJupyterServer, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
 
-    async def main() -> None:
-        async with AsyncJupyterCodeExecutor(server, on_timeout="detach") as executor:
-            await executor.execute("1")
-            task = asyncio.ensure_future(executor.execute(IGNORES, timeout=1))
-            await asyncio.sleep(0)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    async with AsyncJupyterCodeExecutor(server, on_timeout="detach") as executor:
+        await executor.execute("1")
+        task = asyncio.ensure_future(executor.execute(IGNORES, timeout=1))
+        await asyncio.sleep(0)
+        await cancel(task)
 
 
 @pytest.mark.slow
-def test_an_approval_that_never_comes_keeps_no_cancelled_call(
-    server: LocalJupyterServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_approval_that_never_comes_keeps_no_call(server: LocalJupyterServer, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
     asked, never = threading.Event(), threading.Event()
 
@@ -8826,9 +7963,7 @@ def test_an_approval_that_never_comes_keeps_no_cancelled_call(
             task = asyncio.ensure_future(executor.execute(code, timeout=1))
             while not asked.is_set():
                 await asyncio.sleep(0.01)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            await cancel(task)
 
     try:
         asyncio.run(asyncio.wait_for(main(), PATIENCE))
@@ -8836,33 +7971,29 @@ def test_an_approval_that_never_comes_keeps_no_cancelled_call(
         never.set()
 
 
-@pytest.mark.parametrize("method", ["set_variables", "get_variable", "restart", "save_notebook", "stop", "execute"])
-def test_a_hook_that_wants_the_kernel_gets_an_error_and_no_deadlock(server: LocalJupyterServer, method: str) -> None:
+@cases("method", "set_variables", "get_variable", "restart", "save_notebook", "stop", "execute")
+@on_a_loop
+async def test_a_hook_that_wants_the_kernel_gets_an_error(server: LocalJupyterServer, method: str) -> None:
     said: list[str] = []
     arguments = ("x",) if method in ("get_variable", "save_notebook", "execute") else ()
 
-    async def main() -> None:
-        async def hook(output: Any) -> None:
-            try:
-                await getattr(executor, method)(*arguments)
-            except JupyterExecError as error:
-                said.append(str(error))
+    async def hook(output: Any) -> None:
+        try:
+            await getattr(executor, method)(*arguments)
+        except JupyterExecError as error:
+            said.append(str(error))
 
-        async with AsyncJupyterCodeExecutor(server, on_output=hook) as executor:
-            assert (await executor.execute("print(1)")).status == "ok"
-
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+    async with AsyncJupyterCodeExecutor(server, on_output=hook) as executor:
+        assert (await executor.execute("print(1)")).status == "ok"
     assert said == [jupyter_exec.HOOK_RUNS_CELL]
 
 
-def test_servers_are_left_without_blocking_the_loop() -> None:
-    async def main() -> None:
-        async with LocalJupyterServer() as server, AsyncJupyterCodeExecutor(server) as executor:
-            assert (await executor.execute("1")).text == "1"
-        with pytest.raises(ConnectionClosed):
-            server.kernelspecs()
-
-    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+@on_a_loop
+async def test_servers_are_left_without_blocking_the_loop() -> None:
+    async with LocalJupyterServer() as server, AsyncJupyterCodeExecutor(server) as executor:
+        assert (await executor.execute("1")).text == "1"
+    with pytest.raises(ConnectionClosed):
+        server.kernelspecs()
 
 
 @pytest.mark.slow
@@ -8904,10 +8035,15 @@ def test_the_readmes_web_service_streams_and_interrupts_on_disconnect(tmp_path: 
     assert "Traceback" not in log_text(), log_text()
 
 
-def test_copies_of_an_executor_are_itself(executor: JupyterCodeExecutor) -> None:
+def test_copies_of_an_executor_are_itself_and_restart_gives_a_fresh_kernel(executor: JupyterCodeExecutor) -> None:
     assert copy.copy(executor) is copy.deepcopy(executor) is executor
     other = AsyncJupyterCodeExecutor("")
     assert copy.copy(other) is copy.deepcopy(other) is other
+    run(executor, "x = 1")
+    path = executor.connection_file
+    executor.restart()
+    assert run(executor, "'x' in dir()").output == "False"
+    assert executor.connection_file == path
 
 
 # Frameworks: each in an environment of its own, which JUPYTER_EXEC_FRAMEWORKS holds
@@ -8978,7 +8114,7 @@ CLASSIC = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", ["autogen-classic", "autogen-0.2"])
+@cases("line", "autogen-classic", "autogen-0.2")
 def test_autogen_and_ag2_classic(line: str, tmp_path: Path) -> None:
     assert run_framework(line, CLASSIC, tmp_path) == "all is well"
 
@@ -9343,7 +8479,7 @@ RECIPES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@cases("name", *RECIPES)
 def test_recipes_of_the_readme(name: str, tmp_path: Path) -> None:
     model, check = map(textwrap.dedent, RECIPES[name])
     parts = re.split(rf"(?m)^# (?={'|'.join(RECIPES)})", "".join(readme_blocks("In other frameworks")))
@@ -9357,33 +8493,31 @@ def extract(message: Any) -> list[tuple[str, str]]:
     return [(block.language, block.code) for block in MarkdownCodeExtractor().extract_code_blocks(message)]
 
 
-@pytest.mark.parametrize(
-    ("text", "blocks"),
-    [
-        ("```python\nprint(1)\n```", [("python", "print(1)")]),
-        ("```c++\nint x;\n```\nprose\n```python\n1\n```", [("c++", "int x;"), ("python", "1")]),
-        ("```python {.line}\n1\n```", [("python", "1")]),
-        ("```{.python .line}\n1\n```", [("python", "1")]),
-        ("```python3.11\n1\n```", [("python3.11", "1")]),
-        ("~~~py\n1\n~~~", [("py", "1")]),
-        ("````markdown\n```python\n1\n```\n````", [("markdown", "```python\n1\n```")]),
-        ("```python\n1", [("python", "1")]),
-        ("```python\n```\ntext\n```python\n2\n```", [("python", ""), ("python", "2")]),
-        ("   ```python\n   if 1:\n       2\n   ```", [("python", "if 1:\n    2")]),
-        ("1. Do:\n\n   ```python\n   1\n   ```\n2. Then", [("python", "1")]),
-        ("- ```python\n  1\n  ```", [("python", "1")]),
-        ("```python\r\n1\r\n2\r\n```\r\n", [("python", "1\n2")]),
-        ("```\nx y\n```", [("", "x y")]),
-        ("```\nprint('hello')\n```", [("python", "print('hello')")]),
-        ("```\npip install x\n```", [("sh", "pip install x")]),
-        ("```\npython3 a.py\n```", [("sh", "python3 a.py")]),
-        ("```\nusing System;\nnamespace A\n{\n}\n```", [("", "using System;\nnamespace A\n{\n}")]),
-        ("``` python\r\ndef f():\r\n   return 1\r\n```\r\n", [("python", "def f():\n   return 1")]),
-        (f"```\n{'(' * 1000}\n```", [("", "(" * 1000)]),
-        ("``` not`code\n", []),
-        ("no code", []),
-        ("", []),
-    ],
+@cases(
+    "text, blocks",
+    ("```python\nprint(1)\n```", [("python", "print(1)")]),
+    ("```c++\nint x;\n```\nprose\n```python\n1\n```", [("c++", "int x;"), ("python", "1")]),
+    ("```python {.line}\n1\n```", [("python", "1")]),
+    ("```{.python .line}\n1\n```", [("python", "1")]),
+    ("```python3.11\n1\n```", [("python3.11", "1")]),
+    ("~~~py\n1\n~~~", [("py", "1")]),
+    ("````markdown\n```python\n1\n```\n````", [("markdown", "```python\n1\n```")]),
+    ("```python\n1", [("python", "1")]),
+    ("```python\n```\ntext\n```python\n2\n```", [("python", ""), ("python", "2")]),
+    ("   ```python\n   if 1:\n       2\n   ```", [("python", "if 1:\n    2")]),
+    ("1. Do:\n\n   ```python\n   1\n   ```\n2. Then", [("python", "1")]),
+    ("- ```python\n  1\n  ```", [("python", "1")]),
+    ("```python\r\n1\r\n2\r\n```\r\n", [("python", "1\n2")]),
+    ("```\nx y\n```", [("", "x y")]),
+    ("```\nprint('hello')\n```", [("python", "print('hello')")]),
+    ("```\npip install x\n```", [("sh", "pip install x")]),
+    ("```\npython3 a.py\n```", [("sh", "python3 a.py")]),
+    ("```\nusing System;\nnamespace A\n{\n}\n```", [("", "using System;\nnamespace A\n{\n}")]),
+    ("``` python\r\ndef f():\r\n   return 1\r\n```\r\n", [("python", "def f():\n   return 1")]),
+    (f"```\n{'(' * 1000}\n```", [("", "(" * 1000)]),
+    ("``` not`code\n", []),
+    ("no code", []),
+    ("", []),
 )
 def test_fences(text: str, blocks: list[tuple[str, str]]) -> None:
     assert extract(text) == blocks
@@ -9442,9 +8576,8 @@ def test_message_parts() -> None:
 
 def cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     options.setdefault("cwd", tempfile.gettempdir())
-    return subprocess.run(
-        [sys.executable, str(MODULE), *arguments], capture_output=True, text=True, timeout=60, **options
-    )
+    command = [sys.executable, str(MODULE), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
 
 
 def test_run_code_prints_as_the_code_does() -> None:
@@ -9452,11 +8585,14 @@ def test_run_code_prints_as_the_code_does() -> None:
     assert (result.stdout, result.stderr, result.returncode) == ("out\n42\n", "err\n", 0)
 
 
-@pytest.mark.slow
-def test_run_stdin_and_python_file(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("print('file')")
-    assert cli("run", str(tmp_path / "a.py")).stdout == "file\n"
-    assert cli("run", "-", input="print('stdin')").stdout == "stdin\n"
+@cases(
+    "arguments, options, shown",
+    (["-"], {"input": "print('stdin')"}, "stdin\n"),
+    (["-c", "import os; print(os.getcwd())", "--cwd", "/usr"], {}, "/usr\n"),
+    (["-c", "print('é')"], {"env": os.environ | {"PYTHONIOENCODING": "ascii"}}, "\\xe9\n"),
+)
+def test_run_from_stdin_in_a_directory_and_on_a_poor_terminal(arguments: Any, options: Any, shown: str) -> None:
+    assert cli("run", *arguments, **options).stdout == shown
 
 
 def test_run_markdown_with_a_plot(tmp_path: Path) -> None:
@@ -9506,8 +8642,7 @@ def test_a_notebook_stays_a_notebook(tmp_path: Path) -> None:
 
 def test_a_notebook_is_saved_after_each_cell(tmp_path: Path) -> None:
     gate, out = tmp_path / "gate", tmp_path / "out.ipynb"
-    wait = f"import os, time\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
-    notebook_file(tmp_path / "a.ipynb", "6 * 7", wait)
+    notebook_file(tmp_path / "a.ipynb", "6 * 7", waiting_for(gate))
     with subprocess.Popen([sys.executable, str(MODULE), "run", tmp_path / "a.ipynb", "--notebook", out]) as process:
         eventually(out.exists, "the first cell is saved")
         first, second = read_notebook(out, as_version=4).cells
@@ -9518,17 +8653,8 @@ def test_a_notebook_is_saved_after_each_cell(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_parameters_are_set_as_papermill_does(tmp_path: Path) -> None:
-    values = {
-        "a": "1",
-        "b": "-2.5",
-        "c": "True",
-        "d": "None",
-        "e": "it's",
-        "f": "1e3",
-        "g": "nan",
-        "h": "[1]",
-        "i": "\u0661",  # a digit of Arabic
-    }
+    digit = "\u0661"  # of Arabic
+    values = dict(zip("abcdefghi", ["1", "-2.5", "True", "None", "it's", "1e3", "nan", "[1]", digit], strict=True))
     defaults = v4.new_code_cell("a = b = 0", metadata={"tags": ["parameters"]})
     spec = {"name": "python3", "display_name": "Python", "language": "python"}
     notebook_file(tmp_path / "a.ipynb", "before = 1", defaults, "[a, b, c, d, e, f, g, h, i]", kernelspec=spec)
@@ -9539,10 +8665,8 @@ def test_parameters_are_set_as_papermill_does(tmp_path: Path) -> None:
     ours, theirs = (read_notebook(tmp_path / name, as_version=4) for name in ("ours.ipynb", "theirs.ipynb"))
     assert [cell.metadata.get("tags", []) for cell in ours.cells] == [[], ["parameters"], ["injected-parameters"], []]
     assert ran.stdout.strip() == theirs.cells[-1].outputs[0].data["text/plain"]
-    assert (
-        cli("run", "ours.ipynb", "--notebook", "ours.ipynb", "-p", "a", "5", "-p", "b", "6", cwd=tmp_path).returncode
-        == 1
-    )
+    once_more = cli("run", "ours.ipynb", "--notebook", "ours.ipynb", "-p", "a", "5", "-p", "b", "6", cwd=tmp_path)
+    assert once_more.returncode == 1
     again = read_notebook(tmp_path / "ours.ipynb", as_version=4)
     assert [cell.source for cell in again.cells[2:]] == ["# Parameters\na = 5\nb = 6", "[a, b, c, d, e, f, g, h, i]"]
     for name in ("a b", "class"):
@@ -9563,7 +8687,7 @@ EXITS = {"": (0, ""), "0": (0, ""), "None": (0, ""), "3": (3, ""), "-1": (255, "
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", EXITS)
+@cases("value", *EXITS)
 def test_a_script_ends_with_the_status_that_python_would_give(value: str, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(f"import sys\nprint('out')\nsys.exit({value})")
     python = subprocess.run([sys.executable, "a.py"], cwd=tmp_path, capture_output=True, text=True)
@@ -9586,7 +8710,7 @@ def test_sys_exit_ends_a_run_of_cells(tmp_path: Path) -> None:
     assert (ran.returncode, ran.stdout) == (0, "'after'\n")
 
 
-@pytest.mark.parametrize(("source", "warned"), [("year = 1", ["yaer"]), ("a, yaer = 1, 2", ["year"]), (None, [])])
+@cases("source, warned", ("year = 1", ["yaer"]), ("a, yaer = 1, 2", ["year"]), (None, []))
 def test_a_parameter_that_the_notebook_does_not_set_is_warned_of(
     source: str | None, warned: list[str], tmp_path: Path
 ) -> None:
@@ -9599,16 +8723,14 @@ def test_a_parameter_that_the_notebook_does_not_set_is_warned_of(
     assert result.returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "status"),
-    [
-        ("data.csv", "6,7", 2),
-        ("page.html", "print(42)", 2),
-        ("plain", "two words", 2),
-        ("plain", "print(42)", 0),
-        ("job.txt", "#!/usr/bin/env python3\nprint(42)", 0),
-        ("a.b.py", "print(42)", 0),
-    ],
+@cases(
+    "name, text, status",
+    ("data.csv", "6,7", 2),
+    ("page.html", "print(42)", 2),
+    ("plain", "two words", 2),
+    ("plain", "print(42)", 0),
+    ("job.txt", "#!/usr/bin/env python3\nprint(42)", 0),
+    ("a.b.py", "print(42)", 0),
 )
 def test_only_what_is_code_is_run(name: str, text: str, status: int, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
@@ -9618,63 +8740,49 @@ def test_only_what_is_code_is_run(name: str, text: str, status: int, tmp_path: P
     assert result.stderr.startswith(says if status else "")
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import beside
-print(sys.argv, Path(__file__).name, Path(sys.path[0]).name, __name__, beside.x)
-"""
-
-
-@pytest.mark.parametrize("arguments", [[], ["--rows", "1", "it's"], ["--", "-"]])
+@cases("arguments", [], ["--rows", "1", "it's"], ["--", "-"])
 def test_a_script_finds_what_python_gives_it(arguments: list[str], tmp_path: Path) -> None:
+    script = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        import beside
+        print(sys.argv, Path(__file__).name, Path(sys.path[0]).name, __name__, beside.x)
+    """)
     (tmp_path / "beside.py").write_text("x = 1")
-    (tmp_path / "a.py").write_text(SCRIPT)
-    expected = subprocess.run(
-        [sys.executable, tmp_path / "a.py", *arguments], capture_output=True, text=True, check=True
-    ).stdout
+    (tmp_path / "a.py").write_text(script)
+    expected = subprocess.check_output([sys.executable, tmp_path / "a.py", *arguments], text=True)
     assert cli("run", str(tmp_path / "a.py"), "--", *arguments).stdout == expected
 
 
-PERCENT = """\
-print("first")
-# %% [markdown]
-# prose
-# %% tags=["parameters"]
-x = 1
-def f():
-    return 1 / 0
-# %%
-f()
-# %% last
-print(x)
-"""
-
-
 def test_percent_signs_begin_cells_and_an_error_names_file_and_line(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text(PERCENT)
+    percent = textwrap.dedent("""\
+        print("first")
+        # %% [markdown]
+        # prose
+        # %% tags=["parameters"]
+        x = 1
+        def f():
+            return 1 / 0
+        # %%
+        f()
+        # %% last
+        print(x)
+    """)
+    (tmp_path / "a.py").write_text(percent)
     result = cli("run", "a.py", "--keep-going", "-p", "x", "7", "--notebook", "a.ipynb", cwd=tmp_path)
     assert (result.stdout, result.returncode) == ("first\n7\n", 1)
     assert "jupyter-exec: a.py:7: ZeroDivisionError: division by zero\n" in result.stderr
     notebook = read_notebook(tmp_path / "a.ipynb", as_version=4)
     nbformat.validate(notebook)
-    assert [cell.source[:9] for cell in notebook.cells] == [
-        'print("fi',
-        "prose",
-        "x = 1\ndef",
-        "# Paramet",
-        "f()",
-        "print(x)\n",
-    ]
+    begun = [cell.source[:5] for cell in notebook.cells]
+    assert begun == ["print", "prose", "x = 1", "# Par", "f()", "print"]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "place"),
-    [
-        ("a.md", "# t\n\n```python\nx = 1\n1/0\n```\n", "a.md:5"),
-        ("a.py", "\nprint(\n", "a.py:2"),
-        ("a.ipynb", "", "a.ipynb, cell 2, line 1"),
-    ],
+@cases(
+    "name, text, place",
+    ("a.md", "# t\n\n```python\nx = 1\n1/0\n```\n", "a.md:5"),
+    ("a.py", "\nprint(\n", "a.py:2"),
+    ("a.ipynb", "", "a.ipynb, cell 2, line 1"),
 )
 def test_an_error_names_its_place(name: str, text: str, place: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
@@ -9684,25 +8792,16 @@ def test_an_error_names_its_place(name: str, text: str, place: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_blocks_without_a_language_are_shown_output_unless_told_otherwise(tmp_path: Path) -> None:
-    (tmp_path / "a.md").write_text("```\n42\n```\n```python\n6 * 7\n```\n")
-    result = cli("run", "a.md", cwd=tmp_path)
-    assert (result.stdout, result.returncode) == ("42\n", 0)
-    assert "a.md:2: skipped a block that names no language" in result.stderr
-    assert cli("run", "a.md", "--unlabelled", cwd=tmp_path).stdout == "42\n42\n"
-
-
-@pytest.mark.slow
-def test_a_table_is_text_unless_html_is_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("import pandas\ndisplay(pandas.DataFrame({'a': [1]}))")
-    assert cli("run", "a.py", cwd=tmp_path).stdout == "   a\n0  1\n"
-    assert cli("run", "a.py", "--html", cwd=tmp_path).stdout.endswith(
-        "HTML data saved to " + str(tmp_path / "a-1-1.html\n")
-    )
-
-
-def test_the_working_directory_is_an_option(tmp_path: Path) -> None:
-    assert cli("run", "-c", "import os; print(os.getcwd())", "--cwd", str(tmp_path)).stdout == f"{tmp_path}\n"
+@cases("name, text, shown, option, then, said", ("a.md", "```\n42\n```\n```python\n6 * 7\n```\n", "42\n", "--unlabelled", "42\n42\n", "a.md:2: skipped a block that names no language"),
+        ("a.py", "import pandas\ndisplay(pandas.DataFrame({'a': [1]}))", "   a\n0  1\n", "--html", "   a\n0  1\nHTML data saved to {}/a-1-1.html\n", ""))  # fmt: skip
+def test_unlabelled_blocks_and_html(
+    name: str, text: str, shown: str, option: str, then: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    result = cli("run", name, cwd=tmp_path)
+    assert (result.stdout, result.returncode) == (shown, 0)
+    assert said in result.stderr
+    assert cli("run", name, option, cwd=tmp_path).stdout == then.format(tmp_path)
 
 
 def on_a_terminal(*arguments: str, types: str = "") -> tuple[str, int]:
@@ -9726,11 +8825,8 @@ def test_a_terminal_answers_input_and_shows_tracebacks_in_colours() -> None:
 
 
 def test_run_json_tells_of_a_kernel_that_cannot_start(kernels_dir: Path) -> None:
-    argv = ["python", "-c", "import sys; sys.exit(' '.join(['no', 'licence', 'found']))"]
-    add_spec(kernels_dir, "bad", argv=argv, display_name="b", language="python")
-    result = cli(
-        "run", "-c", "1", "--json", "--kernel", "bad", env=os.environ | {"JUPYTER_PATH": str(kernels_dir.parent)}
-    )
+    env = environment(**add_spec(kernels_dir, "bad", NO_LICENCE))
+    result = cli("run", "-c", "1", "--json", "--kernel", "bad", env=env)
     said = json.loads(result.stdout)
     assert (said["exit_code"], said["kernel_state"], result.returncode) == (1, "lost", 2)
     assert "no licence found" in said["blocks"][0]["output"]
@@ -9747,23 +8843,13 @@ def test_run_json(tmp_path: Path) -> None:
     assert second["output"].startswith("a\nZeroDivisionError") and second["duration"] > 0
 
 
-@pytest.mark.parametrize(
-    ("code", "status"),
-    [("1/0", 1), ("import time; time.sleep(60)", 124), ("import os; os.kill(os.getpid(), 11)", 139), ("exit()", 0)],
-)
-def test_exit_status_is_that_of_the_result(code: str, status: int) -> None:
-    assert cli("run", "-c", code, "--timeout", "1").returncode == status
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["run", "/no/such.py"], "No such file or directory: /no/such.py"),
-        (["run", "-c", "1", "--kernel", "nope"], "Kernel nope is not installed"),
-        (["run", "-c", "1", "--output-dir", "/no/such"], "Output directory /no/such does not exist"),
-        (["run", "-c", "1", "--timeout", "0"], "Timeout must be greater than or equal to 1. It is in seconds"),
-        (["run", "-c", "1", "--python", "/no/such/python"], "/no/such/python"),
-    ],
+@cases(
+    "arguments, says",
+    (["run", "/no/such.py"], "No such file or directory: /no/such.py"),
+    (["run", "-c", "1", "--kernel", "nope"], "Kernel nope is not installed"),
+    (["run", "-c", "1", "--output-dir", "/no/such"], "Output directory /no/such does not exist"),
+    (["run", "-c", "1", "--timeout", "0"], "Timeout must be greater than or equal to 1. It is in seconds"),
+    (["run", "-c", "1", "--python", "/no/such/python"], "/no/such/python"),
 )
 def test_trouble_is_a_clear_line_without_traceback(arguments: list[str], says: str) -> None:
     result = cli(*arguments)
@@ -9783,40 +8869,48 @@ def test_kernels_lists_names_and_places() -> None:
     assert re.search(r"^python3\t.*\t/.*$", cli("kernels").stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("code", "options", "status"),
-    [
-        ("1/0\n# %%\nexit(0)", ["--keep-going"], 1),
-        ("1", ["--get", "no.txt"], 2),
-        ("1", ["--put", "no.txt"], 2),
-        ("import os; os._exit(3)", [], 1),
-    ],
+@cases(
+    "code, options, status",
+    ("1/0", [], 1),
+    ("import time; time.sleep(60)", [], 124),
+    ("import os; os.kill(os.getpid(), 11)", [], 139),
+    ("exit()", [], 0),
+    ("1/0\n# %%\nexit(0)", ["--json", "--keep-going"], 1),
+    ("1", ["--json", "--get", "no.txt"], 2),
+    ("1", ["--json", "--put", "no.txt"], 2),
+    ("import os; os._exit(3)", ["--json"], 1),
 )
-def test_json_and_the_exit_status_agree(code: str, options: list[str], status: int, tmp_path: Path) -> None:
-    result = cli("run", "-c", code, "--json", *options, cwd=tmp_path)
-    assert (result.returncode, json.loads(result.stdout)["exit_code"]) == (status, status)
+def test_exit_status_is_the_results_and_jsons(code: str, options: list[str], status: int, tmp_path: Path) -> None:
+    result = cli("run", "-c", code, "--timeout", "1", *options, cwd=tmp_path)
+    assert result.returncode == status
+    assert not options or json.loads(result.stdout)["exit_code"] == status
+
+
+@contextlib.contextmanager
+def running_cli(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A command line in a process of its own, whose code has printed "go"."""
+    command = [sys.executable, str(MODULE), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "go\n"
+        yield process
 
 
 def test_output_appears_as_it_is_printed(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    code = f"import os, time\nprint('first', flush=True)\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)"
-    command = [sys.executable, str(MODULE), "run", "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "first\n"
-        gate.touch()
+    with running_cli("run", "-c", waiting_for(tmp_path / "gate", "print('go', flush=True)")) as process:
+        (tmp_path / "gate").touch()
         assert process.wait(PATIENCE) == 0
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing() -> None:
-    code = "print('go', flush=True)\nwhile True: pass"
-    with subprocess.Popen(
-        [sys.executable, str(MODULE), "run", "-c", code], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "go\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 130
+SLOW_SIGNALS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP)]
+
+
+@cases("number", signal.SIGINT, *SLOW_SIGNALS)
+def test_signals_end_with_their_status_leave_nothing_and_keep_the_cell(number: int, tmp_path: Path) -> None:
+    with running_cli("run", "-c", FOR_EVER, "--notebook", str(tmp_path / "n.ipynb")) as process:
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == 128 + number
+    (cell,) = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
+    assert (cell.source, cell.outputs[0].text) == (FOR_EVER, "go\n")
 
 
 @pytest.mark.slow
@@ -9853,15 +8947,13 @@ def test_run_takes_files_there_and_brings_files_back(tmp_path: Path) -> None:
     assert result.stderr.endswith("jupyter-exec: The file 'no.txt' at the kernel: No such file or directory\n")
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (["--get", "no.txt"], "The file 'no.txt' at the kernel: No such file"),
-        (["--get", "no.txt", "--json"], "The file 'no.txt' at the kernel: No such file"),
-        (["--put", "no.txt"], "The file 'no.txt' here: No such file"),
-        (["--get", "a/.."], "--get must name files"),
-        (["--get", "a/x", "--get", "b/x"], "--get must name files"),
-    ],
+@cases(
+    "options, says",
+    (["--get", "no.txt"], "The file 'no.txt' at the kernel: No such file"),
+    (["--get", "no.txt", "--json"], "The file 'no.txt' at the kernel: No such file"),
+    (["--put", "no.txt"], "The file 'no.txt' here: No such file"),
+    (["--get", "a/.."], "--get must name files"),
+    (["--get", "a/x", "--get", "b/x"], "--get must name files"),
 )
 def test_run_says_which_file_it_could_not_take(options: list[str], says: str, tmp_path: Path) -> None:
     result = cli("run", "-c", "1", *options, cwd=tmp_path)
@@ -9881,31 +8973,14 @@ def test_run_on_a_server(gateway: Peer, tmp_path: Path) -> None:
     assert "SECRET" not in cli("run", "-c", "1", "--server", "localhost:8888/?token=SECRET").stderr
 
 
-@pytest.mark.parametrize("option", [["--network", "none"], ["--package", "six"], ["--token-file", "x"], ["--hardened"]])
+@cases("option", ["--network", "none"], ["--package", "six"], ["--token-file", "x"], ["--hardened"])
 def test_options_of_another_mode_are_refused(option: list[str]) -> None:
     assert f"{option[0]} works only with --" in cli("run", "-c", "1", *option).stderr
     assert "works only for local kernels" in cli("run", "-c", "1", "--cwd", "x", "--docker").stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signals_end_with_their_status_and_leave_nothing(number: int, status: int, tmp_path: Path) -> None:
-    code = "print('go', flush=True)\nwhile True: pass"
-    command = [sys.executable, str(MODULE), "run", "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "go\n"
-        process.send_signal(number)
-        assert process.wait(PATIENCE) == status
-
-
-def test_what_the_terminal_cannot_show_is_escaped() -> None:
-    result = cli("run", "-c", "print('é')\nprint('after')", env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert result.stdout == "\\xe9\nafter\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["run", "-c", "print(1)"], ["run", "-c", "1", "--json"], ["kernels"]])
+@cases("arguments", ["run", "-c", "print(1)"], ["run", "-c", "1", "--json"], ["kernels"])
 def test_a_full_disk_behind_stdout_is_an_error(arguments: list[str]) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, str(MODULE), *arguments]
@@ -9940,7 +9015,7 @@ def test_escapes_of_code_and_documents_are_not_printed(tmp_path: Path) -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", result.stdout + result.stderr)
 
 
-def test_updates_save_no_files_and_others_only_so_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_updates_save_no_files_and_others_only_so_many(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_FILES", 3)
     printer = jupyter_exec.LivePrinter(1)
     printer.begin(jupyter_exec.CellFiles(jupyter_exec.Folder(tmp_path), "a-1", html=False))
@@ -9951,20 +9026,6 @@ def test_updates_save_no_files_and_others_only_so_many(tmp_path: Path, monkeypat
     for _ in range(5):
         printer({"output_type": "display_data", **data})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-1-1.html", "a-1-2.html", "a-1-3.html"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_cell_is_in_the_notebook(number: int, tmp_path: Path) -> None:
-    code = "print('go', flush=True)\nwhile True: pass"
-    command = [sys.executable, str(MODULE), "run", "-c", code, "--notebook", str(tmp_path / "n.ipynb")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "go\n"
-        process.send_signal(number)
-        assert process.wait(PATIENCE) == 128 + number
-    (cell,) = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
-    assert (cell.source, cell.outputs[0].text) == (code, "go\n")
 
 
 def test_runs_as_a_module_too() -> None:
@@ -9985,9 +9046,8 @@ def mcp_run(main: Callable[[Any], Any], *options: str, patience: float = PATIENC
 
     arguments = ["-W", "error", "-c", MCP_PROGRAM, str(patience), "mcp", *options]
     environment = {"PYTHONPATH": str(MODULE.parent), "TMPDIR": tempfile.gettempdir()}
-    parameters = StdioServerParameters(
-        command=sys.executable, args=arguments, env=environment, cwd=tempfile.gettempdir()
-    )
+    where: Any = {"env": environment, "cwd": tempfile.gettempdir()}
+    parameters = StdioServerParameters(command=sys.executable, args=arguments, **where)
 
     async def serve(errors: Any) -> None:
         async with Client(stdio_client(parameters, errors), mode=mode) as client:
@@ -10036,7 +9096,7 @@ MCP_CALLS: list[tuple[str, dict[str, Any], bool, str]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["auto", "legacy"])
+@cases("mode", "auto", "legacy")
 def test_mcp_tools_answer(mode: str) -> None:
     async def main(call: Any) -> None:
         for tool, arguments, is_error, expected in MCP_CALLS:
@@ -10092,7 +9152,7 @@ def test_mcp_code_that_takes_long_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["auto", pytest.param("legacy", marks=pytest.mark.slow)])
+@cases("mode", "auto", pytest.param("legacy", marks=pytest.mark.slow))
 def test_mcp_a_cancelled_request_interrupts_its_code(mode: str, tmp_path: Path) -> None:
     code = "import time\nx = 1\ntry:\n    open('begun', 'w')\n    time.sleep(1000)\nfinally: x = 2"
 
@@ -10100,9 +9160,7 @@ def test_mcp_a_cancelled_request_interrupts_its_code(mode: str, tmp_path: Path) 
         request = asyncio.ensure_future(call("run_code", code=code))
         while not (tmp_path / "begun").exists():
             await asyncio.sleep(0.01)
-        request.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await request
+        await cancel(request)
         assert mcp_text(await call("run_code", code="x")) == "2"
         assert mcp_text(await call("run_code", code="x", session="b")).startswith("NameError")
 
@@ -10118,7 +9176,7 @@ def mcp_process(code: str, *options: str, patience: float = PATIENCE, **popen: A
         {"id": 1, "method": "tools/call", "params": {"name": "run_code", "arguments": {"code": code}}},
     ]
     command = [sys.executable, "-c", MCP_PROGRAM, str(patience), "mcp", *options]
-    popen["env"] = os.environ | {"PYTHONPATH": str(MODULE.parent)} | popen.pop("env", {})
+    popen["env"] = environment() | popen.pop("env", {})
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **popen)
     assert process.stdin
     process.stdin.write(b"".join(json.dumps({"jsonrpc": "2.0"} | message).encode() + b"\n" for message in messages))
@@ -10126,7 +9184,7 @@ def mcp_process(code: str, *options: str, patience: float = PATIENCE, **popen: A
     return process
 
 
-@pytest.mark.parametrize("way", ["the end of stdin", "SIGTERM"])
+@cases("way", "the end of stdin", "SIGTERM")
 def test_mcp_leaves_nothing(way: str, tmp_path: Path) -> None:
     marker = os.urandom(8).hex()
     child = "import subprocess\nsubprocess.Popen(['sleep', '1000'])\nopen('begun', 'w')\nwhile True: pass"
@@ -10180,9 +9238,8 @@ def test_mcp_in_docker_without_a_network(engine: Any) -> None:
         assert not (await call("write_file", path="a.txt", content="a")).is_error
         assert mcp_text(await call("run_code", code="cat a.txt; pwd", language="bash")) == "a/workspace\n"
 
-    errors = mcp_run(
-        main, "--docker", "--network", "none", "--base-image", os.environ.get("BASE_IMAGE", "python:3.13-slim")
-    )
+    options = ["--docker", "--network", "none", "--base-image", os.environ.get("BASE_IMAGE", "python:3.13-slim")]
+    errors = mcp_run(main, *options)
     assert "Traceback" not in errors
     eventually(lambda: not engine.containers.list(all=True, filters={"id": names[0]}), "the container is gone")
 
@@ -10220,10 +9277,8 @@ README_BLOCKS = [
 ]
 
 
-@pytest.mark.parametrize(("section", "shown"), README_BLOCKS)
-def test_the_readmes_blocks(
-    section: str, shown: str, tmp_path: Path, gateway: Peer, request: pytest.FixtureRequest
-) -> None:
+@cases("section, shown", *README_BLOCKS)
+def test_the_readmes_blocks(section: str, shown: str, tmp_path: Path, gateway: Peer, request: FixtureRequest) -> None:
     (program,) = readme_blocks(section)
     if section == "In Docker, files in and out":
         request.getfixturevalue("engine")
@@ -10236,7 +9291,7 @@ def test_the_readmes_blocks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", ["autogen-classic", "autogen-0.2"])
+@cases("line", "autogen-classic", "autogen-0.2")
 def test_the_readmes_agent(line: str, tmp_path: Path) -> None:
     (program,) = readme_blocks("In AutoGen, AG2 and asyncio")
     model = "llm_config=False, human_input_mode='NEVER', default_auto_reply='```python\\n6 * 7\\n```'"
@@ -10297,9 +9352,7 @@ def test_the_readme_is_short_and_each_of_its_python_blocks_is_run() -> None:
 # ======================================================================================================
 
 
-@pytest.mark.parametrize(
-    "command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy", "--strict"]], ids=" ".join
-)
+@cases("command", ["ruff", "check"], ["ruff", "format", "--check"], ["mypy", "--strict"], ids=" ".join)
 def test_linters_are_content(command: list[str]) -> None:
     files = ["jupyter_exec.py", "test_jupyter_exec.py"]
     result = subprocess.run([sys.executable, "-m", *command, *files], capture_output=True, text=True, cwd=HERE)
@@ -10312,7 +9365,7 @@ def test_linters_are_content(command: list[str]) -> None:
 
 
 @pytest.fixture
-def rivals(request: pytest.FixtureRequest) -> Callable[..., JupyterCodeExecutor]:
+def rivals(request: FixtureRequest) -> Callable[..., Any]:
     """A function that makes an executor with a running kernel by its name."""
     stack = contextlib.ExitStack()
     request.addfinalizer(stack.close)
@@ -10325,7 +9378,11 @@ def rivals(request: pytest.FixtureRequest) -> Callable[..., JupyterCodeExecutor]
         "local gateway": lambda: LocalJupyterServer(transport="gateway"),
     }
 
-    def make(name: str, **options: Any) -> JupyterCodeExecutor:
+    def make(name: str, **options: Any) -> Any:
+        if name == "jupyter_client":
+            theirs = TheirKernel()
+            stack.callback(theirs.stop)
+            return theirs
         executor = stack.enter_context(JupyterCodeExecutor(stack.enter_context(servers[name]()), **options))
         assert executor.execute("1").status == "ok"
         return executor
@@ -10333,29 +9390,34 @@ def rivals(request: pytest.FixtureRequest) -> Callable[..., JupyterCodeExecutor]
     return make
 
 
-def launch_theirs() -> Any:
-    """Start a kernel and get a first answer in the way of jupyter_client; returns its manager and client."""
-    from jupyter_client.manager import start_new_kernel
+class TheirKernel:
+    """A kernel in the way of jupyter_client, with the verbs of our executor."""
 
-    manager, client = start_new_kernel()
-    client.execute_interactive("1", output_hook=lambda message: None)
-    return manager, client
+    def __init__(self) -> None:
+        from jupyter_client.manager import start_new_kernel
+
+        self._manager, self.client = start_new_kernel()
+        self.execute("1")
+
+    def execute(self, code: str) -> None:
+        self.client.execute_interactive(code, output_hook=lambda message: None)
+
+    def restart(self) -> None:
+        self._manager.restart_kernel()
+        self.client.wait_for_ready()
+
+    def stop(self) -> None:
+        self.client.stop_channels()
+        self._manager.shutdown_kernel(now=True)
 
 
-def launch_ours(server: Any) -> JupyterCodeExecutor:
+def launch(server: Any) -> Any:
+    """Start a kernel, on no server in the way of jupyter_client, and get a first answer."""
+    if server is None:
+        return TheirKernel()
     executor = JupyterCodeExecutor(server)
     assert executor.execute("1").status == "ok"
     return executor
-
-
-def end(kernel: Any) -> None:
-    """End what launch_theirs or launch_ours has started."""
-    if isinstance(kernel, JupyterCodeExecutor):
-        kernel.stop()
-    else:
-        manager, client = kernel
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
 
 
 WAYS = ["local", "relay", "docker", "local gateway", "docker gateway"]
@@ -10363,16 +9425,11 @@ WAYS = ["local", "relay", "docker", "local gateway", "docker gateway"]
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="a cell of `1`")
-@pytest.mark.parametrize("way", [*WAYS, "jupyter_client", "raw"])
-def test_bench_cell(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
-    if way in WAYS:
-        executor = rivals(way)
-        benchmark.pedantic(lambda: executor.execute("1"), rounds=200, warmup_rounds=20)
-        return
-    manager, client = launch_theirs()
-    cell = raw_cell(client) if way == "raw" else lambda: client.execute_interactive("1", output_hook=lambda m: None)
+@cases("way", *WAYS, "jupyter_client", "raw")
+def test_bench_cell(benchmark: Any, way: str, rivals: Callable[[str], Any]) -> None:
+    executor = rivals("jupyter_client" if way == "raw" else way)
+    cell = raw_cell(executor.client) if way == "raw" else lambda: executor.execute("1")
     benchmark.pedantic(cell, rounds=200, warmup_rounds=20)
-    end((manager, client))
 
 
 def raw_cell(client: Any) -> Callable[[], None]:
@@ -10399,8 +9456,8 @@ def raw_cell(client: Any) -> Callable[[], None]:
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="100 cells of `1`, or 100 calls of a tool that does nothing")
-@pytest.mark.parametrize("what", ["cells", "calls", "calls in 8 threads"])
-@pytest.mark.parametrize("way", WAYS[:3])
+@cases("what", "cells", "calls", "calls in 8 threads")
+@cases("way", *WAYS[:3])
 def test_bench_tools(benchmark: Any, way: str, what: str, rivals: Callable[..., JupyterCodeExecutor]) -> None:
     executor = rivals(way, tools=[named("nothing", bool)])
     code = "for _ in range(100): nothing()"
@@ -10413,7 +9470,7 @@ def test_bench_tools(benchmark: Any, way: str, what: str, rivals: Callable[..., 
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="100 MB of stdout")
-@pytest.mark.parametrize("way", WAYS[:3])
+@cases("way", *WAYS[:3])
 def test_bench_output(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
     executor = rivals(way)
     benchmark.pedantic(lambda: executor.execute("print('x' * 100_000_000)"), rounds=3)
@@ -10421,32 +9478,22 @@ def test_bench_output(benchmark: Any, way: str, rivals: Callable[[str], JupyterC
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="first result")
-@pytest.mark.parametrize("way", [*WAYS, "jupyter_client"])
+@cases("way", *WAYS, "jupyter_client")
 def test_bench_first_result(
     benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor], engine: Any
 ) -> None:
     def ours() -> None:
         rivals(way)._server.stop()
 
-    benchmark.pedantic(ours if way in WAYS else lambda: end(launch_theirs()), rounds=3)
+    benchmark.pedantic(ours if way in WAYS else lambda: TheirKernel().stop(), rounds=3)
 
 
-class ReportedTime:
-    """A clock that goes on by what child processes report of themselves, without the start of their Python."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-reported_time = ReportedTime()
+reported_time = [0.0]  # what child processes report of themselves, without the start of their Python
 
 
 @pytest.mark.bench
-@pytest.mark.benchmark(group="import", timer=reported_time)
-@pytest.mark.parametrize("module", ["jupyter_exec", "zmq", "jupyter_client"])
+@pytest.mark.benchmark(group="import", timer=lambda: reported_time[0])
+@cases("module", "jupyter_exec", "zmq", "jupyter_client")
 def test_bench_import(benchmark: Any, module: str, tmp_path: Path) -> None:
     shutil.copy(MODULE, tmp_path)
     program = f"import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
@@ -10454,7 +9501,7 @@ def test_bench_import(benchmark: Any, module: str, tmp_path: Path) -> None:
 
     def import_it() -> None:
         child = subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True)
-        reported_time.now += float(child.stdout)
+        reported_time[0] += float(child.stdout)
 
     benchmark.pedantic(import_it, rounds=20, warmup_rounds=1)
 
@@ -10464,70 +9511,47 @@ KERNEL_WAYS = ["local", "launched", "docker", "jupyter_client"]
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="a further kernel")
-@pytest.mark.parametrize("way", KERNEL_WAYS)
+@cases("way", *KERNEL_WAYS)
 def test_bench_further_kernel(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
     server = None if way == "jupyter_client" else rivals(way)._server
     started: list[Any] = []
-    benchmark.pedantic(lambda: started.append(launch_ours(server) if server else launch_theirs()), rounds=5)
+    benchmark.pedantic(lambda: started.append(launch(server)), rounds=5)
     for kernel in started:
-        end(kernel)
+        kernel.stop()
 
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="restart")
-@pytest.mark.parametrize("way", KERNEL_WAYS)
-def test_bench_restart(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
-    if way == "jupyter_client":
-        manager, client = launch_theirs()
-
-        def restart_theirs() -> None:
-            manager.restart_kernel()
-            client.wait_for_ready()
-            client.execute_interactive("1", output_hook=lambda message: None)
-
-        benchmark.pedantic(restart_theirs, rounds=5)
-        end((manager, client))
-        return
+@cases("way", *KERNEL_WAYS)
+def test_bench_restart(benchmark: Any, way: str, rivals: Callable[[str], Any]) -> None:
     executor = rivals(way)
-
-    def restart() -> None:
-        executor.restart()
-        executor.execute("1")
-
-    benchmark.pedantic(restart, rounds=5)
+    benchmark.pedantic(lambda: (executor.restart(), executor.execute("1")), rounds=5)
 
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="8 kernels at once")
-@pytest.mark.parametrize("way", KERNEL_WAYS)
+@cases("way", *KERNEL_WAYS)
 def test_bench_eight_kernels(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
     server = None if way == "jupyter_client" else rivals(way)._server
     started: list[Any] = []
     with ThreadPoolExecutor(8) as pool:
 
         def start_eight() -> None:
-            started.extend(pool.map(lambda _: launch_ours(server) if server else launch_theirs(), range(8)))
+            started.extend(pool.map(launch, [server] * 8))
 
         benchmark.pedantic(start_eight, rounds=2)
-        list(pool.map(end, started))
-
-
-LINES = "import sys\nfor _ in range(10**6): sys.stdout.write('x' * 99 + chr(10))"
+        list(pool.map(lambda kernel: kernel.stop(), started))
 
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="100 MB of stdout, in lines")
-@pytest.mark.parametrize("way", ["local", "docker", "jupyter_client"])
+@cases("way", "local", "docker", "jupyter_client")
 def test_bench_lines(benchmark: Any, way: str, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
-    if way == "jupyter_client":
-        manager, client = launch_theirs()
-        benchmark.pedantic(lambda: client.execute_interactive(LINES, output_hook=lambda message: None), rounds=3)
-        end((manager, client))
-        return
+    lines = "import sys\nfor _ in range(10**6): sys.stdout.write('x' * 99 + chr(10))"
     executor = rivals(way)
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_memory()
-    benchmark.pedantic(lambda: executor.execute(LINES), rounds=3)
+    benchmark.pedantic(lambda: executor.execute(lines), rounds=3)
     print(f"\n{way}: 100 MB of lines let the client grow by {peak_memory() - before:.0f} MB")
 
 
@@ -10539,7 +9563,7 @@ def peak_memory() -> float:
 
 @pytest.mark.bench
 @pytest.mark.benchmark(group="20 cells in each of many kernels")
-@pytest.mark.parametrize("count", [5, 50])
+@cases("count", 5, 50)
 def test_bench_many_kernels(benchmark: Any, count: int, rivals: Callable[[str], JupyterCodeExecutor]) -> None:
     server = rivals("local")._server
     start = time.perf_counter()
@@ -10554,7 +9578,7 @@ def test_bench_many_kernels(benchmark: Any, count: int, rivals: Callable[[str], 
             return list(pool.map(lambda executor: all(run(executor, "1").output == "1" for _ in range(20)), executors))
 
         assert all(benchmark.pedantic(cells, rounds=3))
-        list(pool.map(end, executors))
+        list(pool.map(JupyterCodeExecutor.stop, executors))
     rate = 20 * count / benchmark.stats.stats.median
     print(f"\n{count} kernels: {took / count * 1000:.0f} ms and {pss:.1f} MB PSS each, {rate:.0f} cells/s over all")
 
@@ -10579,14 +9603,8 @@ LINEAR = {
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("kind", LINEAR)
+@cases("kind", *LINEAR)
 def test_bench_ten_times_the_output_takes_about_ten_times_as_long(benchmark: Any, kind: str) -> None:
-    few = min(timed(feed_many, 4000, *LINEAR[kind]) for _ in range(3))
+    few = min(timeit.repeat(lambda: feed_many(4000, *LINEAR[kind]), number=1, repeat=3))
     benchmark.pedantic(feed_many, (40_000, *LINEAR[kind]), rounds=3)
     benchmark.extra_info["times as long"] = round(benchmark.stats.stats.min / few, 1)
-
-
-def timed(function: Callable[..., Any], *arguments: Any) -> float:
-    started = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - started
