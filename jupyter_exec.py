@@ -7252,8 +7252,8 @@ class JupyterConnectable(Protocol):
 AnyServer = JupyterServer | JupyterConnectable | ConnectionInfo | KernelConnection | AnyPath
 
 
-def _end_forgotten(kernel: KernelClient) -> None:
-    if kernel.alive and not kernel.ended:
+def _end_forgotten(kernel: KernelClient, owner: int) -> None:
+    if os.getpid() == owner and kernel.alive and not kernel.ended:  # a forked child forgets what lives on
         warnings.warn("A JupyterCodeExecutor was forgotten, not stopped; its kernel is ended.", ResourceWarning, 2)
         # Not here: the garbage collector may have come in the middle of anything.
         threading.Thread(target=kernel.give_up, daemon=True).start()
@@ -7333,7 +7333,7 @@ class JupyterCodeExecutor(Stoppable):
         self._own_server: RemoteJupyterServer | None = None  # made here, for a JupyterConnectionInfo
         self._job: Job | None = None  # the last that was submitted or detached
         self._kernel = self._new_kernel()
-        weakref.finalize(self, _end_forgotten, self._kernel).atexit = False
+        weakref.finalize(self, _end_forgotten, self._kernel, os.getpid()).atexit = False
 
     def _new_kernel(self) -> KernelClient:
         server = self._server

@@ -6515,7 +6515,7 @@ def test_sixteen_kernels_at_work_on_one_server(server: LocalJupyterServer) -> No
 
 def test_an_executor_in_a_forked_child_says_so_and_a_server_collected_there_lives_on() -> None:
     program = """
-        import gc, os, sys, warnings, jupyter_exec
+        import gc, os, sys, threading, warnings, jupyter_exec
         warnings.simplefilter("ignore")
         server, spare = jupyter_exec.LocalJupyterServer(), jupyter_exec.LocalJupyterServer()
         executor = jupyter_exec.JupyterCodeExecutor(server)
@@ -6524,8 +6524,11 @@ def test_an_executor_in_a_forked_child_says_so_and_a_server_collected_there_live
         if os.fork() == 0:
             result = executor.execute_code_blocks([jupyter_exec.CodeBlock("1")])
             print(result.exit_code, "forked" in result.output, flush=True)
-            del spare
+            kept = executor._kernel
+            del spare, executor
             gc.collect()
+            for thread in set(threading.enumerate()) - {threading.current_thread()}:
+                thread.join()
             os._exit(0)
         os.wait()
         print(executor.execute("x").text, "python3" in spare.kernelspecs())
@@ -6992,7 +6995,7 @@ def test_a_script_that_ignores_signals_is_ended_even_if_the_interrupt_is_repeate
 
 def test_a_missing_shell_and_missing_source_files(executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(jupyter_exec, "functions_source", lambda functions: raising(ValueError))
+        patch.setattr(jupyter_exec, "functions_source", lambda *functions: raising(ValueError))
         assert run_block(executor, "echo {1}", "bash").output == "{1}\n"
     monkeypatch.setitem(jupyter_exec._SHELLS, "bash", "no-such-bash")
     result = run_block(executor, "echo 1", "bash")
@@ -7414,8 +7417,8 @@ def test_a_call_is_sent_and_answered_while_another_one_waits(server: LocalJupyte
     def wait() -> bool:
         return gate.wait(PATIENCE)
 
-    code = "import threading\nfirst = threading.Thread(target=lambda: print(wait()))\nfirst.start()\n"
-    code += "started()\nopen_gate()\nprint(input())\nfirst.join()"
+    code = "import threading\nfirst = threading.Thread(target=lambda: print(f'{wait()}\\n', end=''))\nfirst.start()\n"
+    code += "started()\nopen_gate()\nprint(input() + '\\n', end='')\nfirst.join()"
     tools = [wait, named("started", bool), named("open_gate", gate.set)]
     with JupyterCodeExecutor(server, tools=tools, on_input=lambda prompt, password: "typed") as executor:
         assert sorted(executor.execute(code).text.splitlines()) == ["True", "typed"]
