@@ -1750,7 +1750,7 @@ class Deadline:
 
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
-        never = float("inf")
+        never = math.inf
         self._at = time.monotonic() + (never if seconds is None or seconds >= threading.TIMEOUT_MAX else seconds)
 
     @property
@@ -2296,7 +2296,7 @@ def new_context() -> Any:
     return zmq.Context()
 
 
-def read_messages(sock: Any, deliver: Callable[[list[Any]], None], limit: float = float("inf")) -> bool:
+def read_messages(sock: Any, deliver: Callable[[list[Any]], None], limit: float = math.inf) -> bool:
     """Read a ZeroMQ socket empty, or that many messages; return whether there may be more."""
     import zmq
 
@@ -2505,10 +2505,11 @@ class Cell:
         self.started = time.monotonic()
         self.result: ExecutionResult | None = None  # once it has ended
         self.reading: Deadline | None = None  # of slow hooks, after its end
-        self.signalled = float("-inf")  # when the kernel was last sent an interrupt for it
+        self.begun = math.inf  # when the kernel was seen to run it
+        self.signalled = -math.inf  # when the kernel was last sent an interrupt for it
         self.overdue: Deadline | None = None  # of the missing one of reply and idle
         self.timed_out = False  # its time is over: it was interrupted, or detached and goes on
-        self.lock = threading.Lock()  # of all that
+        self.lock = threading.RLock()  # of all that; the handler of a signal may interrupt the thread that has it
         self.left = threading.Event()  # nobody reads for it any more
         self._pauses = 0  # how many threads keep the clock stopped,
         self._paused_at = 0.0  # and since when
@@ -2549,7 +2550,9 @@ class Cell:
 
     def feed(self, message: Message) -> Json | None:
         with self.lock:
-            return self.execution.feed(message)
+            shown = self.execution.feed(message)
+            self.begun = min(self.begun, time.monotonic()) if self.execution.started else math.inf
+            return shown
 
     def so_far(self) -> ExecutionResult:
         """Return the result, or what there is of it by now; from any thread."""
@@ -2897,16 +2900,21 @@ class KernelClient:
             cell.signalled = now
             self._nudges.add(nudge.msg_id)
         if is_first:
-            threading.Thread(target=self._stop_again, args=(cell,), daemon=True).start()
+            is_young = now - cell.begun < INTERRUPT_REPEAT
+            threading.Thread(target=self._stop_again, args=(cell, is_young), daemon=True).start()
         channels = self._channels
         if channels and not self._control.interrupt(functools.partial(channels.send, nudge)):
             # "interrupt_mode: ... message: the client sends an interrupt_request on the control channel"
             channels.send(self._message("control", "interrupt_request", {}))
             channels.send(nudge)
 
-    def _stop_again(self, cell: Cell) -> None:
-        """ipykernel loses a signal that comes after it took the cell and before it runs it."""
-        if not (cell.left.wait(INTERRUPT_GRACE / 2) or self._has_answered(cell)):
+    def _stop_again(self, cell: Cell, is_young: bool) -> None:
+        """Interrupt a cell once more: ipykernel loses a signal that comes after it took the cell and before it runs it.
+
+        Of a cell that runs for some time, and will not be killed, the clean-up is not disturbed.
+        """
+        has_ended = cell.left.wait(INTERRUPT_GRACE / 2) or self._has_answered(cell)
+        if not has_ended and (is_young or cell.timed_out):
             self._stop_cell(cell, INTERRUPT_GRACE / 2)
 
     def _fence(self, execution: Execution) -> None:
@@ -8753,7 +8761,7 @@ class McpTools:
                 advice = "Wait for that, interrupt it, or use another session."
                 raise ValueError(f"Session {session!r} still runs earlier code, so this code was not run. {advice}")
             await job.until(job.ended.is_set, deadline.remaining)
-        call = BlockCall(code, float("inf") if timeout is None else timeout)
+        call = BlockCall(code, math.inf if timeout is None else timeout)
         call.language = language
         self._jobs[session] = job = Job(executor, call, patient=True)
         return await _mcp_answer(job, deadline.within(MCP_PATIENCE))

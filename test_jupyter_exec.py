@@ -2150,7 +2150,7 @@ def test_a_lost_interrupt_is_sent_again_in_the_middle_of_the_grace(slow: bool, m
     with scripted(script) as executor:
         result = executor.execute("1", timeout=0.2, on_output=hook)
     assert (result.status, result.kernel_state) == ("timeout", "intact")
-    assert script.times[1] - script.times[0] == pytest.approx(1, abs=0.5)
+    assert script.times[1] - script.times[0] > 0.4
 
 
 def test_a_lost_interrupt_of_a_cell_without_a_timeout_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2176,6 +2176,17 @@ def test_the_grace_may_begin_in_another_thread_while_this_one_looks(monkeypatch:
         executor._kernel._has_answered = look  # type: ignore[method-assign]
         result = executor.execute("1", timeout=0.2, on_output=print)
     assert (result.status, result.kernel_state) == ("timeout", "intact")
+
+
+def test_the_handler_of_a_signal_may_interrupt_at_any_point(executor: JupyterCodeExecutor) -> None:
+    before = signal.signal(signal.SIGALRM, lambda number, frame: executor.interrupt())
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.0005)
+    try:
+        result = executor.execute("while True: print('x' * 1000)", timeout=PATIENCE)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert result.status == "interrupted"
 
 
 def test_an_interrupt_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
