@@ -2667,7 +2667,7 @@ class KernelClient:
 
         Raises: KernelStartFailed.
         """
-        deadline = Deadline(self._control.start_timeout)
+        deadline, began = Deadline(self._control.start_timeout), time.monotonic()
         attempts = 3 if self._control.owned else 1  # ports may be taken between choosing and binding them
         while not self.ready:
             attempts -= 1
@@ -2680,6 +2680,7 @@ class KernelClient:
                     self.give_up()
                     raise
                 self.start()
+        logger.info("Kernel ready after %.2f s", time.monotonic() - began)
 
     def _greet(self, deadline: Deadline) -> None:
         # Ready = shell answers and iopub is proven live: the kernel welcomes the subscription to our unique
@@ -2819,6 +2820,7 @@ class KernelClient:
         if isinstance(item, KernelDied):
             self._drain(cell)
             self._death = execution.death = item
+            logger.info("Kernel died: %s", clean_text(item.sentence()))
         elif isinstance(item, Reconnected):
             if self._running:
                 execution.reconnected = True
@@ -2865,6 +2867,7 @@ class KernelClient:
         """Kill a kernel that ignores the interrupt and start it anew; its variables are lost."""
         execution = cell.execution
         execution.killed = cell.hooks.muted = True
+        logger.info("Kernel killed, since its code ignores the interrupt")
         self._control.kill(dump=True)
         deadline = Deadline(SHUTDOWN_GRACE)
         while not execution.death:
@@ -2899,6 +2902,7 @@ class KernelClient:
                 return
             cell.signalled = now
             self._nudges.add(nudge.msg_id)
+        logger.info("Kernel interrupted")
         if is_first:
             is_young = now - cell.begun < INTERRUPT_REPEAT
             threading.Thread(target=self._stop_again, args=(cell, is_young), daemon=True).start()
@@ -2913,8 +2917,8 @@ class KernelClient:
 
         Of a cell that runs for some time, and will not be killed, the clean-up is not disturbed.
         """
-        has_ended = cell.left.wait(INTERRUPT_GRACE / 2) or self._has_answered(cell)
-        if not has_ended and (is_young or cell.timed_out):
+        is_over = cell.left.wait(INTERRUPT_GRACE / 2) or self._has_answered(cell)
+        if not is_over and (is_young or cell.timed_out):
             self._stop_cell(cell, INTERRUPT_GRACE / 2)
 
     def _fence(self, execution: Execution) -> None:
@@ -2984,6 +2988,7 @@ class KernelClient:
         if not self._control.supervised:  # a server does this by itself
             self.shutdown()
         self.start()
+        logger.info("Kernel restarted")
 
     def close(self) -> None:
         """Disconnect."""
@@ -3383,7 +3388,7 @@ class KernelHost:
         self._unforkable: set[str] = set()  # interpreters that cannot have a fork server
         self.adopts = False  # the children of processes that end, as forked kernels need it
         self._context: Any = None
-        self._oom_kills = _cgroup_value(*_OOM_KILLS)
+        self._oom_kills: deque[int] = deque([0, 0], 2)  # in our control group, up to a moment ago and then
         self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
         self._pipe.outbox.waits_for_ever = True
 
@@ -3652,6 +3657,13 @@ class KernelHost:
             else:  # Popen.kill would collect the exit, which then nobody reports
                 _kill_all([kernel.pid])
 
+    def look_around(self, parent: int) -> None:
+        """End with the parent, of which a forked child may keep the pipe open; note what memory has cost by now."""
+        if os.getppid() != parent:
+            self.close()
+        self._oom_kills.append(_cgroup_value(*_OOM_KILLS))
+        self._loop.later(0.5, functools.partial(self.look_around, parent))
+
     def reap(self) -> None:
         """Collect the processes that have ended: kernels, and adopted children of them."""
         for server in self._kernels.values():  # the pid of a forked kernel must be known before its end
@@ -3675,8 +3687,7 @@ class KernelHost:
                 return
             event: Json = {"event": "exit", "kernel": kernel.name, "exit_code": kernel.exit_code}
             event |= {"preload_failed": preload_failed, "stderr": without_machinery(str(kernel.stderr or ""))}
-            oom_kills, self._oom_kills = self._oom_kills, _cgroup_value(*_OOM_KILLS)
-            event["out_of_memory"] = self._oom_kills > oom_kills
+            event["out_of_memory"] = _cgroup_value(*_OOM_KILLS) > self._oom_kills[0]
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
             self._pipe.send([b"", dump_json(event)], kernel.name)
 
@@ -3974,17 +3985,10 @@ def host_main(program: bytes) -> None:
         # Adopt the daemons that kernels start, and forked kernels, to reap them.
         host.adopts = _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         _prctl(_PR_SET_DUMPABLE, 0)  # code in a kernel can neither trace this process nor open its descriptors
-    _watch_parent(loop, host, os.getppid())
+    host.look_around(os.getppid())
     show_as("jupyter_exec: kernel host")
     loop.run()
     shutil.rmtree(directory, ignore_errors=True)
-
-
-def _watch_parent(loop: Loop, host: KernelHost, parent: int) -> None:
-    """End the host with its parent: a forked child of that may keep the pipe open."""
-    if os.getppid() != parent:
-        host.close()
-    loop.later(0.5, functools.partial(_watch_parent, loop, host, parent))
 
 
 # ======================================================================================================
@@ -4689,7 +4693,8 @@ def _death_of(event: Json) -> KernelDied:
     limit, cause = event.get("memory_limit"), ""
     if event.get("out_of_memory") and code == -9:
         has_limit = isinstance(limit, int) and 0 < limit < 2**50  # cgroup v1 says "unlimited" by a huge number
-        cause = f"out of memory (limit {limit // 2**20} MB)" if has_limit and limit else "out of memory"
+        cause = f"out of memory (limit {limit // 2**20} MB" if has_limit and limit else "out of memory"
+        cause += ", in which what is written to memory counts)" * bool(has_limit and limit)
     elif event.get("preload_failed"):
         cause = f"the fork server ended at its preload ({describe_exit(code)})"
     return KernelDied(cause, code, _text(event.get("stderr")))
@@ -4854,7 +4859,7 @@ class HostedKernelControl(KernelControl):
         self._link.close("the kernel host did not answer 'kill' in time")
 
     def files(self) -> AskFar:
-        ask = self._server.link().ask
+        ask = ((self._server.forgets and self._link) or self._server.link()).ask
         return lambda order, data, then: ask("file", then, data, **order)
 
 
@@ -4882,6 +4887,7 @@ class HostServer(Server):
         """Stands for a token that is made up; AutoGen's default."""
 
     relays = True  # messages through the pipe, not straight over ZeroMQ
+    forgets = False  # its files end with its host: another one does not have them
     own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
     directory = ""  # of the connection files, if they are on this machine
     _link: HostLink | None = None
@@ -5326,6 +5332,7 @@ class DockerJupyterServer(HostServer):
     SandboxError.
     """
 
+    forgets = True
     DEFAULT_DOCKERFILE: ClassVar[str] = """\
 # The image of jupyter_exec.DockerJupyterServer. Target "kernel": Python with ipykernel, enough for the direct way.
 ARG BASE_IMAGE=python:3.13-slim
@@ -5466,7 +5473,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         here = client.api.base_url.startswith("http+docker://")  # a socket of this machine
         if here and self._bind_dir and not os.path.isdir(self._bind_dir):
             client.close()
-            raise SandboxError(f"bind_dir {self._bind_dir} does not exist")  # the engine would make it, for root
+            raise SandboxError(f"bind_dir {self._bind_dir} is no directory")  # the engine would make it, for root
         self._client = client
         return client
 
@@ -5524,29 +5531,20 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     def _create(self, client: Any, command: list[str] | None) -> Any:
         image = self._image(client)
-        options = self._options(client, image.attrs.get("Config") or {}, command)
+        options = self._options(client, image, command)
         if command is None:
             options["environment"]["TOKEN"] = self._token
         elif not self._bind_dir and not self._has_work_dir(client, image):  # the engine would make it, owned by root
-            options.setdefault("tmpfs", {}).setdefault(self._work_dir, _tmpfs(client, options["user"]))
+            options.setdefault("tmpfs", {}).setdefault(self._work_dir, _tmpfs(client, image, options["user"]))
         return client.containers.create(image.id, **options)
 
     def _has_work_dir(self, client: Any, image: Any) -> bool:
-        import docker.errors
+        is_own = (image.attrs.get("Config") or {}).get("WorkingDir") == self._work_dir
+        return is_own or _in_image(client, image, self._work_dir) is not None
 
-        if (image.attrs.get("Config") or {}).get("WorkingDir") == self._work_dir:
-            return True
-        probe = client.containers.create(image.id, ["never", "started"])
-        try:
-            probe.get_archive(self._work_dir)[0].close()
-            return True
-        except docker.errors.NotFound:
-            return False
-        finally:
-            probe.remove()
-
-    def _options(self, client: Any, config: Json, command: list[str] | None) -> Json:
+    def _options(self, client: Any, image: Any, command: list[str] | None) -> Json:
         """Return the arguments of containers.create: ours, merged with those of the user; no command: for a gateway."""
+        config = image.attrs.get("Config") or {}
         options: Json = {
             "name": self._container_name or f"jupyter-exec-{os.urandom(8).hex()}",
             "network_mode": self.network,
@@ -5578,7 +5576,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if self._docker_kwargs.get("read_only"):
             home = dict(entry.partition("=")[::2] for entry in config.get("Env") or []).get("HOME")
             places = ["/tmp", *([home] if home else []), *([] if self._bind_dir else [self._work_dir])]
-            options["tmpfs"] = dict.fromkeys(places, _tmpfs(client, options["user"]))
+            options["tmpfs"] = dict.fromkeys(places, _tmpfs(client, image, options["user"]))
         for name, value in self._docker_kwargs.items():
             options[name] = _merged(name, options.get(name), value)
         return options
@@ -5622,6 +5620,31 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             stream.close()
             stream.forget_end()
         self._client.close()
+
+
+def _in_image(client: Any, image: Any, path: str) -> bytes | None:
+    """Return the start of a file or directory of an image as a tar archive; None if there is no such thing."""
+    import docker.errors
+
+    probe = client.containers.create(image.id, ["never", "started"])
+    try:
+        pieces = probe.get_archive(path)[0]
+        with contextlib.closing(pieces):
+            return bytes(next(pieces, b""))
+    except docker.errors.NotFound:
+        return None
+    finally:
+        probe.remove()
+
+
+def _numbers_of(client: Any, image: Any, user: str) -> str:
+    """Return uid:gid of a user whom an image knows by name: a temporary file system has to be made for numbers."""
+    name, _, group = user.partition(":")
+    if name.isdigit():
+        return user
+    known = _in_image(client, image, "/etc/passwd") or b""
+    found = re.search(rf"(?m)^{re.escape(name)}:[^:\n]*:(\d+):(\d+):", known.decode("utf-8", "replace"))
+    return f"{found[1]}:{group if group.isdigit() else found[2]}" if found else user
 
 
 def _remove_quietly(container: Any, owner: int) -> None:
@@ -5696,10 +5719,10 @@ def _engine_errors(image: str = "") -> Iterator[None]:
         raise SandboxError(reason, image) from None
 
 
-def _tmpfs(client: Any, user: object) -> str:
+def _tmpfs(client: Any, image: Any, user: object) -> str:
     # Docker's default is noexec, with which compiled wheels cannot be imported. Podman refuses an owner, and keeps the
     # mode; Docker has that of a directory which is there already.
-    uid, _, gid = str(user).partition(":")
+    uid, _, gid = _numbers_of(client, image, str(user)).partition(":")
     podman = any("Podman" in part.get("Name", "") for part in client.version().get("Components") or ())
     owner = f",uid={uid},gid={gid or uid}" if uid.isdigit() and not podman else ""
     return f"exec,size=512m,mode=1777{owner}"
@@ -6901,7 +6924,7 @@ The kernel keeps its state: variables, imports and functions of earlier blocks a
 blocks, one step at a time, and never repeat what has already run. After an error only the failing block has to be
 corrected and run again. The value of a block's last expression is shown, and so is what it prints.
 Plots and other pictures come back as paths of files: call plt.show(). {INSTALL}
-Shell commands go into a block that starts with ```bash. The code cannot ask for input.
+Shell commands go into a block that starts with ```sh. The code cannot ask for input.
 If the reply says that all variables are lost, the kernel is fresh: run again what you need.
 """
 TOOLS_MESSAGE = """\
@@ -7324,6 +7347,8 @@ class JupyterCodeExecutor(Stoppable):
             raise ValueError("Timeout must be greater than or equal to 1. It is in seconds; math.inf is no limit.")
         if on_timeout not in ("interrupt", "detach"):
             raise ValueError(f'on_timeout must be "interrupt" or "detach", not {on_timeout!r}.')
+        if any(map(inspect.iscoroutinefunction, (on_output, on_input))):
+            raise ValueError("Hooks must be plain functions; AsyncJupyterCodeExecutor takes coroutine functions, too.")
         self._output_dir = Path(output_dir)
         self._folder = Folder(self._output_dir)
         self._timeout = timeout
@@ -7673,6 +7698,13 @@ class JupyterCodeExecutor(Stoppable):
         except JupyterExecError as error:
             raise VariableError(name, str(error)) from error
 
+    @property
+    def _notebook_metadata(self) -> Json:
+        """The metadata of a notebook that was run here: kernelspec and, once the kernel is ready, language_info."""
+        spec = {"name": self._kernel_name, "display_name": self._kernel_name, "language": self._kernel.language}
+        info = self._kernel.kernel_info.get("language_info")
+        return {"kernelspec": spec} | ({"language_info": info} if self._kernel.language else {})
+
     def save_notebook(self, path: AnyPath) -> None:
         """Write the session so far as a notebook: each cell with its outputs, failed and timed-out ones too.
 
@@ -7682,9 +7714,7 @@ class JupyterCodeExecutor(Stoppable):
         """
         with contextlib.suppress(JupyterExecError), self._turns.turn():
             pass
-        metadata: Json = {"kernelspec": {"name": self._kernel_name, "display_name": self._kernel_name}}
-        if self._kernel.language:
-            metadata["language_info"] = {"name": self._kernel.language}
+        metadata = self._notebook_metadata
         path = Path(path).absolute()
         if path.parent == Path("/dev"):  # not to be replaced
             with open(path, "wb") as file:
@@ -7740,7 +7770,10 @@ class AsyncJob:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self.interrupt = job.interrupt
+
+    def interrupt(self) -> None:
+        """As of a Job."""
+        self._job.interrupt()
 
     @property
     def done(self) -> bool:
@@ -7771,7 +7804,7 @@ class AsyncJupyterCodeExecutor(Single):
     as a code executor of autogen-agentchat 0.4 and newer, and as a CodeEnvironment of AG2 1.x.
     """
 
-    supported_languages = ("python", "bash")
+    supported_languages = ("python", "bash", "sh", "shell")
 
     def __init__(
         self,
@@ -7859,9 +7892,14 @@ class AsyncJupyterCodeExecutor(Single):
             await job.until(job.answered.is_set)
         except asyncio.CancelledError:
             job.interrupt()
+            deadline = Deadline(INTERRUPT_GRACE)
             while not (job.done or job.detached):
                 if self._pending:
                     self._pending.cancel()
+                if deadline.expired:  # nobody waits for this code any more, and it has the kernel
+                    deadline = Deadline(None)
+                    logger.warning("The code of a call that was cancelled ignored the interrupt: its kernel is killed")
+                    threading.Thread(target=executor._kernel.abort, daemon=True).start()
                 with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
                     await job.until(job.ended.is_set, 0.05)
             raise
@@ -7874,7 +7912,7 @@ class AsyncJupyterCodeExecutor(Single):
 
     def _call_hook(self, hook: AsyncHook, *arguments: Any) -> Any:
         import asyncio
-        from concurrent.futures import wait
+        from concurrent.futures import CancelledError, wait
 
         self._in_hook.set(True)  # for what follows in this thread, and what it has the loop do
         answer, loop = hook(*arguments), self._loop
@@ -7886,6 +7924,8 @@ class AsyncJupyterCodeExecutor(Single):
                 if loop.is_closed():
                     break
             return future.result(0)
+        except CancelledError:  # with the call, so that nobody wants the answer
+            return None
         finally:
             self._pending = None
             if loop.is_closed():
@@ -8081,6 +8121,12 @@ class Step:
     def is_code(self) -> bool:
         return self.cell.get("cell_type") == "code"
 
+    @property
+    def shown(self) -> Json:
+        """The cell as it stands in a notebook."""
+        shell = _SHELLS.get(self.language.lower())
+        return self.cell | ({"source": f"%%{shell}\n{self.cell['source']}"} if shell else {})
+
     def has_tag(self, tag: str) -> bool:
         """Whether the cell's metadata have one of Jupyter's tags, such as "raises-exception"."""
         tags = self.cell["metadata"].get("tags")
@@ -8095,7 +8141,8 @@ class Step:
             for name, at in times.items()
         }
         self.count = result.execution_count
-        self.cell |= {"outputs": notebook_outputs(result.outputs, result.note), "execution_count": self.count}
+        note = result.note if result.status != "interrupted" else ""  # the KeyboardInterrupt says enough
+        self.cell |= {"outputs": notebook_outputs(result.outputs, note), "execution_count": self.count}
 
 
 class Document:
@@ -8138,9 +8185,18 @@ class Document:
             lines.append(f"{name} = {_literal(value)}")
         self.steps.insert(at, self.new_step("\n".join(lines), ["injected-parameters"]))
 
-    def save(self, path: Path) -> None:
-        """Write the notebook. Raises: OSError; ValueError if its directory does not exist."""
-        text = json.dumps(self._body | {"cells": [step.cell for step in self.steps]}, indent=1, ensure_ascii=False)
+    def number(self, step: Step) -> int:
+        """Return which cell of the file a step is; those that were set here by -p do not count."""
+        return [other for other in self.steps if not other.has_tag("injected-parameters")].index(step) + 1
+
+    def save(self, path: Path, metadata: Json) -> None:
+        """Write the notebook, with the kernel's metadata where it has none.
+
+        Raises: OSError; ValueError if its directory does not exist.
+        """
+        own = self._body["metadata"]
+        body = self._body | {"metadata": metadata | own if isinstance(own, dict) else metadata}
+        text = json.dumps(body | {"cells": [step.shown for step in self.steps]}, indent=1, ensure_ascii=False)
         with Folder(path.parent).replace(path.name) as file:
             file.write(text.encode("utf-8", "replace") + b"\n")
 
@@ -8154,9 +8210,13 @@ class Document:
                     step, line = other, int(number)
         source = step.cell["source"]
         line += source[: len(source) - len(source.lstrip())].count("\n")  # IPython takes empty first lines away
+        if noted := re.search(r"it was at line (\d{1,9}): ", result.note):
+            line = int(noted[1])
         if step.line:
             return f"{self.name}:{step.line + line - 1}"
-        return f"{self.name}, cell {code.index(step) + 1}, line {line}"
+        if step.has_tag("injected-parameters"):
+            return f"{self.name}, -p, line {line}"
+        return f"{self.name}, cell {self.number(step)}, line {line}"
 
 
 def _literal(text: str) -> str:
@@ -8307,12 +8367,25 @@ class LivePrinter:
         self._number += 1
 
     def end(self, step: Step, result: ExecutionResult, place: str) -> None:
-        if result.status not in ("ok", "exited"):
-            error = result.error
-            failed = f"{error['ename']}: {error['evalue']}" if error else f"exit status {result.exit_code}"
-            self._line(f"jupyter-exec: {place}: {result.note or failed}", sys.stderr)
+        if result.status not in ("ok", "exited", "expected"):
+            failed = result.note or f"the script ended with exit status {result.exit_code}"
+            if error := result.error if not result.note else None:
+                # What IPython says of a syntax error names a file of its own.
+                failed = f"{error['ename']}: " + re.sub(r" \(\d+\.py, line \d+\)\Z", "", error["evalue"])
+            # The place says which line; and what is kept ends with the run.
+            failed = re.sub(r"; variables are kept|(?<=it was at) line \d+", "", failed)
+            self._line(f"jupyter-exec: {place}: {failed}", sys.stderr)
         elif result.note and result.status == "ok":
             self._line(f"jupyter-exec: {result.note}", sys.stderr)
+
+    def ask(self, prompt: str, password: bool) -> str:
+        """Answer input() in the code, at a terminal or from our stdin; no progress is shown meanwhile."""
+        with self._lock:
+            self._line_open = True
+        try:
+            return _ask(prompt, password)
+        finally:
+            self._line_open = False
 
     def close(self, *trouble: object) -> None:
         self._ended.set()
@@ -8324,10 +8397,12 @@ class LivePrinter:
             self._write(sys.stdout if output["name"] == "stdout" else sys.stderr, output["text"])
         elif (exited := exit_of(output)) is not None:
             self._line(exited[1], sys.stderr)
-        elif kind == "error":
+        elif kind == "error" and (
+            output["traceback"] or output["ename"] != "CalledProcessError"
+        ):  # `end` tells of that
             in_colours = sys.stderr.isatty() and output["traceback"]
             self._line("\n".join(output["traceback"]) if in_colours else render([output], "", no_file), sys.stderr)
-        elif kind != "clear_output":
+        elif "data" in output:
             save = self._files.save if self._files and kind != "update_display_data" else no_file
             self._line(render([output], "", save), sys.stdout)
 
@@ -8353,7 +8428,9 @@ class JsonPrinter:
 
     trouble: OSError | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, language: str) -> None:
+        """`language`: the kernel's."""
+        self._language = language
         self._blocks: list[Json] = []
         self._end = {"exit_code": 0, "kernel_state": "intact"}
         self.status = 0  # of the command
@@ -8362,11 +8439,17 @@ class JsonPrinter:
         self._files = files
 
     def end(self, step: Step, result: ExecutionResult, place: str) -> None:
-        text = render(result.outputs, result.note, self._files.save)
-        block = {"source": step.cell["source"], "language": step.language, "status": result.status}
+        error, text = result.error, render(result.outputs, result.note, self._files.save)
+        block = {"source": step.cell["source"], "language": step.language or self._language, "status": result.status}
         block |= {"exit_code": result.exit_code, "duration": round(result.duration, 3)}
+        block |= {"place": place, "error": error and {name: error[name] for name in ("ename", "evalue", "traceback")}}
         self._blocks.append(block | {"output": text, "output_files": self._files.paths})
-        self._end = {"exit_code": self._end["exit_code"] or result.exit_code, "kernel_state": result.kernel_state}
+        failed = result.exit_code if result.status != "expected" else 0
+        self._end = {"exit_code": self._end["exit_code"] or failed, "kernel_state": result.kernel_state}
+
+    def ask(self, prompt: str, password: bool) -> str:
+        """Answer input() in the code."""
+        return _ask("", password)
 
     def close(self, kind: type[BaseException] | None, *trouble: object) -> None:
         status = self.status if kind is None else 130 if kind is KeyboardInterrupt else 2
@@ -8402,7 +8485,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("-c", dest="code", metavar="CODE", help="run this code")
     run.add_argument("--kernel", metavar="NAME", help="kernel name (default: the notebook's own, else python3)")
     run.add_argument(
-        "--timeout", type=float, default=math.inf, metavar="S", help="seconds for one cell (default: none)"
+        "--timeout", type=float, default=math.inf, metavar="S", help="seconds for one cell, at least 1 (default: none)"
     )
     run.add_argument("--keep-going", action="store_true", help="run the next cell after one that failed")
     run.add_argument(
@@ -8422,7 +8505,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--unlabelled", action="store_true", help="run blocks of a .md file that name no language, too")
     run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
     run.add_argument(
-        "--put", action="append", default=[], metavar="FILE", help="bring it to the kernel first; may be repeated"
+        "--put",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="bring it into the kernel's directory first; may be repeated",
     )
     run.add_argument(
         "--get", action="append", default=[], metavar="PATH", help="bring it to DIR at the end; may be repeated"
@@ -8496,7 +8583,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     at = words.index("--") if "--" in words else len(words)
-    options = _parser().parse_args(words[:at])
+    options, unknown = (parser := _parser()).parse_known_args(words[:at])
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (arguments of a script stand behind --)")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is not to vanish
             stream.reconfigure(errors="backslashreplace")
@@ -8512,6 +8601,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(options, words[at + 1 :])
         return _serve_mcp(options) if options.command == "mcp" else _list_kernels(options)
     except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            put(sys.stderr, "jupyter-exec: interrupted")
         return 130
     except BrokenPipeError:  # the reader of our stdout has left
         return 141
@@ -8547,13 +8638,13 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     with _server_of(options) as server, contextlib.ExitStack() as stack:
         specs = server.kernelspecs()
         language = str(specs.get(kernel_among(kernel_name, specs) or "", {}).get("language") or "python")
-        steps = list(_runnable(document.steps, kernel_name, language))
+        steps = list(_runnable(document, kernel_name, language))
         if not steps:
             raise ValueError(f"There is no code to run in {document.name}.")
         speaks_python = language.lower() == "python"
         if not speaks_python and (arguments or options.parameters):
             raise ValueError(f"Arguments and parameters are for Python, and the kernel speaks {language}.")
-        printer = JsonPrinter() if options.json else LivePrinter(len(steps))
+        printer = JsonPrinter(language) if options.json else LivePrinter(len(steps))
         stack.push(printer.close)
         executor = JupyterCodeExecutor(
             server,
@@ -8561,11 +8652,16 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             options.timeout,
             options.output_dir,
             on_output=printer if isinstance(printer, LivePrinter) else None,
-            on_input=_ask if sys.stdin and sys.stdin.isatty() and options.file != "-" else None,
+            on_input=printer.ask if sys.stdin and options.file != "-" else None,
             startup=_startup(options, arguments) if speaks_python else "",
         )
         stack.enter_context(executor)
         for source in options.put:
+            target = Path(options.cwd or "", os.path.basename(os.path.abspath(source)))
+            if options.docker is None and options.server is None and target.exists():
+                if target.samefile(source):
+                    continue
+                raise ValueError(f"--put {source} would take the place of {target.absolute()}, which is there already.")
             executor.upload(source)
         status = _run_steps(executor, document, steps, printer, options)
         for path, name in zip(options.get, names, strict=True):
@@ -8578,14 +8674,14 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         return status
 
 
-def _runnable(steps: Iterable[Step], kernel_name: str, language: str) -> Iterator[Step]:
+def _runnable(document: Document, kernel_name: str, language: str) -> Iterator[Step]:
     """Yield the cells that such a kernel can run; of a text, the others are there to be read."""
-    for step in steps:
+    for step in document.steps:
         if step.is_code and step.cell["source"].strip() and not step.has_tag("skip-execution"):
             try:
                 cell_of(CodeBlock(step.cell["source"], step.language), kernel_name, language)
             except ValueError:
-                put(sys.stderr, f"jupyter-exec: skipped a block of {step.language}")
+                put(sys.stderr, f"jupyter-exec: {document.name}:{step.line}: skipped a block of {step.language}")
             else:
                 yield step
 
@@ -8607,7 +8703,7 @@ def _startup(options: argparse.Namespace, arguments: list[str]) -> str:
 
 
 def _ask(prompt: str, password: bool) -> str:
-    if password:
+    if password and sys.stdin.isatty():
         import getpass
 
         return getpass.getpass(prompt)
@@ -8627,17 +8723,24 @@ def _run_steps(
     def keep(step: Step, result: ExecutionResult) -> None:
         step.record(result)
         if options.notebook:
-            document.save(Path(options.notebook))
+            document.save(Path(options.notebook), executor._notebook_metadata)
+        kept.append(result)
 
     for number, step in enumerate(steps, 1):
-        printer.begin(CellFiles(folder, f"{stem}-{number}", options.html))
+        kept: list[ExecutionResult] = []
+        name = number if step.line else "p" if step.has_tag("injected-parameters") else document.number(step)
+        printer.begin(CellFiles(folder, f"{stem}-{name}", options.html))
         block = CodeBlock(step.cell["source"], step.language)
         try:
             result = executor.execute_block(block, on_result=functools.partial(keep, step))
         except KeyboardInterrupt:
+            if kept and not printer.trouble:
+                printer.end(step, kept[0], document.place(step, kept[0]))
             raise printer.trouble or KeyboardInterrupt from None
         place = document.place(step, result)
-        if (exited := exit_of(result.error)) and not step.has_tag("raises-exception"):
+        if step.has_tag("raises-exception"):
+            result.status = "expected" if result.status == "error" else result.status
+        elif exited := exit_of(result.error):
             result.outputs.remove(result.error or {})
             result.status, (result.exit_code, result.note) = "exited", exited
         printer.end(step, result, place)
@@ -8645,7 +8748,7 @@ def _run_steps(
             if left := len(steps) - number:
                 put(sys.stderr, f"jupyter-exec: {place}: the code has ended the run here; not run: {left} cells")
             return status or result.exit_code
-        if result.status != "ok" and not step.has_tag("raises-exception"):
+        if result.status not in ("ok", "expected"):
             had_no_kernel = result.status == "died" and result.death is None
             status = status or (2 if had_no_kernel else result.exit_code)
             if had_no_kernel or not options.keep_going:
@@ -8696,22 +8799,6 @@ def _mcp_result(result: ExecutionResult) -> list[Json]:
     return result.to_messages("mcp", max_chars=MCP_OUTPUT) or _mcp_text("The code has ended well, without output.")
 
 
-async def _mcp_answer(job: Job, seconds: float) -> list[Json]:
-    """Return what code has shown, or that it still runs. Who cancels this interrupts the code."""
-    import asyncio
-
-    try:
-        await job.until(job.ended.is_set, seconds)
-    except asyncio.CancelledError:
-        job.interrupt()
-        raise
-    if job.done:
-        return _mcp_result(job.wait(0))
-    end = job.output[-MCP_OUTPUT // 10 :]
-    says = f"The last of its output so far:\n{end}" if end else "It has shown nothing so far."
-    return _mcp_text(f"The code is still running: call wait for the rest, or interrupt. {says}")
-
-
 async def _soon(awaitable: Awaitable[_T]) -> _T:
     """Wait for something. Raises: ValueError if it takes too long."""
     import asyncio
@@ -8730,6 +8817,7 @@ class McpTools:
         self._server = server
         self._executors: dict[str, AsyncJupyterCodeExecutor] = {}
         self._jobs: dict[str, Job] = {}  # the latest of each session
+        self._untold: set[Job] = set()  # of which only "still running" was said
 
     def _executor(self, session: str) -> AsyncJupyterCodeExecutor:
         if session not in self._executors:
@@ -8761,26 +8849,46 @@ class McpTools:
                 advice = "Wait for that, interrupt it, or use another session."
                 raise ValueError(f"Session {session!r} still runs earlier code, so this code was not run. {advice}")
             await job.until(job.ended.is_set, deadline.remaining)
+        earlier = _mcp_text("The earlier code of this session has ended:") if job in self._untold else []
+        if job and earlier:
+            earlier += await self._answer(job, 0) + _mcp_text("The code of this call:")
         call = BlockCall(code, math.inf if timeout is None else timeout)
         call.language = language
         self._jobs[session] = job = Job(executor, call, patient=True)
-        return await _mcp_answer(job, deadline.within(MCP_PATIENCE))
+        return earlier + await self._answer(job, deadline.within(MCP_PATIENCE))
+
+    async def _answer(self, job: Job, seconds: float) -> list[Json]:
+        """Return what code has shown, or that it still runs. Who cancels this interrupts the code."""
+        import asyncio
+
+        try:
+            await job.until(job.ended.is_set, seconds)
+        except asyncio.CancelledError:
+            job.interrupt()
+            raise
+        if job.done:
+            self._untold.discard(job)
+            return _mcp_result(job.wait(0))
+        self._untold.add(job)
+        end = job.output[-MCP_OUTPUT // 10 :]
+        says = f"The last of its output so far:\n{end}" if end else "It has shown nothing so far."
+        return _mcp_text(f"The code is still running: call wait for the rest, or interrupt. {says}")
 
     async def wait(self, session: str = "default", seconds: float = 45) -> list[Json]:
         """Wait for the latest code of a session, 45 seconds at most, and return all that run_code would have returned.
 
         If the code takes longer, this says so, and you may call it again.
         """
-        return await _mcp_answer(self._job(session), max(0, min(seconds, MCP_PATIENCE)))
+        return await self._answer(self._job(session), max(0, min(seconds, MCP_PATIENCE)))
 
     async def interrupt(self, session: str = "default") -> list[Json]:
         """Interrupt the code that runs in a session, and return what it has shown; variables are kept."""
         self._job(session).interrupt()
-        return await _mcp_answer(self._job(session), MCP_PATIENCE)
+        return await self._answer(self._job(session), MCP_PATIENCE)
 
     async def restart(self, session: str = "default") -> list[Json]:
         """Give a session a fresh kernel: its code is ended, all its variables are lost, files stay."""
-        self._jobs.pop(session, None)
+        self._untold -= {self._jobs.pop(session, None)}
         await _soon(self._executor(session).restart())
         return _mcp_text(f"Session {session!r} has a fresh kernel; all its variables are lost.")
 

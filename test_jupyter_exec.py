@@ -2178,6 +2178,15 @@ def test_the_grace_may_begin_in_another_thread_while_this_one_looks(monkeypatch:
     assert (result.status, result.kernel_state) == ("timeout", "intact")
 
 
+def test_coroutine_functions_are_no_hooks_of_the_sync_executor(server: LocalJupyterServer) -> None:
+    async def hook(*arguments: Any) -> Any: ...
+
+    for name in ("on_output", "on_input"):
+        options: Any = {name: hook}
+        with pytest.raises(ValueError, match="AsyncJupyterCodeExecutor takes coroutine functions"):
+            JupyterCodeExecutor(server, **options)
+
+
 def test_the_handler_of_a_signal_may_interrupt_at_any_point(executor: JupyterCodeExecutor) -> None:
     before = signal.signal(signal.SIGALRM, lambda number, frame: executor.interrupt())
     signal.setitimer(signal.ITIMER_REAL, 0.2, 0.0005)
@@ -3300,7 +3309,12 @@ def test_processes_have_names_and_the_log_tells_of_their_life(containers: Any, c
         (container,) = containers()
         names = {process[-1] for process in container.top()["Processes"]}
         assert names == {f"jupyter_exec: {name}" for name in ("kernel host", "fork server", "kernel k1.1")}
-    for event in (f"Container {container.name} started: {container.id}", "Kernel host started: ", "Server stopped"):
+        executor.execute("import time; time.sleep(60)", timeout=0.5)
+        executor.restart()
+        run(executor, "import os; os._exit(3)")
+    life = f"Container {container.name} started: {container.id}", "Kernel host started: ", "Kernel ready after"
+    ends = "Kernel died: it ended by itself with exit code 3", "Server stopped"
+    for event in (*life, "Kernel interrupted", "Kernel restarted", *ends):
         assert event in caplog.text
     assert "secret" not in caplog.text and "output" not in caplog.text
 
@@ -3366,6 +3380,17 @@ def test_docker_timeout_and_death(boxed: JupyterCodeExecutor, monkeypatch: Monke
     assert boxed.execute(DEAF, timeout=0.5).note.endswith(f"all variables are lost; {place}")
 
 
+@cases("options", {}, {"read_only": True})
+def test_a_user_whom_the_image_knows_by_name_may_write(image: Callable[[str], str], options: dict[str, Any]) -> None:
+    own = image("FROM BUNDLED\nUSER root\nWORKDIR /\nRUN useradd --uid 4321 ann && rmdir /workspace\nUSER ann")
+    with docker_server(custom_image_name=own, **options) as server, JupyterCodeExecutor(server) as executor:
+        executor.upload(b"x", "file")
+        assert (
+            run(executor, "import os; os.getcwd(), open('file').read(), os.getuid()").output
+            == "('/workspace', 'x', 4321)"
+        )
+
+
 @pytest.mark.slow
 def test_out_of_memory_is_reported_with_the_limit(containers: Any) -> None:
     with docker_server(mem_limit="300m", memswap_limit="300m") as server, JupyterCodeExecutor(server) as executor:
@@ -3373,9 +3398,13 @@ def test_out_of_memory_is_reported_with_the_limit(containers: Any) -> None:
             run(bystander, "y = 7")
             result = run(executor, "x = bytearray(10**9)")
             assert (result.exit_code, result.kernel_state) == (137, "lost")
-            assert "out of memory (limit 300 MB)" in result.output
+            assert "out of memory (limit 300 MB" in result.output
             assert run(executor, "1").output == "1"
             assert run(bystander, "y").output == "7"
+            # A child that was killed for it some time ago is not why the kernel dies.
+            child = "import os, subprocess, sys, time\nsubprocess.run([sys.executable, '-c', 'x = bytearray(10**9)'])\n"
+            result = run(bystander, f"{child}time.sleep(1.5); os.kill(os.getpid(), 9)")
+            assert "killed by signal 9, SIGKILL" in result.output and "memory" not in result.output
 
 
 @pytest.mark.slow
@@ -5964,6 +5993,18 @@ def test_a_directory_of_too_many_entries_is_an_error(request: Any, monkeypatch: 
             executor.list_files()
 
 
+def test_files_of_a_container_that_is_gone_are_missed(containers: Any) -> None:
+    with docker_server() as server, JupyterCodeExecutor(server) as executor:
+        executor.execute("1")
+        executor.upload(b"x", "f")
+        containers()[0].kill()
+        with pytest.raises(FileTransferError, match="The kernel host is gone"):
+            executor.download("f")
+        assert run(executor, "1").kernel_state == "lost"
+        run(executor, "1")
+        assert [file for file in executor.list_files() if file.name == "f"] == []
+
+
 def test_files_reach_a_new_host_after_the_loss_of_one(request: FixtureRequest) -> None:
     with executor_at(request, "local") as executor:
         kill_host(executor)
@@ -7261,7 +7302,9 @@ async def test_a_stream_gives_outputs_as_they_come_and_last_the_result(server: L
 
 @cases("code", FOR_EVER, "while True: display(1)")
 @on_a_loop
-async def test_leaving_a_stream_interrupts_the_cell(server: LocalJupyterServer, code: str) -> None:
+async def test_leaving_a_stream_interrupts_the_cell(
+    server: LocalJupyterServer, code: str, caplog: LogCaptureFixture
+) -> None:
     async with AsyncJupyterCodeExecutor(server) as executor:
         await executor.execute("x = 5")
         async with contextlib.aclosing(executor.stream(code)) as outputs:
@@ -7270,6 +7313,22 @@ async def test_leaving_a_stream_interrupts_the_cell(server: LocalJupyterServer, 
         async for _ in executor.stream(code):  # collected at once, and closed soon
             break
         assert (await executor.execute("x")).text == "5"
+    assert not caplog.records
+
+
+@on_a_loop
+async def test_code_that_ignores_the_end_of_its_call_loses_its_kernel(
+    server: LocalJupyterServer, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
+    code = "import time\nprint('go')\nwhile True:\n  try: time.sleep(60)\n  except KeyboardInterrupt: pass"
+    async with AsyncJupyterCodeExecutor(server, timeout=PATIENCE) as executor:
+        await executor.execute("x = 5")
+        async with contextlib.aclosing(executor.stream(code)) as outputs:
+            async for _ in outputs:
+                break
+        assert "ignored the interrupt: its kernel is killed" in caplog.text
+        assert (await executor.execute("'x' in dir()")).text == "False"
 
 
 @on_a_loop
@@ -8617,7 +8676,7 @@ def test_run_markdown_with_a_plot(tmp_path: Path) -> None:
     (picture,) = tmp_path.glob("*.png")
     assert picture.name == "a-4-1.png"
     assert (result.stdout, result.returncode) == (f"21\n3\nImage data saved to {picture}\n", 0)
-    assert result.stderr == "jupyter-exec: skipped a block of text\n"
+    assert result.stderr == f"jupyter-exec: {tmp_path}/a.md:6: skipped a block of text\n"
 
 
 def notebook_file(path: Path, *cells: Any, **metadata: Any) -> Path:
@@ -8836,6 +8895,48 @@ def test_a_terminal_answers_input_and_shows_tracebacks_in_colours() -> None:
     seen, status = on_a_terminal("run", "-c", "print(input('name? ') * 2)\n1/0", types="ab\n")
     assert (status, "abab" in seen, "name? " in seen) == (1, True, True)
     assert "\x1b[31mZeroDivisionError\x1b[39m" in seen.replace("\x1b[0;31m", "\x1b[31m").replace("\x1b[0m", "\x1b[39m")
+
+
+def test_input_is_read_from_what_is_piped_in() -> None:
+    done = cli("run", "-c", "print(input('name? ') * 2)", input="ab\n")
+    assert (done.stdout, done.returncode) == ("name? abab\n", 0)
+    assert "EOFError" in cli("run", "-c", "input()", stdin=subprocess.DEVNULL).stderr
+
+
+def test_what_the_command_line_says_of_ends(tmp_path: Path) -> None:
+    tagged = v4.new_code_cell("1/0", metadata={"tags": ["raises-exception"]})
+    notebook_file(tmp_path / "a.ipynb", v4.new_markdown_cell("# A"), tagged, "2/0")
+    ran = cli("run", "a.ipynb", "-p", "x", "1", cwd=tmp_path)
+    assert [line for line in ran.stderr.splitlines() if ": a.ipynb, cell" in line] == [
+        "jupyter-exec: a.ipynb, cell 3, line 1: ZeroDivisionError: division by zero"
+    ]
+    cells = json.loads(cli("run", "a.ipynb", "--json", cwd=tmp_path).stdout)["blocks"]
+    assert [(cell["status"], cell["place"][-14:], cell["error"]["ename"], cell["language"]) for cell in cells] == [
+        ("expected", "cell 2, line 1", "ZeroDivisionError", "python"),
+        ("error", "cell 3, line 1", "ZeroDivisionError", "python"),
+    ]
+    (tmp_path / "a.md").write_text("# A\n```python\nx = 1\nx = (\n```\n```sh\nexit 7\n```\n")
+    ran = cli("run", "a.md", "--keep-going", "--notebook", "b.ipynb", cwd=tmp_path)
+    assert ran.stderr.splitlines()[-1] == "jupyter-exec: a.md:7: the script ended with exit status 7"
+    assert "CalledProcessError" not in ran.stderr and "jupyter-exec: a.md:4: " in ran.stderr
+    notebook = read_notebook(tmp_path / "b.ipynb", as_version=4)
+    assert notebook.cells[1].source == "%%sh\nexit 7"
+    assert notebook.metadata.language_info.file_extension == ".py"
+    ran = cli("run", "-c", "\nimport time\ntime.sleep(60)", "--timeout", "1")
+    says = "jupyter-exec: code:3: Timeout: interrupted after 1 s; it was at: time.sleep(60)"
+    assert ran.stderr.splitlines()[-1] == says
+    assert "stand behind --" in cli("run", "a.py", "--rows", "5").stderr
+
+
+def test_put_never_takes_the_place_of_a_file_here(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("in.csv", "data/in.csv"):
+        (tmp_path / name).write_text(name)
+    refused = cli("run", "-c", "1", "--put", "data/in.csv", cwd=tmp_path)
+    assert (refused.returncode, (tmp_path / "in.csv").read_text()) == (2, "in.csv")
+    assert "--put data/in.csv would take the place of" in refused.stderr
+    same = cli("run", "-c", "print(open('in.csv').read())", "--put", "in.csv", cwd=tmp_path)
+    assert (same.stdout, same.returncode) == ("in.csv\n", 0)
 
 
 def test_run_json_tells_of_a_kernel_that_cannot_start(kernels_dir: Path) -> None:
@@ -9156,6 +9257,12 @@ def test_mcp_code_that_takes_long_is_waited_for(tmp_path: Path) -> None:
         assert busy.is_error and "still runs earlier code, so this code was not run" in mcp_text(busy)
         gate.touch()
         assert await ended("wait") == "begun\nended\n"
+        gate.unlink()
+        assert "still running" in mcp_text(await call("run_code", code=code))
+        gate.touch()
+        answer = await call("run_code", code="6 * 7")  # nothing of the earlier code gets lost
+        said = "The earlier code of this session has ended:", "begun\nended\n", "The code of this call:", "42"
+        assert [part.text for part in answer.content] == [*said]
         assert "still running" in mcp_text(await call("run_code", code="while True: pass"))
         assert re.fullmatch("KeyboardInterrupt.*\nInterrupted; variables are kept", await ended("interrupt"), re.DOTALL)
         assert "still running" in mcp_text(await call("run_code", code="while True: pass"))
