@@ -8467,6 +8467,25 @@ examples:
 """
 
 
+# Options of `run` -> what argparse is told of them.
+_RUN_OPTIONS: dict[str, Json] = {
+    "--kernel": {"metavar": "NAME", "help": "kernel name (default: the notebook's own, else python3)"},
+    "--timeout": {"metavar": "S", "type": float, "default": math.inf, "help": "seconds for one cell, at least 1"},
+    "--keep-going": {"action": "store_true", "help": "run the next cell after one that failed"},
+    "-p": {"metavar": ("NAME", "VALUE"), "nargs": 2, "help": "set a variable, as papermill does", "dest": "parameters"},
+    "--output-dir": {"metavar": "DIR", "default": ".", "help": "where pictures and other files go (default: .)"},
+    "--html": {"action": "store_true", "help": "save the HTML of tables too"},
+    "--notebook": {
+        "metavar": "FILE",
+        "help": "write the notebook that was run, after each cell; it may be FILE itself",
+    },
+    "--unlabelled": {"action": "store_true", "help": "run blocks of a .md file that name no language, too"},
+    "--json": {"action": "store_true", "help": "print one JSON object at the end instead of live output"},
+    "--put": {"metavar": "FILE", "help": "bring it into the kernel's directory first; may be repeated"},
+    "--get": {"metavar": "PATH", "help": "bring it to DIR at the end; may be repeated"},
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
@@ -8476,44 +8495,12 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a file, its cells in order, in one kernel", epilog=_EXAMPLES)
     run.formatter_class = argparse.RawDescriptionHelpFormatter
     what = run.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "file",
-        nargs="?",
-        metavar="FILE",
-        help=".py (# %%%% begins a cell), .md (its fenced blocks), .ipynb, or - for stdin",
-    )
+    kinds = ".py (# %%%% begins a cell), .md (its fenced blocks), .ipynb, or - for stdin"
+    what.add_argument("file", nargs="?", metavar="FILE", help=kinds)
     what.add_argument("-c", dest="code", metavar="CODE", help="run this code")
-    run.add_argument("--kernel", metavar="NAME", help="kernel name (default: the notebook's own, else python3)")
-    run.add_argument(
-        "--timeout", type=float, default=math.inf, metavar="S", help="seconds for one cell, at least 1 (default: none)"
-    )
-    run.add_argument("--keep-going", action="store_true", help="run the next cell after one that failed")
-    run.add_argument(
-        "-p",
-        dest="parameters",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="set a variable, as papermill does",
-    )
-    run.add_argument("--output-dir", default=".", metavar="DIR", help="where pictures and other files go (default: .)")
-    run.add_argument("--html", action="store_true", help="save the HTML of tables too")
-    run.add_argument(
-        "--notebook", metavar="FILE", help="write the notebook that was run, after each cell; it may be FILE itself"
-    )
-    run.add_argument("--unlabelled", action="store_true", help="run blocks of a .md file that name no language, too")
-    run.add_argument("--json", action="store_true", help="print one JSON object at the end instead of live output")
-    run.add_argument(
-        "--put",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="bring it into the kernel's directory first; may be repeated",
-    )
-    run.add_argument(
-        "--get", action="append", default=[], metavar="PATH", help="bring it to DIR at the end; may be repeated"
-    )
+    for name, says in _RUN_OPTIONS.items():
+        again: Json = {"action": "append", "default": []} if name in ("-p", "--put", "--get") else {}
+        run.add_argument(name, **(again | says))
     kernels = commands.add_parser("kernels", help="list the kernels that can be started, and where they come from")
     mcp = commands.add_parser("mcp", help="serve run_code and other tools to a language model by MCP (stdio)")
     for command in (run, kernels, mcp):
@@ -8657,12 +8644,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         )
         stack.enter_context(executor)
         for source in options.put:
-            target = Path(options.cwd or "", os.path.basename(os.path.abspath(source)))
-            if options.docker is None and options.server is None and target.exists():
-                if target.samefile(source):
-                    continue
-                raise ValueError(f"--put {source} would take the place of {target.absolute()}, which is there already.")
-            executor.upload(source)
+            if _is_elsewhere(source, options):
+                executor.upload(source)
         status = _run_steps(executor, document, steps, printer, options)
         for path, name in zip(options.get, names, strict=True):
             try:
@@ -8672,6 +8655,16 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
                 status = status or 2
         printer.status = status
         return status
+
+
+def _is_elsewhere(source: str, options: argparse.Namespace) -> bool:
+    """Whether a file is not yet where the kernel begins. Raises: ValueError if another one of its name is."""
+    target = Path(options.cwd or "", os.path.basename(os.path.abspath(source)))
+    if options.docker is not None or options.server is not None or not target.exists():
+        return True
+    if not target.samefile(source):
+        raise ValueError(f"--put {source} would take the place of {target.absolute()}, which is there already.")
+    return False
 
 
 def _runnable(document: Document, kernel_name: str, language: str) -> Iterator[Step]:
