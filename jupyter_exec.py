@@ -5525,7 +5525,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             try:
                 client.images.get(base := self._base_image or "python:3.13-slim")
             except docker.errors.NotFound:
-                advice = "pull or load it, or name by base_image= a Python image that is there"
+                advice = "pull or load it, or name by base_image= (--base-image) a Python image that is there"
                 reason = f"The base image {base} is not on the engine and could not be pulled: {advice}"
             raise SandboxError(reason, self._image_name, "", "\n".join(tail))
 
@@ -6380,7 +6380,8 @@ def variable_step(order: Json, names: Json) -> Json:
         if not offset:
             if name not in names:
                 return {"error": "the kernel has none of that name"}
-            kept[key] = json.dumps(names[name], ensure_ascii=False).encode("utf-8", "surrogatepass")
+            made = json.dumps(names[name], ensure_ascii=False, default=to_json)
+            kept[key] = made.encode("utf-8", "surrogatepass")
         text = kept[key]
         is_last = offset + size > len(text) or len(text) > order["limit"]
         return {"size": len(text), "bytes": bytes(text[offset : offset + size])}
@@ -6394,10 +6395,11 @@ def variable_step(order: Json, names: Json) -> Json:
 
 @functools.cache  # it is read from the file
 def _kernel_program() -> str:
-    steps: list[Callable[..., Any]] = [kernel_step, variable_step]
+    steps: list[Callable[..., Any]] = [kernel_step, variable_step, to_json]
     steps += [far_step, far_open, far_read, far_write, far_end, far_list]
+    modules = "import base64, contextlib, errno, json, os, stat, sys"
     try:
-        return functions_source(steps, "import base64, contextlib, errno, json, os, stat, sys")
+        return functions_source(steps, modules, "from dataclasses import fields, is_dataclass")
     except ValueError:
         raise JupyterExecError("This program is frozen, without the source that the kernel would need.") from None
 
@@ -6567,7 +6569,19 @@ def source_file(source: Any) -> contextlib.AbstractContextManager[IO[bytes]]:
         return io.BytesIO(source)
     if hasattr(source, "read"):
         return contextlib.nullcontext(source)
-    return open(os.fspath(source), "rb")
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"source must be a path, bytes or a binary file, not {type(source).__name__}.")
+    return open(source, "rb")
+
+
+def size_of(file: IO[bytes]) -> int | None:
+    """Return how many bytes a file has left, None if it cannot tell."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        at = file.tell()
+        end = file.seek(0, os.SEEK_END)
+        file.seek(at)
+        return end - at
+    return None
 
 
 @contextlib.contextmanager
@@ -7103,7 +7117,7 @@ class BlocksCall:
     def __init__(self, code_blocks: Any, folder: Folder, limit: int | None, timeout: float | None = None) -> None:
         if isinstance(code_blocks, str) or hasattr(code_blocks, "code"):
             code_blocks = [CodeBlock(code_blocks) if isinstance(code_blocks, str) else code_blocks]
-        self._blocks = list(code_blocks)
+        self._blocks = list(code_blocks) if isinstance(code_blocks, Iterable) else [None]
         if not all(hasattr(block, "code") and hasattr(block, "language") for block in self._blocks):
             raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
         self._folder, self._limit, self._timeout = folder, limit, timeout
@@ -7166,6 +7180,9 @@ class Job:
         except BaseException:
             self._turns.leave(self)
             raise
+
+    def __repr__(self) -> str:
+        return f"Job(status={self.status!r})"
 
     @property
     def done(self) -> bool:
@@ -7605,8 +7622,8 @@ class JupyterCodeExecutor(Stoppable):
             raise TypeError("path is needed: bytes and files have no name of their own.")
         name = os.path.basename(os.path.abspath(here or "")) if path is None else os.fspath(path)
         with transfer_errors(name, here), source_file(source) as file, self._far_files() as files:
-            total = os.stat(here).st_size if here else memoryview(source).nbytes if isinstance(source, bytes) else None
-            files.write(name, file_pieces(file, files.piece), functools.partial(tell_progress, on_progress, total))
+            tell = functools.partial(tell_progress, on_progress, size_of(file))
+            files.write(name, file_pieces(file, files.piece), tell)
         return name
 
     @overload
@@ -7647,9 +7664,10 @@ class JupyterCodeExecutor(Stoppable):
             return files.entries(path)
 
     def set_variables(self, /, **values: Any) -> None:
-        """Give variables of the kernel values that can be written as JSON, all or none; tuples arrive as lists.
+        """Give variables of the kernel values that can be written as JSON, all or none.
 
-        NaN and the infinities are allowed, as Python's JSON has them. Python kernels only, between cells.
+        Tuples, sets and arrays arrive as lists, dataclasses as dicts, bytes in base64. NaN and the infinities are
+        allowed, as Python's JSON has them. Python kernels only, between cells.
 
         Raises: VariableError.
         """
@@ -7658,7 +7676,7 @@ class JupyterCodeExecutor(Stoppable):
             if not is_name(name):
                 raise VariableError(name, "it is no name of a variable")
             try:
-                texts.append(f"{json.dumps(name)}:{json.dumps(value, ensure_ascii=False)}")
+                texts.append(f"{json.dumps(name)}:{json.dumps(value, ensure_ascii=False, default=to_json)}")
             except (TypeError, ValueError, RecursionError) as error:
                 raise VariableError(name, f"it is no JSON here. {type(error).__name__}: {error}") from None
         data = f"{{{','.join(texts)}}}".encode("utf-8", "surrogatepass")
@@ -7667,7 +7685,7 @@ class JupyterCodeExecutor(Stoppable):
                 files.step("set", "", data[offset : offset + CELL_PIECE], key=key, offset=offset, size=len(data))
 
     def get_variable(self, name: str, *, max_bytes: int = MAX_JSON) -> Any:
-        """Return the value of a variable of the kernel, if it can be written as JSON; tuples come as lists.
+        """Return the value of a variable of the kernel, if it can be written as JSON: see `set_variables`.
 
         `max_bytes` limits the JSON. Python kernels only, between cells.
 
