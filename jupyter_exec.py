@@ -5328,6 +5328,9 @@ class DockerJupyterServer(HostServer):
     logger warns of those that open the sandbox. `hardened` stands for network="none", read_only=True, 1 GB of memory
     and one processor, as far as nothing else is said. The keywords of LaunchOptions may be given too.
 
+    The container is called `container_name`, or else jupyter-exec-XXXX; `container_id` is its id. Its label
+    "jupyter_exec" is the version of this module, "jupyter_exec.owner" says which process it belongs to.
+
     Raises: ValueError for keywords that do not go together, TypeError for unknown ones. A kernel's start raises
     SandboxError.
     """
