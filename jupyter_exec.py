@@ -245,7 +245,7 @@ class KernelSpecNotFound(KernelError, ValueError):
 
 @dataclass(eq=False)
 class KernelStartFailed(KernelError):
-    """A kernel ended, or did not answer, before it was ready."""
+    """A kernel, or the host that was to run it, did not start; `argv` is the command, [] if there is none."""
 
     argv: list[str] = field(default_factory=list)
     reason: str = ""
@@ -2677,7 +2677,7 @@ class KernelClient:
                 # Its port was taken in the meantime, or its host or fork server is no more: nothing is lost.
                 death = self._death
                 if not attempts or not death or not (death.retryable or "Address already in use" in death.stderr):
-                    self.give_up()
+                    self.give_up("it did not start")
                     raise
                 self.start()
         logger.info("Kernel ready after %.2f s", time.monotonic() - began)
@@ -2968,11 +2968,11 @@ class KernelClient:
         if self._control.owned:
             self._control.kill()
 
-    def give_up(self) -> None:
+    def give_up(self, why: str) -> None:
         """Kill the kernel, if it is ours, and disconnect."""
         self.abort()
         self.close()
-        self._mailbox.put(KernelDied(cause="nobody refers to its executor any more"))
+        self._mailbox.put(KernelDied(cause=why))
 
     def _wait_exit(self, seconds: float) -> None:
         deadline = Deadline(seconds)
@@ -3084,7 +3084,8 @@ def attach_kernel(target: KernelConnection | AnyPath) -> KernelClient:
 
 # Runs on any Python 3. First it removes the working directory, which `-c` has put on sys.path: an agent's signal.py
 # there would shadow the standard library. The program ("c": bytecode, if it is the same for both Pythons; "s": source)
-# is read without a buffer, which would swallow the frames behind it.
+# is read without a buffer, which would swallow the frames behind it. NONCE and MAIN are replaced by who starts it; the
+# other side of this is `greet_host`.
 BOOTSTRAP = """\
 import sys; sys.path[:] = [p for p in sys.path if p]
 import importlib.util, marshal, os, select
@@ -3277,9 +3278,11 @@ def has_ended(name: str) -> bool:
         return False
     try:
         os.kill(int(found[1]), 0)
+        status = Path(f"/proc/{found[1]}/stat").read_text(errors="replace")
     except OSError as error:
         return isinstance(error, ProcessLookupError)
-    return process_name(int(found[1])) not in ("", name)
+    is_zombie = status.rpartition(")")[2].split()[:1] == ["Z"]  # its parent has not looked yet
+    return is_zombie or process_name(int(found[1])) not in ("", name)
 
 
 # The far side of file transfers: in the kernel host or, where that is none, in a kernel, to which this source is sent.
@@ -4560,7 +4563,7 @@ class FarEnd(Stream, Protocol):
 
     @property
     def errors(self) -> Tail | None:
-        """Its stderr, to be read all the time."""
+        """Its stderr, which somebody must read, or the process stops; None if there is no way to it of its own."""
 
     def settimeout(self, seconds: float, /) -> None: ...
 
@@ -4678,13 +4681,13 @@ class HostLink:
         self.loop.stop()
 
 
-def _text(value: object) -> str:
+def host_text(value: object) -> str:
     """Return what a host calls text, as far as it is some: the end of it, without lone surrogates."""
     return value[-STDERR_TAIL:].encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
 
 
-def _texts(value: object) -> list[str]:
-    return list(map(_text, value[:1000])) if isinstance(value, list) else []
+def host_texts(value: object) -> list[str]:
+    return list(map(host_text, value[:1000])) if isinstance(value, list) else []
 
 
 def _death_of(event: Json) -> KernelDied:
@@ -4697,7 +4700,7 @@ def _death_of(event: Json) -> KernelDied:
         cause += ", in which what is written to memory counts)" * bool(has_limit and limit)
     elif event.get("preload_failed"):
         cause = f"the fork server ended at its preload ({describe_exit(code)})"
-    return KernelDied(cause, code, _text(event.get("stderr")))
+    return KernelDied(cause, code, host_text(event.get("stderr")))
 
 
 def _host_error(answer: Json) -> JupyterExecError:
@@ -4708,11 +4711,11 @@ def _host_error(answer: Json) -> JupyterExecError:
             error = kind()
             for key, default in vars(error).items():
                 if default is not None:
-                    setattr(error, key, (_texts if isinstance(default, list) else _text)(data.get(key)))
+                    setattr(error, key, (host_texts if isinstance(default, list) else host_text)(data.get(key)))
             return error
     if answer["error"] == "ConnectionClosed":
-        return ConnectionClosed(f"The kernel host is gone: {_text(data)}.")
-    return JupyterExecError(f"The kernel host reports: {_text(data)}")
+        return ConnectionClosed(f"The kernel host is gone: {host_text(data)}.")
+    return JupyterExecError(f"The kernel host reports: {host_text(data)}")
 
 
 def own_program(magic: str) -> bytes:
@@ -4836,12 +4839,12 @@ class HostedKernelControl(KernelControl):
     def _reach(self, link: HostLink, mailbox: Mailbox, result: Any) -> Channels:
         if not isinstance(result, dict):
             raise ProtocolError("The kernel host gives a strange answer.")
-        self.argv = _texts(result.get("argv"))
+        self.argv = host_texts(result.get("argv"))
         self._by_message = result.get("interrupt_mode") == "message"
         if self._server.relays:
             return PipeChannels(functools.partial(link.relay, self._name), self._key)
         self.connection_file = os.path.join(self._server.directory, f"kernel-{self._slot}.json")
-        connection = KernelConnection.from_json(_text(result.get("connection")))
+        connection = KernelConnection.from_json(host_text(result.get("connection")))
         places = [("tcp", "127.0.0.1"), ("ipc", os.path.join(self._server.directory, self._slot))]
         if (connection.transport, connection.ip) not in places or connection.key != self._key:
             raise ProtocolError("The kernel host names a connection that is not the kernel's.")
@@ -4859,7 +4862,7 @@ class HostedKernelControl(KernelControl):
         self._link.close("the kernel host did not answer 'kill' in time")
 
     def files(self) -> AskFar:
-        ask = ((self._server.forgets and self._link) or self._server.link()).ask
+        ask = ((self._server.files_end_with_host and self._link) or self._server.link()).ask
         return lambda order, data, then: ask("file", then, data, **order)
 
 
@@ -4881,13 +4884,17 @@ LAUNCH_DEFAULTS: Json = {"preload": (), "ipython_defaults": False, "start_timeou
 
 
 class HostServer(Server):
-    """What servers whose kernels are run by a kernel host have in common. Starts on first use."""
+    """What servers whose kernels are run by a kernel host have in common. Starts on first use.
+
+    An heir writes `_open` and `_start_error`, and `_disconnect` and `_check_host` if there is something to do.
+    `_disconnect(failed=True)` is called, too, after `_open` itself has failed.
+    """
 
     class GenerateToken:
         """Stands for a token that is made up; AutoGen's default."""
 
     relays = True  # messages through the pipe, not straight over ZeroMQ
-    forgets = False  # its files end with its host: another one does not have them
+    files_end_with_host = False  # True: those of a host that is gone are not looked for on the next
     own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
     directory = ""  # of the connection files, if they are on this machine
     _link: HostLink | None = None
@@ -4969,7 +4976,7 @@ class HostServer(Server):
             return self.get_client().kernelspecs()
         result = self.link().call("kernelspecs", own_python3=self.own_python3)
         specs = result if isinstance(result, dict) else {}
-        return {_text(name): spec for name, spec in specs.items() if isinstance(spec, dict)}
+        return {host_text(name): spec for name, spec in specs.items() if isinstance(spec, dict)}
 
     def get_client(self) -> RemoteJupyterServer:
         """Return the client of the kernel gateway, which is started on first use.
@@ -5335,7 +5342,7 @@ class DockerJupyterServer(HostServer):
     SandboxError.
     """
 
-    forgets = True
+    files_end_with_host = True
     DEFAULT_DOCKERFILE: ClassVar[str] = """\
 # The image of jupyter_exec.DockerJupyterServer. Target "kernel": Python with ipykernel, enough for the direct way.
 ARG BASE_IMAGE=python:3.13-slim
@@ -6466,8 +6473,8 @@ class FarFiles:
                 if not isinstance(result, dict):
                     raise ProtocolError(_STRANGE)
                 if "error" in result:
-                    code = _text(result.get("code"))
-                    raise FileTransferError(path, clean_text(_text(result["error"])), code)
+                    code = host_text(result.get("code"))
+                    raise FileTransferError(path, clean_text(host_text(result["error"])), code)
                 return result | {"bytes": answer.get("bytes", b"")}
             self._check()
         raise FileTransferError(path, f"nothing was heard for {TRANSFER_TIMEOUT:g} s")
@@ -7307,7 +7314,8 @@ def _end_forgotten(kernel: KernelClient, owner: int) -> None:
     if os.getpid() == owner and kernel.alive and not kernel.ended:  # a forked child forgets what lives on
         warnings.warn("A JupyterCodeExecutor was forgotten, not stopped; its kernel is ended.", ResourceWarning, 2)
         # Not here: the garbage collector may have come in the middle of anything.
-        threading.Thread(target=kernel.give_up, daemon=True).start()
+        why = "nobody refers to its executor any more"
+        threading.Thread(target=kernel.give_up, args=(why,), daemon=True).start()
 
 
 class JupyterCodeExecutor(Stoppable):
@@ -8129,7 +8137,7 @@ class AsyncJupyterCodeExecutor(Single):
 # ======================================================================================================
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """A cell of a document. `cell` is nbformat's, and gets the outputs."""
 
@@ -8207,8 +8215,9 @@ class Document:
         self.steps.insert(at, self.new_step("\n".join(lines), ["injected-parameters"]))
 
     def number(self, step: Step) -> int:
-        """Return which cell of the file a step is; those that were set here by -p do not count."""
-        return [other for other in self.steps if not other.has_tag("injected-parameters")].index(step) + 1
+        """Return which cell of a notebook a step is; 0 for one of a text, or the one of -p, which does not count."""
+        cells = [other for other in self.steps if not (other.line or other.has_tag("injected-parameters"))]
+        return cells.index(step) + 1 if step in cells else 0
 
     def save(self, path: Path, metadata: Json) -> None:
         """Write the notebook, with the kernel's metadata where it has none.
@@ -8488,6 +8497,30 @@ examples:
 """
 
 
+# Options of all commands that one kind of server takes -> (that kind, name of the value, help).
+_PLACE_OPTIONS: dict[str, tuple[str, str, str]] = {
+    "--cwd": ("local", "DIR", "working directory of the kernel"),
+    "--network": ("docker", "NAME", "of the container: none, bridge (default), ..."),
+    "--hardened": ("docker", "", "no network, nothing written but to memory, 1 GB, one processor"),
+    "--memory": ("docker", "SIZE", "of the container, such as 512m or 2g"),
+    "--mount": ("docker", "DIR", "a directory that code may read and write, as /workspace"),
+    "--package": ("docker", "NAME", "to be in our image"),
+    "--base-image": ("docker", "IMAGE", "what our image is built on"),
+    "--token-file": ("server", "FILE", "the server's token, instead of JUPYTER_TOKEN"),
+    "--ca-file": ("server", "FILE", "certificates to trust (https)"),
+}
+
+
+def _add_places(command: argparse.ArgumentParser) -> None:
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--python", metavar="PATH", help="the local interpreter that python3 means")
+    where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (give FILE first)")
+    where.add_argument("--server", metavar="URL", help="on a Jupyter server; the token comes from JUPYTER_TOKEN")
+    for name, (_, metavar, says) in _PLACE_OPTIONS.items():
+        action: Json = {"metavar": metavar} if metavar else {"action": "store_true"}
+        command.add_argument(name, help=says, **(action | ({"action": "append"} if name == "--package" else {})))
+
+
 # Options of `run` -> what argparse is told of them.
 _RUN_OPTIONS: dict[str, Json] = {
     "--kernel": {"metavar": "NAME", "help": "kernel name (default: the notebook's own, else python3)"},
@@ -8529,33 +8562,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_places(command: argparse.ArgumentParser) -> None:
-    where = command.add_mutually_exclusive_group()
-    where.add_argument("--python", metavar="PATH", help="the local interpreter that python3 means")
-    where.add_argument("--docker", nargs="?", const="", metavar="IMAGE", help="in a container (give FILE first)")
-    where.add_argument("--server", metavar="URL", help="on a Jupyter server; the token comes from JUPYTER_TOKEN")
-    for name, (_, metavar, says) in _OPTIONS.items():
-        action: Json = {"metavar": metavar} if metavar else {"action": "store_true"}
-        command.add_argument(name, help=says, **(action | ({"action": "append"} if name == "--package" else {})))
-
-
-# Options that belong to one kind of server -> (that option, name of the value, help).
-_OPTIONS: dict[str, tuple[str, str, str]] = {
-    "--cwd": ("local", "DIR", "working directory of the kernel"),
-    "--network": ("docker", "NAME", "of the container: none, bridge (default), ..."),
-    "--hardened": ("docker", "", "no network, nothing written but to memory, 1 GB, one processor"),
-    "--memory": ("docker", "SIZE", "of the container, such as 512m or 2g"),
-    "--mount": ("docker", "DIR", "a directory that code may read and write, as /workspace"),
-    "--package": ("docker", "NAME", "to be in our image"),
-    "--base-image": ("docker", "IMAGE", "what our image is built on"),
-    "--token-file": ("server", "FILE", "the server's token, instead of JUPYTER_TOKEN"),
-    "--ca-file": ("server", "FILE", "certificates to trust (https)"),
-}
-
-
 def _server_of(options: argparse.Namespace) -> JupyterServer:
     kind = "docker" if options.docker is not None else "server" if options.server is not None else "local"
-    for name, (needed, _, _) in _OPTIONS.items():  # silently ignored, --network none would be a trap
+    for name, (needed, _, _) in _PLACE_OPTIONS.items():  # silently ignored, --network none would be a trap
         if getattr(options, name[2:].replace("-", "_")) and needed != kind:
             raise ValueError(f"{name} works only {'for local kernels' if needed == 'local' else f'with --{needed}'}.")
     if kind == "docker":
@@ -8734,6 +8743,8 @@ def _run_steps(
     """Run cells until one fails; returns the exit status."""
     status, folder, stem = 0, Folder(options.output_dir), Path(options.file or "code").stem.lstrip("-") or "stdin"
 
+    kept: list[ExecutionResult] = []  # of the cells that have run, even if Ctrl-C ended the call
+
     def keep(step: Step, result: ExecutionResult) -> None:
         step.record(result)
         if options.notebook:
@@ -8741,15 +8752,13 @@ def _run_steps(
         kept.append(result)
 
     for number, step in enumerate(steps, 1):
-        kept: list[ExecutionResult] = []
-        name = number if step.line else "p" if step.has_tag("injected-parameters") else document.number(step)
-        printer.begin(CellFiles(folder, f"{stem}-{name}", options.html))
+        printer.begin(CellFiles(folder, f"{stem}-{document.number(step) or number}", options.html))
         block = CodeBlock(step.cell["source"], step.language)
         try:
             result = executor.execute_block(block, on_result=functools.partial(keep, step))
         except KeyboardInterrupt:
-            if kept and not printer.trouble:
-                printer.end(step, kept[0], document.place(step, kept[0]))
+            if len(kept) == number and not printer.trouble:
+                printer.end(step, kept[-1], document.place(step, kept[-1]))
             raise printer.trouble or KeyboardInterrupt from None
         place = document.place(step, result)
         if step.has_tag("raises-exception"):

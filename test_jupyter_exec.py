@@ -3016,6 +3016,16 @@ def test_directories_of_killed_processes_are_removed(short_path: Path, monkeypat
         assert (short_path / "jx-abc" / "file").exists()
 
 
+def test_a_process_that_nobody_has_collected_has_ended() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        name = jupyter_exec.process_name(process.pid)
+        assert not jupyter_exec.has_ended(name)
+        process.stdin and process.stdin.close()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert jupyter_exec.has_ended(name)
+    assert jupyter_exec.has_ended(name)
+
+
 def test_a_process_may_have_any_name(short_path: Path, monkeypatch: MonkeyPatch) -> None:
     program = "open('/proc/self/comm', 'wb').write(b'\\xff'); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -6651,7 +6661,7 @@ def test_a_forked_child_that_leaves_the_with_of_its_parent_ends_nothing(gateway:
                 if os.fork() == 0:
                     sys.exit()
                 os.wait()
-                print(kernel.execute("6 * 7", 20).text)
+                print(kernel.execute("6 * 7", 20).text, flush=True)
     """
     result = run_python(program, str(gateway.info.port), gateway.info.token or "")
     assert (result.stdout, result.stderr) == ("42\n42\n", "")
