@@ -7873,7 +7873,8 @@ class AsyncJupyterCodeExecutor(Single):
         self._starting: Any = None  # a task
         self._guard = threading.Lock()  # of _executor
         self._loop: Any = None  # of the latest call
-        self._pending: Any = None  # what a hook in the cells' thread waits for
+        self._pending: Any = None  # what a hook in the cells' thread waits for,
+        self._unwanted: Any = None  # and what it waited for when its call was cancelled
         self._in_hook = contextvars.ContextVar("in_hook", default=False)
 
     @property
@@ -7923,8 +7924,9 @@ class AsyncJupyterCodeExecutor(Single):
             job.interrupt()
             deadline = Deadline(INTERRUPT_GRACE)
             while not (job.done or job.detached):
-                if self._pending:
-                    self._pending.cancel()
+                if unwanted := self._pending:
+                    self._unwanted = unwanted
+                    unwanted.cancel()
                 if deadline.expired:  # nobody waits for this code any more, and it has the kernel
                     deadline = Deadline(None)
                     logger.warning("The code of a call that was cancelled ignored the interrupt: its kernel is killed")
@@ -7953,7 +7955,9 @@ class AsyncJupyterCodeExecutor(Single):
                 if loop.is_closed():
                     break
             return future.result(0)
-        except CancelledError:  # with the call, so that nobody wants the answer
+        except CancelledError:
+            if future is not self._unwanted:
+                raise
             return None
         finally:
             self._pending = None
