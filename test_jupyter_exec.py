@@ -6093,12 +6093,11 @@ def nested(depth: int) -> Any:
 
 @cases(
     "values, says",
-    ({"x": {1, 2}}, "'x': it is no JSON here. TypeError"),
-    ({"a": 1, "x": b"1"}, "'x': it is no JSON here"),
+    ({"a": 1, "x": os}, "'x': it is no JSON here. TypeError: module is no JSON: send numbers, text, lists and dicts"),
     ({"1x": 1}, "'1x': it is no name"),
     ({"class": 1}, "'class': it is no name"),
     ({"x": nested(100_000)}, "RecursionError"),
-    ids=["set", "bytes", "digit", "keyword", "deep"],
+    ids=["module", "digit", "keyword", "deep"],
 )
 def test_what_cannot_be_a_variable_is_told(executor: JupyterCodeExecutor, values: Any, says: str) -> None:
     with pytest.raises(VariableError, match=re.escape(says)):
