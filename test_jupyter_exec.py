@@ -2214,6 +2214,7 @@ def test_an_interrupt_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
         assert job.wait(PATIENCE).status == "interrupted"
 
 
+@pytest.mark.slow
 def test_code_that_cleans_up_is_not_disturbed_and_code_that_swallows_an_interrupt_gets_another(
     executor: JupyterCodeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -3390,6 +3391,7 @@ def test_docker_timeout_and_death(boxed: JupyterCodeExecutor, monkeypatch: Monke
     assert boxed.execute(DEAF, timeout=0.5).note.endswith(f"all variables are lost; {place}")
 
 
+@pytest.mark.slow
 @cases("options", {}, {"read_only": True})
 def test_a_user_whom_the_image_knows_by_name_may_write(image: Callable[[str], str], options: dict[str, Any]) -> None:
     own = image("FROM BUNDLED\nUSER root\nWORKDIR /\nRUN useradd --uid 4321 ann && rmdir /workspace\nUSER ann")
@@ -6004,6 +6006,7 @@ def test_a_directory_of_too_many_entries_is_an_error(request: Any, monkeypatch: 
             executor.list_files()
 
 
+@pytest.mark.slow
 def test_files_of_a_container_that_is_gone_are_missed(containers: Any) -> None:
     with docker_server() as server, JupyterCodeExecutor(server) as executor:
         executor.execute("1")
@@ -7046,6 +7049,7 @@ def test_what_a_script_leaves_in_the_background(server: LocalJupyterServer, tmp_
         eventually(lambda: int(pid) not in descendants(os.getpid()), "an interrupt ends the children")
 
 
+@pytest.mark.slow
 def test_a_script_that_ignores_signals_is_ended_even_if_the_interrupt_is_repeated(
     executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch
 ) -> None:
@@ -8783,6 +8787,7 @@ def test_a_script_ends_with_the_status_that_python_would_give(value: str, tmp_pa
     assert (python.returncode, python.stderr) == EXITS[value]
 
 
+@pytest.mark.slow
 def test_sys_exit_ends_a_run_of_cells(tmp_path: Path) -> None:
     code = "import sys; sys.exit(0)\n# %%\nprint('never')\n# %%\n2"
     ran = cli("run", "-c", code)
@@ -8797,6 +8802,7 @@ def test_sys_exit_ends_a_run_of_cells(tmp_path: Path) -> None:
     assert (ran.returncode, ran.stdout) == (0, "'after'\n")
 
 
+@pytest.mark.slow
 @cases("source, warned", ("year = 1", ["yaer"]), ("a, yaer = 1, 2", ["year"]), (None, []))
 def test_a_parameter_that_the_notebook_does_not_set_is_warned_of(
     source: str | None, warned: list[str], tmp_path: Path
@@ -8810,6 +8816,7 @@ def test_a_parameter_that_the_notebook_does_not_set_is_warned_of(
     assert result.returncode == 0
 
 
+@pytest.mark.slow
 @cases(
     "name, text, status",
     ("data.csv", "6,7", 2),
@@ -8911,12 +8918,14 @@ def test_a_terminal_answers_input_and_shows_tracebacks_in_colours() -> None:
     assert "\x1b[31mZeroDivisionError\x1b[39m" in seen.replace("\x1b[0;31m", "\x1b[31m").replace("\x1b[0m", "\x1b[39m")
 
 
+@pytest.mark.slow
 def test_input_is_read_from_what_is_piped_in() -> None:
     done = cli("run", "-c", "print(input('name? ') * 2)", input="ab\n")
     assert (done.stdout, done.returncode) == ("name? abab\n", 0)
     assert "EOFError" in cli("run", "-c", "input()", stdin=subprocess.DEVNULL).stderr
 
 
+@pytest.mark.slow
 def test_what_the_command_line_says_of_ends(tmp_path: Path) -> None:
     tagged = v4.new_code_cell("1/0", metadata={"tags": ["raises-exception"]})
     notebook_file(tmp_path / "a.ipynb", v4.new_markdown_cell("# A"), tagged, "2/0")
@@ -8942,6 +8951,7 @@ def test_what_the_command_line_says_of_ends(tmp_path: Path) -> None:
     assert "stand behind --" in cli("run", "a.py", "--rows", "5").stderr
 
 
+@pytest.mark.slow
 def test_put_never_takes_the_place_of_a_file_here(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name in ("in.csv", "data/in.csv"):
