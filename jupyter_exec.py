@@ -2794,7 +2794,8 @@ class KernelClient:
 
     def _has_answered(self, cell: Cell) -> bool:
         """Whether an end of the cell came, read or not; a kernel that goes on saying so is not believed for long."""
-        answered = self._mailbox.answered or cell.execution.half_done
+        # Before the interrupt a reply does not count: what is still on its way may be a flood, which that ends.
+        answered = self._mailbox.answered or (cell.timed_out and cell.execution.half_done)
         return answered and not (cell.reading and cell.reading.expired)
 
     def _time_out(self, cell: Cell) -> None:
