@@ -3315,7 +3315,7 @@ def test_hardened_is_one_word_for_limits(containers: Any, options: dict[str, Any
 
 def test_processes_have_names_and_the_log_tells_of_their_life(containers: Any, caplog: LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "jupyter_exec")
-    with docker_server() as server, JupyterCodeExecutor(server) as executor:
+    with docker_server(preload=()) as server, JupyterCodeExecutor(server) as executor:
         run(executor, "secret = 1; print('output')")
         (container,) = containers()
         names = {process[-1] for process in container.top()["Processes"]}
