@@ -2794,8 +2794,9 @@ class KernelClient:
 
     def _has_answered(self, cell: Cell) -> bool:
         """Whether an end of the cell came, read or not; a kernel that goes on saying so is not believed for long."""
-        # Before the interrupt a reply does not count: what is still on its way may be a flood, which that ends.
-        answered = self._mailbox.answered or (cell.timed_out and cell.execution.half_done)
+        # A reply alone counts for FENCE_DELAY: the rest may be stuck behind a flood, which the interrupt ends.
+        halved = cell.execution.half_done and (cell.timed_out or not cell.execution.fences)
+        answered = self._mailbox.answered or halved
         return answered and not (cell.reading and cell.reading.expired)
 
     def _time_out(self, cell: Cell) -> None:
