@@ -782,6 +782,7 @@ def check_opening(key: str, header: Callable[[str], str | None]) -> str | None:
     guid = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
     digest = hashlib.sha1(key.encode("ascii") + guid, usedforsecurity=False).digest()
     answered = header("Sec-WebSocket-Accept") == base64.b64encode(digest).decode("ascii")
+    extended = bool(header("Sec-WebSocket-Extensions"))
     tokens = [token.strip() for token in (header("Connection") or "").lower().split(",")]
     # Jupyter: if no subprotocol is selected, "the Jupyter Server must reply with an empty string".
     subprotocol = header("Sec-WebSocket-Protocol") or None
@@ -789,9 +790,7 @@ def check_opening(key: str, header: Callable[[str], str | None]) -> str | None:
         "4.2.2: an |Upgrade| header field with value websocket": (header("Upgrade") or "").lower() == "websocket",
         "4.2.2: a |Connection| header field with value Upgrade": "upgrade" in tokens,
         "4.2.2: a |Sec-WebSocket-Accept| header field that answers the key": answered,
-        '9: "A server MUST NOT respond with any extension not requested by the client."': not header(
-            "Sec-WebSocket-Extensions"
-        ),
+        '9: "A server MUST NOT respond with any extension not requested by the client."': not extended,
         '4.1: "a subprotocol not requested by the client"': subprotocol in (None, V1_SUBPROTOCOL),
     }
     for rule, kept in rules.items():
@@ -1444,6 +1443,10 @@ class ExecutionResult:
         images: list[OutputFile] = []
         group: list[Json] = []  # outputs since the last image
         labels: dict[int, str] = {}
+
+        def label(data: Json) -> str | None:
+            return labels.get(id(data))
+
         for output in self.outputs:
             group.append(output)
             image = _output_file(output.get("data") or {})
@@ -1457,9 +1460,9 @@ class ExecutionResult:
             labels[id(output["data"])] = f"[a picture that is not shown: {why_not}]" if why_not else "[a picture]"
             if not why_not:
                 images.append(image)
-                texts.append(render(group, "", lambda data: labels.get(id(data))))
+                texts.append(render(group, "", label))
                 group = []
-        texts.append(render(group, self.note, lambda data: labels.get(id(data))))
+        texts.append(render(group, self.note, label))
         parts: list[Json] = []
         for text, image in itertools.zip_longest(_shorten_all(texts, max_chars), images):
             if text:
@@ -3262,12 +3265,21 @@ def _remove_forgotten(base: str) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def stat_of(pid: int | str) -> list[bytes]:
+    """Return the fields of a process's /proc/PID/stat behind its name, which may hold anything (Linux).
+
+    The first is field 3 of proc(5): its numbers are those of this list and 3. Raises: OSError if there is none.
+    """
+    with open(f"/proc/{pid}/stat", "rb") as stat:
+        return stat.read().rpartition(b")")[2].split()
+
+
 def process_name(pid: int) -> str:
     """Return a name that no other process gets: pid, start time, machine and container; "" if they are unknown."""
     import zlib
 
     with contextlib.suppress(OSError, IndexError):
-        start = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19]
+        start = stat_of(pid)[19]
         place = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"  # containers may share a directory
         return f"{pid}.{int(start):x}.{zlib.crc32(place.encode('utf-8')):08x}"
     return ""
@@ -3275,16 +3287,16 @@ def process_name(pid: int) -> str:
 
 def has_ended(name: str) -> bool:
     """Whether the process of that `process_name` has surely ended; False for another machine or container."""
-    found = re.fullmatch(r"(\d{1,9})\.[0-9a-f]+(\.[0-9a-f]{8})", name)
-    if not found or not process_name(os.getpid()).endswith(found[2]):
+    found = re.fullmatch(r"(\d{1,9})\.([0-9a-f]+)(\.[0-9a-f]{8})", name)
+    if not found or not process_name(os.getpid()).endswith(found[3]):
         return False
     try:
         os.kill(int(found[1]), 0)
-        status = Path(f"/proc/{found[1]}/stat").read_text(errors="replace")
+        stat = stat_of(found[1])
     except OSError as error:
         return isinstance(error, ProcessLookupError)
-    is_zombie = status.rpartition(")")[2].split()[:1] == ["Z"]  # its parent has not looked yet
-    return is_zombie or process_name(int(found[1])) not in ("", name)
+    is_zombie = stat[0] == b"Z"  # its parent has not looked yet
+    return is_zombie or int(stat[19]) != int(found[2], 16)  # or the pid is another process's by now
 
 
 # The far side of file transfers: in the kernel host or, where that is none, in a kernel, to which this source is sent.
@@ -3393,7 +3405,8 @@ class KernelHost:
         self._unforkable: set[str] = set()  # interpreters that cannot have a fork server
         self.adopts = False  # the children of processes that end, as forked kernels need it
         self._context: Any = None
-        self._oom_kills: deque[int] = deque([0, 0], 2)  # in our control group, up to a moment ago and then
+        # In our control group, up to a moment ago and then.
+        self._oom_kills: deque[int] = deque([_cgroup_value(*_OOM_KILLS)] * 2, 2)
         self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
         self._pipe.outbox.waits_for_ever = True
 
@@ -3806,11 +3819,8 @@ def _family(session: int, marker: bytes) -> Iterator[int]:
     """Yield the pids of processes in that session, or with `marker` in their environment (Linux)."""
     for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
         if entry.isdigit():
-            place = f"/proc/{entry}"
-            with contextlib.suppress(OSError, IndexError), open(f"{place}/stat", "rb") as stat:
-                with open(f"{place}/environ", "rb") as environ:
-                    marked = marker in b"\0%b\0" % environ.read()
-                if marked or int(stat.read().rpartition(b")")[2].split()[3]) == session:
+            with contextlib.suppress(OSError, IndexError), open(f"/proc/{entry}/environ", "rb") as environ:
+                if marker in b"\0%b\0" % environ.read() or int(stat_of(entry)[3]) == session:
                     yield int(entry)
 
 
@@ -3834,8 +3844,8 @@ def show_as(title: str) -> None:
     """Have `ps` and `docker top` show these words for this process, and not the program it was given (Linux)."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         # proc(5): fields 48 and 49, arg_start and arg_end, are the "address above which program command-line arguments
-        # (argv) are placed", and below; the first field after the name is the third.
-        start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
+        # (argv) are placed", and below.
+        start, end = map(int, stat_of("self")[45:47])
         if _libc() and 0 < start < end:
             import ctypes
 
@@ -8238,10 +8248,10 @@ class Document:
 
     def place(self, step: Step, result: ExecutionResult) -> str:
         """Say where the traceback of a step's cell ends, as an editor finds it, or where the cell begins."""
-        code, line = [other for other in self.steps if other.is_code], 1
+        line = 1
         text = clean_text("\n".join(map(text_of, result.error["traceback"]))) if result.error else ""
         for count, number in re.findall(r"(?m)^ *(?:Cell|Input) In ?\[(\d{1,9})\],.*?line:? ?(\d{1,9})", text):
-            for other in code:
+            for other in self.steps:
                 if other.count == int(count):
                     step, line = other, int(number)
         source = step.cell["source"]
@@ -8250,9 +8260,8 @@ class Document:
             line = int(noted[1])
         if step.line:
             return f"{self.name}:{step.line + line - 1}"
-        if step.has_tag("injected-parameters"):
-            return f"{self.name}, -p, line {line}"
-        return f"{self.name}, cell {self.number(step)}, line {line}"
+        cell = self.number(step)
+        return f"{self.name}, {f'cell {cell}' if cell else '-p'}, line {line}"
 
 
 def _literal(text: str) -> str:
@@ -8433,11 +8442,11 @@ class LivePrinter:
             self._write(sys.stdout if output["name"] == "stdout" else sys.stderr, output["text"])
         elif (exited := exit_of(output)) is not None:
             self._line(exited[1], sys.stderr)
-        elif kind == "error" and (
-            output["traceback"] or output["ename"] != "CalledProcessError"
-        ):  # `end` tells of that
-            in_colours = sys.stderr.isatty() and output["traceback"]
-            self._line("\n".join(output["traceback"]) if in_colours else render([output], "", no_file), sys.stderr)
+        elif kind == "error":
+            if output["traceback"] and sys.stderr.isatty():  # in colours
+                self._line("\n".join(output["traceback"]), sys.stderr)
+            elif output["traceback"] or output["ename"] != "CalledProcessError":  # `end` tells of that
+                self._line(render([output], "", no_file), sys.stderr)
         elif "data" in output:
             save = self._files.save if self._files and kind != "update_display_data" else no_file
             self._line(render([output], "", save), sys.stdout)
@@ -8878,8 +8887,9 @@ class McpTools:
                 advice = "Wait for that, interrupt it, or use another session."
                 raise ValueError(f"Session {session!r} still runs earlier code, so this code was not run. {advice}")
             await job.until(job.ended.is_set, deadline.remaining)
-        earlier = _mcp_text("The earlier code of this session has ended:") if job in self._untold else []
-        if job and earlier:
+        earlier: list[Json] = []
+        if job and job in self._untold:
+            earlier = _mcp_text("The earlier code of this session has ended:")
             earlier += await self._answer(job, 0) + _mcp_text("The code of this call:")
         call = BlockCall(code, math.inf if timeout is None else timeout)
         call.language = language
