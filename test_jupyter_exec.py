@@ -3556,27 +3556,14 @@ def test_docker_read_only_runs_pip_and_matplotlib(containers: Any, tmp_path: Pat
             assert len(result.output_files) == 1
 
 
-@pytest.mark.slow
-def test_docker_through_tcp(containers: Any, monkeypatch: MonkeyPatch) -> None:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        need("docker", probe.connect_ex(("127.0.0.1", 2375)) == 0)
-    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:2375")
-    with docker_server() as server, JupyterCodeExecutor(server, max_output=None) as executor:
-        assert run(executor, "x = 1", "x").output == "\n1"
-        assert len(run(executor, "print('x' * 5_000_000)").output) == 5_000_001
-
-
-class StallingEngine:
+class EngineProxy:
     """A proxy before the engine's socket; it stops at the first request that has `stall_at` in it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, listener: socket.socket) -> None:
         self.stall_at = b""
         self.passes = threading.Event()
         self.passes.set()
-        self._sockets = [socket.socket(socket.AF_UNIX)]
-        self._sockets[0].bind(str(path))
-        self._sockets[0].listen()
+        self._sockets = [listener]
         self._threads: list[threading.Thread] = []
         self._spawn(self._accept)
 
@@ -3613,12 +3600,25 @@ class StallingEngine:
             sock.close()
 
 
+@pytest.mark.slow
+def test_docker_through_tcp(containers: Any, monkeypatch: MonkeyPatch) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:{1}".format(*listener.getsockname()))
+    with contextlib.closing(EngineProxy(listener)):
+        with docker_server() as server, JupyterCodeExecutor(server, max_output=None) as executor:
+            assert run(executor, "x = 1", "x").output == "\n1"
+            assert len(run(executor, "print('x' * 5_000_000)").output) == 5_000_001
+
+
 @pytest.fixture
-def stalling(containers: Any, monkeypatch: MonkeyPatch, tmp_path: Path) -> Iterator[StallingEngine]:
+def stalling(containers: Any, monkeypatch: MonkeyPatch, tmp_path: Path) -> Iterator[EngineProxy]:
     for name in ("ENGINE_TIMEOUT", "STOP_TIMEOUT"):
         monkeypatch.setattr(jupyter_exec, name, 0.5)
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/engine.sock")
-    with contextlib.closing(StallingEngine(tmp_path / "engine.sock")) as stalling:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{tmp_path}/engine.sock")
+    listener.listen()
+    with contextlib.closing(EngineProxy(listener)) as stalling:
         yield stalling
         stalling.stall_at = b""
         stalling.passes.set()
@@ -3628,7 +3628,7 @@ def stalling(containers: Any, monkeypatch: MonkeyPatch, tmp_path: Path) -> Itera
 @pytest.mark.slow
 @cases("request_", "/version", "/images/", "/wait", "/attach", "/start")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
-def test_an_engine_that_stalls_at_the_start(stalling: StallingEngine, request_: str, monkeypatch: MonkeyPatch) -> None:
+def test_an_engine_that_stalls_at_the_start(stalling: EngineProxy, request_: str, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "WAIT_TIMEOUT", 1)
     stalling.stall_at = request_.encode()
     with docker_server() as server, pytest.raises(SandboxError, match="engine does not answer"):
@@ -3637,7 +3637,7 @@ def test_an_engine_that_stalls_at_the_start(stalling: StallingEngine, request_: 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_engine_that_stalls_under_a_cell(stalling: StallingEngine, monkeypatch: MonkeyPatch) -> None:
+def test_an_engine_that_stalls_under_a_cell(stalling: EngineProxy, monkeypatch: MonkeyPatch) -> None:
     with docker_server() as server, JupyterCodeExecutor(server) as executor:
         run(executor, "x = 1")
         stalling.passes.clear()
