@@ -7012,10 +7012,9 @@ class Turns:
         self._check = check
         self._changed = threading.Condition()
         self._queue: list[object] = []  # jobs, and what stands for other calls; it is the turn of the first one
-        self._thread, self._depth = 0, 0  # that is in, and how often
+        self._thread = 0  # that is in
         self.evictions = 0  # how many have come that evict
         self.overtaken = False  # whether one of them came before the thread that is in, while that one waited
-        self.detached = False  # the thread that is in does not count as one to wait for
         self.closed = False  # nobody comes in any more, except to evict
 
     @contextlib.contextmanager
@@ -7024,83 +7023,60 @@ class Turns:
 
         Raises: JupyterExecError if it is closed; NotRun if the one that is in was detached, or the job interrupted.
         """
-        if not self.mine:
-            self._enter(evict, job)
-        self._depth += 1
+        if self.mine:
+            yield
+            return
+        place = job or object()
+        since = job.since if job else self.come(place, evict is not None)
         try:
+            while evict and self._queue[0] is not place:
+                evict()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._queue[0] is place, 0.2)  # seconds to the next attempt
+            with self._changed:
+                while self._queue[0] is not place or (self.closed and not evict):
+                    self._check_patience(job)
+                    self._changed.wait()
+                self.overtaken, self._thread = since != self.evictions, threading.get_ident()
             yield
         finally:
-            self._depth -= 1
-            if not self._depth:
+            if self.mine:
                 self._thread = 0
-                self.leave(self._queue[0])
+            self.leave(place)
 
     @property
     def mine(self) -> bool:
         """Whether the calling thread is in."""
         return self._thread == threading.get_ident()
 
-    def come(self, job: Job) -> int:
-        """Queue for the thread of a job; returns how many evictions there were."""
-        self._check()
+    def come(self, place: object, evicts: bool = False) -> int:
+        """Queue, as a job or what stands for another call; returns how many evictions there were."""
+        if not evicts:
+            self._check()
         with self._changed:
-            self._queue.append(job)
+            self.evictions += evicts
+            self._queue.insert(1 if evicts else len(self._queue), place)
             return self.evictions
 
     def leave(self, place: object) -> None:
         with self._changed:
-            if self._queue[0] is place:
-                self.detached = False
             self._queue.remove(place)
             self._changed.notify_all()
-
-    def detach(self, job: Job) -> bool:
-        """Have nobody wait for a job any more that is in, if it is."""
-        with self._changed:
-            is_in = self._queue[:1] == [job]
-            self.detached = self.detached or is_in
-            self._changed.notify_all()
-        return is_in
 
     def wake(self) -> None:
         """Have those that wait look whether they still want to."""
         with self._changed:
             self._changed.notify_all()
 
-    def _enter(self, evict: Callable[[], None] | None, job: Job | None) -> None:
-        place: object = job or object()
-        if not evict:
-            self._check()
-        with self._changed:
-            self.evictions += evict is not None
-            if not job:
-                self._queue.insert(1 if evict else len(self._queue), place)
-            since = job.since if job else self.evictions
-            try:
-                self._wait(place, evict, job)
-            except BaseException:
-                self.leave(place)
-                raise
-            self.overtaken = since != self.evictions
-            self._thread = threading.get_ident()
-
-    def _wait(self, place: object, evict: Callable[[], None] | None, job: Job | None) -> None:
-        while self._queue[0] is not place or (self.closed and not evict):
-            if evict:
-                self._changed.release()
-                try:
-                    evict()
-                finally:
-                    self._changed.acquire()
-                self._changed.wait_for(lambda: self._queue[0] is place, 0.2)  # seconds to the next attempt
-            elif self.closed:
-                raise JupyterExecError(_STOPPED)
-            elif job and job.interrupted:
-                raise NotRun(_not_begun())
-            elif self.detached and not (job and job.patient):
-                raise NotRun(ExecutionResult("error", 1, "busy", _BUSY, []))
-            else:
-                self._changed.wait()
+    def _check_patience(self, job: Job | None) -> None:
+        """Raise for who does not wait any longer."""
+        first = self._queue[0]
+        if self.closed:
+            raise JupyterExecError(_STOPPED)
+        if job and job.interrupted:
+            raise NotRun(_not_begun())
+        if isinstance(first, Job) and first.detached and not (job and job.patient):
+            raise NotRun(ExecutionResult("error", 1, "busy", _BUSY, []))
 
 
 def _not_begun() -> ExecutionResult:
@@ -7260,8 +7236,9 @@ class Job:
     def detach(self, so_far: ExecutionResult) -> None:
         """Answer whoever waits for it by what there is by now: its time is over."""
         answer = self._call.so_far(so_far)
-        if self._turns.detach(self) and not self.answered.is_set():
+        if not self.answered.is_set():
             self._answer = answer
+            self._turns.wake()
             self._tell(self.answered)
 
     def answer(self) -> Any:
