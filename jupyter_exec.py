@@ -7088,15 +7088,21 @@ def _text_so_far(result: ExecutionResult | None) -> str:
 
 
 class CellCall:
-    """A call that runs one cell; `timeout` and hooks (on_output, on_input) that are None are the executor's."""
+    """A call that runs one cell, or the code block of a language, whose pictures it does not save.
 
-    def __init__(self, code: str, timeout: float | None = None, **hooks: Any) -> None:
+    `timeout` and hooks (those of Hooks) that are None are the executor's.
+    """
+
+    def __init__(self, code: str, timeout: float | None = None, *, language: str | None = None, **hooks: Any) -> None:
         if not isinstance(code, str):
             raise TypeError("code must be a string; execute_code_blocks takes code blocks.")
-        self._code, self._timeout = code, timeout
+        self._code, self._timeout, self._language = code, timeout, language
         self._hooks = {name: hook for name, hook in hooks.items() if hook}
 
     def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
+        if self._language is not None:
+            block = CodeBlock(self._code, self._language)
+            return executor._run_block(block, self._timeout, job, **self._hooks)
         executor._make_ready()
         return executor._run_cell(self._code, self._code, self._timeout, job, **self._hooks)
 
@@ -7166,7 +7172,7 @@ class Job:
         self._call, self._limit = call, executor._max_output
         self._kernel, self._turns = executor._kernel, executor._turns
         self._cell: Cell | None = None  # the latest
-        self._answer: Any = None
+        self.answer: Any = None  # what there was when its time was over
         self._result: Any = None
         self._error: BaseException | None = None
         self.answered, self.ended = threading.Event(), threading.Event()  # `answered` also if it was detached
@@ -7190,7 +7196,7 @@ class Job:
     @property
     def detached(self) -> bool:
         """Whether its time was over before it had ended."""
-        return self._answer is not None
+        return self.answer is not None
 
     @property
     def status(self) -> str:
@@ -7237,13 +7243,9 @@ class Job:
         """Answer whoever waits for it by what there is by now: its time is over."""
         answer = self._call.so_far(so_far)
         if not self.answered.is_set():
-            self._answer = answer
+            self.answer = answer
             self._turns.wake()
             self._tell(self.answered)
-
-    def answer(self) -> Any:
-        """Return the result, or what there was when it was detached; None before. Raises: as `wait`."""
-        return self._answer if self.detached else self.wait(0)
 
     def _run(self, executor: JupyterCodeExecutor) -> None:
         try:
@@ -7458,11 +7460,8 @@ class JupyterCodeExecutor(Stoppable):
 
         Raises: JupyterExecError after `stop`.
         """
-        try:
-            with self._turns.turn():
-                return self._run_block(block, on_result=on_result)
-        except NotRun as error:
-            return error.result
+        result: ExecutionResult = self._answer(CellCall(block.code, language=block.language or "", on_result=on_result))
+        return result
 
     def execute(
         self,
@@ -7517,8 +7516,14 @@ class JupyterCodeExecutor(Stoppable):
             job.interrupt()
             job.answered.wait(INTERRUPT_GRACE)
             raise
-        self._job = job if job.detached else self._job
-        return job.answer()
+        return self._answer_of(job)
+
+    def _answer_of(self, job: Job) -> Any:
+        """Return the result of a job, or what there was when it was detached. Raises: as `wait`."""
+        if not job.detached:
+            return job.wait()
+        self._job = job
+        return job.answer
 
     def _worker(self) -> JupyterCodeExecutor:
         """Return the same executor for a job's thread, which must not keep this object from being collected."""
@@ -7923,8 +7928,7 @@ class AsyncJupyterCodeExecutor(Single):
                 with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
                     await job.until(job.ended.is_set, 0.05)
             raise
-        executor._job = job if job.detached else executor._job
-        return job.answer()
+        return executor._answer_of(job)
 
     def _hook(self, hook: AsyncHook | None) -> AsyncHook | None:
         """Return a hook for the thread of the cells that has a coroutine run on the loop, and waits for it."""
@@ -7963,11 +7967,7 @@ class AsyncJupyterCodeExecutor(Single):
         task = asyncio.ensure_future(self._blocks(code_blocks))
         if cancellation_token is not None:
             cancellation_token.link_future(task)
-        try:
-            result = await task
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
+        result = await task
         theirs = getattr(sys.modules.get("autogen_core.code_executor"), "CodeResult", None)
         return _autogen_result_class(theirs)(**vars(result)) if theirs else result
 
@@ -8792,15 +8792,6 @@ Code runs in Jupyter kernels, one for each session; variables and imports stay f
 "default" unless you need several kernels at once. An error costs only the code that raised it."""
 
 
-class BlockCall(CellCall):
-    """A call that runs one code block, and saves no files."""
-
-    language = ""
-
-    def run(self, executor: JupyterCodeExecutor, job: Job | None) -> ExecutionResult:
-        return executor._run_block(CodeBlock(self._code, self.language), self._timeout, job=job)
-
-
 def _mcp_text(text: str) -> list[Json]:
     return [{"type": "text", "text": shorten(text, MCP_OUTPUT, (), "")}]
 
@@ -8868,8 +8859,7 @@ class McpTools:
         if job and job in self._untold:
             earlier = _mcp_text("The earlier code of this session has ended:")
             earlier += await self._answer(job, 0) + _mcp_text("The code of this call:")
-        call = BlockCall(code, math.inf if timeout is None else timeout)
-        call.language = language
+        call = CellCall(code, math.inf if timeout is None else timeout, language=language)
         self._jobs[session] = job = Job(executor, call, patient=True)
         return earlier + await self._answer(job, deadline.within(MCP_PATIENCE))
 
