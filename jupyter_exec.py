@@ -77,10 +77,10 @@ import time
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, TextIO, TypedDict, TypeVar, cast, overload
+from typing import IO, TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol, TextIO, TypedDict, TypeVar, cast, overload
 
 if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import argparse
@@ -90,6 +90,7 @@ if TYPE_CHECKING:  # what takes long to import is imported where it is used
     import subprocess
     import tempfile
     from concurrent.futures import Future
+    from typing import Concatenate
 
     from typing_extensions import Unpack  # type checkers know it, installed or not
 
@@ -7301,6 +7302,10 @@ class JupyterConnectable(Protocol):
 AnyServer = JupyterServer | JupyterConnectable | ConnectionInfo | KernelConnection | AnyPath
 
 
+# Tells the thread of an awaited transfer whether nobody awaits it any more.
+_UNWANTED: contextvars.ContextVar[Callable[[], bool]] = contextvars.ContextVar("unwanted", default=bool)
+
+
 def _end_forgotten(kernel: KernelClient, owner: int) -> None:
     if os.getpid() == owner and kernel.alive and not kernel.ended:  # a forked child forgets what lives on
         warnings.warn("A JupyterCodeExecutor was forgotten, not stopped; its kernel is ended.", ResourceWarning, 2)
@@ -7748,7 +7753,7 @@ class JupyterCodeExecutor(Stoppable):
             self._journal.write(file, metadata)
 
     def _check_usable(self) -> None:
-        if self._turns.closed:
+        if self._turns.closed or _UNWANTED.get()():
             raise JupyterExecError(_STOPPED)
 
     def interrupt(self) -> None:
@@ -7780,6 +7785,33 @@ class JupyterCodeExecutor(Stoppable):
 
 
 AsyncHook = Callable[..., Any]  # an OutputHook or InputHook, or a coroutine function of the same arguments
+_P = ParamSpec("_P")
+
+
+def _awaited(
+    method: Callable[Concatenate[JupyterCodeExecutor, _P], _T], beside_cells: bool = False
+) -> Callable[Concatenate[AsyncJupyterCodeExecutor, _P], Coroutine[Any, Any, _T]]:
+    """Return a method of JupyterCodeExecutor as one that is awaited; cancelling ends a transfer.
+
+    `beside_cells`: a hook may use it, too, if the files need no cell.
+    """
+
+    @functools.wraps(method)
+    async def awaited(self: AsyncJupyterCodeExecutor, /, *args: _P.args, **options: _P.kwargs) -> _T:
+        executor, unwanted = await self._started(), threading.Event()
+        if not (beside_cells and executor._kernel.files()):
+            self._check_outside()
+
+        def call() -> _T:
+            _UNWANTED.set(unwanted.is_set)
+            return method(executor, *args, **options)
+
+        try:
+            return await aside(call)
+        finally:
+            unwanted.set()
+
+    return awaited
 
 
 @functools.cache
@@ -7822,9 +7854,10 @@ class AsyncJob:
 class AsyncJupyterCodeExecutor(Single):
     """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, nothing blocks the loop.
 
-    Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell; variables are kept. Hooks may
-    be coroutine functions: they run on the loop of the call, and the cell's outputs wait for them. It serves
-    as a code executor of autogen-agentchat 0.4 and newer, and as a CodeEnvironment of AG2 1.x.
+    Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell, or ends its transfer;
+    variables are kept. Hooks may be coroutine functions: they run on the loop of the call, and the cell's outputs wait
+    for them; `on_progress` is called in a thread. It serves as a code executor of autogen-agentchat 0.4 and newer, and
+    as a CodeEnvironment of AG2 1.x.
     """
 
     supported_languages = ("python", "bash", "sh", "shell")
@@ -8036,11 +8069,11 @@ class AsyncJupyterCodeExecutor(Single):
         """Like JupyterCodeExecutor.wait."""
         return await AsyncJob((await self._started())._waited_for()).wait(seconds)
 
-    async def upload(
-        self, source: AnyPath | bytes | IO[bytes], path: AnyPath | None = None, *, on_progress: Progress | None = None
-    ) -> str:
-        """Like JupyterCodeExecutor.upload. Cancelling ends it; `on_progress` is called in a thread."""
-        return await self._transfer(JupyterCodeExecutor.upload, on_progress, source, path)
+    upload = _awaited(JupyterCodeExecutor.upload, beside_cells=True)
+    list_files = _awaited(JupyterCodeExecutor.list_files, beside_cells=True)
+    set_variables = _awaited(JupyterCodeExecutor.set_variables)
+    get_variable = _awaited(JupyterCodeExecutor.get_variable)
+    save_notebook = _awaited(JupyterCodeExecutor.save_notebook)
 
     @overload
     async def download(self, path: AnyPath, *, max_bytes: int = ..., on_progress: Progress | None = ...) -> bytes: ...
@@ -8050,47 +8083,9 @@ class AsyncJupyterCodeExecutor(Single):
         self, path: AnyPath, target: AnyPath | IO[bytes], *, max_bytes: int = ..., on_progress: Progress | None = ...
     ) -> None: ...
 
-    async def download(
-        self, path: Any, target: Any = None, *, max_bytes: int = MAX_DOWNLOAD, on_progress: Progress | None = None
-    ) -> bytes | None:
-        """Like JupyterCodeExecutor.download. Cancelling ends it; `on_progress` is called in a thread."""
-        method: Callable[..., bytes | None] = JupyterCodeExecutor.download
-        return await self._transfer(method, on_progress, path, target, max_bytes=max_bytes)
-
-    async def list_files(self, path: AnyPath = ".") -> list[FarFile]:
-        """Like JupyterCodeExecutor.list_files."""
-        return await self._transfer(lambda executor, on_progress: executor.list_files(path), None)
-
-    async def _transfer(self, method: Callable[..., _T], hook: Progress | None, *args: Any, **options: Any) -> _T:
-        """Do it beside the cells; once nobody waits for it any more, it ends at its next piece."""
-        import asyncio
-
-        executor, wanted = await self._started(), True
-        if not executor._kernel.files():  # they go through the kernel
-            self._check_outside()
-
-        def on_progress(done: int, total: int | None) -> None:
-            if not wanted:
-                raise asyncio.CancelledError
-            if hook:
-                hook(done, total)
-
-        try:
-            return await aside(lambda: method(executor, *args, on_progress=on_progress, **options))
-        finally:
-            wanted = False
-
-    async def set_variables(self, /, **values: Any) -> None:
-        """Like JupyterCodeExecutor.set_variables."""
-        self._check_outside()
-        executor = await self._started()
-        await aside(lambda: executor.set_variables(**values))
-
-    async def get_variable(self, name: str, *, max_bytes: int = MAX_JSON) -> Any:
-        """Like JupyterCodeExecutor.get_variable."""
-        self._check_outside()
-        executor = await self._started()
-        return await aside(lambda: executor.get_variable(name, max_bytes=max_bytes))
+    @functools.wraps(JupyterCodeExecutor.download)
+    async def download(self, *args: Any, **options: Any) -> Any:
+        return await _awaited(JupyterCodeExecutor.download, beside_cells=True)(self, *args, **options)
 
     async def restart(self) -> None:
         """Like JupyterCodeExecutor.restart."""
@@ -8101,11 +8096,6 @@ class AsyncJupyterCodeExecutor(Single):
         """Like JupyterCodeExecutor.interrupt."""
         if self._executor:
             self._executor.interrupt()
-
-    async def save_notebook(self, path: AnyPath) -> None:
-        """Like JupyterCodeExecutor.save_notebook."""
-        self._check_outside()
-        await aside(functools.partial((await self._started()).save_notebook, path))
 
     async def stop(self) -> None:
         """End the kernel. May be called more than once."""
