@@ -7283,6 +7283,9 @@ class Job:
             self._on_event.remove(listener)
 
 
+_AnyJob = TypeVar("_AnyJob", bound=Job)
+
+
 class ConnectionInfo(Protocol):
     """Where a Jupyter server is, in AutoGen's words."""
 
@@ -7491,9 +7494,12 @@ class JupyterCodeExecutor(Stoppable):
 
         Raises: TypeError for something that is no code.
         """
+        return self._submit(Job, code, timeout)
+
+    def _submit(self, kind: type[_AnyJob], code: Any, timeout: float | None) -> _AnyJob:
         is_cell = isinstance(code, str)
         call = CellCall(code, timeout) if is_cell else BlocksCall(code, self._folder, self._max_output, timeout)
-        self._job = job = Job(self, call, patient=True)
+        self._job = job = kind(self, call, patient=True)
         return job
 
     def wait(self, seconds: float | None = None) -> Any:
@@ -7501,9 +7507,9 @@ class JupyterCodeExecutor(Stoppable):
 
         Raises: JupyterExecError if there is none; else as that call.
         """
-        return self._waited_for().wait(seconds)
+        return self._last_job().wait(seconds)
 
-    def _waited_for(self) -> Job:
+    def _last_job(self) -> Job:
         if self._job is None:
             raise JupyterExecError("There is nothing to wait for: no call was detached or submitted.")
         return self._job
@@ -7820,35 +7826,13 @@ def _autogen_result_class(theirs: type) -> type[CodeResult]:
     return type("CodeResult", (CodeResult, theirs), {})
 
 
-class AsyncJob:
+class AsyncJob(Job):
     """A Job whose `wait` is awaited."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-
-    def interrupt(self) -> None:
-        """As of a Job."""
-        self._job.interrupt()
-
-    @property
-    def done(self) -> bool:
-        """As of a Job."""
-        return self._job.done
-
-    @property
-    def status(self) -> str:
-        """As of a Job."""
-        return self._job.status
-
-    @property
-    def output(self) -> str:
-        """As of a Job."""
-        return self._job.output
 
     async def wait(self, seconds: float | None = None) -> Any:
         """Like Job.wait; leaving it does not end the job."""
-        await self._job.until(self._job.ended.is_set, seconds)
-        return self._job.wait(0)
+        await self.until(self.ended.is_set, seconds)
+        return super().wait(0)
 
 
 class AsyncJupyterCodeExecutor(Single):
@@ -8063,11 +8047,13 @@ class AsyncJupyterCodeExecutor(Single):
 
     async def submit(self, code: Any, *, timeout: float | None = None) -> AsyncJob:
         """Like JupyterCodeExecutor.submit."""
-        return AsyncJob((await self._started()).submit(code, timeout=timeout))
+        return (await self._started())._submit(AsyncJob, code, timeout)
 
     async def wait(self, seconds: float | None = None) -> Any:
         """Like JupyterCodeExecutor.wait."""
-        return await AsyncJob((await self._started())._waited_for()).wait(seconds)
+        job = (await self._started())._last_job()
+        await job.until(job.ended.is_set, seconds)
+        return Job.wait(job, 0)
 
     upload = _awaited(JupyterCodeExecutor.upload, beside_cells=True)
     list_files = _awaited(JupyterCodeExecutor.list_files, beside_cells=True)
