@@ -8113,6 +8113,7 @@ class Step:
     cell: Json
     language: str = ""
     line: int = 0  # of the file, at which the source begins; 0: it is a notebook's
+    number: int = 0  # among the cells of the notebook; 0: it is of a text, or that of -p
     count: int | None = None  # IPython's number of it, once it has run here
 
     @property
@@ -8183,11 +8184,6 @@ class Document:
             lines.append(f"{name} = {_literal(value)}")
         self.steps.insert(at, self.new_step("\n".join(lines), ["injected-parameters"]))
 
-    def number(self, step: Step) -> int:
-        """Return which cell of a notebook a step is; 0 for one of a text, or the one of -p, which does not count."""
-        cells = [other for other in self.steps if not (other.line or other.has_tag("injected-parameters"))]
-        return cells.index(step) + 1 if step in cells else 0
-
     def save(self, path: Path, metadata: Json) -> None:
         """Write the notebook, with the kernel's metadata where it has none.
 
@@ -8213,8 +8209,7 @@ class Document:
             line = int(noted[1])
         if step.line:
             return f"{self.name}:{step.line + line - 1}"
-        cell = self.number(step)
-        return f"{self.name}, {f'cell {cell}' if cell else '-p'}, line {line}"
+        return f"{self.name}, {f'cell {step.number}' if step.number else '-p'}, line {line}"
 
 
 def _literal(text: str) -> str:
@@ -8287,11 +8282,11 @@ def _notebook(name: str, body: Json) -> Document:
         advice = "; its format is old: jupyter nbconvert --to notebook makes it a new one" * ("worksheets" in body)
         raise ProtocolError(f"{name} is no notebook with cells{advice}.")
     document = Document(name, body)
-    for cell in cells:
+    for number, cell in enumerate(cells, 1):
         source, metadata = cell.get("source"), cell.get("metadata")
         source = "".join(map(str, source)) if isinstance(source, list) else text_of(source)
         metadata = metadata if isinstance(metadata, dict) else {}
-        document.steps.append(Step(cell | {"source": source, "metadata": metadata}))
+        document.steps.append(Step(cell | {"source": source, "metadata": metadata}, number=number))
     return document
 
 
@@ -8610,8 +8605,10 @@ def _drop_unwritten() -> None:
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    read = functools.partial(read_document, options.file, options.unlabelled, bool(options.kernel))
-    document = read() if options.code is None else _script("code", options.code)
+    if options.code is None:
+        document = read_document(options.file, options.unlabelled, bool(options.kernel))
+    else:
+        document = _script("code", options.code)
     kernel_name = options.kernel or document.kernel_name or "python3"
     if options.parameters:
         document.add_parameters(options.parameters)
@@ -8710,7 +8707,6 @@ def _run_steps(
 ) -> int:
     """Run cells until one fails; returns the exit status."""
     status, folder, stem = 0, Folder(options.output_dir), Path(options.file or "code").stem.lstrip("-") or "stdin"
-
     kept: list[ExecutionResult] = []  # of the cells that have run, even if Ctrl-C ended the call
 
     def keep(step: Step, result: ExecutionResult) -> None:
@@ -8720,7 +8716,7 @@ def _run_steps(
         kept.append(result)
 
     for number, step in enumerate(steps, 1):
-        printer.begin(CellFiles(folder, f"{stem}-{document.number(step) or number}", options.html))
+        printer.begin(CellFiles(folder, f"{stem}-{step.number or number}", options.html))
         block = CodeBlock(step.cell["source"], step.language)
         try:
             result = executor.execute_block(block, on_result=functools.partial(keep, step))
