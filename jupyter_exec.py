@@ -6672,7 +6672,7 @@ class CodeResult:
 
 IPythonCodeResult = CodeResult
 
-_FENCE = re.compile(r"(?P<indent> *)(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)")
+_FENCE = re.compile(r" *(?P<fence>`{3,}(?=[^`]*$)|~{3,})(?P<info>.*)")
 _LIST_ITEM = re.compile(r" *(?:[-+*]|\d{1,9}[.)]) {1,4}(?=\S)")
 _LANGUAGE = re.compile(r"[{.\s]*([^\s,{}]*)")  # also Pandoc's {.python .numberLines}
 
@@ -6721,8 +6721,8 @@ def fenced_blocks(text: str) -> Iterator[tuple[int, str, CodeBlock]]:
         # "... preceded by up to three spaces of indentation"
         if opening and indent - offset <= 3:
             code = "\n".join(_fenced_lines(lines, opening["fence"], indent, offset))
-            language = _LANGUAGE.match(opening["info"])
-            yield number + 1, opening["info"], CodeBlock(code, (language and language[1]) or _guessed_language(code))
+            language = _LANGUAGE.findall(opening["info"])[0] or _guessed_language(code)
+            yield number + 1, opening["info"], CodeBlock(code, language)
 
 
 def _guessed_language(code: str) -> str:
