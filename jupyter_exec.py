@@ -8605,10 +8605,8 @@ def _drop_unwritten() -> None:
 
 
 def _run(options: argparse.Namespace, arguments: list[str]) -> int:
-    if options.code is None:
-        document = read_document(options.file, options.unlabelled, bool(options.kernel))
-    else:
-        document = _script("code", options.code)
+    read = functools.partial(read_document, options.file, options.unlabelled, bool(options.kernel))
+    document = read() if options.code is None else _script("code", options.code)
     kernel_name = options.kernel or document.kernel_name or "python3"
     if options.parameters:
         document.add_parameters(options.parameters)
