@@ -7222,7 +7222,7 @@ class Job:
 
         May be called from many threads, and again and again. Raises: as `execute` of the executor.
         """
-        if not self.ended.wait(None if seconds is None else max(0, min(seconds, threading.TIMEOUT_MAX))):
+        if not self.ended.wait(Deadline(seconds).remaining):
             return None
         if self._error:
             raise self._error
@@ -8117,10 +8117,6 @@ class Step:
     count: int | None = None  # IPython's number of it, once it has run here
 
     @property
-    def is_code(self) -> bool:
-        return self.cell.get("cell_type") == "code"
-
-    @property
     def shown(self) -> Json:
         """The cell as it stands in a notebook."""
         shell = _SHELLS.get(self.language.lower())
@@ -8151,11 +8147,7 @@ class Document:
         """`name` is for people, `body` a notebook without cells."""
         self.name, self._body = name, {"nbformat": 4, "nbformat_minor": 5, "metadata": {}} | body
         self.steps: list[Step] = []
-
-    @property
-    def kernel_name(self) -> str | None:
-        """The kernel that a notebook names."""
-        return text_of(part_of(self._body, "metadata", "kernelspec", "name")) or None
+        self.kernel_name = text_of(part_of(body, "metadata", "kernelspec", "name"))  # "" if it names none
 
     def new_step(
         self, source: str, tags: Sequence[str] = (), kind: str = "code", language: str = "", line: int = 0
@@ -8663,7 +8655,8 @@ def _is_elsewhere(source: str, options: argparse.Namespace) -> bool:
 def _runnable(document: Document, kernel_name: str, language: str) -> Iterator[Step]:
     """Yield the cells that such a kernel can run; of a text, the others are there to be read."""
     for step in document.steps:
-        if step.is_code and step.cell["source"].strip() and not step.has_tag("skip-execution"):
+        is_code = step.cell.get("cell_type") == "code" and step.cell["source"].strip()
+        if is_code and not step.has_tag("skip-execution"):
             try:
                 cell_of(CodeBlock(step.cell["source"], step.language), kernel_name, language)
             except ValueError:
@@ -8908,9 +8901,8 @@ class McpTools:
     def end(self) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
-        executors = [made for executor in self._executors.values() if (made := executor._executor)]
         with ThreadPoolExecutor(MCP_SESSIONS) as pool:
-            list(pool.map(JupyterCodeExecutor.stop, executors))
+            list(pool.map(AsyncJupyterCodeExecutor._end, self._executors.values()))
         self._server.stop()
 
 
