@@ -7883,7 +7883,6 @@ class AsyncJupyterCodeExecutor(Single):
         self._executor: JupyterCodeExecutor | None = None
         self._starting: Any = None  # a task
         self._guard = threading.Lock()  # of _executor
-        self._loop: Any = None  # of the latest call
         self._pending: Any = None  # what a hook in the cells' thread waits for,
         self._unwanted: Any = None  # and what it waited for when its call was cancelled
         self._in_hook = contextvars.ContextVar("in_hook", default=False)
@@ -7910,12 +7909,11 @@ class AsyncJupyterCodeExecutor(Single):
     async def _started(self) -> JupyterCodeExecutor:
         import asyncio
 
-        self._loop = asyncio.get_running_loop()
+        self._tools.loop = loop = asyncio.get_running_loop()  # for hooks, too: that of the latest call
         while not self._executor:
-            if not self._starting or self._starting.done() or self._starting.get_loop() is not self._loop:
+            if not self._starting or self._starting.done() or self._starting.get_loop() is not loop:
                 self._starting = asyncio.ensure_future(aside(self._made))
             await settled(self._starting)
-        self._executor._tools.loop = self._loop
         return self._executor
 
     def _made(self) -> None:
@@ -7956,7 +7954,7 @@ class AsyncJupyterCodeExecutor(Single):
         from concurrent.futures import CancelledError, wait
 
         self._in_hook.set(True)  # for what follows in this thread, and what it has the loop do
-        answer, loop = hook(*arguments), self._loop
+        answer, loop = hook(*arguments), self._tools.loop
         if not asyncio.iscoroutine(answer):
             return answer
         try:
