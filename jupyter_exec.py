@@ -6926,6 +6926,11 @@ def follow_shell(process: subprocess.Popen[bytes]) -> int:
     return 130 if status is None else status if status >= 0 else 128 - status
 
 
+def shell_of(code: str, language: str) -> str:
+    """Return the shell that runs a block; "" if it is no script, as what begins with ! or % is IPython's."""
+    return "" if code.lstrip()[:1] in ("!", "%") else _SHELLS.get(language, "")
+
+
 def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, str]:
     """Return the cell that runs a code block in a kernel of that name and language, and what a notebook says of it.
 
@@ -6936,8 +6941,8 @@ def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, st
     code, language = str(block.code), str(block.language or "").strip().lower()
     kernel_language = kernel_language or "python"  # a kernel that does not say
     speaks_python = kernel_language.lower() == "python"
-    if speaks_python and language in _SHELLS and code.lstrip()[:1] not in ("!", "%"):
-        shell, script = _SHELLS[language], code.replace("\r\n", "\n")
+    if speaks_python and (shell := shell_of(code, language)):
+        script = code.replace("\r\n", "\n")
         shown = f"%%{shell}\n{script}"
         modules = "codecs, contextlib, os, selectors, signal, subprocess, sys, tempfile, threading, time"
         try:
@@ -7773,7 +7778,9 @@ class JupyterCodeExecutor(Stoppable):
 
         Raises: KernelError if it cannot be started, or is not ours (attached by a connection file).
         """
-        with self._turns.turn(self._kernel.abort if self._kernel.owned else None):
+        if not self._kernel.owned:
+            self._kernel.restart()  # raises, at once
+        with self._turns.turn(self._kernel.abort):
             self._check_usable()
             self._kernel.restart()
 
@@ -7839,9 +7846,9 @@ class AsyncJupyterCodeExecutor(Single):
     """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, nothing blocks the loop.
 
     Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell, or ends its transfer;
-    variables are kept. Hooks may be coroutine functions: they run on the loop of the call, and the cell's outputs wait
-    for them; `on_progress` is called in a thread. It serves as a code executor of autogen-agentchat 0.4 and newer, and
-    as a CodeEnvironment of AG2 1.x.
+    variables are kept. Hooks may be coroutine functions: they run on the loop of the latest call, and the cell's
+    outputs wait for them; `on_progress` is called in a thread. It serves as a code executor of autogen-agentchat 0.4
+    and newer, and as a CodeEnvironment of AG2 1.x.
     """
 
     supported_languages = ("python", "bash", "sh", "shell")
@@ -7951,12 +7958,19 @@ class AsyncJupyterCodeExecutor(Single):
 
     def _call_hook(self, hook: AsyncHook, *arguments: Any) -> Any:
         import asyncio
+
+        inside = self._in_hook.set(True)  # for what it has the loop do, too
+        try:
+            answer = hook(*arguments)
+            return self._wait_for_hook(answer) if asyncio.iscoroutine(answer) else answer
+        finally:
+            self._in_hook.reset(inside)
+
+    def _wait_for_hook(self, answer: Coroutine[Any, Any, Any]) -> Any:
+        import asyncio
         from concurrent.futures import CancelledError, wait
 
-        self._in_hook.set(True)  # for what follows in this thread, and what it has the loop do
-        answer, loop = hook(*arguments), self._tools.loop
-        if not asyncio.iscoroutine(answer):
-            return answer
+        loop = self._tools.loop
         try:
             self._pending = future = asyncio.run_coroutine_threadsafe(answer, loop)
             while not wait([future], 1.0).done:
@@ -8117,7 +8131,7 @@ class Step:
     @property
     def shown(self) -> Json:
         """The cell as it stands in a notebook."""
-        shell = _SHELLS.get(self.language.lower())
+        shell = shell_of(self.cell["source"], self.language.lower())
         return self.cell | ({"source": f"%%{shell}\n{self.cell['source']}"} if shell else {})
 
     def has_tag(self, tag: str) -> bool:
@@ -8434,8 +8448,9 @@ class JsonPrinter:
         """Answer input() in the code."""
         return _ask("", password)
 
-    def close(self, kind: type[BaseException] | None, *trouble: object) -> None:
+    def close(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
         status = self.status if kind is None else 130 if kind is KeyboardInterrupt else 2
+        status = int(error.code or 0) if isinstance(error, SystemExit) else status  # by a signal
         end = self._end | {"exit_code": self._end["exit_code"] or status}
         put(sys.stdout, json.dumps(end | {"blocks": self._blocks}))
 

@@ -6531,6 +6531,9 @@ def test_stop_of_an_attached_executor_ends_its_cell_only(executor: JupyterCodeEx
     assert executor.connection_file
     with JupyterCodeExecutor(executor.connection_file) as attached, ThreadPoolExecutor(1) as pool:
         running = submit_endless(pool, attached)
+        with pytest.raises(KernelError, match="not ours to restart"):
+            attached.restart()
+        assert not running.done()
         attached.stop()
         assert running.result(PATIENCE).status == "interrupted"
     assert run(executor, "x").output == "7"
@@ -8080,6 +8083,23 @@ async def test_a_hook_that_wants_the_kernel_gets_an_error(server: LocalJupyterSe
 
 
 @on_a_loop
+async def test_a_tool_that_is_called_after_a_hook_is_none(server: LocalJupyterServer) -> None:
+    heard = asyncio.Event()
+    executor: AsyncJupyterCodeExecutor
+
+    async def hook(output: Any) -> None:
+        heard.set()
+
+    async def restart() -> None:
+        await heard.wait()
+        await executor.restart()
+
+    async with AsyncJupyterCodeExecutor(server, on_output=hook, tools=[restart]) as executor:
+        result = await executor.execute("print(1, flush=True)\nawait restart()")
+    assert (result.status, result.note.split(";")[0]) == ("died", "The kernel was restarted while the code ran")
+
+
+@on_a_loop
 async def test_servers_are_left_without_blocking_the_loop() -> None:
     async with LocalJupyterServer() as server, AsyncJupyterCodeExecutor(server) as executor:
         assert (await executor.execute("1")).text == "1"
@@ -8938,12 +8958,12 @@ def test_what_the_command_line_says_of_ends(tmp_path: Path) -> None:
         ("expected", "cell 2, line 1", "ZeroDivisionError", "python"),
         ("error", "cell 3, line 1", "ZeroDivisionError", "python"),
     ]
-    (tmp_path / "a.md").write_text("# A\n```python\nx = 1\nx = (\n```\n```sh\nexit 7\n```\n")
+    (tmp_path / "a.md").write_text("# A\n```python\nx = 1\nx = (\n```\n```sh\n%cd .\n```\n```sh\nexit 7\n```\n")
     ran = cli("run", "a.md", "--keep-going", "--notebook", "b.ipynb", cwd=tmp_path)
-    assert ran.stderr.splitlines()[-1] == "jupyter-exec: a.md:7: the script ended with exit status 7"
+    assert ran.stderr.splitlines()[-1] == "jupyter-exec: a.md:10: the script ended with exit status 7"
     assert "CalledProcessError" not in ran.stderr and "jupyter-exec: a.md:4: " in ran.stderr
     notebook = read_notebook(tmp_path / "b.ipynb", as_version=4)
-    assert notebook.cells[1].source == "%%sh\nexit 7"
+    assert [cell.source for cell in notebook.cells[1:]] == ["%cd .", "%%sh\nexit 7"]
     assert notebook.metadata.language_info.file_extension == ".py"
     ran = cli("run", "-c", "\nimport time\ntime.sleep(60)", "--timeout", "1")
     says = "jupyter-exec: code:3: Timeout: interrupted after 1 s; it was at: time.sleep(60)"
@@ -9050,6 +9070,16 @@ def test_signals_end_with_their_status_leave_nothing_and_keep_the_cell(number: i
         assert process.wait(PATIENCE) == 128 + number
     (cell,) = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
     assert (cell.source, cell.outputs[0].text) == (FOR_EVER, "go\n")
+
+
+@pytest.mark.slow
+def test_json_tells_of_the_signal_that_ended_the_run(tmp_path: Path) -> None:
+    code = f"open({str(tmp_path / 'begun')!r}, 'w'); {FOR_EVER}"
+    command = [sys.executable, str(MODULE), "run", "--json", "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        eventually((tmp_path / "begun").exists, "the code runs")
+        process.send_signal(signal.SIGTERM)
+        assert json.loads(process.communicate()[0])["exit_code"] == process.returncode == 143
 
 
 @pytest.mark.slow
