@@ -1634,7 +1634,7 @@ class Execution:
 
     @property
     def _payload(self) -> list[Json]:
-        payload = (self._reply or {}).get("payload")
+        payload = part_of(self._reply, "payload")
         return [entry for entry in payload if isinstance(entry, dict)] if isinstance(payload, list) else []
 
     def _count(self, content: Json) -> None:
@@ -1681,9 +1681,8 @@ class Execution:
         if outcome[0] == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
             # The error came with the reply only, or there was no room for it.
             outputs.append(_error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply))
-        count, values = self.execution_count, (self._reply or {}).get("user_expressions")
-        value = values.get("value") if isinstance(values, dict) else None
-        return ExecutionResult(*outcome, outputs, count, duration, self.death, missing, value=value)
+        value = part_of(self._reply, "user_expressions", "value")
+        return ExecutionResult(*outcome, outputs, self.execution_count, duration, self.death, missing, value=value)
 
     def _outcome(self, missing: int) -> tuple[str, int, str, str]:
         if self.timed_out is not None:
@@ -1726,8 +1725,7 @@ class Execution:
 
 
 def _display_id(content: Json) -> str:
-    transient = content.get("transient")  # null or absent in some kernels
-    return text_of(transient.get("display_id")) if isinstance(transient, dict) else ""
+    return text_of(part_of(content, "transient", "display_id"))  # "transient" is null or absent in some kernels
 
 
 def _error(content: Json) -> Json:
