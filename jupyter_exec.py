@@ -1792,7 +1792,7 @@ class Loop:
         self._running = True
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
-        self.on_readable(self._waker.fileno(), self._on_wake)
+        self.watch(self._waker.fileno(), self._on_wake)
 
     def post(self, job: Callable[[], None]) -> None:
         """Call `job()` in the loop's thread, after the jobs that were posted before."""
@@ -1807,11 +1807,8 @@ class Loop:
     def later(self, seconds: float, job: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._serial), job))
 
-    def on_readable(self, descriptor: int, callback: Callable[[], object] | None) -> None:
-        """Call `callback()` whenever there is something to read; None ends that."""
-        self.watch(descriptor, selectors.EVENT_READ, callback)
-
-    def watch(self, descriptor: int, event: int, callback: Callable[[], object] | None) -> None:
+    def watch(self, descriptor: int, callback: Callable[[], object] | None, event: int = selectors.EVENT_READ) -> None:
+        """Call `callback()` whenever there is something to read, or the other event has come; None ends that."""
         key = self._selector.get_map().get(descriptor)
         callbacks = key.data if key else {}
         callbacks.pop(event, None)
@@ -2006,14 +2003,14 @@ class Outbox:
                 self._sent_at = time.monotonic()
                 self._begun = self._begun[sent:]
         except BlockingIOError:
-            self._loop.watch(self._descriptor, selectors.EVENT_WRITE, self._write)
+            self._loop.watch(self._descriptor, self._write, selectors.EVENT_WRITE)
             if not self._watched:
                 self._watched = True
                 self._loop.later(CONTROL_TIMEOUT, self._check_progress)
         except OSError as error:
             self._on_stuck(f"writing failed: {error.strerror}")
         else:
-            self._loop.watch(self._descriptor, selectors.EVENT_WRITE, None)
+            self._loop.watch(self._descriptor, None, selectors.EVENT_WRITE)
 
     def _next(self) -> memoryview:
         lane = "" if "" in self._lanes else next(iter(self._lanes))
@@ -2046,7 +2043,7 @@ class Outbox:
     def close(self) -> None:
         self._begun = memoryview(b"")
         self._lanes.clear()
-        self._loop.watch(self._descriptor, selectors.EVENT_WRITE, None)
+        self._loop.watch(self._descriptor, None, selectors.EVENT_WRITE)
 
 
 class Tail:
@@ -2069,7 +2066,7 @@ class Tail:
     def watch(self, loop: Loop) -> None:
         """Read in the loop from now on."""
         self._loop = loop
-        loop.on_readable(self._descriptor, self.read)
+        loop.watch(self._descriptor, self.read)
 
     def read(self) -> bool:
         """Read what is there; return False at the end."""
@@ -2080,7 +2077,7 @@ class Tail:
         self._data += data
         del self._data[: -self._limit]
         if not data and self._loop:
-            self._loop.on_readable(self._descriptor, None)
+            self._loop.watch(self._descriptor, None)
         return bool(data)
 
     def drain(self) -> None:
@@ -2092,7 +2089,7 @@ class Tail:
     def close(self) -> None:
         self.drain()
         if self._loop:
-            self._loop.on_readable(self._descriptor, None)
+            self._loop.watch(self._descriptor, None)
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor, self._loop = -1, None
@@ -2114,7 +2111,7 @@ class Pipe:
         self._codec = PipeCodec()
         self.outbox = Outbox(loop, stream, self.close)
         self._closed = False
-        loop.on_readable(stream.fileno(), self._read)
+        loop.watch(stream.fileno(), self._read)
 
     def fileno(self) -> int:
         return self.stream.fileno()
@@ -2138,7 +2135,7 @@ class Pipe:
     def close(self, reason: str) -> None:
         if not self._closed:
             self._closed = True
-            self._loop.on_readable(self.stream.fileno(), None)
+            self._loop.watch(self.stream.fileno(), None)
             self.outbox.close()
             self.stream.close()
             self._on_closed(reason)
@@ -2345,7 +2342,7 @@ class KernelSockets:
                     # "stdin: ... the client's identity must be the same as that of its shell socket."
                     sock.identity = identity
                 sock.connect(connection.address(channel))
-                self._loop.on_readable(sock.fd, functools.partial(self._read, channel))
+                self._loop.watch(sock.fd, functools.partial(self._read, channel))
         except zmq.ZMQError:  # too many open files
             self.close()
             raise
@@ -2377,7 +2374,7 @@ class KernelSockets:
 
     def close(self) -> None:
         for sock in self.by_channel.values():
-            self._loop.on_readable(sock.fd, None)
+            self._loop.watch(sock.fd, None)
             sock.close()
         self.by_channel = {}
 
@@ -2402,7 +2399,7 @@ class ZmqChannels:
             self._sockets.open(context, connection, os.urandom(16).hex().encode())
             if watch:
                 self._monitor = self._sockets.by_channel["shell"].get_monitor_socket(zmq.EVENT_DISCONNECTED)
-                self._loop.on_readable(self._monitor.fd, self._on_disconnected)
+                self._loop.watch(self._monitor.fd, self._on_disconnected)
                 self._on_disconnected()
         except zmq.ZMQError as error:
             self._mailbox.put(KernelDied(cause=f"its sockets cannot be opened here: {error.strerror}"))
@@ -2422,7 +2419,7 @@ class ZmqChannels:
 
     def _close(self) -> None:
         if self._monitor and self._sockets.by_channel:
-            self._loop.on_readable(self._monitor.fd, None)
+            self._loop.watch(self._monitor.fd, None)
             self._sockets.by_channel["shell"].disable_monitor()
         self._sockets.close()
 
@@ -3582,7 +3579,7 @@ class KernelHost:
             self._launch(server, program, [theirs.fileno()])
         ours.setblocking(False)
         server.channel, server.preload = ours, kernel.preload
-        self._loop.on_readable(ours.fileno(), functools.partial(self._read_pids, server))
+        self._loop.watch(ours.fileno(), functools.partial(self._read_pids, server))
         return server
 
     def _check_order(self, server: ChildProcess, kernel: ChildProcess) -> None:
@@ -3611,7 +3608,7 @@ class KernelHost:
             except BlockingIOError:
                 return
             if not answer:
-                self._loop.on_readable(server.channel.fileno(), None)
+                self._loop.watch(server.channel.fileno(), None)
                 return
             forked = json_object(answer, "answer of a fork server")
             server.forked = True
@@ -3711,7 +3708,7 @@ class KernelHost:
     def _end_fork_server(self, server: ChildProcess, channel: socket.socket) -> None:
         """Start the kernels that it owes in another way, unless its preload failed. Those that it forked live on."""
         self._read_pids(server)
-        self._loop.on_readable(channel.fileno(), None)
+        self._loop.watch(channel.fileno(), None)
         channel.close()
         if not server.forked and (server.exit_code == CANNOT_FORK or not server.preload):
             self._unforkable.add(server.name)
@@ -4226,7 +4223,7 @@ class WebSocketChannels:
             return
         self._heard_at = time.monotonic()
         self._outbox = Outbox(self._loop, self._socket, self._drop)
-        self._loop.on_readable(self._socket.fileno(), self._read)
+        self._loop.watch(self._socket.fileno(), self._read)
         backlog, self._backlog = self._backlog, []
         for data in backlog:
             self._send(data)
@@ -4277,7 +4274,7 @@ class WebSocketChannels:
 
     def _close_socket(self) -> None:
         if self._outbox:
-            self._loop.on_readable(self._socket.fileno(), None)
+            self._loop.watch(self._socket.fileno(), None)
             self._outbox.close()
             self._outbox = None
             self._socket.close()
