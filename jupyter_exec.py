@@ -45,6 +45,7 @@ from __future__ import annotations
 import ast
 import atexit
 import base64
+import bisect
 import builtins
 import codecs
 import contextlib
@@ -52,7 +53,6 @@ import contextvars
 import copy
 import errno
 import functools
-import heapq
 import inspect
 import io
 import itertools
@@ -1783,12 +1783,10 @@ class Loop:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._jobs: deque[Callable[[], None]] = deque()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._serial = itertools.count()
+        self._timers: list[tuple[float, Callable[[], None]]] = []  # in order
         self._waker, self.alarm = socket.socketpair()  # `alarm` may serve signal.set_wakeup_fd
         self._waker.setblocking(False)
         self.alarm.setblocking(False)
-        self._awake = False
         self._running = True
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -1799,13 +1797,11 @@ class Loop:
         if self.is_inherited:
             raise JupyterExecError("This process was forked from the one with the server: make a new server here.")
         self._jobs.append(job)
-        if not self._awake:
-            self._awake = True
-            with contextlib.suppress(OSError):  # full: the loop wakes up anyway; closed: the loop has ended
-                self.alarm.send(b"\0")
+        with contextlib.suppress(OSError):  # full: the loop wakes up anyway; closed: the loop has ended
+            self.alarm.send(b"\0")
 
     def later(self, seconds: float, job: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._serial), job))
+        bisect.insort(self._timers, (time.monotonic() + seconds, job), key=lambda timer: timer[0])
 
     def watch(self, descriptor: int, callback: Callable[[], object] | None, event: int = selectors.EVENT_READ) -> None:
         """Call `callback()` whenever there is something to read, or the other event has come; None ends that."""
@@ -1850,7 +1846,7 @@ class Loop:
                     if events & event and key.data.get(event):  # an earlier callback may have ended the watch
                         self._call(callback)
             while self._timers and self._timers[0][0] <= time.monotonic():
-                self._call(heapq.heappop(self._timers)[2])
+                self._call(self._timers.pop(0)[1])
         while self._jobs:  # other threads may wait for these
             self._call(self._jobs.popleft())
         self._selector.close()
@@ -1860,7 +1856,6 @@ class Loop:
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._waker.recv(4096)
-        self._awake = False  # before the jobs: a job posted from now on wakes the loop again
         for _ in range(len(self._jobs)):
             self._call(self._jobs.popleft())
 
