@@ -1945,7 +1945,7 @@ def _tls_as_plain() -> Iterator[None]:
         raise
 
 
-_inherited: weakref.WeakSet[Pipe | Tail] = weakref.WeakSet()
+_inherited: weakref.WeakSet[Stream | Tail] = weakref.WeakSet()
 
 
 def _close_inherited() -> None:
@@ -2100,16 +2100,13 @@ class Pipe:
     def __init__(
         self, loop: Loop, stream: Stream, on_parts: Callable[[list[bytes]], None], on_closed: Callable[[str], None]
     ) -> None:
-        self._loop, self.stream = loop, stream
+        self._loop, self._stream = loop, stream
         self._on_parts, self._on_closed = on_parts, on_closed
-        _inherited.add(self)
+        _inherited.add(stream)
         self._codec = PipeCodec()
         self.outbox = Outbox(loop, stream, self.close)
         self._closed = False
         loop.watch(stream.fileno(), self._read)
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
 
     def send(self, parts: Sequence[bytes], lane: str = "", may_be_lost: bool = False) -> None:
         if not self._closed:
@@ -2117,7 +2114,7 @@ class Pipe:
 
     def _read(self) -> None:
         try:
-            data = self.stream.recv(2**18)
+            data = self._stream.recv(2**18)
             for parts in self._codec.feed(data):
                 self._on_parts(parts)
             if not data:
@@ -2130,9 +2127,9 @@ class Pipe:
     def close(self, reason: str) -> None:
         if not self._closed:
             self._closed = True
-            self._loop.watch(self.stream.fileno(), None)
+            self._loop.watch(self._stream.fileno(), None)
             self.outbox.close()
-            self.stream.close()
+            self._stream.close()
             self._on_closed(reason)
 
 
