@@ -1748,12 +1748,9 @@ def _bundle(content: Json) -> Json:
 class Deadline:
     """A point in time, made once per public call and passed down. With None for `seconds` it never comes."""
 
-    __slots__ = ("_at", "seconds")
-
     def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
-        never = math.inf
-        self._at = time.monotonic() + (never if seconds is None or seconds >= threading.TIMEOUT_MAX else seconds)
+        self._at = time.monotonic() + (math.inf if seconds is None or seconds >= threading.TIMEOUT_MAX else seconds)
 
     @property
     def remaining(self) -> float | None:
