@@ -2131,7 +2131,7 @@ class Pipe:
 
 
 Deliver = Callable[[str, list[bytes]], None]  # channel and parts
-RawMessage = tuple[str, Any]  # the same, or "WebSocket" and a message, as they came
+RawMessage = tuple[str, Sequence[Any]]  # the same, or "WebSocket" and a list of one message, as they came
 
 
 class Reconnected:
@@ -2163,9 +2163,9 @@ class Mailbox:
         return self._put_replies > self._got_replies
 
     def put(self, item: MailItem) -> None:
-        parts, unread = _parts(item), self._put_bytes - self._got_bytes
-        size, is_message = 1000 + sum(map(len, parts)), isinstance(item, tuple)
-        if is_message and unread > MAILBOX_LIMIT:
+        channel, parts = item if isinstance(item, tuple) else ("", ())
+        size, unread = 1000 + sum(map(len, parts)), self._put_bytes - self._got_bytes
+        if channel and unread > MAILBOX_LIMIT:
             if self.ended or size >= LARGE_PART or not _names(_VITAL, parts):
                 self.dropped = True
                 return
@@ -2174,7 +2174,7 @@ class Mailbox:
                 if self._on_flood:
                     self._on_flood()
         self.ended = self.ended or isinstance(item, KernelDied)
-        is_reply = isinstance(item, tuple) and item[0] in ("shell", "WebSocket") and _names(_REPLY, parts)
+        is_reply = channel in ("shell", "WebSocket") and _names(_REPLY, parts)
         self._put_bytes += size
         self._put_replies += is_reply
         self._queue.put((item, size, is_reply))
@@ -2193,12 +2193,6 @@ class Mailbox:
 
 _REPLY = re.compile(b"execute_reply")
 _VITAL = re.compile(b"_reply|status|error|input_request|execute_result")  # ends a cell, or says how it ended
-
-
-def _parts(item: MailItem) -> Sequence[Any]:
-    if not isinstance(item, tuple):
-        return ()
-    return [item[1]] if isinstance(item[1], str | bytes) else item[1]
 
 
 def _names(pattern: re.Pattern[bytes], parts: Sequence[Any]) -> bool:
@@ -4224,7 +4218,7 @@ class WebSocketChannels:
             data = self._socket.recv(2**18)
             self._heard_at = time.monotonic()
             for message in self._websocket.receive(data):
-                self._mailbox.put(("WebSocket", message))
+                self._mailbox.put(("WebSocket", [message]))
             if not data or self._websocket.closed:
                 reason = "the server closed the connection"
         except BlockingIOError:
@@ -4298,7 +4292,7 @@ class WebSocketChannels:
             self._backlog.append(data)
 
     def decode(self, raw: RawMessage) -> Iterator[Message]:
-        return self._codec.decode(raw[1])
+        return self._codec.decode(raw[1][0])
 
     def close(self) -> None:
         self._loop.post(self._close)
