@@ -2362,7 +2362,23 @@ class KernelSockets:
         self.by_channel = {}
 
 
-class ZmqChannels:
+class SignedChannels:
+    """The channels of a kernel to which `relay(channel, parts)` takes signed messages, such as its host's pipe."""
+
+    def __init__(self, relay: Deliver, key: str, signature_scheme: str = "hmac-sha256") -> None:
+        self._relay, self._codec = relay, ZmqCodec(key, signature_scheme)
+
+    def send(self, message: Message) -> None:
+        self._relay(message.channel, self._codec.encode(message))
+
+    def decode(self, raw: RawMessage) -> Iterator[Message]:
+        return self._codec.decode(*raw)
+
+    def close(self) -> None:
+        pass  # what relays serves other kernels too
+
+
+class ZmqChannels(SignedChannels):
     """The channels of a kernel that is reached over ZeroMQ from here; the loop's thread owns the sockets."""
 
     def __init__(
@@ -2370,8 +2386,8 @@ class ZmqChannels:
     ) -> None:
         """With `watch`, a lost connection is reported as the death of the kernel: nobody else reports it."""
         self._loop, self._mailbox = loop, mailbox
-        self._codec = ZmqCodec(connection.key, connection.signature_scheme)
         self._sockets = KernelSockets(loop, lambda *raw: mailbox.put(raw))
+        super().__init__(self._send, connection.key, connection.signature_scheme)
         self._monitor: Any = None  # a socket that tells of a lost connection
         loop.post(functools.partial(self._open, context, connection, watch))
 
@@ -2391,11 +2407,8 @@ class ZmqChannels:
         death = KernelDied(cause="its connection was closed")
         read_messages(self._monitor, lambda event: self._mailbox.put(death))
 
-    def send(self, message: Message) -> None:
-        self._loop.post(functools.partial(self._sockets.send, message.channel, self._codec.encode(message)))
-
-    def decode(self, raw: RawMessage) -> Iterator[Message]:
-        return self._codec.decode(*raw)
+    def _send(self, channel: str, parts: list[bytes]) -> None:
+        self._loop.post(functools.partial(self._sockets.send, channel, parts))
 
     def close(self) -> None:
         self._loop.post(self._close)
@@ -2405,23 +2418,6 @@ class ZmqChannels:
             self._loop.watch(self._monitor.fd, None)
             self._sockets.by_channel["shell"].disable_monitor()
         self._sockets.close()
-
-
-class PipeChannels:
-    """The channels of a kernel whose host relays its messages through the pipe."""
-
-    def __init__(self, relay: Deliver, key: str) -> None:
-        self._relay = relay
-        self._codec = ZmqCodec(key)
-
-    def send(self, message: Message) -> None:
-        self._relay(message.channel, self._codec.encode(message))
-
-    def decode(self, raw: RawMessage) -> Iterator[Message]:
-        return self._codec.decode(*raw)
-
-    def close(self) -> None:
-        pass  # the pipe serves other kernels too
 
 
 # ======================================================================================================
@@ -4833,7 +4829,7 @@ class HostedKernelControl(KernelControl):
         self.argv = host_texts(result.get("argv"))
         self._by_message = result.get("interrupt_mode") == "message"
         if self._server.relays:
-            return PipeChannels(functools.partial(link.relay, self._name), self._key)
+            return SignedChannels(functools.partial(link.relay, self._name), self._key)
         self.connection_file = os.path.join(self._server.directory, f"kernel-{self._slot}.json")
         connection = KernelConnection.from_json(host_text(result.get("connection")))
         places = [("tcp", "127.0.0.1"), ("ipc", os.path.join(self._server.directory, self._slot))]
