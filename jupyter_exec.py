@@ -1140,8 +1140,7 @@ class Folder:
 
     def create(self, name: str) -> IO[bytes]:
         """Make a new file; one that is there, or a link, is an error."""
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-        return open(os.open(self._name(name), flags, 0o666, **self._at), "wb")
+        return open(self._name(name), "xb", opener=functools.partial(os.open, mode=0o666, **self._at))
 
     @contextlib.contextmanager
     def replace(self, name: str) -> Iterator[IO[bytes]]:
@@ -1169,7 +1168,6 @@ class CallFiles:
         self._text: list[str] = []  # not written yet
         self._size = 0  # characters of all text
         self._file: IO[bytes] | None = None
-        self._text_path = ""
         self._trouble = ""
 
     def new_name(self, suffix: str) -> str:
@@ -1214,9 +1212,7 @@ class CallFiles:
         if self._size <= (self._limit or 0):
             return
         try:
-            if self._file is None:
-                name = f"{os.urandom(16).hex()}.txt"
-                self._file, self._text_path = self._folder.create(name), str(self._folder.path / name)
+            self._file = self._file or self._folder.create(f"{os.urandom(16).hex()}.txt")
             self._file.write("".join(self._text).encode("utf-8", "replace"))
             self._file.flush()
         except OSError as error:
@@ -1226,13 +1222,13 @@ class CallFiles:
     def close(self) -> str:
         """Say where the whole text is, for the mark in what is returned."""
         if self._file:
-            self.paths.append(self._text_path)
+            self.paths.append(str(self._folder.path / self._file.name))
             with contextlib.suppress(OSError):
                 self._file.close()
         if self._trouble:
             return f"the full text could not be saved: {self._trouble}"
         beyond = f" (its first {MAX_SPILL} characters)" if self._size > MAX_SPILL else ""
-        return f"the full text is in {self._text_path}{beyond}" if self._file else ""
+        return f"the full text is in {self.paths[-1]}{beyond}" if self._file else ""
 
 
 # ======================================================================================================
