@@ -531,9 +531,8 @@ def json_object(data: str | bytes | memoryview, what: str) -> Json:
 
 def json_weight(text: str | bytes | memoryview) -> int:
     """Return about how many bytes JSON takes as Python objects: 60 MB of empty lists become 1.5 GB."""
-    data = text if isinstance(text, str) else bytes(text)
-    marks: Any = '[{,"' if isinstance(text, str) else (b"[", b"{", b",", b'"')
-    return len(data) + 64 * sum(map(data.count, marks))
+    characters = text if isinstance(text, str) else str(text, "latin-1")
+    return len(text) + 64 * sum(map(characters.count, '[{,"'))
 
 
 def _object_or_null(data: bytes | memoryview, what: str) -> Json:
@@ -1241,8 +1240,8 @@ class Outputs:
 
     def __init__(self, limit: int | None) -> None:
         """`limit` is how many characters of streams are kept, None for all."""
-        self._head_room = 2**63 if limit is None else limit // 2
-        self._tail_room = 2**63 if limit is None else limit - limit // 2
+        limit = 2**64 if limit is None else limit
+        self._head_room, self._tail_room = limit // 2, limit - limit // 2
         self.clear()
         self.withheld = False  # an output was dropped
 
