@@ -1127,32 +1127,30 @@ class Folder:
         self.path = Path(path).absolute()
         if not self.path.is_dir():
             raise ValueError(f"Output directory {path} does not exist.")
-        self._at: Json = {}
+        self._at: int | None = None
         self.close: Callable[[], object] = bool
         if os.open in os.supports_dir_fd:  # not on Windows
-            descriptor = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
-            self._at = {"dir_fd": descriptor}
-            self.close = weakref.finalize(self, os.close, descriptor)
+            self._at = os.open(path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
+            self.close = weakref.finalize(self, os.close, self._at)
 
     def _name(self, name: str) -> str:
-        return name if self._at else str(self.path / name)
+        return str(self.path / name) if self._at is None else name
 
     def create(self, name: str) -> IO[bytes]:
         """Make a new file; one that is there, or a link, is an error."""
-        return open(self._name(name), "xb", opener=functools.partial(os.open, mode=0o666, **self._at))
+        return open(self._name(name), "xb", opener=functools.partial(os.open, mode=0o666, dir_fd=self._at))
 
     @contextlib.contextmanager
     def replace(self, name: str) -> Iterator[IO[bytes]]:
         """Give a file to write to, which takes the place of `name` once it is complete."""
         new = f"{os.urandom(16).hex()}.part"
-        ends = {"src_dir_fd": self._at["dir_fd"], "dst_dir_fd": self._at["dir_fd"]} if self._at else {}
         try:
             with self.create(new) as file:
                 yield file
-            os.replace(self._name(new), self._name(name), **ends)
+            os.replace(self._name(new), self._name(name), src_dir_fd=self._at, dst_dir_fd=self._at)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(self._name(new), **self._at)
+                os.unlink(self._name(new), dir_fd=self._at)
             raise
 
 
@@ -1991,7 +1989,7 @@ class Outbox:
                 self._begun = self._begun[sent:]
         except BlockingIOError:
             self._loop.watch(self._descriptor, self._write, selectors.EVENT_WRITE)
-            if not self._watched:
+            if not self._watched and not self.waits_for_ever:
                 self._watched = True
                 self._loop.later(CONTROL_TIMEOUT, self._check_progress)
         except OSError as error:
@@ -2021,9 +2019,9 @@ class Outbox:
 
     def _check_progress(self) -> None:
         idle = time.monotonic() - self._sent_at
-        self._watched = self.busy and (self.waits_for_ever or idle < CONTROL_TIMEOUT)
+        self._watched = self.busy and idle < CONTROL_TIMEOUT
         if self._watched:
-            self._loop.later(max(CONTROL_TIMEOUT - idle, CONTROL_TIMEOUT / 10), self._check_progress)
+            self._loop.later(CONTROL_TIMEOUT - idle, self._check_progress)
         elif self.busy:
             self._on_stuck(f"nothing was read for {CONTROL_TIMEOUT:g} s")
 
