@@ -1024,7 +1024,8 @@ def _as_plotly_page(figure: Any) -> bytes:
     return f'{page}<script>Plotly.newPlot("figure", {text})</script>\n'.encode()
 
 
-# What goes to a file, best first: MIME type -> (word of AutoGen's sentence, suffix, its bytes from what a kernel sent).
+# What goes to a file, best first: MIME type -> (word of AutoGen's sentence, suffix, what makes its bytes from what a
+# kernel sent, and raises ValueError if it cannot be such a file).
 FILE_TYPES: dict[str, tuple[str, str, Callable[[Any], bytes]]] = {
     "image/png": ("Image", ".png", _as_binary),
     "image/jpeg": ("Image", ".jpg", _as_binary),
@@ -1041,16 +1042,10 @@ FILE_TYPES: dict[str, tuple[str, str, Callable[[Any], bytes]]] = {
 _VEGA = re.compile(r"application/vnd\.vega(lite)?\.v\d+(\.\d+)*\+json")
 
 
-def best_file(data: Json) -> tuple[str, str, str, Callable[[], bytes]] | None:
-    """Return (MIME type, word, suffix, encode) of the representation that belongs into a file, None if there is none.
-
-    `encode()` returns the bytes of the file. Raises: ValueError for content that cannot be such a file.
-    """
+def best_file(data: Json) -> tuple[str, Any]:
+    """Return (MIME type, content) of the representation that belongs into a file, ("", None) if there is none."""
     data = {_VEGA.sub("application/vnd.vega+json", mime): content for mime, content in data.items()}
-    for mime, (word, suffix, encode) in FILE_TYPES.items():
-        if data.get(mime) is not None:
-            return mime, word, suffix, functools.partial(encode, data[mime])
-    return None
+    return next(((mime, data[mime]) for mime in FILE_TYPES if data.get(mime) is not None), ("", None))
 
 
 @dataclass(frozen=True)
@@ -1063,9 +1058,9 @@ class OutputFile:
 
 
 def _output_file(data: Json) -> OutputFile | None:
-    best = best_file(data)
+    mime, content = best_file(data)
     with contextlib.suppress(ValueError, RecursionError):  # it cannot be such a file
-        return OutputFile(best[0], best[2], best[3]()) if best else None
+        return OutputFile(mime, FILE_TYPES[mime][1], FILE_TYPES[mime][2](content)) if mime else None
     return None
 
 
@@ -1175,15 +1170,15 @@ class CallFiles:
 
         Returns the line that names the file, or says what went wrong; None if text is the best there is.
         """
-        best = best_file(data)
-        if best is None:
+        mime, content = best_file(data)
+        if not mime:
             return None
-        _, word, suffix, encode = best
+        word, suffix, encode = FILE_TYPES[mime]
         path = self._folder.path / self.new_name(suffix)
         try:
             if len(self.paths) >= MAX_FILES:
                 raise ValueError(f"a call may write {MAX_FILES} files")
-            written = encode()
+            written = encode(content)
             if len(written) > self._room:
                 raise ValueError(f"a call may write {MAX_FILE_BYTES // 2**20} MB")
             with self._folder.replace(path.name) as file:
