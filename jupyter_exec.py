@@ -1504,24 +1504,22 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self._prefix: str | None = None  # of the ids; "": the kernel has others
-        self._first = self._came = 0
-        self._latest = ""  # id; a huge message comes in pieces
+        self._prefix = ""  # of the ids
+        self._first = self._latest = self._came = 0
 
     def is_short(self, message: Message, own: bool) -> bool:
         """Count a message; returns whether it is the cell's idle status and many before it are missing."""
-        msg_id = message.msg_id
-        if self._prefix is None and own and message.channel == "iopub":
-            match = _NUMBERED.fullmatch(msg_id)
-            self._prefix, self._first = (match[1], int(match[2])) if match else ("", 0)
-        if not self._prefix or msg_id == self._latest or not msg_id.startswith(self._prefix):
+        numbered = _NUMBERED.fullmatch(message.msg_id)
+        prefix, number = (numbered[1], int(numbered[2])) if numbered else ("", 0)
+        if not self._prefix and own and message.channel == "iopub":
+            self._prefix, self._first = prefix, number
+        if prefix != self._prefix or number == self._latest:  # a huge message comes in pieces
             return False
-        self._latest = msg_id
+        self._latest = number
         idle = message.content.get("execution_state") == "idle"
         self._came += 1 + idle
-        last = _NUMBERED.fullmatch(msg_id) if own and idle else None
         # A few may be missing: of threads in mid-send, or answers to other clients.
-        return last is not None and int(last[2]) - self._first > self._came + 20
+        return own and idle and number - self._first > self._came + 20
 
 
 class Execution:
