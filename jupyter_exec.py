@@ -2074,32 +2074,36 @@ class Tail:
 
 
 class Pipe:
-    """One end of the pipe between a server object and its kernel host. For the loop's thread.
+    """One end of a connection, such as that of a server object and its kernel host. For the loop's thread.
 
-    `on_parts(parts)` gets each frame. `on_closed(reason)` is called once: when the other end is gone, does not read, or
-    has sent something that is no frame.
+    `feed(data)` cuts what was received into items; `on_item` gets each. `on_closed(reason)` is called once: when the
+    other end is gone or does not read, or `feed` raises an OSError or ProtocolError.
     """
 
     def __init__(
-        self, loop: Loop, stream: Stream, on_parts: Callable[[list[bytes]], None], on_closed: Callable[[str], None]
+        self,
+        loop: Loop,
+        stream: Stream,
+        feed: Callable[[bytes], Iterable[Any]],
+        on_item: Callable[[Any], None],
+        on_closed: Callable[[str], None],
     ) -> None:
         self._loop, self._stream = loop, stream
-        self._on_parts, self._on_closed = on_parts, on_closed
+        self._feed, self._on_item, self._on_closed = feed, on_item, on_closed
         _inherited.add(stream)
-        self._codec = PipeCodec()
         self.outbox = Outbox(loop, stream, self.close)
         self._closed = False
-        loop.watch(stream.fileno(), self._read)
+        loop.watch(stream.fileno(), self.read)
 
-    def send(self, parts: Sequence[bytes], lane: str = "", may_be_lost: bool = False) -> None:
+    def send(self, data: bytes, lane: str = "", may_be_lost: bool = False) -> None:
         if not self._closed:
-            self.outbox.send(PipeCodec.encode(parts), lane, may_be_lost)
+            self.outbox.send(data, lane, may_be_lost)
 
-    def _read(self) -> None:
+    def read(self) -> None:
         try:
             data = self._stream.recv(2**18)
-            for parts in self._codec.feed(data):
-                self._on_parts(parts)
+            for item in self._feed(data):
+                self._on_item(item)
             if not data:
                 self.close("the pipe was closed")
         except BlockingIOError:
@@ -3368,7 +3372,7 @@ class KernelHost:
         self._context: Any = None
         # In our control group, up to a moment ago and then.
         self._oom_kills: deque[int] = deque([_cgroup_value(*_OOM_KILLS)] * 2, 2)
-        self._pipe = Pipe(loop, stream, self._on_parts, self._on_closed)
+        self._pipe = Pipe(loop, stream, PipeCodec().feed, self._on_parts, self._on_closed)
         self._pipe.outbox.waits_for_ever = True
 
     def _on_closed(self, reason: str) -> None:
@@ -3407,7 +3411,7 @@ class KernelHost:
             answer = {"id": request["id"], "error": error.__class__.__name__, "data": vars(error)}
         except Exception as error:  # a bug, or a strange environment: tell the client
             answer = {"id": request["id"], "error": "JupyterExecError", "data": f"{error.__class__.__name__}: {error}"}
-        self._pipe.send([b"", dump_json(answer), data], lane)
+        self._pipe.send(PipeCodec.encode([b"", dump_json(answer), data]), lane)
 
     def _do_kernelspecs(self, request: Json) -> Json:
         return find_kernelspecs(os.environ, request["own_python3"])
@@ -3593,17 +3597,17 @@ class KernelHost:
         kernel.hurries = kernel.hurries and channel != "shell"
         if may_be_lost and (waiting > RELAY_LIMIT or (kernel.hurries and (waiting or is_large))):
             if not kernel.loss_told:
-                self._pipe.send(_loss(kernel.name), kernel.name)
+                self._pipe.send(PipeCodec.encode(_loss(kernel.name)), kernel.name)
             kernel.loss_told = True
             return
         kernel.loss_told = kernel.loss_told and not may_be_lost
-        if not is_large:
-            self._pipe.send(parts, kernel.name, may_be_lost)
-            return
         data = PipeCodec.encode(parts)
+        if not is_large:
+            self._pipe.send(data, kernel.name, may_be_lost)
+            return
         for start in range(0, len(data), RELAY_PIECE):
-            piece = data[start : start + RELAY_PIECE]
-            self._pipe.send([f"+{kernel.name}".encode("ascii"), piece], kernel.name, may_be_lost)
+            piece = [f"+{kernel.name}".encode("ascii"), data[start : start + RELAY_PIECE]]
+            self._pipe.send(PipeCodec.encode(piece), kernel.name, may_be_lost)
 
     def _hurry(self, name: str) -> None:
         """Drop output that waits for a slow link, so that the end of the cell gets through."""
@@ -3668,7 +3672,7 @@ class KernelHost:
             event |= {"preload_failed": preload_failed, "stderr": without_machinery(str(kernel.stderr or ""))}
             event["out_of_memory"] = _cgroup_value(*_OOM_KILLS) > self._oom_kills[0]
             event["memory_limit"] = _cgroup_value("memory.max", "memory.limit_in_bytes")
-            self._pipe.send([b"", dump_json(event)], kernel.name)
+            self._pipe.send(PipeCodec.encode([b"", dump_json(event)]), kernel.name)
 
     def _end_fork_server(self, server: ChildProcess, channel: socket.socket) -> None:
         """Start the kernels that it owes in another way, unless its preload failed. Those that it forked live on."""
@@ -4170,7 +4174,7 @@ class WebSocketChannels:
         """Connect. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
         self._loop, self._dial, self._mailbox = loop, dial, mailbox
         self._backlog: list[str | bytes] = []  # to send when there is a connection again
-        self._outbox: Outbox | None = None  # None while there is no connection
+        self._pipe: Pipe | None = None  # None while there is no connection
         self._closed = False
         self._connect(Deadline(START_TIMEOUT))
         loop.post(self._take_over)
@@ -4187,62 +4191,49 @@ class WebSocketChannels:
             self._socket.close()
             return
         self._heard_at = time.monotonic()
-        self._outbox = Outbox(self._loop, self._socket, self._drop)
-        self._loop.watch(self._socket.fileno(), self._read)
+        pipe = self._pipe = Pipe(self._loop, self._socket, self._receive, self._on_message, self._on_closed)
         backlog, self._backlog = self._backlog, []
         for data in backlog:
             self._send(data)
-        self._read()  # TLS may have decrypted frames already, so the descriptor does not tell of them
+        pipe.read()  # TLS may have decrypted frames already, so the descriptor does not tell of them
 
-    def _read(self) -> None:
-        reason = ""
+    def _receive(self, data: bytes) -> Iterator[str | bytes]:
+        self._heard_at = time.monotonic()
         try:
-            data = self._socket.recv(2**18)
-            self._heard_at = time.monotonic()
-            for message in self._websocket.receive(data):
-                self._mailbox.put(("WebSocket", [message]))
-            if not data or self._websocket.closed:
-                reason = "the server closed the connection"
-        except BlockingIOError:
-            return
-        except (OSError, ProtocolError) as error:
-            reason = str(error)
-        self._answer()
-        if reason:
-            self._drop(reason)
+            yield from self._websocket.receive(data)
+        finally:
+            self._answer()
+        if not data or self._websocket.closed:
+            raise ConnectionError("the server closed the connection")
+
+    def _on_message(self, message: str | bytes) -> None:
+        self._mailbox.put(("WebSocket", [message]))
 
     def _answer(self) -> None:
         # A server that pings and does not read must not fill the outbox: it gets an answer when it has read.
-        if self._outbox and not self._outbox.busy:
+        if self._pipe and not self._pipe.outbox.busy:
             answers = self._websocket.data_to_send()
             if not answers and not self._websocket.closed and not hasattr(socket, "TCP_QUICKACK"):
                 answers = self._websocket.pong()  # it carries the acknowledgement, which would be delayed
             if answers:
-                self._outbox.send(answers)
+                self._pipe.send(answers)
 
     def _ping(self) -> None:
         """Keep proxies from closing the connection, and notice when it is dead."""
         if self._closed:
             return
-        if time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
-            self._drop("the server is silent")
+        if self._pipe and time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
+            self._pipe.close("the server is silent")
         self._answer()
-        if self._outbox and not self._outbox.busy:
-            self._outbox.send(self._websocket.ping())
+        if self._pipe and not self._pipe.outbox.busy:
+            self._pipe.send(self._websocket.ping())
         self._loop.later(PING_INTERVAL, self._ping)
 
-    def _drop(self, reason: str) -> None:
-        if self._outbox and not self._closed:
-            self._close_socket()
+    def _on_closed(self, reason: str) -> None:
+        self._pipe = None
+        if not self._closed:
             # In a thread of its own, so that other kernels of the server need not wait.
             threading.Thread(target=self._dial_again, args=(reason,), daemon=True).start()
-
-    def _close_socket(self) -> None:
-        if self._outbox:
-            self._loop.watch(self._socket.fileno(), None)
-            self._outbox.close()
-            self._outbox = None
-            self._socket.close()
 
     def _dial_again(self, reason: str) -> None:
         deadline = Deadline(RECONNECT_TIMEOUT)
@@ -4268,8 +4259,8 @@ class WebSocketChannels:
         self._loop.post(functools.partial(self._send, data))
 
     def _send(self, data: str | bytes) -> None:
-        if self._outbox:
-            self._outbox.send(self._websocket.send(data))
+        if self._pipe:
+            self._pipe.send(self._websocket.send(data))
         else:
             self._backlog.append(data)
 
@@ -4281,10 +4272,10 @@ class WebSocketChannels:
 
     def _close(self) -> None:
         self._closed = True
-        if self._outbox:
+        if self._pipe:
             with contextlib.suppress(OSError):
                 self._socket.send(memoryview(self._websocket.close()))
-        self._close_socket()
+            self._pipe.close("it was closed here")
 
 
 class RemoteKernelControl(KernelControl):
@@ -4557,7 +4548,7 @@ class HostLink:
         self._closing = False
         self._serial = itertools.count(1)
         self._answers: dict[int, Callable[[Json], None]] = {}
-        self._pipe = Pipe(self.loop, far_end, self._on_parts, self._on_closed)
+        self._pipe = Pipe(self.loop, far_end, PipeCodec().feed, self._on_parts, self._on_closed)
         if far_end.errors:
             far_end.errors.watch(self.loop)
         self.loop.start("jupyter_exec I/O")
@@ -4584,17 +4575,17 @@ class HostLink:
             then({"error": "ConnectionClosed", "data": self.lost})
             return
         number = next(self._serial)
-        frame = [b"", dump_json({"id": number, "op": op} | parameters), data]
+        frame = PipeCodec.encode([b"", dump_json({"id": number, "op": op} | parameters), data])
         self.loop.post(functools.partial(self._ask, number, then, frame, "file" * (op == "file")))
 
-    def _ask(self, number: int, then: Callable[[Json], None], frame: list[bytes], lane: str) -> None:
+    def _ask(self, number: int, then: Callable[[Json], None], frame: bytes, lane: str) -> None:
         self._answers[number] = then
         self._pipe.send(frame, lane)
         if self.lost is not None:
             self._fail_answers()
 
     def relay(self, kernel: str, channel: str, parts: list[bytes]) -> None:
-        frame = [f"{kernel}/{channel}".encode("ascii"), *parts]
+        frame = PipeCodec.encode([f"{kernel}/{channel}".encode("ascii"), *parts])
         self.loop.post(functools.partial(self._pipe.send, frame))
 
     def _on_parts(self, parts: list[bytes]) -> None:

@@ -1749,7 +1749,8 @@ class PipeEnd:
         theirs.setblocking(False)
         self.frames: list[list[bytes]] = []
         self.closed: list[str] = []
-        self.pipe = jupyter_exec.Pipe(loop, theirs, self.frames.append, self.closed.append)
+        codec = jupyter_exec.PipeCodec()
+        self.pipe = jupyter_exec.Pipe(loop, theirs, codec.feed, self.frames.append, self.closed.append)
 
 
 @pytest.fixture
@@ -1765,10 +1766,10 @@ def pipe_end(loop: jupyter_exec.Loop) -> Iterator[PipeEnd]:
 
 def test_pipe_carries_more_than_the_kernel_buffers(loop: jupyter_exec.Loop, pipe_end: PipeEnd) -> None:
     parts = [b"address", os.urandom(5_000_000)]
-    loop.post(lambda: pipe_end.pipe.send(parts))
-    loop.post(lambda: pipe_end.pipe.send([b"second"]))
-    read: list[list[bytes]] = []
     codec = jupyter_exec.PipeCodec()
+    loop.post(lambda: pipe_end.pipe.send(codec.encode(parts)))
+    loop.post(lambda: pipe_end.pipe.send(codec.encode([b"second"])))
+    read: list[list[bytes]] = []
     pipe_end.socket.settimeout(PATIENCE)
     while len(read) < 2:
         read += codec.feed(pipe_end.socket.recv(65536))
@@ -1830,7 +1831,7 @@ def test_pipe_gives_up_on_who_does_not_read(
     loop: jupyter_exec.Loop, pipe_end: PipeEnd, monkeypatch: MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jupyter_exec, "CONTROL_TIMEOUT", 0.1)
-    loop.post(lambda: pipe_end.pipe.send([bytes(5_000_000)]))
+    loop.post(lambda: pipe_end.pipe.send(bytes(5_000_000)))
     eventually(lambda: pipe_end.closed, "the pipe is closed")
     assert "nothing was read" in pipe_end.closed[0]
 
@@ -4695,7 +4696,7 @@ def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(mo
     channels: Any = jupyter_exec.WebSocketChannels(loop, dial, mailbox)
     pairs[0][1].settimeout(PATIENCE)
     pairs[0][1].sendall(frame(9, b"x" * 125) * 100_000)  # 13 MB
-    assert 0 < len(channels._outbox._begun) + channels._outbox.waiting < 1000
+    assert 0 < len(channels._pipe.outbox._begun) + channels._pipe.outbox.waiting < 1000
     eventually(lambda: len(pairs) == 2, "it was dropped, and called again")
     assert isinstance(mailbox.get(PATIENCE), jupyter_exec.Reconnected)
     pairs[1][1].sendall(frame(9, b"last"))
@@ -7468,8 +7469,8 @@ def test_tools_work_everywhere(place: Any, tmp_path: Path) -> None:
 def test_the_answer_of_a_tool_survives_a_dropped_connection(remote: Peer) -> None:
     def cut() -> str:
         channels: Any = distant._kernel._channels
-        channels._loop.post(lambda: channels._drop("cut by the test"))
-        eventually(lambda: channels._outbox is None, "there is no connection")
+        channels._loop.post(lambda: channels._pipe.close("cut by the test"))
+        eventually(lambda: channels._pipe is None, "there is no connection")
         return "sent later"
 
     with JupyterCodeExecutor(remote.info, tools=[cut]) as distant:
