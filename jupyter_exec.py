@@ -1944,86 +1944,6 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_close_inherited)
 
 
-class Outbox:
-    """Writes to a stream what it takes now, and the rest when it is ready again. For the loop's thread.
-
-    Data waits in lanes, which take turns, so that a flood in one delays no other. The lane "" always goes first.
-    `on_stuck(reason)` is called when the stream breaks, or takes nothing for CONTROL_TIMEOUT.
-    """
-
-    def __init__(self, loop: Loop, stream: Stream, on_stuck: Callable[[str], None]) -> None:
-        self._loop, self._stream, self._on_stuck = loop, stream, on_stuck
-        self.waits_for_ever = False  # True for a host: its client may be stopped in a debugger
-        self._begun = memoryview(b"")
-        self._lanes: dict[str, deque[tuple[bytes, bool, float]]] = {}  # data, whether it may be dropped, since when
-        self.waiting = 0  # bytes in the lanes
-        self._sent_at = 0.0
-        self._watched = False  # a check of the progress is due
-        self._descriptor: int = getattr(stream, "write_fileno", stream.fileno)()
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._begun or self._lanes)
-
-    def send(self, data: bytes, lane: str = "", may_be_lost: bool = False) -> None:
-        now, busy = time.monotonic(), self.busy
-        self._lanes.setdefault(lane, deque()).append((data, may_be_lost, now))
-        self.waiting += len(data)
-        if not busy:
-            self._sent_at = now
-            self._write()
-
-    def _write(self) -> None:
-        try:
-            while self.busy:
-                self._begun = self._begun or self._next()
-                sent = self._stream.send(self._begun)
-                self._sent_at = time.monotonic()
-                self._begun = self._begun[sent:]
-        except BlockingIOError:
-            self._loop.watch(self._descriptor, self._write, selectors.EVENT_WRITE)
-            if not self._watched and not self.waits_for_ever:
-                self._watched = True
-                self._loop.later(CONTROL_TIMEOUT, self._check_progress)
-        except OSError as error:
-            self._on_stuck(f"writing failed: {error.strerror}")
-        else:
-            self._loop.watch(self._descriptor, None, selectors.EVENT_WRITE)
-
-    def _next(self) -> memoryview:
-        lane = "" if "" in self._lanes else next(iter(self._lanes))
-        queued = self._lanes.pop(lane)
-        data = queued.popleft()[0]
-        if queued:
-            self._lanes[lane] = queued  # behind the others
-        self.waiting -= len(data)
-        return memoryview(data)
-
-    def drop_old(self, lane: str, instead: bytes) -> bool:
-        """Drop what may be lost of a lane that has waited for SLOW_LINK, and send `instead`; return whether it did."""
-        queued, now = self._lanes.get(lane), time.monotonic()
-        kept = [entry for entry in queued or () if not entry[1]]
-        if not queued or now - queued[0][2] < SLOW_LINK or len(kept) == len(queued):
-            return False
-        # `instead` goes first: what is dropped may be the rest of a message that was sent in part.
-        self._lanes[lane] = deque([(instead, False, now), *kept])
-        self.waiting += len(instead) - sum(len(data) for data, may_be_lost, _ in queued if may_be_lost)
-        return True
-
-    def _check_progress(self) -> None:
-        idle = time.monotonic() - self._sent_at
-        self._watched = self.busy and idle < CONTROL_TIMEOUT
-        if self._watched:
-            self._loop.later(CONTROL_TIMEOUT - idle, self._check_progress)
-        elif self.busy:
-            self._on_stuck(f"nothing was read for {CONTROL_TIMEOUT:g} s")
-
-    def close(self) -> None:
-        self._begun = memoryview(b"")
-        self._lanes.clear()
-        self._loop.watch(self._descriptor, None, selectors.EVENT_WRITE)
-
-
 class Tail:
     """Reads a pipe, such as the stderr of a process, and keeps the last `limit` bytes of it."""
 
@@ -2077,7 +1997,9 @@ class Pipe:
     """One end of a connection, such as that of a server object and its kernel host. For the loop's thread.
 
     `feed(data)` cuts what was received into items; `on_item` gets each. `on_closed(reason)` is called once: when the
-    other end is gone or does not read, or `feed` raises an OSError or ProtocolError.
+    other end is gone or takes nothing for CONTROL_TIMEOUT, or `feed` raises an OSError or ProtocolError.
+
+    What is sent waits in lanes, which take turns: so a flood in one delays no other. The lane "" always goes first.
     """
 
     def __init__(
@@ -2090,14 +2012,16 @@ class Pipe:
     ) -> None:
         self._loop, self._stream = loop, stream
         self._feed, self._on_item, self._on_closed = feed, on_item, on_closed
-        _inherited.add(stream)
-        self.outbox = Outbox(loop, stream, self.close)
         self._closed = False
+        self.waits_for_ever = False  # True for a host: its client may be stopped in a debugger
+        self._begun = memoryview(b"")
+        self._lanes: dict[str, deque[tuple[bytes, bool, float]]] = {}  # data, whether it may be dropped, since when
+        self.waiting = 0  # bytes in the lanes
+        self._sent_at = 0.0
+        self._watched = False  # a check of the progress is due
+        self._write_descriptor: int = getattr(stream, "write_fileno", stream.fileno)()
+        _inherited.add(stream)
         loop.watch(stream.fileno(), self.read)
-
-    def send(self, data: bytes, lane: str = "", may_be_lost: bool = False) -> None:
-        if not self._closed:
-            self.outbox.send(data, lane, may_be_lost)
 
     def read(self) -> None:
         try:
@@ -2111,11 +2035,72 @@ class Pipe:
         except (OSError, ProtocolError) as error:
             self.close(str(error))
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._begun or self._lanes)
+
+    def send(self, data: bytes, lane: str = "", may_be_lost: bool = False) -> None:
+        if self._closed:
+            return
+        now, busy = time.monotonic(), self.busy
+        self._lanes.setdefault(lane, deque()).append((data, may_be_lost, now))
+        self.waiting += len(data)
+        if not busy:
+            self._sent_at = now
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            while self.busy:
+                self._begun = self._begun or self._next()
+                sent = self._stream.send(self._begun)
+                self._sent_at = time.monotonic()
+                self._begun = self._begun[sent:]
+        except BlockingIOError:
+            self._loop.watch(self._write_descriptor, self._write, selectors.EVENT_WRITE)
+            if not self._watched and not self.waits_for_ever:
+                self._watched = True
+                self._loop.later(CONTROL_TIMEOUT, self._check_progress)
+        except OSError as error:
+            self.close(f"writing failed: {error.strerror}")
+        else:
+            self._loop.watch(self._write_descriptor, None, selectors.EVENT_WRITE)
+
+    def _next(self) -> memoryview:
+        lane = "" if "" in self._lanes else next(iter(self._lanes))
+        queued = self._lanes.pop(lane)
+        data = queued.popleft()[0]
+        if queued:
+            self._lanes[lane] = queued  # behind the others
+        self.waiting -= len(data)
+        return memoryview(data)
+
+    def drop_old(self, lane: str, instead: bytes) -> bool:
+        """Drop what may be lost of a lane that has waited for SLOW_LINK, and send `instead`; return whether it did."""
+        queued, now = self._lanes.get(lane), time.monotonic()
+        kept = [entry for entry in queued or () if not entry[1]]
+        if not queued or now - queued[0][2] < SLOW_LINK or len(kept) == len(queued):
+            return False
+        # `instead` goes first: what is dropped may be the rest of a message that was sent in part.
+        self._lanes[lane] = deque([(instead, False, now), *kept])
+        self.waiting += len(instead) - sum(len(data) for data, may_be_lost, _ in queued if may_be_lost)
+        return True
+
+    def _check_progress(self) -> None:
+        idle = time.monotonic() - self._sent_at
+        self._watched = self.busy and idle < CONTROL_TIMEOUT
+        if self._watched:
+            self._loop.later(CONTROL_TIMEOUT - idle, self._check_progress)
+        elif self.busy:
+            self.close(f"nothing was read for {CONTROL_TIMEOUT:g} s")
+
     def close(self, reason: str) -> None:
         if not self._closed:
             self._closed = True
+            self._begun = memoryview(b"")
+            self._lanes.clear()
             self._loop.watch(self._stream.fileno(), None)
-            self.outbox.close()
+            self._loop.watch(self._write_descriptor, None, selectors.EVENT_WRITE)
             self._stream.close()
             self._on_closed(reason)
 
@@ -3373,7 +3358,7 @@ class KernelHost:
         # In our control group, up to a moment ago and then.
         self._oom_kills: deque[int] = deque([_cgroup_value(*_OOM_KILLS)] * 2, 2)
         self._pipe = Pipe(loop, stream, PipeCodec().feed, self._on_parts, self._on_closed)
-        self._pipe.outbox.waits_for_ever = True
+        self._pipe.waits_for_ever = True
 
     def _on_closed(self, reason: str) -> None:
         for kernel in self._kernels.values():
@@ -3592,7 +3577,7 @@ class KernelHost:
 
     def _relay(self, kernel: ChildProcess, channel: str, parts: list[bytes]) -> None:
         parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
-        waiting, is_large = self._pipe.outbox.waiting, sum(map(len, parts)) > RELAY_PIECE
+        waiting, is_large = self._pipe.waiting, sum(map(len, parts)) > RELAY_PIECE
         may_be_lost = (waiting > 0 or is_large) and channel == "iopub" and _may_be_lost(parts)
         kernel.hurries = kernel.hurries and channel != "shell"
         if may_be_lost and (waiting > RELAY_LIMIT or (kernel.hurries and (waiting or is_large))):
@@ -3611,7 +3596,7 @@ class KernelHost:
 
     def _hurry(self, name: str) -> None:
         """Drop output that waits for a slow link, so that the end of the cell gets through."""
-        dropped = self._pipe.outbox.drop_old(name, PipeCodec.encode(_loss(name)))
+        dropped = self._pipe.drop_old(name, PipeCodec.encode(_loss(name)))
         if dropped and (kernel := self._kernels.get(name)):
             kernel.hurries = kernel.loss_told = True  # until the cell's reply
 
@@ -4210,8 +4195,8 @@ class WebSocketChannels:
         self._mailbox.put(("WebSocket", [message]))
 
     def _answer(self) -> None:
-        # A server that pings and does not read must not fill the outbox: it gets an answer when it has read.
-        if self._pipe and not self._pipe.outbox.busy:
+        # A server that pings and does not read must not fill the pipe: it gets an answer when it has read.
+        if self._pipe and not self._pipe.busy:
             answers = self._websocket.data_to_send()
             if not answers and not self._websocket.closed and not hasattr(socket, "TCP_QUICKACK"):
                 answers = self._websocket.pong()  # it carries the acknowledgement, which would be delayed
@@ -4225,7 +4210,7 @@ class WebSocketChannels:
         if self._pipe and time.monotonic() - self._heard_at > 3 * PING_INTERVAL:
             self._pipe.close("the server is silent")
         self._answer()
-        if self._pipe and not self._pipe.outbox.busy:
+        if self._pipe and not self._pipe.busy:
             self._pipe.send(self._websocket.ping())
         self._loop.later(PING_INTERVAL, self._ping)
 

@@ -1783,7 +1783,7 @@ def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, mon
         free = 1
 
         def fileno(self) -> int:
-            return pipe[1]
+            return ends[1]
 
         def send(self, data: memoryview) -> int:
             if not self.free:
@@ -1792,31 +1792,35 @@ def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, mon
             sent.append(bytes(data).decode())
             return len(data)
 
-    pipe = os.pipe()
+        def close(self) -> None:
+            pass
+
+    ends = os.pipe()
     stream: Any = Full()
-    outbox = jupyter_exec.Outbox(loop, stream, sent.append)
     done = threading.Event()
 
     def test() -> None:
+        pipe = jupyter_exec.Pipe(loop, stream, iter, sent.append, lambda reason: None)
         for data, may_be_lost in {"a0": True, "a1": True, "a2": True, "a3": True, "a4": False, "b1": True}.items():
-            outbox.send(data.encode(), data[0], may_be_lost)
-        outbox.send(b"control")
-        assert outbox.waiting == 15  # without a1, which is begun
+            pipe.send(data.encode(), data[0], may_be_lost)
+        pipe.send(b"control")
+        assert pipe.waiting == 15  # without a1, which is begun
         stream.free = 2
-        outbox._write()
-        assert not outbox.drop_old("a", b"loss")
+        pipe._write()
+        assert not pipe.drop_old("a", b"loss")
         monkeypatch.setattr(jupyter_exec, "SLOW_LINK", 0.0)
-        assert outbox.drop_old("a", b"loss")
-        assert not outbox.drop_old("a", b"loss")
+        assert pipe.drop_old("a", b"loss")
+        assert not pipe.drop_old("a", b"loss")
         stream.free = 9
-        outbox._write()
-        outbox.close()
+        pipe._write()
+        assert pipe.waiting == 0
+        pipe.close("")
         done.set()
 
     loop.post(test)
     assert done.wait(PATIENCE)
-    assert (sent, outbox.waiting) == (["a0", "a1", "control", "a2", "b1", "loss", "a4"], 0)
-    for end in pipe:
+    assert sent == ["a0", "a1", "control", "a2", "b1", "loss", "a4"]
+    for end in ends:
         os.close(end)
 
 
@@ -4696,7 +4700,7 @@ def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(mo
     channels: Any = jupyter_exec.WebSocketChannels(loop, dial, mailbox)
     pairs[0][1].settimeout(PATIENCE)
     pairs[0][1].sendall(frame(9, b"x" * 125) * 100_000)  # 13 MB
-    assert 0 < len(channels._pipe.outbox._begun) + channels._pipe.outbox.waiting < 1000
+    assert 0 < len(channels._pipe._begun) + channels._pipe.waiting < 1000
     eventually(lambda: len(pairs) == 2, "it was dropped, and called again")
     assert isinstance(mailbox.get(PATIENCE), jupyter_exec.Reconnected)
     pairs[1][1].sendall(frame(9, b"last"))
