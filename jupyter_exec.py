@@ -966,7 +966,7 @@ def gap_mark(missing: int, where: str = "") -> str:
     return f"\n[{missing} characters are missing here{'; ' * bool(where)}{where}]\n"
 
 
-def shorten(text: str, limit: int | None, gaps: Sequence[int], where: str) -> str:
+def shorten(text: str, limit: int | None, gaps: Sequence[int] = (), where: str = "") -> str:
     """Return head and tail of `text`, `limit` characters in all, with one mark between that says `where` the rest is.
 
     `gaps` lists the numbers of missing characters for which the text has a mark already.
@@ -1064,7 +1064,7 @@ def _output_file(data: Json) -> OutputFile | None:
     return None
 
 
-def render(outputs: Iterable[Json], note: str, save: Callable[[Json], str | None]) -> str:
+def render(outputs: Iterable[Json], note: str = "", save: Callable[[Json], str | None] | None = None) -> str:
     """Return outputs as the text of one block: streams as they were printed, everything else on lines of its own.
 
     `save(data)` may save the best representation of a MIME bundle to a file; it returns a line that says so, or None.
@@ -1085,17 +1085,13 @@ def render(outputs: Iterable[Json], note: str, save: Callable[[Json], str | None
     return "".join(pieces)
 
 
-def no_file(data: Json) -> None:
-    """A `save` of `render` for which everything is text."""
-
-
-def _lines(output: Json, save: Callable[[Json], str | None]) -> Iterator[str]:
+def _lines(output: Json, save: Callable[[Json], str | None] | None) -> Iterator[str]:
     if output["output_type"] == "error":
         yield f"{output['ename']}: {output['evalue']}"
         yield from output["traceback"]
         return
     data = output["data"]
-    saved = save(data)
+    saved = save(data) if save else None
     # Show text/plain, unless it is only an object's default repr and there is something better.
     texts = [data.get(mime) for mime in ("text/plain", "text/markdown", "text/latex")]
     texts[0] = data.get("text/llm+plain") or texts[0]
@@ -1194,7 +1190,7 @@ class CallFiles:
         if self._limit is not None and output["output_type"] not in ("clear_output", "update_display_data"):
             is_stream = output["output_type"] == "stream"
             text = output["text"].replace("\r\n", "\n").replace("\r", "\n") if is_stream else ""
-            self._add(clean_text(text) if is_stream else render([output], "", no_file) + "\n")
+            self._add(clean_text(text) if is_stream else render([output]) + "\n")
 
     def _add(self, text: str) -> None:
         before, self._size = self._size, self._size + len(text)
@@ -1393,7 +1389,7 @@ class ExecutionResult:
     @property
     def text(self) -> str:
         """Everything as plain text; rich outputs by their text/plain."""
-        return render(self.outputs, self.note, no_file)
+        return render(self.outputs, self.note)
 
     def __repr__(self) -> str:
         text, count = self.text, len(self.images)
@@ -7026,7 +7022,7 @@ def _not_begun() -> ExecutionResult:
 
 
 def _text_so_far(result: ExecutionResult | None) -> str:
-    return render(result.outputs, result.note * (result.status != "running"), no_file) if result else ""
+    return render(result.outputs, result.note * (result.status != "running")) if result else ""
 
 
 class CellCall:
@@ -7156,7 +7152,7 @@ class Job:
         cell, result = self._cell, self._result
         if isinstance(result, CodeResult):
             return result.output
-        return shorten(self._call.text(result or (cell.so_far() if cell else None)), self._limit, (), "")
+        return shorten(self._call.text(result or (cell.so_far() if cell else None)), self._limit)
 
     def wait(self, seconds: float | None = None) -> Any:
         """Return the result (of a string an ExecutionResult, of blocks a CodeResult), None if it takes longer.
@@ -8334,9 +8330,9 @@ class LivePrinter:
             if output["traceback"] and sys.stderr.isatty():  # in colours
                 self._line("\n".join(output["traceback"]), sys.stderr)
             elif output["traceback"] or output["ename"] != "CalledProcessError":  # `end` tells of that
-                self._line(render([output], "", no_file), sys.stderr)
+                self._line(render([output]), sys.stderr)
         elif "data" in output:
-            save = self._files.save if self._files and kind != "update_display_data" else no_file
+            save = self._files.save if self._files and kind != "update_display_data" else None
             self._line(render([output], "", save), sys.stdout)
 
     def _line(self, text: str, stream: TextIO) -> None:
@@ -8705,7 +8701,7 @@ Code runs in Jupyter kernels, one for each session; variables and imports stay f
 
 
 def _mcp_text(text: str) -> list[Json]:
-    return [{"type": "text", "text": shorten(text, MCP_OUTPUT, (), "")}]
+    return [{"type": "text", "text": shorten(text, MCP_OUTPUT)}]
 
 
 def _mcp_result(result: ExecutionResult) -> list[Json]:
