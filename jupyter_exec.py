@@ -1057,8 +1057,8 @@ class OutputFile:
     data: bytes = field(repr=False)
 
 
-def _output_file(data: Json) -> OutputFile | None:
-    mime, content = best_file(data)
+def _output_file(output: Json) -> OutputFile | None:
+    mime, content = best_file(output.get("data") or {})
     with contextlib.suppress(ValueError, RecursionError):  # it cannot be such a file
         return OutputFile(mime, FILE_TYPES[mime][1], FILE_TYPES[mime][2](content)) if mime else None
     return None
@@ -1411,7 +1411,7 @@ class ExecutionResult:
     @property
     def files(self) -> list[OutputFile]:
         """The best representation of each output that belongs into a file; see also `save`."""
-        return [file for output in self.outputs if (file := _output_file(output.get("data") or {}))]
+        return [file for output in self.outputs if (file := _output_file(output))]
 
     @property
     def images(self) -> list[OutputFile]:
@@ -1434,7 +1434,7 @@ class ExecutionResult:
 
         for output in self.outputs:
             group.append(output)
-            image = _output_file(output.get("data") or {})
+            image = _output_file(output)
             if not image or not image.mime_type.startswith("image/"):
                 continue
             why_not = "" if len(images) < max_images else "there are too many"
