@@ -2357,8 +2357,10 @@ class ZmqChannels(SignedChannels):
     ) -> None:
         """With `watch`, a lost connection is reported as the death of the kernel: nobody else reports it."""
         self._loop, self._mailbox = loop, mailbox
-        self._sockets = KernelSockets(loop, lambda *raw: mailbox.put(raw))
-        super().__init__(self._send, connection.key, connection.signature_scheme)
+        sockets = self._sockets = KernelSockets(loop, lambda *raw: mailbox.put(raw))
+        super().__init__(
+            lambda *raw: loop.post(functools.partial(sockets.send, *raw)), connection.key, connection.signature_scheme
+        )
         self._monitor: Any = None  # a socket that tells of a lost connection
         loop.post(functools.partial(self._open, context, connection, watch))
 
@@ -2377,9 +2379,6 @@ class ZmqChannels(SignedChannels):
     def _on_disconnected(self) -> None:
         death = KernelDied(cause="its connection was closed")
         read_messages(self._monitor, lambda event: self._mailbox.put(death))
-
-    def _send(self, channel: str, parts: list[bytes]) -> None:
-        self._loop.post(functools.partial(self._sockets.send, channel, parts))
 
     def close(self) -> None:
         self._loop.post(self._close)
