@@ -1187,17 +1187,17 @@ class CallFiles:
 
     def record(self, output: Json) -> None:
         """Take the text of an output as it comes; an OutputHook."""
-        if self._limit is not None and output["output_type"] not in ("clear_output", "update_display_data"):
-            is_stream = output["output_type"] == "stream"
-            text = output["text"].replace("\r\n", "\n").replace("\r", "\n") if is_stream else ""
-            self._add(clean_text(text) if is_stream else render([output]) + "\n")
-
-    def _add(self, text: str) -> None:
+        if self._limit is None or output["output_type"] in ("clear_output", "update_display_data"):
+            return
+        if output["output_type"] == "stream":
+            text = clean_text(output["text"].replace("\r\n", "\n").replace("\r", "\n"))
+        else:
+            text = render([output]) + "\n"
         before, self._size = self._size, self._size + len(text)
         if before >= MAX_SPILL or self._trouble:
             return
         self._text.append(text[: MAX_SPILL - before])
-        if self._size <= (self._limit or 0):
+        if self._size <= self._limit:
             return
         try:
             self._file = self._file or self._folder.create(f"{os.urandom(16).hex()}.txt")
