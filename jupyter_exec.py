@@ -529,10 +529,18 @@ def json_object(data: str | bytes | memoryview, what: str) -> Json:
     return value
 
 
+_JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+
+
 def json_weight(text: str | bytes | memoryview) -> int:
     """Return about how many bytes JSON takes as Python objects: 60 MB of empty lists become 1.5 GB."""
     characters = text if isinstance(text, str) else str(text, "latin-1")
-    return len(text) + 64 * sum(map(characters.count, '[{,"'))
+    objects = sum(map(characters.count, '[{,"'))
+    strings = (characters.count('"') - characters.count('\\"')) // 2
+    if objects > 2**18 and strings < 2**22:  # an HTML page is one string full of them; to find it costs time
+        rest, strings = _JSON_STRING.subn("", characters)
+        objects = strings + sum(map(rest.count, "[{,"))
+    return len(text) + 64 * objects
 
 
 def _object_or_null(data: bytes | memoryview, what: str) -> Json:
@@ -975,9 +983,8 @@ def shorten(text: str, limit: int | None, gaps: Sequence[int] = (), where: str =
         for missing in gaps:
             text = text.replace(gap_mark(missing), gap_mark(missing, where), 1)
         return text
-    half = limit // 2
-    missing = len(text) - 2 * half + sum(gap - len(gap_mark(gap)) for gap in gaps)
-    return f"{text[:half]}{gap_mark(missing, where)}{text[len(text) - half :]}"
+    missing = len(text) - limit + sum(gap - len(gap_mark(gap)) for gap in gaps)
+    return f"{text[: limit // 2]}{gap_mark(missing, where)}{text[len(text) - (limit - limit // 2) :]}"
 
 
 def _shorten_all(texts: list[str], limit: int) -> list[str]:

@@ -756,6 +756,24 @@ def test_what_is_too_large_is_not_parsed(msg_type: str, content: bytes, lost: bo
     assert (read.content, read.lost) == ({}, lost)
 
 
+def test_what_stands_in_a_string_makes_no_objects() -> None:
+    page = json.dumps({"data": {"text/html": '<a href="x">[1, 2]</a>' * 1_000_000}, "metadata": {}}).encode()
+    read = decoded(jupyter_exec.ZmqCodec("key"), "iopub", signed(b'{"msg_type":"display_data"}', b"{}", b"{}", page))
+    assert not read.lost and len(page) < read.size < len(page) + 10_000
+
+
+@cases("text", '\\"' * 8_000_000, '"' + "," * 8_000_000, '",' * 8_000_000, '"\\' * 8_000_000, ids=["1", "2", "3", "4"])
+def test_hostile_json_is_weighed_in_one_pass(text: str) -> None:
+    assert jupyter_exec.json_weight(text) >= len(text)
+
+
+@cases("limit", 0, 1, 5, 6)
+def test_shortened_text_has_as_many_characters_as_allowed(limit: int) -> None:
+    text = "0123456789"
+    mark = jupyter_exec.gap_mark(10 - limit)
+    assert jupyter_exec.shorten(text, limit).split(mark) == [text[: limit // 2], text[10 - (limit + 1) // 2 :]]
+
+
 def test_integers_without_end_stay_text() -> None:
     assert jupyter_exec.json_object('{"a": %s, "b": 12}' % ("9" * 5000), "x") == {"a": "9" * 5000, "b": 12}
 
