@@ -4509,17 +4509,14 @@ class RemoteJupyterServer(Server):
 # ======================================================================================================
 
 
-class FarEnd(Stream, Protocol):
+class FarEnd(NetStream):
     """stdin and stdout of a process over there that was started to become a kernel host."""
 
-    @property
-    def errors(self) -> Tail | None:
-        """Its stderr, which somebody must read, or the process stops; None if there is no way to it of its own."""
-
-    def settimeout(self, seconds: float, /) -> None: ...
+    errors: Tail | None = None  # its stderr, if that comes by a way of its own: unread, it would stop the process
 
     def describe_end(self) -> str:
         """Return what is known of the end of the process, once this is closed; "" if it is nothing."""
+        raise NotImplementedError
 
 
 class HostLink:
@@ -4705,21 +4702,15 @@ def own_program(magic: str) -> bytes:
     )
 
 
-def _as_soon_as(far_end: FarEnd, event: int, call: Callable[[], _T], deadline: Deadline) -> _T:
-    """Return `call()` when it does not block any more; meanwhile read the stderr, for which the command may wait."""
-    errors = far_end.errors
-    with selectors.DefaultSelector() as selector:
-        selector.register(far_end.fileno(), event)
-        if errors:
-            selector.register(errors, selectors.EVENT_READ)
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                return call()
-            if deadline.expired:
-                raise TimeoutError
-            for key, _ in selector.select(deadline.remaining):
-                if key.fileobj is errors and errors and not errors.read():
-                    selector.unregister(errors)
+def _in_time(far_end: FarEnd, call: Callable[[], _T], deadline: Deadline) -> _T:
+    """Return `call()`, which waits for a moment; meanwhile read the stderr, for which the command may wait."""
+    while True:
+        if far_end.errors:
+            far_end.errors.read()
+        with contextlib.suppress(TimeoutError, BlockingIOError):
+            return call()
+        if deadline.expired:
+            raise TimeoutError
 
 
 def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, int]:
@@ -4731,10 +4722,10 @@ def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, in
     """
     seen = b""
     pattern = rb"%s (\d{1,4}) (\d{1,4}) ([0-9a-f]{1,64}) (\d{1,10}) (\d{1,10})\n" % nonce.encode("ascii")
-    far_end.settimeout(0)
+    far_end.settimeout(0.02)
     try:
         while not (found := re.search(pattern, seen)):
-            data = _as_soon_as(far_end, selectors.EVENT_READ, lambda: far_end.recv(4096), deadline)
+            data = _in_time(far_end, lambda: far_end.recv(4096), deadline)
             if not data or len(seen) > 2**20:
                 raise ConnectionClosed(f"no Python answered{_quote(seen)}")
             seen += data
@@ -4743,8 +4734,8 @@ def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, in
             raise JupyterExecError("its Python {}.{} is too old, 3.10 or newer is needed".format(*version))
         unsent = memoryview(own_program(found[3].decode()))
         while unsent:
-            sent = _as_soon_as(far_end, selectors.EVENT_WRITE, functools.partial(far_end.send, unsent), deadline)
-            unsent = unsent[sent:]
+            unsent = unsent[_in_time(far_end, functools.partial(far_end.send, unsent), deadline) :]
+        far_end.settimeout(0)
     except TimeoutError:
         raise ExecutionTimeout(f"no answer within {deadline.seconds:g} s{_quote(seen)}") from None
     except OSError as error:
@@ -5005,7 +4996,7 @@ NOT_ON_WINDOWS = (
 )
 
 
-class ProcessStream(NetStream):
+class ProcessStream(FarEnd):
     """stdin and stdout of a process that it starts, in a session of its own: a Ctrl-C is not for it."""
 
     def __init__(self, argv: list[str], **options: Any) -> None:
@@ -5014,7 +5005,7 @@ class ProcessStream(NetStream):
 
         ours, theirs = socket.socketpair()
         super().__init__(ours)
-        self.errors = Tail()
+        self.errors: Tail = Tail()
         options |= {"stdin": theirs, "stdout": theirs, "stderr": self.errors.writer}
         try:
             self.process = subprocess.Popen(argv, start_new_session=True, **options)
@@ -5195,13 +5186,12 @@ class LocalJupyterServer(CommandJupyterServer):
 # ======================================================================================================
 
 
-class DockerStream(NetStream):
+class DockerStream(FarEnd):
     """The attached streams of a container, and its end: its stdout is the pipe, its stderr the log.
 
     Spec: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
     """
 
-    errors = None
     _HEAD = struct.Struct(">BxxxI")
 
     def __init__(self, attached: Any) -> None:
@@ -5214,10 +5204,11 @@ class DockerStream(NetStream):
         self._lock = threading.Lock()
 
     def recv(self, size: int, /) -> bytes:
-        while data := super().recv(size):
-            if stdout := self._demultiplex(data):
-                return stdout
-        return b""
+        data = super().recv(size)
+        stdout = self._demultiplex(data)
+        if data and not stdout:
+            raise BlockingIOError
+        return stdout
 
     def _demultiplex(self, data: bytes) -> bytes:
         self._buffer += data
