@@ -4977,19 +4977,6 @@ def chosen_token(token: str | HostServer.GenerateToken | None) -> str:
     return token if isinstance(token, str) else os.urandom(32).hex()
 
 
-def await_server(info: JupyterConnectionInfo, check: Callable[[], None]) -> JupyterConnectionInfo:
-    """Wait until a server that was just started answers; `check()` waits a moment, and raises if it has ended."""
-    rest, deadline = RestClient(info), Deadline(START_TIMEOUT)
-    while True:
-        try:
-            rest.request("GET", "/api/kernelspecs", timeout=deadline.within(CONTROL_TIMEOUT))
-            return info
-        except (ConnectionClosed, ExecutionTimeout):
-            check()
-            if deadline.expired:
-                raise
-
-
 NOT_ON_WINDOWS = (
     "use WSL, DockerJupyterServer with an engine that is reached over TCP (DOCKER_HOST=tcp://...), or a remote Jupyter "
     "server by JupyterConnectionInfo"
@@ -5149,20 +5136,16 @@ class LocalJupyterServer(CommandJupyterServer):
         said = Path(self.directory, os.urandom(8).hex())
         env = {"KG_AUTH_TOKEN": self._token, "JUPYTER_EXEC_PORT_FILE": str(said)}
         link.call("spawn", kernel="gateway", argv=argv, env=env)
-
-        def check() -> None:
+        deadline = Deadline(START_TIMEOUT)
+        while not (said.exists() and said.read_text().endswith("\n")):
             if isinstance(end := mailbox.get(0.05), KernelDied):
                 advice = f"; is port {port} of {ip} in use?" if port else ""
                 if "No module" in end.stderr:
                     advice = f"; run {self._argv[0]} -m pip install jupyter_kernel_gateway"
                 raise KernelStartFailed(argv[:1], f"the gateway has ended ({end.sentence()}){advice}", None, end.stderr)
-
-        deadline = Deadline(START_TIMEOUT)
-        while not (said.exists() and said.read_text().endswith("\n")):
-            check()
             if deadline.expired:
                 raise KernelStartFailed(argv[:1], f"the gateway does not listen within {START_TIMEOUT:g} s")
-        return await_server(JupyterConnectionInfo(ip, False, int(said.read_text()), self._token), check)
+        return JupyterConnectionInfo(ip, False, int(said.read_text()), self._token)  # it answers what waits there
 
     def _open(self, program: str) -> FarEnd:
         self.directory = make_directory()
@@ -5406,7 +5389,15 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
                 self._container.reload()
                 port = (self._container.ports.get("8888/tcp") or [{}])[0].get("HostPort", 0)
             info = JupyterConnectionInfo("127.0.0.1", False, int(port), self._token)
-            return await_server(info, self._check_gateway)
+            rest, deadline = RestClient(info), Deadline(START_TIMEOUT)
+            while True:
+                try:
+                    rest.request("GET", "/api/kernelspecs", timeout=deadline.within(CONTROL_TIMEOUT))
+                    return info
+                except (ConnectionClosed, ExecutionTimeout):
+                    self._check_gateway()
+                    if deadline.expired:
+                        raise
         except BaseException:
             self._disconnect(failed=True)
             raise
