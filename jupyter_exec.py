@@ -4759,13 +4759,10 @@ class HostedKernelControl(KernelControl):
         self._slot = f"k{next(server.serial)}"
         self._key = os.urandom(32).hex()
         self._starts = itertools.count(1)
-        self._name = ""  # of the process; a new one at each start
-        self._link = server.link()
-        self._by_message = False
 
     def start(self, mailbox: Mailbox) -> Channels:
         link = self._link = self._server.link()
-        self._name = f"{self._slot}.{next(self._starts)}"
+        self._name = f"{self._slot}.{next(self._starts)}"  # of the process
         link.mailboxes[self._name] = mailbox
         try:
             order: Json = {"kernel": self._name, "slot": self._slot, "key": self._key, "relay": self._server.relays}
