@@ -4643,9 +4643,9 @@ def _death_of(event: Json) -> KernelDied:
     code = code if type(code) is int and -64 <= code < 2**32 else None
     limit, cause = event.get("memory_limit"), ""
     if event.get("out_of_memory") and code == -9:
-        has_limit = isinstance(limit, int) and 0 < limit < 2**50  # cgroup v1 says "unlimited" by a huge number
-        cause = f"out of memory (limit {limit // 2**20} MB" if has_limit and limit else "out of memory"
-        cause += ", in which what is written to memory counts)" * bool(has_limit and limit)
+        cause = "out of memory"
+        if isinstance(limit, int) and 0 < limit < 2**50:  # cgroup v1 says "unlimited" by a huge number
+            cause += f" (limit {limit // 2**20} MB, in which what is written to memory counts)"
     elif event.get("preload_failed"):
         cause = f"the fork server ended at its preload ({describe_exit(code)})"
     return KernelDied(cause, code, host_text(event.get("stderr")))
