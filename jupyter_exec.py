@@ -5026,7 +5026,7 @@ class CommandJupyterServer(HostServer):
         *,
         remote_shell: bool | None = None,
         env: Mapping[str, str | None] | None = None,
-        cwd: str | None = None,
+        cwd: AnyPath | None = None,
         transport: str = "direct",
         **launch: Unpack[LaunchOptions],
     ) -> None:
@@ -5106,7 +5106,6 @@ class LocalJupyterServer(CommandJupyterServer):
         **launch: Unpack[LaunchOptions],
     ) -> None:
         implied = "direct" if ip is None and port is None and token is None else "gateway"
-        cwd = None if cwd is None else os.fspath(cwd)
         compiled = globals().get("__compiled__")  # by Nuitka
         frozen = getattr(sys, "frozen", False) or getattr(compiled, "standalone", compiled)
         if not python and (frozen or not sys.executable):
