@@ -5471,15 +5471,13 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
     def _create(self, client: Any, command: list[str] | None) -> Any:
         image = self._image(client)
         options = self._options(client, image, command)
+        is_own = (image.attrs.get("Config") or {}).get("WorkingDir") == self._work_dir
         if command is None:
             options["environment"]["TOKEN"] = self._token
-        elif not self._bind_dir and not self._has_work_dir(client, image):  # the engine would make it, owned by root
+        elif not (self._bind_dir or is_own or _in_image(client, image, self._work_dir)):
+            # The engine would make it, owned by root.
             options.setdefault("tmpfs", {}).setdefault(self._work_dir, _tmpfs(client, image, options["user"]))
         return client.containers.create(image.id, **options)
-
-    def _has_work_dir(self, client: Any, image: Any) -> bool:
-        is_own = (image.attrs.get("Config") or {}).get("WorkingDir") == self._work_dir
-        return is_own or _in_image(client, image, self._work_dir) is not None
 
     def _options(self, client: Any, image: Any, command: list[str] | None) -> Json:
         """Return the arguments of containers.create: ours, merged with those of the user; no command: for a gateway."""
@@ -5561,8 +5559,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._client.close()
 
 
-def _in_image(client: Any, image: Any, path: str) -> bytes | None:
-    """Return the start of a file or directory of an image as a tar archive; None if there is no such thing."""
+def _in_image(client: Any, image: Any, path: str) -> bytes:
+    """Return the start of a file or directory of an image as a tar archive, b"" if there is no such thing."""
     import docker.errors
 
     probe = client.containers.create(image.id, ["never", "started"])
@@ -5571,19 +5569,9 @@ def _in_image(client: Any, image: Any, path: str) -> bytes | None:
         with contextlib.closing(pieces):
             return bytes(next(pieces, b""))
     except docker.errors.NotFound:
-        return None
+        return b""
     finally:
         probe.remove()
-
-
-def _numbers_of(client: Any, image: Any, user: str) -> str:
-    """Return uid:gid of a user whom an image knows by name: a temporary file system has to be made for numbers."""
-    name, _, group = user.partition(":")
-    if name.isdigit():
-        return user
-    known = _in_image(client, image, "/etc/passwd") or b""
-    found = re.search(rf"(?m)^{re.escape(name)}:[^:\n]*:(\d+):(\d+):", known.decode("utf-8", "replace"))
-    return f"{found[1]}:{group if group.isdigit() else found[2]}" if found else user
 
 
 def _remove_quietly(container: Any, owner: int) -> None:
@@ -5659,12 +5647,16 @@ def _engine_errors(image: str = "") -> Iterator[None]:
 
 
 def _tmpfs(client: Any, image: Any, user: object) -> str:
-    # Docker's default is noexec, with which compiled wheels cannot be imported. Podman refuses an owner, and keeps the
-    # mode; Docker has that of a directory which is there already.
-    uid, _, gid = _numbers_of(client, image, str(user)).partition(":")
-    podman = any("Podman" in part.get("Name", "") for part in client.version().get("Components") or ())
-    owner = f",uid={uid},gid={gid or uid}" if uid.isdigit() and not podman else ""
-    return f"exec,size=512m,mode=1777{owner}"
+    """Return the options of a temporary file system for a user of an image."""
+    options = "exec,size=512m,mode=1777"  # Docker's default is noexec, with which compiled wheels cannot be imported
+    if any("Podman" in part.get("Name", "") for part in client.version().get("Components") or ()):
+        return options  # it refuses an owner, and keeps the mode; Docker has that of a directory which is there already
+    uid, _, gid = str(user).partition(":")
+    if not uid.isdigit():  # it has to be made for numbers
+        known = _in_image(client, image, "/etc/passwd").decode("utf-8", "replace")
+        found = re.search(rf"(?m)^{re.escape(uid)}:[^:\n]*:(\d+):(\d+):", known)
+        uid, gid = (found[1], gid if gid.isdigit() else found[2]) if found else ("", "")
+    return f"{options},uid={uid},gid={gid if gid.isdigit() else uid}" if uid else options
 
 
 def _listed(value: Any) -> Any:
