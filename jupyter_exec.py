@@ -6051,20 +6051,18 @@ class Tools:
     def prelude(self) -> str:
         """Return a cell that defines the tools in a kernel that has just started."""
         self.tag = f"jupyter_exec {os.urandom(8).hex()} "
-        modules = (
-            "asyncio, atexit, base64, builtins, contextlib, functools, itertools, json, os, socket, sys, threading"
-        )
-        lines, first = inspect.findsource(ToolCaller.__init__)  # to find that of a class, the whole file is parsed
-        first = max(number for number in range(first) if lines[number].startswith("class "))
+        methods = filter(inspect.isfunction, vars(ToolCaller).values())  # for a class the whole file would be parsed
         program = functions_source(
             (to_json, define_tools),
-            f"import {modules}",
+            "import asyncio, atexit, base64, builtins, contextlib, functools",
+            "import itertools, json, os, socket, sys, threading",
             "from collections import deque",
             "from concurrent.futures import Future",
             "from dataclasses import fields, is_dataclass",
             f"class ToolError(Exception): {ToolError.__doc__!r}",
             f"class ToolRefused(ToolError): {ToolRefused.__doc__!r}",
-            "".join(inspect.getblock(lines[first:])),
+            "class ToolCaller:",
+            *map(inspect.getsource, methods),
         )
         program += f"define_tools(get_ipython(), {self.tag!r}, {self.max_calls}, {MAX_TOOL_JSON}, {self._heads!r})"
         scope = "{'__name__': 'tools', 'get_ipython': get_ipython}"
