@@ -6089,8 +6089,8 @@ class Tools:
 class ToolCall:
     """One call of a tool, from its request to its answer."""
 
-    def __init__(self, tools: Tools, name: str, bound: Any, answer: Callable[[Json | str], None]) -> None:
-        """`answer` takes the result as JSON, or what `tool_failure` returns."""
+    def __init__(self, tools: Tools, name: str, bound: Any, answer: Callable[[str], None]) -> None:
+        """`answer` takes what `run` or `tool_failure` returns."""
         self.tools, self.name, self.bound, self.answer = tools, name, bound, answer
         self.status, self.started, self.seconds = "not run", 0.0, 0.0
         self.ended = False  # it is answered, or nobody waits any more
@@ -6132,7 +6132,7 @@ class ToolCall:
             raise ToolRefused((isinstance(said, str) and said) or f"The call of {self.name} was refused.")
 
     def run(self) -> str:
-        """Return the result as JSON."""
+        """Return the result as JSON: {"value": result}."""
         value = self.result(self.tools.functions[self.name][0](*self.bound.args, **self.bound.kwargs))
         try:
             text = json.dumps(value, default=to_json)
@@ -6141,18 +6141,18 @@ class ToolCall:
         if len(text) > MAX_TOOL_JSON:
             much = f"{len(text)} characters of JSON; {MAX_TOOL_JSON} is the limit"
             raise ToolError(f"The result of {self.name} is {much}.")
-        return text
+        return f'{{"value": {text}}}'
 
 
-def tool_failure(error: BaseException, tool: str) -> Json:
+def tool_failure(error: BaseException, tool: str) -> str:
     """Return what the kernel is told of an exception: a built-in one keeps its type, its text is bounded."""
-    kind, message = type(error), ""
+    kind, name, message = type(error), type(error).__name__, ""
     with contextlib.suppress(Exception):  # whatever its __str__ does
         message = str(error.args[0] if len(error.args) == 1 else error)
-    known = getattr(builtins, kind.__name__, None) is kind and issubclass(kind, (Exception, KeyboardInterrupt))
-    if known or kind in (ToolError, ToolRefused):
-        return {"error": kind.__name__, "message": message[:LARGE_PART], "tool": tool}
-    return {"error": "ToolError", "message": f"{kind.__name__}: {message}"[:LARGE_PART], "tool": tool}
+    known = getattr(builtins, name, None) is kind and issubclass(kind, (Exception, KeyboardInterrupt))
+    if not known and kind not in (ToolError, ToolRefused):
+        name, message = "ToolError", f"{name}: {message}"
+    return json.dumps({"error": name, "message": message[:LARGE_PART], "tool": tool})
 
 
 class CellTools:
@@ -6175,10 +6175,9 @@ class CellTools:
         if self._requests > self._tools.max_calls or len(number) > 20:
             return True  # forged, since our program in the kernel counts, too: no answer
 
-        def answer(content: Json | str) -> None:
-            text = f'{{"value": {content}}}' if isinstance(content, str) else json.dumps(content)
+        def answer(content: str) -> None:
             try:
-                reply(f"{tag}{number}:{text}")
+                reply(f"{tag}{number}:{content}")
             except JupyterExecError:
                 logger.debug("The answer to a tool call came too late", exc_info=True)
 
@@ -6193,7 +6192,7 @@ class CellTools:
             answer(tool_failure(ToolError(str(error)), ""))
         return True
 
-    def _bind(self, text: str, answer: Callable[[Json | str], None]) -> ToolCall:
+    def _bind(self, text: str, answer: Callable[[str], None]) -> ToolCall:
         self._weight += json_weight(text)
         if len(text) > MAX_TOOL_JSON or self._weight > MAX_JSON:
             raise ToolError("The arguments of this cell's tool calls are too large.")
@@ -6228,7 +6227,7 @@ class CellTools:
             if timer:
                 timer.cancel()
 
-    def _end(self, call: ToolCall, status: str | None, content: Json | str) -> None:
+    def _end(self, call: ToolCall, status: str | None, content: str) -> None:
         """End a call with its answer; without a status, since nobody waits for one."""
         with self._lock:
             if call.ended:
