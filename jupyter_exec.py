@@ -6296,29 +6296,27 @@ def variable_step(order: Json, names: Json) -> Json:
     """Take in a piece of {name: value} in JSON, or hand out one of a value; what is left is kept until the next."""
     kept = vars(sys).setdefault("_jupyter_exec", {})
     key, offset, size, name = order["key"], order["offset"], order["size"], order["path"]
-    is_last = True
+    text: Any = kept.pop(key, None)
     try:
         if order["step"] == "set":
-            text = kept[key] = kept[key] if offset else bytearray()
+            text = text if offset else bytearray()
             text += order["bytes"]
-            is_last = len(text) >= size
-            if is_last:
+            if len(text) < size:
+                kept[key] = text
+            else:
                 names.update(json.loads(text.decode("utf-8", "surrogatepass")))
             return {}
         if not offset:
             if name not in names:
                 return {"error": "the kernel has none of that name"}
-            made = json.dumps(names[name], ensure_ascii=False, default=to_json)
-            kept[key] = made.encode("utf-8", "surrogatepass")
-        text = kept[key]
-        is_last = offset + size > len(text) or len(text) > order["limit"]
-        return {"size": len(text), "bytes": bytes(text[offset : offset + size])}
+            text = json.dumps(names[name], ensure_ascii=False, default=to_json).encode("utf-8", "surrogatepass")
+        if offset + size <= len(text) <= order["limit"]:
+            kept[key] = text
+        return {"size": len(text), "bytes": text[offset : offset + size]}
     except Exception as error:
         return {"error": f"it is no JSON in the kernel. {type(error).__name__}: {error}"}
     finally:
-        if is_last:
-            kept.pop(key, None)
-            kept or vars(sys).pop("_jupyter_exec", None)
+        kept or vars(sys).pop("_jupyter_exec", None)
 
 
 @functools.cache  # it is read from the file
