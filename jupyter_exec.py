@@ -6331,7 +6331,7 @@ def _kernel_program() -> str:
 
 
 def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: OutputHook | None) -> Json:
-    """Take a step in an idle Python kernel, by an expression that leaves no trace there; returns its answer.
+    """Take a step in an idle Python kernel, by an expression that leaves no trace there; returns {"result", "bytes"}.
 
     `on_output` hears what threads of earlier cells print meanwhile.
 
@@ -6358,7 +6358,7 @@ def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: Output
         head, data = (base64.b64decode(part, validate=True) for part in found.groups())
     except ValueError:
         raise ProtocolError(_STRANGE) from None
-    return json_object(head, "answer of the kernel") | {"bytes": data}
+    return {"result": json_object(head, "answer of the kernel"), "bytes": data}
 
 
 class FarFiles:
@@ -7522,8 +7522,7 @@ class JupyterCodeExecutor(Stoppable):
             return
 
         def ask_by_cell(order: Json, data: bytes, then: Callable[[Json], None]) -> None:
-            answer = ask_kernel(self._kernel, order, data, self._hooks["on_output"])
-            then({"bytes": answer.pop("bytes"), "result": answer})
+            then(ask_kernel(self._kernel, order, data, self._hooks["on_output"]))
 
         with self._turns.turn():
             self._make_ready()
