@@ -5183,15 +5183,8 @@ class DockerStream(FarEnd):
         self._lock = threading.Lock()
 
     def recv(self, size: int, /) -> bytes:
-        data = super().recv(size)
-        stdout = self._demultiplex(data)
-        if data and not stdout:
-            raise BlockingIOError
-        return stdout
-
-    def _demultiplex(self, data: bytes) -> bytes:
+        data, stdout = super().recv(size), b""
         self._buffer += data
-        stdout = []
         while len(self._buffer) >= self._HEAD.size:
             # "STREAM_TYPE can be: 0: stdin (is written on stdout), 1: stdout, 2: stderr"
             kind, length = self._HEAD.unpack_from(self._buffer)
@@ -5205,8 +5198,10 @@ class DockerStream(FarEnd):
             if kind == 2:
                 self._stderr = (self._stderr + payload)[-STDERR_TAIL:]
             else:
-                stdout.append(payload)
-        return b"".join(stdout)
+                stdout += payload
+        if data and not stdout:
+            raise BlockingIOError
+        return stdout
 
     @property
     def log(self) -> str:
