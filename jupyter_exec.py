@@ -3091,6 +3091,7 @@ CANNOT_FORK = 75  # exit status of a fork server whose Python cannot fork kernel
 _PYTHON = re.compile(r"python[0-9.]*\Z")
 # A kernel for a program needs no history database and no pause after each cell. In, Out and %history work without.
 LEAN_OPTIONS = ["--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0"]
+_NO_OUTPUT = re.compile(b"status|error|iopub_welcome|shutdown_reply")  # on iopub: a slow link drops none of it
 _MARKER = "JUPYTER_EXEC_KERNEL"  # environment variable that marks a kernel and its children
 _OOM_KILLS = ("memory.events", "memory.oom_control", "oom_kill ")  # where a control group counts them
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
@@ -3579,10 +3580,12 @@ class KernelHost:
 
     def _relay(self, kernel: ChildProcess, channel: str, parts: list[bytes]) -> None:
         parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
-        waiting, is_large = self._pipe.waiting, sum(map(len, parts)) > RELAY_PIECE
-        may_be_lost = (waiting > 0 or is_large) and channel == "iopub" and _may_be_lost(parts)
+        waiting, size = self._pipe.waiting, sum(map(len, parts))
+        is_large = size > RELAY_PIECE
+        is_slow = waiting > 0 or is_large
+        may_be_lost = is_slow and channel == "iopub" and (size > LARGE_PART or not _names(_NO_OUTPUT, parts))
         kernel.hurries = kernel.hurries and channel != "shell"
-        if may_be_lost and (waiting > RELAY_LIMIT or (kernel.hurries and (waiting or is_large))):
+        if may_be_lost and (waiting > RELAY_LIMIT or kernel.hurries):
             if not kernel.loss_told:
                 self._pipe.send(PipeCodec.encode(_loss(kernel.name)), kernel.name)
             kernel.loss_told = True
@@ -3705,15 +3708,6 @@ class KernelHost:
         for path in kernel.files:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-
-
-def _may_be_lost(parts: list[bytes]) -> bool:
-    """Whether a message on iopub is output, which may be dropped: not a status, an error or a welcome."""
-    with contextlib.suppress(ValueError, IndexError, ProtocolError):
-        header = json_object(parts[parts.index(DELIMITER) + 2][:2000], "header")
-        needed = header.get("msg_type") in ("status", "error", "iopub_welcome", "shutdown_reply")
-        return not needed or sum(map(len, parts)) > LARGE_PART
-    return True
 
 
 def _loss(kernel: str) -> list[bytes]:
