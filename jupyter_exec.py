@@ -2468,11 +2468,7 @@ class Cell:
         self.left = threading.Event()  # nobody reads for it any more
         self._pauses = 0  # how many threads keep the clock stopped,
         self._paused_at = 0.0  # and since when
-        self.allow(seconds)
-
-    def allow(self, seconds: float | None) -> None:
-        """Give it so many seconds from now, or INTERRUPT_GRACE once its time is over; None is no limit."""
-        self.seconds, self.deadline = seconds, Deadline(seconds)
+        self.deadline = Deadline(seconds)  # or, once its time is over, that of its INTERRUPT_GRACE
 
     @property
     def _paused(self) -> bool:
@@ -2515,8 +2511,7 @@ class Cell:
             return self.result or self.execution.result(time.monotonic() - self.started)
 
     def finish(self) -> ExecutionResult:
-        with self.lock:
-            self.result = result = self.execution.result(time.monotonic() - self.started)
+        self.result = result = self.so_far()
         if self.hooks.on_result:
             self.hooks.on_result(result)
         return result
@@ -2685,7 +2680,7 @@ class KernelClient:
         self._settle(cell)
         self._running = cell
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
-        has_timer = (hooks.on_output or hooks.on_input) and timeout is not None and timeout < threading.TIMEOUT_MAX
+        has_timer = (hooks.on_output or hooks.on_input) and cell.deadline.remaining is not None
         try:
             if hooks.on_start:
                 hooks.on_start(cell)
@@ -2699,7 +2694,7 @@ class KernelClient:
         except BaseException:  # Ctrl-C, or a signal handler that raises
             self._stop_cell(cell, INTERRUPT_GRACE / 2)
             cell.timed_out = cell.execution.timed_out is not None  # a detached cell has a deadline again
-            cell.allow(INTERRUPT_GRACE)
+            cell.deadline = Deadline(INTERRUPT_GRACE)
             hooks.muted, hooks.on_timeout = True, None
             self._run(cell)
             cell.finish()
@@ -2764,8 +2759,8 @@ class KernelClient:
                 return
             cell.timed_out = True
             if not detach:
-                cell.execution.interrupted, cell.execution.timed_out = True, cell.seconds
-            cell.allow(None if detach else INTERRUPT_GRACE)
+                cell.execution.interrupted, cell.execution.timed_out = True, cell.deadline.seconds
+            cell.deadline = Deadline(None if detach else INTERRUPT_GRACE)
         if detach:
             detach(cell.so_far())
         else:
