@@ -2560,18 +2560,12 @@ class KernelClient:
     """
 
     def __init__(self, control: KernelControl) -> None:
+        """Raises: what `start` raises."""
         self._control = control
-        self._mailbox = self._new_mailbox()
         self._channels: Channels | None = None
-        self._session = ""
         self._serial = itertools.count(1)
-        self.ready = False
         self._running: Cell | None = None
-        self._nudges: set[str] = set()  # requests after whose answers no interrupt can hit a later cell
-        self._death: KernelDied | None = None
-        self._closing = False
-        self._ended = False  # the code has called exit(): the process is about to end
-        self.kernel_info: Json = {}
+        self.start()
 
     @property
     def connection_file(self) -> str | None:
@@ -2602,15 +2596,18 @@ class KernelClient:
         """Whether the kernel has ended, even if nobody has been told yet."""
         return self._death is not None or self._mailbox.ended
 
-    def start(self) -> KernelClient:
-        """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready; return itself."""
+    def start(self) -> None:
+        """Ask for the kernel, or for a fresh one in its place, without waiting until it is ready."""
         self.close()
-        self._mailbox, self._death, self.ready, self.kernel_info = self._new_mailbox(), None, False, {}
-        self._ended = self._closing = False
-        self._nudges.clear()
+        self._mailbox = self._new_mailbox()
         self._session = os.urandom(16).hex()
+        self._nudges: set[str] = set()  # requests after whose answers no interrupt can hit a later cell
+        self._death: KernelDied | None = None
+        self._ended = False  # the code has called exit(): the process is about to end
+        self._closing = False
+        self.ready = False
+        self.kernel_info: Json = {}
         self._channels = self._control.start(self._mailbox)
-        return self
 
     def wait_ready(self) -> None:
         """Wait until the kernel answers on shell and is heard on iopub.
@@ -2994,11 +2991,14 @@ class AttachedKernelControl(KernelControl):
 
     owned = False
 
-    def __init__(self, connection: KernelConnection, connection_file: str | None) -> None:
-        self._connection = connection
+    def __init__(self, target: KernelConnection | AnyPath) -> None:
+        """`target` is its connection file, or the contents of one. Raises: ProtocolError for a broken file."""
+        if not isinstance(target, KernelConnection):
+            self.connection_file = os.path.abspath(target)
+            target = read_connection_file(self.connection_file)
+        self._connection = target
         self._loop: Loop | None = None
         self._context: Any = None
-        self.connection_file = connection_file
 
     def start(self, mailbox: Mailbox) -> Channels:
         self.close()
@@ -3011,16 +3011,6 @@ class AttachedKernelControl(KernelControl):
             self._loop.post(functools.partial(self._context.destroy, 0))
             self._loop.stop()
             self._loop = None
-
-
-def attach_kernel(target: KernelConnection | AnyPath) -> KernelClient:
-    """Connect to a running kernel by its connection file, or by the contents of one.
-
-    Raises: ProtocolError for a broken file.
-    """
-    path = None if isinstance(target, KernelConnection) else os.path.abspath(target)
-    connection = target if isinstance(target, KernelConnection) else read_connection_file(path or "")
-    return KernelClient(AttachedKernelControl(connection, path)).start()
 
 
 # ======================================================================================================
@@ -4464,7 +4454,7 @@ class RemoteJupyterServer(Server):
             kernel_name = found
         control = RemoteKernelControl(self, kernel_name, self._kernel_id)
         self._controls.append(control)
-        return KernelClient(control).start()
+        return KernelClient(control)
 
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict}."""
@@ -4896,7 +4886,7 @@ class HostServer(Server):
         """
         if self.transport == "gateway":
             return self.get_client().start_kernel(kernel_name)
-        return KernelClient(HostedKernelControl(self, kernel_name)).start()
+        return KernelClient(HostedKernelControl(self, kernel_name))
 
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict, with "resource_dir"}."""
@@ -7294,7 +7284,7 @@ class JupyterCodeExecutor(Stoppable):
         if isinstance(server, type):
             raise ValueError(f"jupyter_server must be an object: {server.__name__}(), not the class.")
         if isinstance(server, (str, os.PathLike, KernelConnection)):
-            return attach_kernel(server)
+            return KernelClient(AttachedKernelControl(server))
         if not hasattr(server, "start_kernel"):
             # Ours, or AutoGen's: an object of four attributes, or one that has such an object.
             info = getattr(server, "connection_info", server)
