@@ -2604,7 +2604,6 @@ class KernelClient:
         self._nudges: set[str] = set()  # requests after whose answers no interrupt can hit a later cell
         self._death: KernelDied | None = None
         self._ended = False  # the code has called exit(): the process is about to end
-        self._closing = False
         self.ready = False
         self.kernel_info: Json = {}
         self._channels = self._control.start(self._mailbox)
@@ -2828,7 +2827,7 @@ class KernelClient:
         # A server takes its time, and so does a host that was silent just now: the kernel is started at the next call.
         quick = not self._control.supervised and not deadline.expired
         try:
-            if quick and not self._closing:
+            if quick and self._channels:  # nobody has shut it down meanwhile
                 self.start()
         except JupyterExecError:
             self._death = death  # the next call tries again and reports
@@ -2899,7 +2898,6 @@ class KernelClient:
 
     def shutdown(self) -> None:
         """End the kernel: ask it, and after SHUTDOWN_GRACE kill it. Only disconnects from one that is not ours."""
-        self._closing = True
         if self._channels and self._control.owned:
             if self.ready and not self._death and not self._control.supervised:
                 # Deviation: asked on control, where it belongs, ipykernel 7 often hangs at its end (its control thread
