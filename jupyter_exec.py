@@ -3223,16 +3223,15 @@ def process_name(pid: int) -> str:
 
 def has_ended(name: str) -> bool:
     """Whether the process of that `process_name` has surely ended; False for another machine or container."""
-    found = re.fullmatch(r"(\d{1,9})\.([0-9a-f]+)(\.[0-9a-f]{8})", name)
-    if not found or not process_name(os.getpid()).endswith(found[3]):
+    found = re.fullmatch(r"(\d{1,9})\.[0-9a-f]+(\.[0-9a-f]{8})", name)
+    if not found or not process_name(os.getpid()).endswith(found[2]):
         return False
     try:
         os.kill(int(found[1]), 0)
-        stat = stat_of(found[1])
+        is_zombie = stat_of(found[1])[0] == b"Z"  # its parent has not looked yet
     except OSError as error:
         return isinstance(error, ProcessLookupError)
-    is_zombie = stat[0] == b"Z"  # its parent has not looked yet
-    return is_zombie or int(stat[19]) != int(found[2], 16)  # or the pid is another process's by now
+    return is_zombie or process_name(int(found[1])) != name  # the pid is another process's by now
 
 
 # The far side of file transfers: in the kernel host or, where that is none, in a kernel, to which this source is sent.
