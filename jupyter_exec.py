@@ -3080,35 +3080,35 @@ _OOM_KILLS = ("memory.events", "memory.oom_control", "oom_kill ")  # where a con
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
 
 
-def kernel_dirs(environ: Mapping[str, str]) -> list[str]:
+def kernel_dirs() -> list[str]:
     """Return the directories that may have kernelspecs, best first, by Jupyter's rules for this Python.
 
     Source: https://docs.jupyter.org/en/latest/use/jupyter-directories.html#data-files
     """
     import sysconfig
 
-    data_home = environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    data_home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     on_mac = os.path.expanduser("~/Library/Jupyter") if sys.platform == "darwin" else ""
-    user = [environ.get("JUPYTER_DATA_DIR") or on_mac or os.path.join(data_home, "jupyter")]
+    user = [os.environ.get("JUPYTER_DATA_DIR") or on_mac or os.path.join(data_home, "jupyter")]
     if site_user := sysconfig.get_path("data", f"{os.name}_user"):
         user.append(os.path.join(site_user, "share", "jupyter"))
     env = [os.path.join(sys.prefix, "share", "jupyter")]
-    extra = [path for path in environ.get("JUPYTER_PATH", "").split(os.pathsep) if path]
-    order = env + user if _prefers_env(environ) else user + env
+    extra = [path for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep) if path]
+    order = env + user if _prefers_env() else user + env
     bases = [*extra, *order, "/usr/local/share/jupyter", "/usr/share/jupyter", os.path.expanduser("~/.ipython")]
     return list(dict.fromkeys(os.path.join(base, "kernels") for base in bases))
 
 
-def _prefers_env(environ: Mapping[str, str]) -> bool:
+def _prefers_env() -> bool:
     """Whether the environment's directories come before the user's, as in a virtual environment that the user owns."""
-    if "JUPYTER_PREFER_ENV_PATH" in environ:
-        return environ["JUPYTER_PREFER_ENV_PATH"].lower() not in ("", "0", "n", "no", "false", "off")
-    conda = environ.get("CONDA_PREFIX")
-    in_conda = bool(conda) and sys.prefix.startswith(conda or "") and environ.get("CONDA_DEFAULT_ENV", "base") != "base"
+    if "JUPYTER_PREFER_ENV_PATH" in os.environ:
+        return os.environ["JUPYTER_PREFER_ENV_PATH"].lower() not in ("", "0", "n", "no", "false", "off")
+    conda, name = os.environ.get("CONDA_PREFIX", ""), os.environ.get("CONDA_DEFAULT_ENV", "base")
+    in_conda = conda != "" and name != "base" and sys.prefix.startswith(conda)
     return (sys.prefix != sys.base_prefix or in_conda) and os.stat(sys.prefix).st_uid == os.getuid()
 
 
-def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str, Json]:
+def find_kernelspecs(own_python3: bool) -> dict[str, Json]:
     """Return {kernel name: content of its kernel.json, with "resource_dir" added}.
 
     With `own_python3`, "python3" always means this interpreter, otherwise only if no directory has it. Either way this
@@ -3119,7 +3119,7 @@ def find_kernelspecs(environ: Mapping[str, str], own_python3: bool) -> dict[str,
     import importlib.util
 
     specs: dict[str, Json] = {}
-    for directory in kernel_dirs(environ):
+    for directory in kernel_dirs():
         with contextlib.suppress(OSError):
             for entry in sorted(os.listdir(directory)):
                 if entry.lower() not in specs and re.fullmatch(r"[A-Za-z0-9._-]+", entry):
@@ -3384,7 +3384,7 @@ class KernelHost:
         self._pipe.send(PipeCodec.encode([b"", dump_json(answer), data]), lane)
 
     def _do_kernelspecs(self, request: Json) -> Json:
-        return find_kernelspecs(os.environ, request["own_python3"])
+        return find_kernelspecs(request["own_python3"])
 
     def _do_start(self, request: Json) -> Json:
         """Start a kernel in a slot; kill the kernel that had the slot, and overwrite its connection file."""
@@ -3421,9 +3421,9 @@ class KernelHost:
         return {"argv": argv, "connection": connection.to_json(), "interrupt_mode": mode}
 
     def _spec(self, request: Json) -> Json:
-        specs = find_kernelspecs(os.environ, request["own_python3"])
+        specs = find_kernelspecs(request["own_python3"])
         if not (wanted := kernel_among(request["kernel_name"].lower(), specs)):
-            raise KernelSpecNotFound(request["kernel_name"], sorted(specs), kernel_dirs(os.environ), sys.executable)
+            raise KernelSpecNotFound(request["kernel_name"], sorted(specs), kernel_dirs(), sys.executable)
         provisioner = (specs[wanted].get("metadata") or {}).get("kernel_provisioner") or {}
         if provisioner.get("provisioner_name", "local-provisioner") != "local-provisioner":
             reason = "its kernelspec asks for a kernel provisioner, and there is none here"

@@ -2298,7 +2298,7 @@ def test_kernelspec_directories_are_those_of_jupyter(changes: dict[str, str]) ->
         import os, jupyter_exec
         from jupyter_client.kernelspec import KernelSpecManager
         judge = KernelSpecManager().kernel_dirs
-        ours = jupyter_exec.kernel_dirs(os.environ)
+        ours = jupyter_exec.kernel_dirs()
         assert [d for d in ours if d in judge] == [d for d in judge if d in ours] and set(judge) <= set(ours), (judge, ours)
     """
     result = run_python(program, env=environ | {"PYTHONPATH": str(MODULE.parent), "PYTHONWARNINGS": "ignore"})
