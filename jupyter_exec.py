@@ -3424,8 +3424,8 @@ class KernelHost:
         specs = find_kernelspecs(request["own_python3"])
         if not (wanted := kernel_among(request["kernel_name"].lower(), specs)):
             raise KernelSpecNotFound(request["kernel_name"], sorted(specs), kernel_dirs(), sys.executable)
-        provisioner = (specs[wanted].get("metadata") or {}).get("kernel_provisioner") or {}
-        if provisioner.get("provisioner_name", "local-provisioner") != "local-provisioner":
+        provisioner = part_of(specs[wanted], "metadata", "kernel_provisioner", "provisioner_name")
+        if provisioner not in (None, "local-provisioner"):
             reason = "its kernelspec asks for a kernel provisioner, and there is none here"
             raise KernelStartFailed(specs[wanted]["argv"], reason)
         return specs[wanted]
@@ -4263,13 +4263,13 @@ class RemoteKernelControl(KernelControl):
         if not self._id:
             body = {"name": self._kernel_name, "env": self._server.env}
             try:
-                model = rest.request("POST", "/api/kernels", body, timeout=self.start_timeout)
+                self._id = text_of(
+                    part_of(rest.request("POST", "/api/kernels", body, timeout=self.start_timeout), "id")
+                )
             except ServerError:
                 # If the server is gone, this says so best: a JupyterHub that stands in for it speaks of a wrong token.
                 rest.request("GET", "/api/kernelspecs")
                 raise
-            kernel_id = model.get("id") if isinstance(model, dict) else None
-            self._id = kernel_id if isinstance(kernel_id, str) else ""
         self._mailbox = mailbox
         dial = functools.partial(rest.websocket, f"{self._path}/channels?session_id={os.urandom(16).hex()}")
         self._channels = WebSocketChannels(loop, dial, mailbox)
@@ -4455,11 +4455,10 @@ class RemoteJupyterServer(Server):
 
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict}."""
-        answer = self.rest.request("GET", "/api/kernelspecs")
-        models = answer.get("kernelspecs") if isinstance(answer, dict) else None
+        models = part_of(self.rest.request("GET", "/api/kernelspecs"), "kernelspecs")
         if not isinstance(models, dict):
             raise self._is_none("/api/kernelspecs")
-        specs = {name: model.get("spec") for name, model in models.items() if isinstance(model, dict)}
+        specs = {name: part_of(model, "spec") for name, model in models.items()}
         return {name: spec for name, spec in specs.items() if isinstance(spec, dict) and name.isprintable()}
 
     def list_kernels(self) -> list[Json]:
