@@ -3414,9 +3414,8 @@ class KernelHost:
         is_ipc = connection.transport == "ipc"
         kernel.files = [path, *(f"{connection.ip}-{port}" for port in range(1, 6) if is_ipc)]
         if request["relay"]:
-            identity, deliver = request["identity"].encode("ascii"), functools.partial(self._relay, kernel)
-            kernel.sockets = KernelSockets(self._loop, deliver)
-            kernel.sockets.open(self._context, connection, identity)
+            kernel.sockets = KernelSockets(self._loop, functools.partial(self._relay, kernel))
+            kernel.sockets.open(self._context, connection, os.urandom(16).hex().encode())
         mode = str(spec.get("interrupt_mode", "signal"))
         return {"argv": argv, "connection": connection.to_json(), "interrupt_mode": mode}
 
@@ -4742,7 +4741,7 @@ class HostedKernelControl(KernelControl):
         try:
             order: Json = {"kernel": self._name, "slot": self._slot, "key": self._key, "relay": self._server.relays}
             order |= {"kernel_name": self._kernel_name, "own_python3": self._server.own_python3}
-            order |= {"launch": self._server.launch, "identity": os.urandom(16).hex()}
+            order["launch"] = self._server.launch
             return self._reach(link, mailbox, link.call("start", **order))
         except JupyterExecError as error:
             link.mailboxes.pop(self._name, None)
