@@ -3061,12 +3061,8 @@ LAUNCHER = """\
 import sys
 path = sys.path
 sys.path = [place for place in path if place]
-import os, runpy
-try:
-    import faulthandler
-    faulthandler.enable(os.dup(2))
-except ImportError:
-    pass
+import faulthandler, os, runpy
+faulthandler.enable(os.dup(2))
 sys.path = path
 runpy.run_module("ipykernel_launcher", None, "__main__", True)
 """
