@@ -4329,15 +4329,7 @@ class Single:
 
 
 class Stoppable(Single):
-    """What all servers have in common: used until `stop`, or until a `with` is left."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._stopped = False
-
-    def _check_usable(self) -> None:
-        if self._stopped:
-            raise ConnectionClosed("The server was stopped: make a new one.")
+    """What servers and executors have in common: used until `stop`, or until a `with` is left."""
 
     def stop(self) -> None:
         raise NotImplementedError
@@ -4380,6 +4372,14 @@ class Server(Stoppable):
     """A server with an I/O thread. It ends when it is stopped, or when nobody refers to it any more."""
 
     _loop: Loop | None = None  # once there is something to end
+    _stopped = False
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def _check_usable(self) -> None:
+        if self._stopped:
+            raise ConnectionClosed("The server was stopped: make a new one.")
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # This may be called at any point of any thread, with any lock held: the I/O thread ends it. That thread refers

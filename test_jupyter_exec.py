@@ -5893,7 +5893,7 @@ def kill_host(executor: JupyterCodeExecutor) -> None:
 def stop_elsewhere(executor: JupyterCodeExecutor) -> None:
     thread = threading.Thread(target=executor.stop)
     thread.start()
-    eventually(lambda: executor._stopped, "the executor is being stopped")
+    eventually(lambda: executor._turns.closed, "the executor is being stopped")
 
 
 INTERRUPTIONS: dict[str, tuple[Callable[[JupyterCodeExecutor], None], type[BaseException], str | None]] = {
