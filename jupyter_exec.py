@@ -3567,7 +3567,7 @@ class KernelHost:
                 self._pipe.send(PipeCodec.encode(_loss(kernel.name)), kernel.name)
             kernel.loss_told = True
             return
-        kernel.loss_told = kernel.loss_told and not may_be_lost
+        kernel.loss_told = kernel.loss_told and channel != "iopub"  # what is lost after it, as the next cell's, is told
         data = PipeCodec.encode(parts)
         if not is_large:
             self._pipe.send(data, kernel.name, may_be_lost)

@@ -5007,6 +5007,13 @@ def test_what_a_slow_link_loses_is_said(slow_link: Any, monkeypatch: MonkeyPatch
         assert "lost" not in executor.execute("print('y' * 1000)").note
 
 
+def test_each_cell_that_loses_output_on_its_way_says_so(monkeypatch: MonkeyPatch) -> None:
+    patch_host(monkeypatch, "RELAY_LIMIT = 64 * 2**20", "RELAY_LIMIT = -1")
+    with CommandJupyterServer([sys.executable]) as server, JupyterCodeExecutor(server) as executor:
+        for _ in range(2):
+            assert "lost" in executor.execute("print('y' * 10**6)").note
+
+
 @pytest.mark.slow
 def test_kernels_through_ssh(sshd: list[str]) -> None:
     with CommandJupyterServer([*sshd, sys.executable]) as server, JupyterCodeExecutor(server) as executor:
