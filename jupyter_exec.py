@@ -3112,15 +3112,18 @@ def find_kernelspecs(own_python3: bool) -> dict[str, Json]:
 
     Spec: https://jupyter-client.readthedocs.io/en/stable/kernels.html#kernel-specs
     """
+    import glob
     import importlib.util
 
     specs: dict[str, Json] = {}
-    for directory in kernel_dirs():
-        with contextlib.suppress(OSError):
-            for entry in sorted(os.listdir(directory)):
-                if entry.lower() not in specs and re.fullmatch(r"[A-Za-z0-9._-]+", entry):
-                    with contextlib.suppress(OSError, ProtocolError):
-                        specs[entry.lower()] = _read_kernelspec(os.path.join(directory, entry))
+    for directory in map(glob.escape, kernel_dirs()):
+        for path in map(Path, sorted(glob.glob(os.path.join(directory, "*", "kernel.json")))):
+            with contextlib.suppress(OSError, ProtocolError):
+                spec = json_object(path.read_bytes(), "kernelspec")
+                argv, name = spec.get("argv"), path.parent.name
+                is_command = isinstance(argv, list) and argv and all(isinstance(arg, str) for arg in argv)
+                if is_command and re.fullmatch(r"[A-Za-z0-9._-]+", name):
+                    specs.setdefault(name.lower(), spec | {"resource_dir": str(path.parent)})
     if own_python3 or "python3" not in specs:
         specs.pop("python3", None)
         if importlib.util.find_spec("ipykernel"):
@@ -3134,15 +3137,6 @@ def kernel_among(wanted: str, names: Iterable[str]) -> str | None:
     """Return which of the kernels `names` is `wanted`: case does not matter, "python" may mean python3."""
     installed = {name.lower(): name for name in names}
     return installed.get("python3" if wanted == "python" and "python" not in installed else wanted.lower())
-
-
-def _read_kernelspec(directory: str) -> Json:
-    with open(os.path.join(directory, "kernel.json"), "rb") as file:
-        spec = json_object(file.read(), "kernelspec")
-    argv = spec.get("argv")
-    if not (isinstance(argv, list) and argv and all(isinstance(arg, str) for arg in argv)):
-        raise ProtocolError(f"{directory}/kernel.json has no argv.")
-    return spec | {"resource_dir": directory}
 
 
 def command_of(spec: Json, connection_file: str) -> list[str]:
