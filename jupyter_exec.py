@@ -4069,15 +4069,13 @@ class RestClient:
         lines = [f"{method} {self._prefix}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         # Byte by byte before a WebSocket: what comes behind the answer are frames already.
         source: Any = DeadlineReader(sock, deadline, 1 if "Upgrade" in headers else 8192)
-        body = bytearray()
         try:
             sock.settimeout(deadline.remaining or 1e-6)
             sock.sendall("\r\n".join((*lines, "", "")).encode("ascii") + payload)
             # Closed here, not by the garbage collector: then its reader may be closed before it.
             with contextlib.closing(http.client.HTTPResponse(source, method=method)) as response:
                 response.begin()
-                while more := response.read1(2**16):
-                    body += more
+                body = response.read(MAX_ANSWER)  # without a limit it makes room for what the answer claims to have
                 if response.length:
                     raise EOFError("its answer is cut short")
         except TimeoutError:
@@ -4087,7 +4085,7 @@ class RestClient:
             # A server that is none may say anything; http.client lets some of its ValueErrors through.
             why = f"{type(error).__name__}: {self.shown(error)}"
             raise ConnectionClosed(f"{self.info.url} broke the connection: {why}.") from None
-        return response, bytes(body)
+        return response, body
 
     def _refusal(self, method: str, path: str, response: Any, data: bytes) -> ServerError:
         """Return an answer that is not the one that was asked for as an error."""
