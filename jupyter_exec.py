@@ -3952,7 +3952,7 @@ class JupyterConnectionInfo:
 
     @property
     def url(self) -> str:
-        return f"http{'s' * self.use_https}://{self.authority}{self.base_url.rstrip('/')}"
+        return f"http{'s' * self.use_https}://{self.authority}/{self.base_url.strip('/')}".rstrip("/")
 
 
 class DeadlineReader(io.RawIOBase):
@@ -3994,7 +3994,7 @@ class RestClient:
         self.info = info
         if not re.fullmatch(r"[!-~]*", (info.token or "") + info.base_url):
             raise ValueError("The token or base_url has characters that HTTP forbids.")  # and neither is shown
-        self._prefix = "/" + info.base_url.strip("/") if info.base_url.strip("/") else ""
+        self._prefix = f"/{info.base_url.strip('/')}".rstrip("/")
         # "Authorization: token X" is the one form that all servers accept (a kernel gateway no other).
         self._headers = {"Authorization": f"token {info.token}"} if info.token else {}
 

@@ -4730,6 +4730,12 @@ def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(mo
         far.close()
 
 
+@cases("base_url", "user/ann", "/user/ann", "/user/ann/")
+def test_slashes_around_a_base_url_do_not_matter(base_url: str) -> None:
+    assert JupyterConnectionInfo("hub", True, base_url=base_url).url == "https://hub/user/ann"
+    assert JupyterConnectionInfo("::1", False, 8888).url == "http://[::1]:8888"
+
+
 @cases("host", "http://example.com", "example.com/path", "a b", "")
 def test_a_host_that_is_none_is_refused(host: str) -> None:
     with pytest.raises(ValueError, match="host must be a name or an address"):
