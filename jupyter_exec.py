@@ -4242,6 +4242,7 @@ class RemoteKernelControl(KernelControl):
 
     def start(self, mailbox: Mailbox) -> Channels:
         rest, loop = self._server.rest, self._server.loop
+        self._server.controls.add(self)
         if self._id and self.owned:
             try:
                 rest.request("POST", f"{self._path}/restart", {}, timeout=self.start_timeout)
@@ -4287,6 +4288,7 @@ class RemoteKernelControl(KernelControl):
             self._mailbox.put(KernelDied(cause="it was deleted on the server"))
 
     def close(self) -> None:
+        self._server.controls.discard(self)
         if self._channels:
             self._channels.close()
 
@@ -4414,7 +4416,7 @@ class RemoteJupyterServer(Server):
         self.rest = RestClient(connection_info)
         self.env = dict(env or {})
         self._kernel_id = kernel_id
-        self._controls: list[RemoteKernelControl] = []
+        self.controls: set[RemoteKernelControl] = set()  # of the kernels that are in use
 
     @property
     def loop(self) -> Loop:
@@ -4436,9 +4438,7 @@ class RemoteJupyterServer(Server):
                 names = list(map(self.rest.shown, sorted(specs)))
                 raise KernelSpecNotFound(kernel_name, names, [self.connection_info.url])
             kernel_name = found
-        control = RemoteKernelControl(self, kernel_name, self._kernel_id)
-        self._controls.append(control)
-        return KernelClient(control)
+        return KernelClient(RemoteKernelControl(self, kernel_name, self._kernel_id))
 
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict}."""
@@ -4459,11 +4459,10 @@ class RemoteJupyterServer(Server):
         return ServerError("GET", self.connection_info.url + path, 200, "This is no Jupyter server.")
 
     def _end(self) -> None:
-        for control in self._controls:
+        for control in list(self.controls):
             if control.owned:
                 control.kill()
             control.close()
-        self._controls.clear()
 
 
 # ======================================================================================================

@@ -4255,6 +4255,14 @@ def test_the_default_subprotocol_works_too(jupyter_server: Peer, monkeypatch: Mo
         assert isinstance(executor._kernel._channels._codec, jupyter_exec.JsonCodec)
 
 
+def test_a_remote_server_keeps_nothing_of_a_kernel_that_has_ended(gateway: Peer) -> None:
+    with RemoteJupyterServer(gateway.info) as server:
+        with JupyterCodeExecutor(server) as executor:
+            executor.restart()
+            assert run(executor, "1").output == "1" and len(server.controls) == 1
+        assert not server.controls
+
+
 @pytest.fixture
 def connections(tmp_path: Path, monkeypatch: MonkeyPatch) -> list[socket.socket]:
     """The connections that WebSockets were opened on; tmp_path/gate is there when the first was dropped."""
