@@ -372,6 +372,22 @@ def describe_exit(exit_code: int | None) -> str:
     return f"killed by signal {-exit_code}"
 
 
+def check_seconds(**options: Any) -> None:
+    """Raise TypeError or ValueError unless options are numbers of seconds, math.inf included, or None."""
+    for name, value in options.items():
+        is_number = isinstance(value, int | float)
+        if value is not None and not (is_number and value > 0):
+            raise (ValueError if is_number else TypeError)(f"{name} must be a number of seconds, not {value!r}.")
+
+
+def check_counts(**options: Any) -> None:
+    """Raise TypeError or ValueError unless options are whole numbers, or None."""
+    for name, value in options.items():
+        is_number = isinstance(value, int)
+        if value is not None and not (is_number and value >= 0):
+            raise (ValueError if is_number else TypeError)(f"{name} must be a whole number, 0 or more, not {value!r}.")
+
+
 # ======================================================================================================
 # 2. Messages (pure)
 # ======================================================================================================
@@ -1754,6 +1770,11 @@ class Deadline:
     def extend(self, seconds: float) -> None:
         self._at += seconds
 
+    def limit(self, sock: socket.socket) -> None:
+        """Let the next call of a blocking socket take no longer."""
+        left = self.remaining
+        sock.settimeout(left if left is None else max(left, 1e-6))  # 0 would be another mode
+
     def within(self, seconds: float) -> float:
         """Return the seconds that are left, at most `seconds`."""
         return max(0.0, min(seconds, self._at - time.monotonic()))
@@ -2019,7 +2040,7 @@ class Pipe:
         self.waits_for_ever = False  # True for a host: its client may be stopped in a debugger
         self._begun = memoryview(b"")
         self._lanes: dict[str, deque[tuple[bytes, bool, float]]] = {}  # data, whether it may be dropped, since when
-        self.waiting = 0  # bytes in the lanes
+        self.waiting: Counter[str] = Counter()  # bytes in each lane
         self._sent_at = 0.0
         self._watched = False  # a check of the progress is due
         self._write_descriptor: int = getattr(stream, "write_fileno", stream.fileno)()
@@ -2047,7 +2068,7 @@ class Pipe:
             return
         now, busy = time.monotonic(), self.busy
         self._lanes.setdefault(lane, deque()).append((data, may_be_lost, now))
-        self.waiting += len(data)
+        self.waiting[lane] += len(data)
         if not busy:
             self._sent_at = now
             self._write()
@@ -2073,9 +2094,11 @@ class Pipe:
         lane = "" if "" in self._lanes else next(iter(self._lanes))
         queued = self._lanes.pop(lane)
         data = queued.popleft()[0]
+        self.waiting[lane] -= len(data)
         if queued:
             self._lanes[lane] = queued  # behind the others
-        self.waiting -= len(data)
+        else:
+            del self.waiting[lane]
         return memoryview(data)
 
     def drop_old(self, lane: str, instead: bytes) -> bool:
@@ -2086,7 +2109,7 @@ class Pipe:
             return False
         # `instead` goes first: what is dropped may be the rest of a message that was sent in part.
         self._lanes[lane] = deque([(instead, False, now), *kept])
-        self.waiting += len(instead) - sum(len(data) for data, may_be_lost, _ in queued if may_be_lost)
+        self.waiting[lane] += len(instead) - sum(len(data) for data, may_be_lost, _ in queued if may_be_lost)
         return True
 
     def _check_progress(self) -> None:
@@ -2222,7 +2245,7 @@ class KernelControl(Protocol):
         return None
 
     def close(self) -> None:
-        """Free what `start` made, except the channels."""
+        """Free what `start` made."""
         return
 
 
@@ -3553,10 +3576,11 @@ class KernelHost:
         parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
         waiting, size = self._pipe.waiting, sum(map(len, parts))
         is_large = size > RELAY_PIECE
-        is_slow = waiting > 0 or is_large
+        is_slow = bool(waiting) or is_large
+        is_full = waiting[kernel.name] > RELAY_LIMIT / (len(waiting) or 1)  # that of one costs no other its output
         may_be_lost = is_slow and channel == "iopub" and (size > LARGE_PART or not _names(_NO_OUTPUT, parts))
         kernel.hurries = kernel.hurries and channel != "shell"
-        if may_be_lost and (waiting > RELAY_LIMIT or kernel.hurries):
+        if may_be_lost and (is_full or kernel.hurries):
             if not kernel.loss_told:
                 self._pipe.send(PipeCodec.encode(_loss(kernel.name)), kernel.name)
             kernel.loss_told = True
@@ -3976,7 +4000,7 @@ class DeadlineReader(io.RawIOBase):
             raise TimeoutError
         if not self._left:
             raise ValueError(f"its answer is over the limit of {MAX_ANSWER} bytes")
-        self._socket.settimeout(self._deadline.remaining or 1e-6)
+        self._deadline.limit(self._socket)
         size = self._socket.recv_into(buffer[: self._left])
         self._left -= size
         return size
@@ -4070,7 +4094,7 @@ class RestClient:
         # Byte by byte before a WebSocket: what comes behind the answer are frames already.
         source: Any = DeadlineReader(sock, deadline, 1 if "Upgrade" in headers else 8192)
         try:
-            sock.settimeout(deadline.remaining or 1e-6)
+            deadline.limit(sock)
             sock.sendall("\r\n".join((*lines, "", "")).encode("ascii") + payload)
             # Closed here, not by the garbage collector: then its reader may be closed before it.
             with contextlib.closing(http.client.HTTPResponse(source, method=method)) as response:
@@ -4196,7 +4220,7 @@ class WebSocketChannels:
                 if self._closed:  # the loop may have ended before the job
                     self._socket.close()
                 return
-            except JupyterExecError as error:
+            except (JupyterExecError, OSError) as error:
                 if deadline.expired or (isinstance(error, ServerError) and error.status < 500):
                     cause = f"the connection to its server was lost: {reason}; {error}"
                     self._loop.post(functools.partial(self._mailbox.put, KernelDied(cause=cause)))
@@ -4271,7 +4295,7 @@ class RemoteKernelControl(KernelControl):
 
     def interrupt(self, sent: Callable[[], None]) -> bool:
         try:
-            self._server.rest.request("POST", f"{self._path}/interrupt", {}, timeout=INTERRUPT_GRACE)
+            self._server.rest.request("POST", f"{self._path}/interrupt", {}, timeout=INTERRUPT_GRACE / 2)
         except ServerError as error:
             if error.status == 404:
                 self._mailbox.put(KernelDied(cause="it is no longer on the server"))
@@ -4411,6 +4435,7 @@ class RemoteJupyterServer(Server):
         start_timeout: float = START_TIMEOUT,
     ) -> None:
         super().__init__()
+        check_seconds(start_timeout=start_timeout)
         self.start_timeout = start_timeout
         self.connection_info = connection_info
         self.rest = RestClient(connection_info)
@@ -4809,12 +4834,11 @@ class HostServer(Server):
         self.launch = LAUNCH_DEFAULTS | dict(launch)
         self.serial = itertools.count(1)
         self.transport = transport
-        preload, seconds = self.launch["preload"], self.launch["start_timeout"]
+        check_seconds(start_timeout=self.launch["start_timeout"])
+        preload = self.launch["preload"]
         listed = isinstance(preload, Sequence) and not isinstance(preload, str)
         if preload is not None and not (listed and all(isinstance(name, str) for name in preload)):
             raise ValueError(f"preload must be a list of module names, or None, not {preload!r}.")
-        if not seconds > 0:
-            raise ValueError(f"start_timeout must be a number of seconds, not {seconds!r}.")
 
     def _open(self, program: str) -> FarEnd:
         """Start a Python somewhere that runs `program`. Raises: KernelStartFailed, SandboxError."""
@@ -5005,6 +5029,8 @@ class CommandJupyterServer(HostServer):
         # kernel it would make inline pictures vanish.
         merged = {"SLURM_UNBUFFEREDIO": "1", **os.environ, "MPLBACKEND": None, **(env or {})}
         self._env = {name: value for name, value in merged.items() if value is not None}
+        if not all(isinstance(text, str) for pair in self._env.items() for text in pair):
+            raise TypeError("env must have strings as names, and as values strings or None.")
         self._process: subprocess.Popen[Any] | None = None  # the command
 
     def _open(self, program: str) -> FarEnd:
@@ -5067,6 +5093,8 @@ class LocalJupyterServer(CommandJupyterServer):
         **launch: Unpack[LaunchOptions],
     ) -> None:
         implied = "direct" if ip is None and port is None and token is None else "gateway"
+        if port is not None and port not in range(2**16):
+            raise ValueError(f"port must be a number below {2**16}, not {port!r}.")
         compiled = globals().get("__compiled__")  # by Nuitka
         frozen = getattr(sys, "frozen", False) or getattr(compiled, "standalone", compiled)
         if not python and (frozen or not sys.executable):
@@ -5314,7 +5342,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         return stream
 
     def _start_error(self, reason: str) -> JupyterExecError:
-        log = self._stream.log if self._stream else ""
+        log = self._stream.log if self._stream and self._stream.log not in reason else ""
         return SandboxError(f"No kernel host answered: {reason}", self._image_name, self._container.name, log)
 
     def _check_host(self, pid: int, uid: int) -> None:
@@ -5984,6 +6012,8 @@ class Tools:
         """Raises: ValueError for what cannot be a tool."""
         if approve is not None and not callable(approve):
             raise ValueError("approve must be a function of name and arguments.")
+        check_counts(max_tool_calls=max_calls)
+        check_seconds(tool_timeout=timeout)
         if not isinstance(functions, Iterable):
             raise ValueError("tools must be a list of functions, or a dict of them by name.")
         self.functions: dict[str, tuple[Callable[..., Any], inspect.Signature]] = {}
@@ -5993,7 +6023,7 @@ class Tools:
         self._heads: dict[str, tuple[str, str | None]] = {}
         named: Any = isinstance(functions, Mapping) and functions.items()
         for name, function in named or ((getattr(function, "__name__", ""), function) for function in functions):
-            if not is_name(name):
+            if not isinstance(name, str) or not is_name(name):
                 raise ValueError(f"{function!r} cannot be a tool: it has no name, as `def` would give it.")
             if name in {"ToolError", "ToolRefused", *self.functions}:
                 raise ValueError(f"There are two tools of the name {name}.")
@@ -6007,7 +6037,12 @@ class Tools:
     def prelude(self) -> str:
         """Return a cell that defines the tools in a kernel that has just started."""
         self.tag = f"jupyter_exec {os.urandom(8).hex()} "
-        methods = filter(inspect.isfunction, vars(ToolCaller).values())  # for a class the whole file would be parsed
+        try:  # one by one: for a class the whole file would be parsed
+            methods = [inspect.getsource(method) for method in vars(ToolCaller).values() if inspect.isfunction(method)]
+        except OSError:
+            raise ValueError(
+                "This program is frozen, without the source that the kernel would need for tools."
+            ) from None
         program = functions_source(
             (to_json, define_tools),
             "import asyncio, atexit, base64, builtins, contextlib, functools",
@@ -6018,7 +6053,7 @@ class Tools:
             f"class ToolError(Exception): {ToolError.__doc__!r}",
             f"class ToolRefused(ToolError): {ToolRefused.__doc__!r}",
             "class ToolCaller:",
-            *map(inspect.getsource, methods),
+            *methods,
         )
         program += f"define_tools(get_ipython(), {self.tag!r}, {self.max_calls}, {MAX_TOOL_JSON}, {self._heads!r})"
         scope = "{'__name__': 'tools', 'get_ipython': get_ipython}"
@@ -6952,6 +6987,13 @@ def _text_so_far(result: ExecutionResult | None) -> str:
     return render(result.outputs, result.note * (result.status != "running")) if result else ""
 
 
+def check_hooks(**hooks: object) -> None:
+    """Raise ValueError unless hooks are functions, or None."""
+    for name, hook in hooks.items():
+        if hook is not None and not callable(hook):
+            raise ValueError(f"{name} must be a function, not {hook!r}.")
+
+
 class CellCall:
     """A call that runs one cell, or the code block of a language, whose pictures it does not save.
 
@@ -6961,6 +7003,8 @@ class CellCall:
     def __init__(self, code: str, timeout: float | None = None, *, language: str | None = None, **hooks: Any) -> None:
         if not isinstance(code, str):
             raise TypeError("code must be a string; execute_code_blocks takes code blocks.")
+        check_seconds(timeout=timeout)
+        check_hooks(**hooks)
         self._code, self._timeout, self._language = code, timeout, language
         self._hooks = {name: hook for name, hook in hooks.items() if hook}
 
@@ -6989,6 +7033,7 @@ class BlocksCall:
         self._blocks = list(code_blocks) if isinstance(code_blocks, Iterable) else [None]
         if not all(hasattr(block, "code") and hasattr(block, "language") for block in self._blocks):
             raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
+        check_seconds(timeout=timeout)
         self._folder, self._limit, self._timeout = folder, limit, timeout
         self._files = CallFiles(folder, limit)
         nothing = ExecutionResult("ok", 0, "intact", "", [])
@@ -7238,6 +7283,10 @@ class JupyterCodeExecutor(Stoppable):
             raise ValueError("Timeout must be greater than or equal to 1. It is in seconds; math.inf is no limit.")
         if on_timeout not in ("interrupt", "detach"):
             raise ValueError(f'on_timeout must be "interrupt" or "detach", not {on_timeout!r}.')
+        if not isinstance(kernel_name, str):
+            raise ValueError(f"kernel_name must be a string, not {kernel_name!r}.")
+        check_counts(max_output=max_output)
+        check_hooks(on_output=on_output, on_input=on_input)
         if any(map(inspect.iscoroutinefunction, (on_output, on_input))):
             raise ValueError("Hooks must be plain functions; AsyncJupyterCodeExecutor takes coroutine functions, too.")
         self._output_dir = Path(output_dir)
@@ -7570,7 +7619,7 @@ class JupyterCodeExecutor(Stoppable):
 
         Raises: VariableError.
         """
-        if not name.isidentifier():
+        if not is_name(name):
             raise VariableError(name, "it is no name of a variable")
         with self._variables(name) as (files, key):
             data = b"".join(piece for piece, _, _ in files.read(name, max_bytes, "get", key=key))
@@ -7812,7 +7861,7 @@ class AsyncJupyterCodeExecutor(Single):
 
     def _hook(self, hook: AsyncHook | None) -> AsyncHook | None:
         """Return a hook for the thread of the cells that has a coroutine run on the loop, and waits for it."""
-        return functools.partial(self._call_hook, hook) if hook else None
+        return functools.partial(self._call_hook, hook) if callable(hook) else hook
 
     def _call_hook(self, hook: AsyncHook, *arguments: Any) -> Any:
         import asyncio
