@@ -161,7 +161,7 @@ HOOK_RUNS_CELL = "A cell is running: its hooks cannot run another one."
 STILL_RUNNING = "the code is still running; wait() returns the rest"
 MAX_DOWNLOAD = 2**28  # bytes of a file that is brought here, unless a call says otherwise
 MAX_LISTED = 10_000  # entries of a directory that is listed
-CELL_PIECE = 2**20  # bytes that go at a time to or from a kernel without a host, in a silent cell
+CELL_PIECE = 2**18  # bytes that go at a time to or from a kernel without a host, in a silent cell, on any link
 TRANSFER_TIMEOUT = 30.0  # seconds without an answer after which a transfer is given up
 TRANSFER_CHECK = 0.2  # seconds between looks whether it is still wanted
 TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
@@ -373,18 +373,18 @@ def describe_exit(exit_code: int | None) -> str:
 
 
 def check_seconds(**options: Any) -> None:
-    """Raise TypeError or ValueError unless options are numbers of seconds, math.inf included, or None."""
+    """Raise TypeError or ValueError unless options are numbers of seconds, math.inf included."""
     for name, value in options.items():
         is_number = isinstance(value, int | float)
-        if value is not None and not (is_number and value > 0):
+        if not (is_number and value > 0):
             raise (ValueError if is_number else TypeError)(f"{name} must be a number of seconds, not {value!r}.")
 
 
 def check_counts(**options: Any) -> None:
-    """Raise TypeError or ValueError unless options are whole numbers, or None."""
+    """Raise TypeError or ValueError unless options are whole numbers."""
     for name, value in options.items():
         is_number = isinstance(value, int)
-        if value is not None and not (is_number and value >= 0):
+        if not (is_number and value >= 0):
             raise (ValueError if is_number else TypeError)(f"{name} must be a whole number, 0 or more, not {value!r}.")
 
 
@@ -545,7 +545,7 @@ def json_object(data: str | bytes | memoryview, what: str) -> Json:
     return value
 
 
-_JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_JSON_STRING = re.compile('"[^"]*"?')  # without escapes
 
 
 def json_weight(text: str | bytes | memoryview) -> int:
@@ -553,8 +553,8 @@ def json_weight(text: str | bytes | memoryview) -> int:
     characters = text if isinstance(text, str) else str(text, "latin-1")
     objects = sum(map(characters.count, '[{,"'))
     strings = (characters.count('"') - characters.count('\\"')) // 2
-    if objects > 2**18 and strings < 2**22:  # an HTML page is one string full of them; to find it costs time
-        rest, strings = _JSON_STRING.subn("", characters)
+    if objects > 2**18 and strings < 2**20:  # an HTML page is one string full of them; to find it costs time
+        rest, strings = _JSON_STRING.subn("", characters.replace("\\\\", "").replace('\\"', ""))
         objects = strings + sum(map(rest.count, "[{,"))
     return len(text) + 64 * objects
 
@@ -611,9 +611,9 @@ class ZmqCodec:
         try:
             start = parts.index(DELIMITER) + 1
         except ValueError:
-            raise ProtocolError("A message has no delimiter.") from None
+            raise SignatureError("A message has no delimiter.") from None
         if len(parts) - start < 5:
-            raise ProtocolError("A message has fewer than five parts.")
+            raise SignatureError("A message has fewer than five parts.")
         if sum(map(len, parts)) > MAX_MESSAGE:
             raise ProtocolError(f"A message is larger than {MAX_MESSAGE} bytes.")
         signature, header, parent_header, metadata, content = parts[start : start + 5]
@@ -686,10 +686,10 @@ class PipeCodec:
 
     @classmethod
     def encode(cls, parts: Sequence[bytes]) -> bytes:
-        """Return the frame of `parts`. Raises: ProtocolError for more than MAX_PARTS."""
-        if len(parts) > MAX_PARTS:
-            raise ProtocolError(f"A message has {len(parts)} parts.")
+        """Return the frame of `parts`. Raises: ProtocolError for more than MAX_PARTS or MAX_MESSAGE."""
         length = 4 * (len(parts) + 1) + sum(map(len, parts))
+        if len(parts) > MAX_PARTS or length > MAX_MESSAGE:
+            raise ProtocolError(f"A message has {len(parts)} parts and {length} bytes.")
         return _join_parts(">I", parts, cls._HEAD.pack(b"JX", length))
 
     def feed(self, data: bytes) -> Iterator[list[bytes]]:
@@ -2107,8 +2107,9 @@ class Pipe:
         kept = [entry for entry in queued or () if not entry[1]]
         if not queued or now - queued[0][2] < SLOW_LINK or len(kept) == len(queued):
             return False
-        # `instead` goes first: what is dropped may be the rest of a message that was sent in part.
-        self._lanes[lane] = deque([(instead, False, now), *kept])
+        # `instead` stands where the first is missing, which may be the rest of a message that was sent in part.
+        at = next(place for place, entry in enumerate(queued) if entry[1])
+        self._lanes[lane] = deque([*kept[:at], (instead, False, now), *kept[at:]])
         self.waiting[lane] += len(instead) - sum(len(data) for data, may_be_lost, _ in queued if may_be_lost)
         return True
 
@@ -2165,7 +2166,7 @@ class Mailbox:
 
     def put(self, item: MailItem) -> None:
         channel, parts = item if isinstance(item, tuple) else ("", ())
-        size, unread = 1000 + sum(map(len, parts)), self._put_bytes - self._got_bytes
+        size, unread = 1000 + 64 * len(parts) + sum(map(len, parts)), self._put_bytes - self._got_bytes
         if channel and unread > MAILBOX_LIMIT:
             if self.ended or size >= LARGE_PART or not _names(_VITAL, parts):
                 self.dropped = True
@@ -2192,8 +2193,13 @@ class Mailbox:
         return item
 
 
-_REPLY = re.compile(b"execute_reply")
-_VITAL = re.compile(b"_reply|status|error|input_request|execute_result")  # ends a cell, or says how it ended
+def _type_among(names: bytes) -> re.Pattern[bytes]:
+    """Return a pattern for the JSON of a message of such a type: in a string of it the quotes would be escaped."""
+    return re.compile(rb'"msg_type"\s*:\s*"(?:%b)"' % names)
+
+
+_REPLY = _type_among(b"execute_reply")
+_VITAL = _type_among(rb"\w+_reply|status|error|input_request|execute_result")  # ends a cell, or says how it ended
 
 
 def _names(pattern: re.Pattern[bytes], parts: Sequence[Any]) -> bool:
@@ -2586,7 +2592,7 @@ class KernelClient:
         """Raises: what `start` raises."""
         self._control = control
         self._channels: Channels | None = None
-        self._serial = itertools.count(1)
+        self._serial, self._pid = itertools.count(1), os.getpid()
         self._running: Cell | None = None
         self.start()
 
@@ -2689,7 +2695,7 @@ class KernelClient:
 
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
-        if self._running:
+        if self._running and os.getpid() == self._pid:  # a forked child hears of that when it sends
             raise JupyterExecError(HOOK_RUNS_CELL)
         hooks = hooks or Hooks()
         asks = bool(hooks.on_input or hooks.on_request)
@@ -2697,7 +2703,7 @@ class KernelClient:
         request = self._message("shell", "execute_request", content)
         cell = Cell(Execution(request.msg_id, max_output, silent), timeout, hooks)
         self._settle(cell)
-        self._running = cell
+        self._running, was_sent = cell, False
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
         has_timer = (hooks.on_output or hooks.on_input) and cell.deadline.remaining is not None
         try:
@@ -2707,12 +2713,16 @@ class KernelClient:
                 threading.Thread(target=self._interrupt_in_time, args=(cell,), daemon=True).start()
             if not cell.execution.death:
                 self._post(request)
+            was_sent = True
             self._run(cell)
         except JupyterExecError:
             raise
         except BaseException:  # Ctrl-C, or a signal handler that raises
+            if not was_sent:  # or nobody knows: the kernel's answer to what comes after it tells
+                cell.execution.reconnected = True
+                self._fence(cell.execution)
             self._stop_cell(cell, INTERRUPT_GRACE / 2)
-            cell.timed_out = cell.execution.timed_out is not None  # a detached cell has a deadline again
+            cell.timed_out = True
             cell.deadline = Deadline(INTERRUPT_GRACE)
             hooks.muted, hooks.on_timeout = True, None
             self._run(cell)
@@ -2874,14 +2884,15 @@ class KernelClient:
             cell.signalled = now
             self._nudges.add(nudge.msg_id)
         logger.info("Kernel interrupted")
-        if is_first:
-            is_young = now - cell.begun < INTERRUPT_REPEAT
-            threading.Thread(target=self._stop_again, args=(cell, is_young), daemon=True).start()
         channels = self._channels
         if channels and not self._control.interrupt(functools.partial(channels.send, nudge)):
             # "interrupt_mode: ... message: the client sends an interrupt_request on the control channel"
             channels.send(self._message("control", "interrupt_request", {}))
             channels.send(nudge)
+        if is_first:
+            is_young = now - cell.begun < INTERRUPT_REPEAT
+            with contextlib.suppress(RuntimeError):  # there are too many threads
+                threading.Thread(target=self._stop_again, args=(cell, is_young), daemon=True).start()
 
     def _stop_again(self, cell: Cell, is_young: bool) -> None:
         """Interrupt a cell once more: ipykernel loses a signal that comes after it took the cell and before it runs it.
@@ -2964,6 +2975,9 @@ class KernelClient:
         """Disconnect."""
         channels, self._channels = self._channels, None
         if channels:
+            if self._running:  # this is its hook, which has restarted or stopped the executor
+                execution = self._running.execution
+                execution.death = execution.death or KernelDied(cause="it was ended by a hook of the cell")
             channels.close()
             self._control.close()
 
@@ -2995,6 +3009,8 @@ class KernelClient:
                 yield message
         except ProtocolError as error:
             logger.warning("Ignored a message on %s: %s", item[0], error)
+            if self._running and not isinstance(error, SignatureError):
+                self._running.execution.withheld = True
 
 
 def _reported_death(message: Message) -> KernelDied | None:
@@ -3023,9 +3039,13 @@ class AttachedKernelControl(KernelControl):
 
     def start(self, mailbox: Mailbox) -> Channels:
         self.close()
-        self._loop, self._context = Loop(), new_context()
+        self._context, self._loop = new_context(), Loop()
         self._loop.start("jupyter_exec I/O")
-        return ZmqChannels(self._loop, self._context, self._connection, mailbox, watch=True)
+        try:
+            return ZmqChannels(self._loop, self._context, self._connection, mailbox, watch=True)
+        except BaseException:  # an unknown signature scheme
+            self.close()
+            raise
 
     def close(self) -> None:
         if self._loop:
@@ -3093,7 +3113,7 @@ CANNOT_FORK = 75  # exit status of a fork server whose Python cannot fork kernel
 _PYTHON = re.compile(r"python[0-9.]*\Z")
 # A kernel for a program needs no history database and no pause after each cell. In, Out and %history work without.
 LEAN_OPTIONS = ["--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0"]
-_NO_OUTPUT = re.compile(b"status|error|iopub_welcome|shutdown_reply")  # on iopub: a slow link drops none of it
+_NO_OUTPUT = _type_among(b"status|error|iopub_welcome|shutdown_reply")  # on iopub: a slow link drops none of it
 _MARKER = "JUPYTER_EXEC_KERNEL"  # environment variable that marks a kernel and its children
 _OOM_KILLS = ("memory.events", "memory.oom_control", "oom_kill ")  # where a control group counts them
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
@@ -3135,12 +3155,11 @@ def find_kernelspecs(own_python3: bool) -> dict[str, Json]:
 
     Spec: https://jupyter-client.readthedocs.io/en/stable/kernels.html#kernel-specs
     """
-    import glob
     import importlib.util
 
     specs: dict[str, Json] = {}
-    for directory in map(glob.escape, kernel_dirs()):
-        for path in map(Path, sorted(glob.glob(os.path.join(directory, "*", "kernel.json")))):
+    for directory in kernel_dirs():
+        for path in sorted(Path(directory).glob("*/kernel.json")):
             with contextlib.suppress(OSError, ProtocolError):
                 spec = json_object(path.read_bytes(), "kernelspec")
                 argv, name = spec.get("argv"), path.parent.name
@@ -3244,7 +3263,7 @@ def has_ended(name: str) -> bool:
         is_zombie = stat_of(found[1])[0] == b"Z"  # its parent has not looked yet
     except OSError as error:
         return isinstance(error, ProcessLookupError)
-    return is_zombie or process_name(int(found[1])) != name  # the pid is another process's by now
+    return is_zombie or process_name(int(found[1])) not in ("", name)  # the pid is another process's by now
 
 
 # The far side of file transfers: in the kernel host or, where that is none, in a kernel, to which this source is sent.
@@ -3580,7 +3599,8 @@ class KernelHost:
         is_full = waiting[kernel.name] > RELAY_LIMIT / (len(waiting) or 1)  # that of one costs no other its output
         may_be_lost = is_slow and channel == "iopub" and (size > LARGE_PART or not _names(_NO_OUTPUT, parts))
         kernel.hurries = kernel.hurries and channel != "shell"
-        if may_be_lost and (is_full or kernel.hurries):
+        is_too_large = size > MAX_MESSAGE - 2**20 or len(parts) > MAX_PARTS  # the client would take it for garbage
+        if is_too_large or (may_be_lost and (is_full or kernel.hurries)):
             if not kernel.loss_told:
                 self._pipe.send(PipeCodec.encode(_loss(kernel.name)), kernel.name)
             kernel.loss_told = True
@@ -4261,7 +4281,7 @@ class RemoteKernelControl(KernelControl):
         self._server, self._kernel_name, self._id = server, kernel_name, kernel_id
         self.start_timeout = server.start_timeout
         self.owned = kernel_id is None
-        self._mailbox = Mailbox()
+        self._mailbox, self._pid = Mailbox(), os.getpid()
         self._channels: Channels | None = None
 
     def start(self, mailbox: Mailbox) -> Channels:
@@ -4294,6 +4314,11 @@ class RemoteKernelControl(KernelControl):
         return f"/api/kernels/{self._id}"
 
     def interrupt(self, sent: Callable[[], None]) -> bool:
+        # In a thread of its own: a slow server takes seconds, and the caller may be an event loop.
+        threading.Thread(target=self._interrupt, args=(sent,), daemon=True).start()
+        return True
+
+    def _interrupt(self, sent: Callable[[], None]) -> None:
         try:
             self._server.rest.request("POST", f"{self._path}/interrupt", {}, timeout=INTERRUPT_GRACE / 2)
         except ServerError as error:
@@ -4302,10 +4327,9 @@ class RemoteKernelControl(KernelControl):
         except JupyterExecError as error:
             logger.warning("The interrupt was not delivered: %s", error)
         sent()
-        return True
 
     def kill(self, dump: bool = False) -> None:
-        if self._id:
+        if self._id and os.getpid() == self._pid:  # not in a forked child that has left a `with` of its parent
             with contextlib.suppress(JupyterExecError):
                 self._server.rest.request("DELETE", self._path, timeout=INTERRUPT_GRACE)
             self._id = None
@@ -4463,7 +4487,14 @@ class RemoteJupyterServer(Server):
                 names = list(map(self.rest.shown, sorted(specs)))
                 raise KernelSpecNotFound(kernel_name, names, [self.connection_info.url])
             kernel_name = found
-        return KernelClient(RemoteKernelControl(self, kernel_name, self._kernel_id))
+        control = RemoteKernelControl(self, kernel_name, self._kernel_id)
+        try:
+            return KernelClient(control)
+        except BaseException:
+            if control.owned:
+                control.kill()
+            control.close()
+            raise
 
     def kernelspecs(self) -> dict[str, Json]:
         """Return {kernel name: kernel.json as a dict}."""
@@ -4690,13 +4721,12 @@ def own_program(magic: str) -> bytes:
 
 def _in_time(far_end: FarEnd, call: Callable[[], _T], deadline: Deadline) -> _T:
     """Return `call()`, which waits for a moment; meanwhile read the stderr, for which the command may wait."""
-    while True:
+    while not deadline.expired:
         if far_end.errors:
             far_end.errors.read()
         with contextlib.suppress(TimeoutError, BlockingIOError):
             return call()
-        if deadline.expired:
-            raise TimeoutError
+    raise TimeoutError
 
 
 def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, int]:
@@ -4781,10 +4811,14 @@ class HostedKernelControl(KernelControl):
         return not self._by_message
 
     def kill(self, dump: bool = False) -> None:
-        self._link.ask("kill", lambda answer: None, kernel=self._name, dump=dump)
+        self._is_deaf = True
+        self._link.ask("kill", lambda answer: setattr(self, "_is_deaf", False), kernel=self._name, dump=dump)
 
     def abandon(self) -> None:
-        self._link.close("the kernel host did not answer 'kill' in time")
+        if (
+            self._is_deaf
+        ):  # else the news of the kernel's end is on its way, or has to wait for what a slow link carries
+            self._link.close("the kernel host did not answer 'kill' in time")
 
     def files(self) -> AskFar:
         ask = ((self._server.files_end_with_host and self._link) or self._server.link()).ask
@@ -6013,7 +6047,8 @@ class Tools:
         if approve is not None and not callable(approve):
             raise ValueError("approve must be a function of name and arguments.")
         check_counts(max_tool_calls=max_calls)
-        check_seconds(tool_timeout=timeout)
+        if timeout is not None:
+            check_seconds(tool_timeout=timeout)
         if not isinstance(functions, Iterable):
             raise ValueError("tools must be a list of functions, or a dict of them by name.")
         self.functions: dict[str, tuple[Callable[..., Any], inspect.Signature]] = {}
@@ -6184,7 +6219,7 @@ class CellTools:
         return True
 
     def _bind(self, text: str, answer: Callable[[str], None]) -> ToolCall:
-        self._weight += json_weight(text)
+        self._weight += json_weight(text[: MAX_TOOL_JSON + 1])
         if len(text) > MAX_TOOL_JSON or self._weight > MAX_JSON:
             raise ToolError("The arguments of this cell's tool calls are too large.")
         request = json_object(text, "call of a tool")
@@ -6904,13 +6939,20 @@ class NotRun(JupyterExecError):
         self.result = result
 
 
+_CALL = threading.local()  # of the thread of an awaited call: `is_unwanted()` says whether nobody awaits it any more
+
+
+def _is_unwanted() -> bool:
+    return getattr(_CALL, "is_unwanted", bool)()
+
+
 class Turns:
     """A re-entrant lock that lets threads in by the order in which they came; but one that evicts comes next."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         """`check()` raises for who must not wait, since the thread that is in waits for it."""
         self._check = check
-        self._changed = threading.Condition()
+        self._changed, self._pid = threading.Condition(), os.getpid()
         self._queue: list[object] = []  # jobs, and what stands for other calls; it is the turn of the first one
         self._thread = 0  # that is in
         self.evictions = 0  # how many have come that evict
@@ -6923,7 +6965,7 @@ class Turns:
 
         Raises: JupyterExecError if it is closed; NotRun if the one that is in was detached, or the job interrupted.
         """
-        if self.mine:
+        if self.mine or os.getpid() != self._pid:  # in a forked child nobody would leave; sending says what is wrong
             yield
             return
         place = job or object()
@@ -6958,6 +7000,10 @@ class Turns:
             self._queue.insert(1 if evicts else len(self._queue), place)
             return self.evictions
 
+    def is_of(self, place: object) -> bool:
+        """Whether it is the turn of a job."""
+        return self._queue[:1] == [place]
+
     def leave(self, place: object) -> None:
         with self._changed:
             self._queue.remove(place)
@@ -6971,7 +7017,7 @@ class Turns:
     def _check_patience(self, job: Job | None) -> None:
         """Raise for who does not wait any longer."""
         first = self._queue[0]
-        if self.closed:
+        if self.closed or _is_unwanted():
             raise JupyterExecError(_STOPPED)
         if job and job.interrupted:
             raise NotRun(_not_begun())
@@ -7003,7 +7049,8 @@ class CellCall:
     def __init__(self, code: str, timeout: float | None = None, *, language: str | None = None, **hooks: Any) -> None:
         if not isinstance(code, str):
             raise TypeError("code must be a string; execute_code_blocks takes code blocks.")
-        check_seconds(timeout=timeout)
+        if timeout is not None:
+            check_seconds(timeout=timeout)
         check_hooks(**hooks)
         self._code, self._timeout, self._language = code, timeout, language
         self._hooks = {name: hook for name, hook in hooks.items() if hook}
@@ -7033,7 +7080,8 @@ class BlocksCall:
         self._blocks = list(code_blocks) if isinstance(code_blocks, Iterable) else [None]
         if not all(hasattr(block, "code") and hasattr(block, "language") for block in self._blocks):
             raise TypeError("code_blocks must be a list of objects with the attributes code and language.")
-        check_seconds(timeout=timeout)
+        if timeout is not None:
+            check_seconds(timeout=timeout)
         self._folder, self._limit, self._timeout = folder, limit, timeout
         self._files = CallFiles(folder, limit)
         nothing = ExecutionResult("ok", 0, "intact", "", [])
@@ -7091,8 +7139,11 @@ class Job:
         thread = threading.Thread(target=self._run, args=(executor._worker(),), name="jupyter_exec job", daemon=True)
         try:
             thread.start()
-        except BaseException:
+        except RuntimeError:  # there are too many
             self._turns.leave(self)
+            raise
+        except BaseException:  # Ctrl-C: it may run already
+            self.interrupt()
             raise
 
     def __repr__(self) -> str:
@@ -7131,6 +7182,8 @@ class Job:
 
         May be called from many threads, and again and again. Raises: as `execute` of the executor.
         """
+        if self._turns.mine and self._turns.is_of(self) and not self.done:
+            raise JupyterExecError("A hook cannot wait for the end of its own cell.")
         if not self.ended.wait(Deadline(seconds).remaining):
             return None
         if self._error:
@@ -7214,16 +7267,12 @@ class JupyterConnectable(Protocol):
 AnyServer = JupyterServer | JupyterConnectable | ConnectionInfo | KernelConnection | AnyPath
 
 
-# Tells the thread of an awaited transfer whether nobody awaits it any more.
-_UNWANTED: contextvars.ContextVar[Callable[[], bool]] = contextvars.ContextVar("unwanted", default=bool)
-
-
 def _end_forgotten(kernel: KernelClient, owner: int) -> None:
     if os.getpid() == owner and kernel.alive and not kernel.ended:  # a forked child forgets what lives on
-        warnings.warn("A JupyterCodeExecutor was forgotten, not stopped; its kernel is ended.", ResourceWarning, 2)
         # Not here: the garbage collector may have come in the middle of anything.
         why = "nobody refers to its executor any more"
         threading.Thread(target=kernel.give_up, args=(why,), daemon=True).start()
+        warnings.warn("A JupyterCodeExecutor was forgotten, not stopped; its kernel is ended.", ResourceWarning, 2)
 
 
 class JupyterCodeExecutor(Stoppable):
@@ -7285,7 +7334,8 @@ class JupyterCodeExecutor(Stoppable):
             raise ValueError(f'on_timeout must be "interrupt" or "detach", not {on_timeout!r}.')
         if not isinstance(kernel_name, str):
             raise ValueError(f"kernel_name must be a string, not {kernel_name!r}.")
-        check_counts(max_output=max_output)
+        if max_output is not None:
+            check_counts(max_output=max_output)
         check_hooks(on_output=on_output, on_input=on_input)
         if any(map(inspect.iscoroutinefunction, (on_output, on_input))):
             raise ValueError("Hooks must be plain functions; AsyncJupyterCodeExecutor takes coroutine functions, too.")
@@ -7671,7 +7721,7 @@ class JupyterCodeExecutor(Stoppable):
             self._journal.write(file, metadata)
 
     def _check_usable(self) -> None:
-        if self._turns.closed or _UNWANTED.get()():
+        if self._turns.closed or _is_unwanted():
             raise JupyterExecError(_STOPPED)
 
     def interrupt(self) -> None:
@@ -7698,7 +7748,17 @@ class JupyterCodeExecutor(Stoppable):
         """
         self._turns.closed = True
         self._turns.wake()
-        with self._turns.turn(self._kernel.abort if self._kernel.owned else self._kernel.interrupt):
+        grace = Deadline(INTERRUPT_GRACE)
+
+        def evict() -> None:
+            if self._kernel.owned:
+                self._kernel.abort()
+            elif grace.expired:
+                self._kernel.give_up("its executor was stopped")
+            else:
+                self._kernel.interrupt()
+
+        with self._turns.turn(evict):
             self._kernel.shutdown()
             if self._own_server:
                 self._own_server.stop()
@@ -7719,17 +7779,18 @@ def _awaited(
     @functools.wraps(method)
     async def awaited(self: AsyncJupyterCodeExecutor, /, *args: _P.args, **options: _P.kwargs) -> _T:
         executor, unwanted = await self._started(), threading.Event()
-        if not (beside_cells and executor._kernel.files()):
+        if self._in_hook.get() and not (beside_cells and executor._kernel.files()):
             self._check_outside()
 
         def call() -> _T:
-            _UNWANTED.set(unwanted.is_set)
+            _CALL.is_unwanted = unwanted.is_set
             return method(executor, *args, **options)
 
         try:
             return await aside(call)
         finally:
             unwanted.set()
+            executor._turns.wake()
 
     return awaited
 
@@ -7753,9 +7814,9 @@ class AsyncJupyterCodeExecutor(Single):
     """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, nothing blocks the loop.
 
     Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell, or ends its transfer;
-    variables are kept. Hooks may be coroutine functions: they run on the loop of the latest call, and the cell's
-    outputs wait for them; `on_progress` is called in a thread. It serves as a code executor of autogen-agentchat 0.4
-    and newer, and as a CodeEnvironment of AG2 1.x.
+    variables are kept. Hooks may be coroutine functions: those of a call run on its loop, the executor's own on that of
+    the latest call, and the cell's outputs wait for them; `on_progress` is called in a thread. It serves as a code
+    executor of autogen-agentchat 0.4 and newer, and as a CodeEnvironment of AG2 1.x.
     """
 
     supported_languages = ("python", "bash", "sh", "shell")
@@ -7799,7 +7860,7 @@ class AsyncJupyterCodeExecutor(Single):
         self._guard = threading.Lock()  # of _executor
         self._pending: Any = None  # what a hook in the cells' thread waits for,
         self._unwanted: Any = None  # and what it waited for when its call was cancelled
-        self._in_hook = contextvars.ContextVar("in_hook", default=False)
+        self._in_hook: contextvars.ContextVar[Sequence[bool]] = contextvars.ContextVar("in_hook", default=())
 
     @property
     def system_message(self) -> str:
@@ -7847,42 +7908,56 @@ class AsyncJupyterCodeExecutor(Single):
             job.interrupt()
             deadline = Deadline(INTERRUPT_GRACE)
             while not (job.done or job.detached):
-                if unwanted := self._pending:
+                if (unwanted := self._pending) and executor._turns.is_of(job):
                     self._unwanted = unwanted
                     unwanted.cancel()
                 if deadline.expired:  # nobody waits for this code any more, and it has the kernel
                     deadline = Deadline(None)
-                    logger.warning("The code of a call that was cancelled ignored the interrupt: its kernel is killed")
-                    threading.Thread(target=executor._kernel.abort, daemon=True).start()
+                    self._give_up(executor, job)
                 with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
                     await job.until(job.ended.is_set, 0.05)
             raise
         return executor._answer_of(job)
 
-    def _hook(self, hook: AsyncHook | None) -> AsyncHook | None:
-        """Return a hook for the thread of the cells that has a coroutine run on the loop, and waits for it."""
-        return functools.partial(self._call_hook, hook) if callable(hook) else hook
+    def _give_up(self, executor: JupyterCodeExecutor, job: Job) -> None:
+        """End a call that nobody waits for, and that goes on in spite of the interrupt."""
+        if job._cell and not executor._kernel.owned:
+            job.detach(job._cell.so_far())
+            return
+        what = "ignored the interrupt" if job._cell else "has no kernel yet"
+        logger.warning("The code of a call that was cancelled %s: its kernel is killed", what)
+        threading.Thread(target=executor._kernel.abort, daemon=True).start()
 
-    def _call_hook(self, hook: AsyncHook, *arguments: Any) -> Any:
+    def _hook(self, hook: AsyncHook | None, loop: Any = None) -> AsyncHook | None:
+        """Return a hook for the thread of the cells that has a coroutine run on a loop, and waits for it."""
+        return functools.partial(self._call_hook, hook, loop) if callable(hook) else hook
+
+    def _call_hook(self, hook: AsyncHook, loop: Any, *arguments: Any) -> Any:
         import asyncio
 
-        inside = self._in_hook.set(True)  # for what it has the loop do, too
+        inside = [True]  # for what it has the loop do, too, until it ends
+        token = self._in_hook.set(inside)
         try:
             answer = hook(*arguments)
-            return self._wait_for_hook(answer) if asyncio.iscoroutine(answer) else answer
+            return self._wait_for_hook(answer, loop or self._tools.loop) if asyncio.iscoroutine(answer) else answer
         finally:
-            self._in_hook.reset(inside)
+            inside.clear()
+            self._in_hook.reset(token)
 
-    def _wait_for_hook(self, answer: Coroutine[Any, Any, Any]) -> Any:
+    def _wait_for_hook(self, answer: Coroutine[Any, Any, Any], loop: Any) -> Any:
         import asyncio
         from concurrent.futures import CancelledError, wait
 
-        loop = self._tools.loop
+        executor = cast("JupyterCodeExecutor", self._executor)
+        evictions, cell = executor._turns.evictions, executor._kernel._running
         try:
             self._pending = future = asyncio.run_coroutine_threadsafe(answer, loop)
-            while not wait([future], 1.0).done:
+            while not wait([future], 0.2).done:
                 if loop.is_closed():
                     break
+                if executor._turns.evictions != evictions or (cell and cell.timed_out and cell.due):
+                    self._unwanted = future  # the kernel is to end, or the grace of the cell has
+                    future.cancel()
             return future.result(0)
         except CancelledError:
             if future is not self._unwanted:
@@ -7921,7 +7996,10 @@ class AsyncJupyterCodeExecutor(Single):
         on_input: AsyncHook | None = None,
     ) -> ExecutionResult:
         """Like JupyterCodeExecutor.execute."""
-        call = CellCall(code, timeout, on_output=self._hook(on_output), on_input=self._hook(on_input))
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        call = CellCall(code, timeout, on_output=self._hook(on_output, loop), on_input=self._hook(on_input, loop))
         result: ExecutionResult = await self._answer(call)
         return result
 
@@ -8035,10 +8113,9 @@ class Step:
     number: int = 0  # among the cells of the notebook; 0: it is of a text, or that of -p
     count: int | None = None  # IPython's number of it, once it has run here
 
-    @property
-    def shown(self) -> Json:
-        """The cell as it stands in a notebook."""
-        shell = shell_of(self.cell["source"], self.language.lower())
+    def shown(self, speaks_python: bool) -> Json:
+        """Return the cell as it stands in a notebook of a kernel."""
+        shell = shell_of(self.cell["source"], self.language.lower()) if speaks_python else ""
         return self.cell | ({"source": f"%%{shell}\n{self.cell['source']}"} if shell else {})
 
     def has_tag(self, tag: str) -> bool:
@@ -8095,15 +8172,14 @@ class Document:
             lines.append(f"{name} = {_literal(value)}")
         self.steps.insert(at, self.new_step("\n".join(lines), ["injected-parameters"]))
 
-    def save(self, path: Path, metadata: Json) -> None:
-        """Write the notebook, with the kernel's metadata where it has none.
-
-        Raises: OSError; ValueError if its directory does not exist.
-        """
+    def save(self, folder: Folder, name: str, metadata: Json) -> None:
+        """Write the notebook, with the kernel's metadata where it has none. Raises: OSError."""
         own = self._body["metadata"]
         body = self._body | {"metadata": metadata | own if isinstance(own, dict) else metadata}
-        text = json.dumps(body | {"cells": [step.shown for step in self.steps]}, indent=1, ensure_ascii=False)
-        with Folder(path.parent).replace(path.name) as file:
+        speaks_python = text_of(part_of(metadata, "kernelspec", "language")).lower() in ("", "python")
+        cells = [step.shown(speaks_python) for step in self.steps]
+        text = json.dumps(body | {"cells": cells}, indent=1, ensure_ascii=False)
+        with folder.replace(name) as file:
             file.write(text.encode("utf-8", "replace") + b"\n")
 
     def place(self, step: Step, result: ExecutionResult) -> str:
@@ -8287,7 +8363,7 @@ class LivePrinter:
         with self._lock:
             self._line_open = True
         try:
-            return _ask(prompt, password)
+            return _ask(clean_text(prompt, True), password)
         finally:
             self._line_open = False
 
@@ -8478,6 +8554,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, unknown = (parser := _parser()).parse_known_args(words[:at])
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (arguments of a script stand behind --)")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is not to vanish
             stream.reconfigure(errors="backslashreplace")
@@ -8551,11 +8630,13 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         for source in options.put:
             if _is_elsewhere(source, options):
                 executor.upload(source)
-        status = _run_steps(executor, document, steps, printer, options)
+        folder = Folder(options.output_dir)  # code may put a link in its place
+        status = _run_steps(executor, document, steps, printer, folder, options)
         for path, name in zip(options.get, names, strict=True):
             try:
-                executor.download(path, Path(options.output_dir, name))
-            except FileTransferError as error:
+                with folder.replace(name) as file:
+                    executor.download(path, file)
+            except OSError as error:  # a FileTransferError is one
                 put(sys.stderr, f"jupyter-exec: {error}")
                 status = status or 2
         printer.status = status
@@ -8614,16 +8695,19 @@ def _run_steps(
     document: Document,
     steps: Sequence[Step],
     printer: LivePrinter | JsonPrinter,
+    folder: Folder,
     options: argparse.Namespace,
 ) -> int:
     """Run cells until one fails; returns the exit status."""
-    status, folder, stem = 0, Folder(options.output_dir), Path(options.file or "code").stem.lstrip("-") or "stdin"
+    status, stem = 0, Path(options.file or "code").stem.lstrip("-") or "stdin"
+    notebook = Path(options.notebook or "").absolute()
+    beside_notebook = Folder(notebook.parent) if options.notebook else folder
     kept: list[ExecutionResult] = []  # of the cells that have run, even if Ctrl-C ended the call
 
     def keep(step: Step, result: ExecutionResult) -> None:
         step.record(result)
         if options.notebook:
-            document.save(Path(options.notebook), executor._notebook_metadata)
+            document.save(beside_notebook, notebook.name, executor._notebook_metadata)
         kept.append(result)
 
     for number, step in enumerate(steps, 1):
@@ -8731,6 +8815,7 @@ class McpTools:
         running", and the code goes on: call `wait` for the rest. Of more than 20,000 characters of output you get the
         beginning and the end. Nobody answers input().
         """
+        call = CellCall(code, math.inf if timeout is None else timeout, language=language)
         deadline = Deadline(MCP_PATIENCE)
         executor = await _soon(self._executor(session)._started())
         while (job := self._jobs.get(session)) and not job.done:
@@ -8742,7 +8827,6 @@ class McpTools:
         if job and job in self._untold:
             earlier = _mcp_text("The earlier code of this session has ended:")
             earlier += await self._answer(job, 0) + _mcp_text("The code of this call:")
-        call = CellCall(code, math.inf if timeout is None else timeout, language=language)
         self._jobs[session] = job = Job(executor, call, patient=True)
         return earlier + await self._answer(job, deadline.within(MCP_PATIENCE))
 

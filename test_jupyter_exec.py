@@ -1842,6 +1842,44 @@ def test_lanes_take_turns_and_old_output_is_dropped(loop: jupyter_exec.Loop, mon
         os.close(end)
 
 
+def test_what_is_dropped_leaves_its_place_to_the_news_of_that(
+    loop: jupyter_exec.Loop, monkeypatch: MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+    near, far = socket.socketpair()
+    monkeypatch.setattr(jupyter_exec, "SLOW_LINK", 0.0)
+    ended = threading.Event()
+
+    def test() -> None:
+        near.setblocking(False)
+        pipe = jupyter_exec.Pipe(loop, jupyter_exec.NetStream(near), iter, sent.append, lambda reason: ended.set())
+        pipe.send(b"x" * 10**7, "a")
+        pipe.send(b"<rest of a message>", "a")
+        pipe.send(b"<output>", "a", True)
+        assert pipe.drop_old("a", b"<loss>")
+
+    loop.post(test)
+    data = b""
+    far.settimeout(PATIENCE)
+    while not data.endswith(b"<loss>"):
+        data += far.recv(2**20)
+    assert data.strip(b"x") == b"<rest of a message><loss>"
+    far.close()
+    assert ended.wait(PATIENCE)
+
+
+@cases(
+    "header, lost",
+    (b'{"msg_type": "stream", "username": "status-bot"}', True),
+    (b'{"msg_type": "stream", "msg_id": "\\"msg_type\\": \\"error\\""}', True),
+    (b'{"msg_type":"status"}', False),
+    (b'{"msg_id": 1, "msg_type" : "error"}', False),
+)
+def test_what_may_be_lost_is_known_by_its_type(header: bytes, lost: bool) -> None:
+    for pattern in (jupyter_exec._NO_OUTPUT, jupyter_exec._VITAL):
+        assert jupyter_exec._names(pattern, signed(header, b"{}", b"{}", b"{}")) == (not lost)
+
+
 @cases("garbage", b"Segmentation fault\n", b"JX\xff\xff\xff\xff")
 def test_pipe_gives_up_on_garbage(pipe_end: PipeEnd, garbage: bytes) -> None:
     pipe_end.socket.sendall(jupyter_exec.PipeCodec.encode([b"good"]) + garbage)
@@ -1994,6 +2032,24 @@ def hostile(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
     kernel.publish("unheard_of", {"a": 1}, request)
     kernel.publish("stream", {"name": "stdout", "text": "genuine"}, request)
     kernel.finish(request)
+
+
+def oversized(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+    metadata, kernel.session.copy_threshold = {"x": "y" * jupyter_exec.MAX_HEADER}, 2**30
+    parent, session = request["header"], kernel.session
+    session.send(kernel.sockets["iopub"], "stream", {"name": "stdout", "text": "a"}, parent, metadata=metadata)
+    kernel.finish(request)
+
+
+def test_what_is_too_large_to_be_read_is_said_to_be_lost() -> None:
+    with scripted(oversized) as executor:
+        assert "output was lost" in executor.execute("1").note
+
+
+def test_a_wrong_connection_to_attach_to_leaves_nothing() -> None:
+    connection = KernelConnection("127.0.0.1", 1, 2, 3, 4, key="k", signature_scheme="hmac-nope")
+    with pytest.raises(ProtocolError, match="Unknown signature scheme"):
+        JupyterCodeExecutor(connection)
 
 
 def test_hostile_messages_are_survived_and_reported(caplog: LogCaptureFixture) -> None:
@@ -2521,6 +2577,7 @@ def test_what_has_no_newline_comes_through_srun_at_once(env: dict[str, str], val
     "option, error, says",
     ({"start_timeout": 0}, ValueError, "start_timeout must be a number of seconds, not 0"),
     ({"start_timeout": "x"}, TypeError, "start_timeout must be a number of seconds, not 'x'"),
+    ({"start_timeout": None}, TypeError, "start_timeout must be a number of seconds, not None"),
     ({"env": {"PORT": 80}}, TypeError, "env must have strings"),
     ({"start_time": 1}, TypeError, "JupyterServer has no keyword 'start_time'"),
 )
@@ -2528,6 +2585,36 @@ def test_a_wrong_option_of_the_launch_is_named(option: dict[str, Any], error: ty
     for make in (LocalJupyterServer, functools.partial(CommandJupyterServer, ["python3"])):
         with pytest.raises(error, match=says):
             make(**option)
+
+
+def test_a_far_end_that_goes_on_talking_is_given_up_in_time() -> None:
+    talks = "import os, time\nwhile True: os.write(1, b'.'); time.sleep(0.003)"
+    started = time.monotonic()
+    with CommandJupyterServer([sys.executable, "-c", talks], start_timeout=1) as server:
+        with pytest.raises(KernelStartFailed, match="no answer within 1 s"):
+            server.kernelspecs()
+    assert time.monotonic() - started < 1 + 2 * jupyter_exec.SHUTDOWN_GRACE + 1
+
+
+def test_a_process_that_cannot_be_looked_at_has_not_ended(monkeypatch: MonkeyPatch) -> None:
+    name, left = jupyter_exec.process_name(os.getpid()), [2]
+    real = jupyter_exec.stat_of
+
+    def stat_of(pid: int | str) -> list[bytes]:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(24, "Too many open files")
+        return real(pid)
+
+    monkeypatch.setattr(jupyter_exec, "stat_of", stat_of)
+    assert not jupyter_exec.has_ended(name) and left[0] < 0
+
+
+def test_a_kernelspec_may_begin_with_a_dot(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    (tmp_path / "kernels/.dot").mkdir(parents=True)
+    (tmp_path / "kernels/.dot/kernel.json").write_text('{"argv": ["x"]}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    assert ".dot" in jupyter_exec.find_kernelspecs(False)
 
 
 @cases("port", -1, 65536, "x")
@@ -4217,6 +4304,65 @@ def test_remote_restart_and_death(far: JupyterCodeExecutor) -> None:
     assert run(far, "1").output == "1"
 
 
+def test_a_kernel_that_cannot_be_reached_is_deleted(remote: Peer, monkeypatch: MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise ServerError("GET", "", 403, "no WebSockets here")
+
+    with remote.client() as server:
+        with monkeypatch.context() as patch, pytest.raises(ServerError, match="no WebSockets here"):
+            patch.setattr(jupyter_exec.RestClient, "websocket", refuse)
+            JupyterCodeExecutor(server)
+        assert (server.list_kernels(), server.controls) == ([], set())
+
+
+def test_a_forked_child_deletes_no_kernel_of_its_parent(remote: Peer) -> None:
+    program = """
+        import os, sys, jupyter_exec
+        info = jupyter_exec.JupyterConnectionInfo("127.0.0.1", False, int(sys.argv[1]), *sys.argv[2:])
+        with jupyter_exec.JupyterCodeExecutor(info) as executor:
+            executor.execute("x = 5")
+            if not os.fork():
+                try:
+                    executor.stop()
+                finally:
+                    os._exit(0)
+            os.wait()
+            print(executor.execute("x").text)
+    """
+    info = remote.info
+    assert run_python(program, str(info.port), str(info.token), info.base_url).stdout == "5\n"
+
+
+def test_a_forked_child_hears_so_while_its_parent_runs_a_cell() -> None:
+    program = """
+        import os, time, jupyter_exec
+        with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:
+            job = executor.submit("import time; time.sleep(60)")
+            while job.status != "running":
+                time.sleep(0.01)
+            if not os.fork():
+                try:
+                    print(executor.execute_code_blocks("1").output, flush=True)
+                finally:
+                    os._exit(0)
+            os.wait()
+            job.interrupt()
+            print(job.wait().status)
+    """
+    child, parent = run_python(program).stdout.splitlines()
+    assert "This process was forked" in child and parent == "interrupted"
+
+
+def test_ctrl_c_before_a_cell_is_sent_costs_nothing(executor: JupyterCodeExecutor) -> None:
+    def interrupt(cell: object) -> None:
+        raise KeyboardInterrupt
+
+    run(executor, "kept = 1")
+    with pytest.raises(KeyboardInterrupt):
+        executor._kernel.execute("1", PATIENCE, jupyter_exec.Hooks(on_start=interrupt))
+    assert run(executor, "kept").output == "1"
+
+
 def test_remote_kernels_are_deleted_and_attached_ones_are_not(remote: Peer) -> None:
     with remote.client() as owner:
         client = owner.start_kernel()
@@ -5038,6 +5184,30 @@ def test_what_a_slow_link_loses_is_said(slow_link: Any, monkeypatch: MonkeyPatch
 
 
 @pytest.mark.slow
+@cases("hidden", "input", "getpass")
+def test_an_interrupt_on_a_slow_link_costs_no_other_kernel(slow_link: Any, hidden: str) -> None:
+    chatter = "while True: print('y' * 1000); time.sleep(0.02)"
+    code = f"import getpass, threading, time\ndef chat():\n    {chatter}\nthreading.Thread(target=chat, daemon=True).start()\n"
+    code += f"time.sleep(0.1)\n{'input' if hidden == 'input' else 'getpass.getpass'}('x' * 1_400_000)"
+    with slow_link("2e5") as server, JupyterCodeExecutor(server) as one, JupyterCodeExecutor(server) as two:
+        run(two, "kept = 1")
+        one.execute(code, timeout=3, on_input=lambda prompt, password: "")
+        assert run(two, "kept").output == "1"
+
+
+@pytest.mark.slow
+def test_a_message_over_all_limits_costs_no_other_kernel(monkeypatch: MonkeyPatch) -> None:
+    patch_host(monkeypatch, "MAX_MESSAGE = 512 * 2**20", "MAX_MESSAGE = 4 * 2**20")
+    code = "kernel = get_ipython().kernel\nbuffers = [b'x' * 2**21] * 2\n"
+    code += "kernel.session.send(kernel.iopub_socket, 'comm_msg', {}, kernel.get_parent(), buffers=buffers)"
+    with CommandJupyterServer([sys.executable]) as server:
+        with JupyterCodeExecutor(server) as one, JupyterCodeExecutor(server) as two:
+            run(two, "kept = 1")
+            assert "lost" in one.execute(code).note
+            assert run(two, "kept").output == "1"
+
+
+@pytest.mark.slow
 def test_a_flood_on_a_slow_link_costs_no_other_kernel_its_output(slow_link: Any, monkeypatch: MonkeyPatch) -> None:
     patch_host(monkeypatch, "RELAY_LIMIT = 64 * 2**20", "RELAY_LIMIT = 10**6")
     printing = threading.Event()
@@ -5272,6 +5442,25 @@ def test_a_failing_on_input_ends_the_input_not_the_session(executor: JupyterCode
     assert run(executor, "1").output == "1"
 
 
+def test_a_hook_cannot_wait_for_its_own_cell(executor: JupyterCodeExecutor, caplog: LogCaptureFixture) -> None:
+    waits: list[Any] = []
+    executor = JupyterCodeExecutor(executor._server, on_output=lambda output: waits.append(executor.wait()))
+    with executor:
+        assert executor.submit("print(1)").wait().status == "ok"
+    assert "cannot wait for the end of its own cell" in caplog.text and not waits
+
+
+@cases("method", "restart", "stop")
+def test_a_hook_may_end_its_kernel(executor: JupyterCodeExecutor, method: str) -> None:
+    def hook(output: Any) -> None:
+        getattr(executor, method)()
+
+    result = executor.execute("print(1, flush=True)\nimport time; time.sleep(60)", timeout=PATIENCE, on_output=hook)
+    assert (result.status, result.kernel_state) == ("died", "lost")
+    assert "ended by a hook" in result.note
+    assert method == "stop" or run(executor, "1").output == "1"
+
+
 def test_outputs_come_at_once_and_a_failing_hook_stops_nothing(
     executor: JupyterCodeExecutor, tmp_path: Path, caplog: LogCaptureFixture
 ) -> None:
@@ -5311,7 +5500,7 @@ def test_wrong_arguments_are_value_errors(server: LocalJupyterServer, arguments:
         JupyterCodeExecutor(**({"jupyter_server": server} | arguments))
 
 
-@cases("name, wrong", ("max_output", "x"), ("max_output", 1.5), ("max_tool_calls", "x"), ("tool_timeout", "x"))
+@cases("name, wrong", ("max_output", "x"), ("max_output", 1.5), ("max_tool_calls", None), ("tool_timeout", "x"))
 def test_arguments_of_a_wrong_type_are_type_errors(server: LocalJupyterServer, name: str, wrong: object) -> None:
     with pytest.raises(TypeError, match=f"{name} must be a .*number"):
         JupyterCodeExecutor(server, **{name: wrong})  # type: ignore[arg-type]
@@ -8173,6 +8362,81 @@ async def test_a_hook_that_wants_the_kernel_gets_an_error(server: LocalJupyterSe
 
 
 @on_a_loop
+async def test_what_a_hook_leaves_to_others_may_use_the_executor_later(server: LocalJupyterServer) -> None:
+    later: list[asyncio.Task[Any]] = []
+
+    async def when_it_has_ended() -> str:
+        await ended.wait()
+        return (await executor.execute("6 * 7")).text
+
+    async def hook(output: Any) -> None:
+        later.append(asyncio.ensure_future(when_it_has_ended()))
+
+    ended = asyncio.Event()
+    async with AsyncJupyterCodeExecutor(server, on_output=hook) as executor:
+        await executor.execute("print(1)")
+        ended.set()
+        assert await later[0] == "42"
+
+
+@on_a_loop
+async def test_cancelling_who_waits_for_its_turn_leaves_the_running_hook_alone(server: LocalJupyterServer) -> None:
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def on_input(prompt: str, password: bool) -> str:
+        asked.set()
+        await answered.wait()
+        return "Ann"
+
+    async with AsyncJupyterCodeExecutor(server) as executor:
+        running = asyncio.ensure_future(executor.execute("input()", on_input=on_input))
+        await asked.wait()
+        waiting = asyncio.ensure_future(executor.execute("2"))
+        while len(executor._executor._turns._queue) < 2:  # type: ignore[union-attr]
+            await asyncio.sleep(0.01)
+        await cancel(waiting)
+        answered.set()
+        assert (await running).text.endswith("'Ann'")
+
+
+@cases("end", "stop", "restart", "the timeout")
+@on_a_loop
+async def test_a_hook_that_waits_for_ever_is_ended_with_its_cell(
+    server: LocalJupyterServer, end: str, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
+    asked, never = asyncio.Event(), asyncio.Event()
+
+    async def on_input(prompt: str, password: bool) -> str:
+        asked.set()
+        await never.wait()
+        return ""
+
+    async with AsyncJupyterCodeExecutor(server, on_input=on_input) as executor:
+        running = asyncio.ensure_future(executor.execute("input()", timeout=1 if "time" in end else PATIENCE))
+        await asked.wait()
+        if "time" not in end:
+            await getattr(executor, end)()
+        result = await running
+        assert result.status == ("timeout" if "time" in end else "died")
+
+
+@on_a_loop
+async def test_a_cancelled_call_that_waits_for_its_turn_leaves_the_queue(server: LocalJupyterServer) -> None:
+    async with AsyncJupyterCodeExecutor(server) as executor:
+        job = await executor.submit("while True: pass", timeout=float("inf"))
+        task = asyncio.ensure_future(executor.get_variable("x"))
+        queue: Any = executor._executor._turns._queue  # type: ignore[union-attr]
+        while len(queue) < 2:
+            await asyncio.sleep(0.01)
+        await cancel(task)
+        while len(queue) > 1:
+            await asyncio.sleep(0.01)
+        job.interrupt()
+        await job.wait()
+
+
+@on_a_loop
 async def test_a_tool_that_is_called_after_a_hook_is_none(server: LocalJupyterServer) -> None:
     heard = asyncio.Event()
     executor: AsyncJupyterCodeExecutor
@@ -9274,6 +9538,22 @@ def test_escapes_of_code_and_documents_are_not_printed(tmp_path: Path) -> None:
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", result.stdout + result.stderr)
 
 
+def test_the_prompt_of_code_is_no_command_for_the_terminal(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "_ask", lambda prompt, password: prompt)
+    printer = jupyter_exec.LivePrinter(1)
+    assert printer.ask("\x1b]0;title\x07\x1b]52;c;aGk=\x07\x1b[1mname? ", False) == "\x1b[1mname? "
+    printer.close()
+
+
+@pytest.mark.slow
+def test_a_link_in_place_of_the_output_directory_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    code = "import os; open('x.txt', 'w'); os.rename('out', 'old'); os.mkdir('victim'); os.symlink('victim', 'out')"
+    options = ["--output-dir", "out", "--notebook", "out/n.ipynb", "--get", "x.txt"]
+    assert cli("run", "-c", code, *options, cwd=tmp_path).returncode == 0
+    assert (os.listdir(tmp_path / "victim"), sorted(os.listdir(tmp_path / "old"))) == ([], ["n.ipynb", "x.txt"])
+
+
 def test_updates_save_no_files_and_others_only_so_many(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAX_FILES", 3)
     printer = jupyter_exec.LivePrinter(1)
@@ -9407,6 +9687,11 @@ def test_mcp_code_that_takes_long_is_waited_for(tmp_path: Path) -> None:
         answer = await call("run_code", code="6 * 7")  # nothing of the earlier code gets lost
         said = "The earlier code of this session has ended:", "begun\nended\n", "The code of this call:", "42"
         assert [part.text for part in answer.content] == [*said]
+        gate.unlink()
+        assert "still running" in mcp_text(await call("run_code", code=code))
+        gate.touch()
+        assert "timeout must be" in mcp_text(await call("run_code", code="1", timeout=0))
+        assert "begun\nended\n" in [part.text for part in (await call("run_code", code="1")).content]
         assert "still running" in mcp_text(await call("run_code", code="while True: pass"))
         assert re.fullmatch("KeyboardInterrupt.*\nInterrupted; variables are kept", await ended("interrupt"), re.DOTALL)
         assert "still running" in mcp_text(await call("run_code", code="while True: pass"))
