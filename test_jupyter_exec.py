@@ -4317,7 +4317,8 @@ def test_a_kernel_that_cannot_be_reached_is_deleted(remote: Peer, monkeypatch: M
 
 def test_a_forked_child_deletes_no_kernel_of_its_parent(remote: Peer) -> None:
     program = """
-        import os, sys, jupyter_exec
+        import os, sys, warnings, jupyter_exec
+        warnings.simplefilter("ignore")  # newer Pythons warn of a fork with threads
         info = jupyter_exec.JupyterConnectionInfo("127.0.0.1", False, int(sys.argv[1]), *sys.argv[2:])
         with jupyter_exec.JupyterCodeExecutor(info) as executor:
             executor.execute("x = 5")
@@ -4335,7 +4336,8 @@ def test_a_forked_child_deletes_no_kernel_of_its_parent(remote: Peer) -> None:
 
 def test_a_forked_child_hears_so_while_its_parent_runs_a_cell() -> None:
     program = """
-        import os, time, jupyter_exec
+        import os, time, warnings, jupyter_exec
+        warnings.simplefilter("ignore")  # newer Pythons warn of a fork with threads
         with jupyter_exec.LocalJupyterServer() as server, jupyter_exec.JupyterCodeExecutor(server) as executor:
             job = executor.submit("import time; time.sleep(60)")
             while job.status != "running":
