@@ -2718,21 +2718,25 @@ class KernelClient:
         except JupyterExecError:
             raise
         except BaseException:  # Ctrl-C, or a signal handler that raises
-            if not was_sent:  # or nobody knows: the kernel's answer to what comes after it tells
-                cell.execution.reconnected = True
-                self._fence(cell.execution)
-            self._stop_cell(cell, INTERRUPT_GRACE / 2)
-            cell.timed_out = True
-            cell.deadline = Deadline(INTERRUPT_GRACE)
-            hooks.muted, hooks.on_timeout = True, None
-            self._run(cell)
-            cell.finish()
+            self._end_early(cell, was_sent)
             raise
         finally:
             self._running, self._ended = None, cell.execution.ended_session
             with cell.lock:  # nobody is about to interrupt it, or the next cell waits for that
                 cell.left.set()
         return cell.finish()
+
+    def _end_early(self, cell: Cell, was_sent: bool) -> None:
+        """Interrupt a cell whose caller wants to leave, and wait for its end, or that of its grace."""
+        if not was_sent:  # or nobody knows: the kernel's answer to what comes after it tells
+            cell.execution.reconnected = True
+            self._fence(cell.execution)
+        self._stop_cell(cell, INTERRUPT_GRACE / 2)
+        cell.timed_out = True
+        cell.deadline = Deadline(INTERRUPT_GRACE)
+        cell.hooks.muted, cell.hooks.on_timeout = True, None
+        self._run(cell)
+        cell.finish()
 
     def _interrupt_in_time(self, cell: Cell) -> None:
         while not (cell.timed_out or cell.left.wait(cell.deadline.remaining or PAUSE_POLL)):
@@ -3158,14 +3162,17 @@ def find_kernelspecs(own_python3: bool) -> dict[str, Json]:
     import importlib.util
 
     specs: dict[str, Json] = {}
+    found: list[Path] = []
     for directory in kernel_dirs():
-        for path in sorted(Path(directory).glob("*/kernel.json")):
-            with contextlib.suppress(OSError, ProtocolError):
-                spec = json_object(path.read_bytes(), "kernelspec")
-                argv, name = spec.get("argv"), path.parent.name
-                is_command = isinstance(argv, list) and argv and all(isinstance(arg, str) for arg in argv)
-                if is_command and re.fullmatch(r"[A-Za-z0-9._-]+", name):
-                    specs.setdefault(name.lower(), spec | {"resource_dir": str(path.parent)})
+        with contextlib.suppress(OSError):
+            found += sorted(Path(directory).glob("*/kernel.json"))
+    for path in found:
+        with contextlib.suppress(OSError, ProtocolError):
+            spec = json_object(path.read_bytes(), "kernelspec")
+            argv, name = spec.get("argv"), path.parent.name
+            is_command = isinstance(argv, list) and argv and all(isinstance(arg, str) for arg in argv)
+            if is_command and re.fullmatch(r"[A-Za-z0-9._-]+", name):
+                specs.setdefault(name.lower(), spec | {"resource_dir": str(path.parent)})
     if own_python3 or "python3" not in specs:
         specs.pop("python3", None)
         if importlib.util.find_spec("ipykernel"):
@@ -3996,7 +4003,12 @@ class JupyterConnectionInfo:
 
     @property
     def url(self) -> str:
-        return f"http{'s' * self.use_https}://{self.authority}/{self.base_url.strip('/')}".rstrip("/")
+        return f"http{'s' * self.use_https}://{self.authority}{self.path}"
+
+    @property
+    def path(self) -> str:
+        """base_url with a slash at its start and none at its end; "" for "/"."""
+        return f"/{self.base_url.strip('/')}".rstrip("/")
 
 
 class DeadlineReader(io.RawIOBase):
@@ -4038,7 +4050,6 @@ class RestClient:
         self.info = info
         if not re.fullmatch(r"[!-~]*", (info.token or "") + info.base_url):
             raise ValueError("The token or base_url has characters that HTTP forbids.")  # and neither is shown
-        self._prefix = f"/{info.base_url.strip('/')}".rstrip("/")
         # "Authorization: token X" is the one form that all servers accept (a kernel gateway no other).
         self._headers = {"Authorization": f"token {info.token}"} if info.token else {}
 
@@ -4110,7 +4121,7 @@ class RestClient:
         import http.client
 
         headers = {"Host": self.info.authority, **headers, **self._headers}
-        lines = [f"{method} {self._prefix}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        lines = [f"{method} {self.info.path}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         # Byte by byte before a WebSocket: what comes behind the answer are frames already.
         source: Any = DeadlineReader(sock, deadline, 1 if "Upgrade" in headers else 8192)
         try:
@@ -4295,13 +4306,12 @@ class RemoteKernelControl(KernelControl):
         if not self._id:
             body = {"name": self._kernel_name, "env": self._server.env}
             try:
-                self._id = text_of(
-                    part_of(rest.request("POST", "/api/kernels", body, timeout=self.start_timeout), "id")
-                )
+                model = rest.request("POST", "/api/kernels", body, timeout=self.start_timeout)
             except ServerError:
                 # If the server is gone, this says so best: a JupyterHub that stands in for it speaks of a wrong token.
                 rest.request("GET", "/api/kernelspecs")
                 raise
+            self._id = text_of(part_of(model, "id"))
         self._mailbox = mailbox
         dial = functools.partial(rest.websocket, f"{self._path}/channels?session_id={os.urandom(16).hex()}")
         self._channels = WebSocketChannels(loop, dial, mailbox)
@@ -4815,9 +4825,8 @@ class HostedKernelControl(KernelControl):
         self._link.ask("kill", lambda answer: setattr(self, "_is_deaf", False), kernel=self._name, dump=dump)
 
     def abandon(self) -> None:
-        if (
-            self._is_deaf
-        ):  # else the news of the kernel's end is on its way, or has to wait for what a slow link carries
+        # Else the news of the kernel's end is on its way, or waits for what a slow link carries.
+        if self._is_deaf:
             self._link.close("the kernel host did not answer 'kill' in time")
 
     def files(self) -> AskFar:
@@ -5206,7 +5215,7 @@ class DockerStream(FarEnd):
         self._lock = threading.Lock()
 
     def recv(self, size: int, /) -> bytes:
-        data, stdout = super().recv(size), b""
+        data, stdout = super().recv(size), bytearray()
         self._buffer += data
         while len(self._buffer) >= self._HEAD.size:
             # "STREAM_TYPE can be: 0: stdin (is written on stdout), 1: stdout, 2: stderr"
@@ -5224,7 +5233,7 @@ class DockerStream(FarEnd):
                 stdout += payload
         if data and not stdout:
             raise BlockingIOError
-        return stdout
+        return bytes(stdout)
 
     @property
     def log(self) -> str:
@@ -6075,9 +6084,8 @@ class Tools:
         try:  # one by one: for a class the whole file would be parsed
             methods = [inspect.getsource(method) for method in vars(ToolCaller).values() if inspect.isfunction(method)]
         except OSError:
-            raise ValueError(
-                "This program is frozen, without the source that the kernel would need for tools."
-            ) from None
+            reason = "This program is frozen, without the source that the kernel would need"
+            raise ValueError(f"{reason} for tools.") from None
         program = functions_source(
             (to_json, define_tools),
             "import asyncio, atexit, base64, builtins, contextlib, functools",
@@ -7341,10 +7349,8 @@ class JupyterCodeExecutor(Stoppable):
             raise ValueError("Hooks must be plain functions; AsyncJupyterCodeExecutor takes coroutine functions, too.")
         self._output_dir = Path(output_dir)
         self._folder = Folder(self._output_dir)
-        self._timeout = timeout
-        self._kernel_name = kernel_name
-        self._max_output = max_output
-        self._on_timeout = on_timeout
+        self._kernel_name, self._max_output = kernel_name, max_output
+        self._timeout, self._on_timeout = timeout, on_timeout
         self._functions = tuple(functions)
         self._startup = startup
         self._tools = tools if isinstance(tools, Tools) else Tools(tools, approve, max_tool_calls, tool_timeout)
@@ -8433,7 +8439,8 @@ class JsonPrinter:
 
     def close(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
         status = self.status if kind is None else 130 if kind is KeyboardInterrupt else 2
-        status = int(error.code or 0) if isinstance(error, SystemExit) else status  # by a signal
+        if isinstance(error, SystemExit):  # by a signal
+            status = int(error.code or 0)
         end = self._end | {"exit_code": self._end["exit_code"] or status}
         put(sys.stdout, json.dumps(end | {"blocks": self._blocks}))
 
@@ -8631,16 +8638,23 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             if _is_elsewhere(source, options):
                 executor.upload(source)
         folder = Folder(options.output_dir)  # code may put a link in its place
-        status = _run_steps(executor, document, steps, printer, folder, options)
-        for path, name in zip(options.get, names, strict=True):
-            try:
-                with folder.replace(name) as file:
-                    executor.download(path, file)
-            except OSError as error:  # a FileTransferError is one
-                put(sys.stderr, f"jupyter-exec: {error}")
-                status = status or 2
-        printer.status = status
-        return status
+        printer.status = _run_steps(executor, document, steps, printer, folder, options)
+        if not _bring_back(executor, dict(zip(names, options.get, strict=True)), folder):
+            printer.status = printer.status or 2
+        return printer.status
+
+
+def _bring_back(executor: JupyterCodeExecutor, paths: Mapping[str, str], folder: Folder) -> bool:
+    """Bring files, by their names here, from where the kernel runs; returns whether all have come."""
+    have_come = True
+    for name, path in paths.items():
+        try:
+            with folder.replace(name) as file:
+                executor.download(path, file)
+        except OSError as error:  # a FileTransferError is one
+            put(sys.stderr, f"jupyter-exec: {error}")
+            have_come = False
+    return have_come
 
 
 def _is_elsewhere(source: str, options: argparse.Namespace) -> bool:
