@@ -10,7 +10,7 @@ Variables live from block to block, an error costs only the failing block, and i
     # exit_code=0 output='Hello, World!\\n' output_files=[]
 
 The module speaks the kernel wire protocol itself. It needs ``pyzmq``; a kernel needs ``ipykernel`` in *its*
-Python. To vendor it, copy this file: it may be imported under any name and keeps no state at module level.
+Python. To vendor it, copy this file: it may be imported under any name, and shares no state with other copies.
 
 Contents (a section uses names of the sections above it only; "pure" = no socket, clock, process or file)
 
@@ -33,7 +33,7 @@ Contents (a section uses names of the sections above it only; "pure" = no socket
     17 Command line          ``jupyter-exec run``, ``jupyter-exec kernels``, ``jupyter-exec mcp``
     18 License
 
-Where the kernels live: a server object starts a Python process, sends it this very source over stdin, and
+Where the kernels live: a server object starts a Python process, sends it this very module over stdin, and
 the process becomes the *kernel host* that starts, watches and kills kernels. When your program ends, however it
 ends, the pipe closes, and the host takes every kernel with it.
 
@@ -82,7 +82,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol, TextIO, TypedDict, TypeVar, cast, overload
 
-if TYPE_CHECKING:  # what takes long to import is imported where it is used
+if TYPE_CHECKING:  # at run time, modules that are slow to import are imported where they are used
     import argparse
     import asyncio
     import hmac
@@ -106,23 +106,23 @@ __all__ += ["RemoteJupyterServer", "SandboxError", "ServerError", "SignatureErro
 __all__ += ["VariableError", "tool_call_ended"]
 
 MAX_MESSAGE = 512 * 2**20  # bytes of one message, whoever sends it; a kernel's 200 MB print is legal
-START_TIMEOUT = 60.0  # seconds from asking for a kernel to its first answer, host or container included
+START_TIMEOUT = 60.0  # seconds for a kernel's first answer; before that, as many for its host or container to start
 CONTROL_TIMEOUT = 10.0  # seconds for the host to answer a control request; it answers in milliseconds
 INTERRUPT_GRACE = 5.0  # seconds that an interrupted cell has to end before its kernel is killed
 INTERRUPT_REPEAT = 1.0  # seconds after an interrupt in which another of the same cell has no effect
 FORK_TIMEOUT = 2.0  # seconds for a fork server that is at work to fork a kernel; it takes milliseconds
-FENCE_DELAY = 1.0  # seconds between an execute_reply and its idle after which the other counts as overdue
+FENCE_DELAY = 1.0  # seconds after one of execute_reply and idle has come, before the other counts as overdue
 SHUTDOWN_GRACE = 2.0  # seconds that a kernel has to end by itself after shutdown_request
 DEATH_DRAIN = 0.02  # seconds of silence after a kernel's death before its output counts as complete
 PING_INTERVAL = 20.0  # seconds between pings; proxies cut a silent WebSocket after 60
 RECONNECT_TIMEOUT = 15.0  # seconds of trying until a lost connection counts as lost for good
-# Listing is for clients; the limit would drop output; nobody could answer a question.
+# In order: nobody could answer a question; clients want to list kernels; a rate limit would drop output.
 GATEWAY_OPTIONS = [
     "--JupyterApp.answer_yes=true",
     "--JupyterWebsocketPersonality.list_kernels=true",
     "--ZMQChannelsWebsocketConnection.limit_rate=False",
 ]
-# The gateway tells its port once it listens, where nobody else can write: never is a token sent to whoever was faster.
+# Once it listens, the gateway writes its port to a file that only we can write: no other process gets our token.
 # -m would put the working directory on sys.path, where an agent's signal.py shadows the library.
 GATEWAY_PROGRAM = """
 import os, sys
@@ -138,44 +138,44 @@ App.launch_instance()
 MAX_WEBSOCKET_MESSAGE = 10 * 2**20  # bytes; tornado, below every Jupyter server, resets the connection beyond
 ENGINE_TIMEOUT = 20  # seconds for the Docker engine to answer at all, on a machine under load
 WAIT_TIMEOUT = 30  # seconds for the Docker engine to do something, such as start a container
-STOP_TIMEOUT = 10  # seconds for the Docker engine to end a container; stop() lasts no longer
+STOP_TIMEOUT = 10  # seconds for the Docker engine to end a container: stop() should not take long
 BUILD_TIMEOUT = 1800  # seconds without a word from the engine while it builds an image
-NORMAL_USER = "1000:1000"  # as whom code runs in a container where it would be root
+NORMAL_USER = "1000:1000"  # the user that code runs as in a container, where it would otherwise be root
 MAX_ANSWER = 4 * 2**20  # bytes of an HTTP answer, head included; hostile JSON takes thirty times as much when parsed
-LARGE_PART = 2**16  # bytes of a part of a message beyond which it is used where ZeroMQ has it, not copied
+LARGE_PART = 2**16  # bytes; a larger part of a message is not copied, but read in ZeroMQ's own memory
 STREAM_PIECE = 2**17  # bytes of a stream message that are parsed at a time
-MAX_JSON = 64 * 2**20  # bytes of a message that is no stream; and of its Python objects, four times as much
+MAX_JSON = 64 * 2**20  # bytes of a message that is no stream; its Python objects may take four times as much
 MAX_HEADER = 2**20  # bytes of each of header, parent_header and metadata
-MAILBOX_LIMIT = 64 * 2**20  # unread bytes of a kernel: beyond it output is dropped, at twice that it is killed
+MAILBOX_LIMIT = 64 * 2**20  # unread bytes of a kernel: beyond this its output is dropped, at twice this it is killed
 RELAY_LIMIT = 64 * 2**20  # bytes that wait at the host for a slow link, beyond which output is dropped
 RELAY_PIECE = 2**18  # bytes of such output that go at a time, so that other things get their turn
-SLOW_LINK = 1.0  # seconds that output has waited there when an interrupt drops it, since the cell is to end in time
-MAX_OUTPUT = 100_000  # characters of text that one call returns; the whole goes to a file
+SLOW_LINK = 1.0  # seconds; an interrupt drops output that has waited there for longer, so that the cell ends in time
+MAX_OUTPUT = 100_000  # characters of text that one call returns; of code blocks the whole goes to a file
 MAX_SPILL = 256 * 2**20  # characters of such a file
 MAX_OUTPUTS = 50_000  # outputs of one cell that are kept
 MAX_KEPT = 128 * 2**20  # bytes of a cell's outputs other than streams that are kept
-MAX_LINE = 2**20  # characters of an open line, beyond which it is ended unless half of it is erased
+MAX_LINE = 2**20  # characters of an open line; a longer one counts as ended, unless half of it was erased
 MAX_FILES = 500  # files of one call
-MAX_FILE_BYTES = 2**30  # bytes of them, and of a session's journal
+MAX_FILE_BYTES = 2**30  # bytes of all files of one call; also of a session's journal
 HOOK_RUNS_CELL = "A cell is running: its hooks cannot run another one."
 STILL_RUNNING = "the code is still running; wait() returns the rest"
 MAX_DOWNLOAD = 2**28  # bytes of a file that is brought here, unless a call says otherwise
 MAX_LISTED = 10_000  # entries of a directory that is listed
-CELL_PIECE = 2**18  # bytes that go at a time to or from a kernel without a host, in a silent cell, on any link
+CELL_PIECE = 2**18  # bytes that one silent cell carries: of variables, and of files if the kernel has no host
 TRANSFER_TIMEOUT = 30.0  # seconds without an answer after which a transfer is given up
-TRANSFER_CHECK = 0.2  # seconds between looks whether it is still wanted
+TRANSFER_CHECK = 0.2  # seconds between two checks whether the transfer is still wanted
 TRUNCATED = "Of the text only head and tail were kept; max_output says how much"
 STDERR_TAIL = 4096  # bytes of a kernel's stderr that are kept to explain its death
-RAW_STDERR_TAIL = 2**16  # bytes of a stderr before the stack that Python wrote there at its death is shortened
+RAW_STDERR_TAIL = 2**16  # bytes of a stderr that are kept until `without_machinery` shortens the stack in it
 MAX_TOOL_JSON = 4 * 2**20  # characters of JSON of a tool call's arguments, or of its result
 MAX_TOOLS_AT_ONCE = 64  # tool calls of one cell that run at the same time; the others wait
-PAUSE_POLL = 0.2  # seconds between looks whether a stopped clock goes on
+PAUSE_POLL = 0.2  # seconds between two checks whether a stopped clock goes on again
 
 Json = dict[str, Any]
 AnyPath = str | os.PathLike[str]
 logger = logging.getLogger("jupyter_exec")
 logger.addHandler(logging.NullHandler())
-build_logger = logger.getChild("build")  # of images: minutes of work, whose progress the command line shows
+build_logger = logger.getChild("build")  # building an image takes minutes; the command line shows these messages
 
 if __name__ not in sys.modules:  # loaded by hand; dataclasses and pickle look their module up by its name
     _by_hand: Any = type("module", (), {})()
@@ -282,7 +282,7 @@ class KernelDied(KernelError):
         return self.cause or describe_exit(self.exit_code)
 
     def status(self) -> int:
-        """Return the exit status that a shell would give for this death; 137 if the cause is unknown."""
+        """Return an exit status for this death: 128 + N for signal N, 137 if the cause is unknown, else 1."""
         if self.exit_code is None:
             return 137
         return 128 - self.exit_code if self.exit_code < 0 else 1
@@ -399,7 +399,7 @@ def text_of(value: object) -> str:
 
 
 def part_of(value: Any, *names: str) -> Any:
-    """Return what a foreign JSON object has under names in names, None if it has not."""
+    """Follow `names` into nested JSON that others sent; return what is there, None if a name is missing."""
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value
@@ -545,7 +545,7 @@ def json_object(data: str | bytes | memoryview, what: str) -> Json:
     return value
 
 
-_JSON_STRING = re.compile('"[^"]*"?')  # without escapes
+_JSON_STRING = re.compile('"[^"]*"?')  # for text whose escapes were removed
 
 
 def json_weight(text: str | bytes | memoryview) -> int:
@@ -553,7 +553,7 @@ def json_weight(text: str | bytes | memoryview) -> int:
     characters = text if isinstance(text, str) else str(text, "latin-1")
     objects = sum(map(characters.count, '[{,"'))
     strings = (characters.count('"') - characters.count('\\"')) // 2
-    if objects > 2**18 and strings < 2**20:  # an HTML page is one string full of them; to find it costs time
+    if objects > 2**18 and strings < 2**20:  # they may be text in strings, as in an HTML page: count again without
         rest, strings = _JSON_STRING.subn("", characters.replace("\\\\", "").replace('\\"', ""))
         objects = strings + sum(map(rest.count, "[{,"))
     return len(text) + 64 * objects
@@ -623,7 +623,7 @@ class ZmqCodec:
         yield from messages_of(channel, parts[start + 1 :])
 
 
-# The types whose content is used; a large message of another type is not parsed.
+# The types whose content is used; of a large message of another type only the headers are parsed.
 _CONTENTS = {"stream", "execute_result", "display_data", "update_display_data", "error", "input_request"}
 _CONTENTS |= {"execute_reply", "kernel_info_reply"}
 # At the end of JSON text: a half of a surrogate pair, an escape that is not complete, or both; or a torn character.
@@ -644,7 +644,7 @@ def messages_of(channel: str, parts: Sequence[bytes]) -> Iterator[Message]:
         parts = [*parts[:2], b"{}", b"{}"]
     metadata, content, buffers = _object_or_null(parts[2], "metadata"), parts[3], list(map(bytes, parts[4:]))
     size, is_stream = sum(map(len, parts)) + 1000, header.get("msg_type") == "stream"
-    if is_read and not is_stream and len(content) <= MAX_JSON:  # of streams the characters are counted, elsewhere
+    if is_read and not is_stream and len(content) <= MAX_JSON:  # a stream is limited by its characters, in Outputs
         size += json_weight(content)
     for piece in stream_pieces(content) if is_stream else [content]:
         message = Message(channel, header, parent_header, metadata, {}, buffers, size)
@@ -675,8 +675,8 @@ class PipeCodec:
     """Lists of byte strings <-> the byte stream between a server object and its kernel host.
 
     A frame is b"JX", its length (u32), a table like that of V1Codec, and the parts; integers are big-endian. The first
-    part is an address: b"" for control (one JSON part follows), b"KERNEL/CHANNEL" for a relayed message (the parts of
-    the ZeroMQ message follow, signed end to end), b"+KERNEL" for a piece of the frame of a large one.
+    part is an address: b"" for control (JSON and bytes follow), b"KERNEL/CHANNEL" for a relayed message (the parts of
+    the ZeroMQ message follow, signed end to end), b"+KERNEL" for a piece of the frame of a large message.
     """
 
     _HEAD = struct.Struct(">2sI")
@@ -712,7 +712,7 @@ class PipeCodec:
 
 CHANNELS = ("shell", "iopub", "stdin", "control")
 V1_SUBPROTOCOL = "v1.kernel.websocket.jupyter.org"
-MAX_PARTS = 65535  # of one WebSocket message: more buffers than any widget has, few enough to allocate
+MAX_PARTS = 65535  # of one message: more than the buffers of any widget, few enough to allocate
 
 
 class JsonCodec:
@@ -745,7 +745,7 @@ class JsonCodec:
 class V1Codec:
     """Message <-> binary WebSocket message of the subprotocol V1_SUBPROTOCOL.
 
-    It is a table (little-endian u64), channel, header, parent_header, metadata, content, the buffers.
+    The message is a table (little-endian u64), channel, header, parent_header, metadata, content, the buffers.
     """
 
     def encode(self, message: Message) -> bytes:
@@ -831,10 +831,10 @@ class WebSocket:
         self._mask, self._max_message = mask, max_message
         self.closed = False  # by either side, or for a violation
         self._buffer = bytearray()  # received, not parsed yet
-        self._ping: bytes | None = None  # of the server, not answered yet
+        self._ping: bytes | None = None  # payload of the server's latest Ping, if not answered yet
         self._farewell = b""  # a Close frame to send, as an answer or after a violation
-        self._opcode = 0  # of a message that comes in fragments; 0: there is none
-        self._message = bytearray()  # these fragments
+        self._opcode = 0  # of a message that is coming in fragments; 0: none is
+        self._message = bytearray()  # the fragments that have come
 
     def receive(self, data: bytes) -> Iterator[str | bytes]:
         """Take received bytes; yield the messages that they complete. Raises: ProtocolError; close then."""
@@ -966,7 +966,7 @@ def clean_text(text: str, colours: bool = False) -> str:
 
 
 def without_erased(text: str) -> str:
-    """Return text without what carriage returns and backspaces erase in its lines on a terminal."""
+    """Return `text` without what its carriage returns and backspaces would erase on a terminal."""
     if "\r" not in text and "\b" not in text:
         return text
     lines = []
@@ -993,7 +993,7 @@ def gap_mark(missing: int, where: str = "") -> str:
 def shorten(text: str, limit: int | None, gaps: Sequence[int] = (), where: str = "") -> str:
     """Return head and tail of `text`, `limit` characters in all, with one mark between that says `where` the rest is.
 
-    `gaps` lists the numbers of missing characters for which the text has a mark already.
+    `gaps`: the text has marks already; for each of them, how many characters are missing there.
     """
     if limit is None or len(text) <= limit:
         for missing in gaps:
@@ -1004,7 +1004,7 @@ def shorten(text: str, limit: int | None, gaps: Sequence[int] = (), where: str =
 
 
 def _shorten_all(texts: list[str], limit: int) -> list[str]:
-    """Return texts that follow each other, with head and tail of all, `limit` characters, left of them."""
+    """Shorten texts that follow each other, as if they were one, to a head and a tail of `limit` characters."""
     total = sum(map(len, texts))
     if total <= limit:
         return texts
@@ -1047,8 +1047,8 @@ def _as_plotly_page(figure: Any) -> bytes:
     return f'{page}<script>Plotly.newPlot("figure", {text})</script>\n'.encode()
 
 
-# What goes to a file, best first: MIME type -> (word of AutoGen's sentence, suffix, what makes its bytes from what a
-# kernel sent, and raises ValueError if it cannot be such a file).
+# What goes to a file, best first: MIME type -> (word for AutoGen's sentence, suffix, function that makes the file's
+# bytes of what a kernel sent; it raises ValueError if it cannot).
 FILE_TYPES: dict[str, tuple[str, str, Callable[[Any], bytes]]] = {
     "image/png": ("Image", ".png", _as_binary),
     "image/jpeg": ("Image", ".jpg", _as_binary),
@@ -1066,14 +1066,14 @@ _VEGA = re.compile(r"application/vnd\.vega(lite)?\.v\d+(\.\d+)*\+json")
 
 
 def best_file(data: Json) -> tuple[str, Any]:
-    """Return (MIME type, content) of the representation that belongs into a file, ("", None) if there is none."""
+    """Return (MIME type, content) of the representation that belongs in a file, ("", None) if there is none."""
     data = {_VEGA.sub("application/vnd.vega+json", mime): content for mime, content in data.items()}
     return next(((mime, data[mime]) for mime in FILE_TYPES if data.get(mime) is not None), ("", None))
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A representation of an output that belongs into a file, such as a picture."""
+    """A representation of an output that belongs in a file, such as a picture."""
 
     mime_type: str
     suffix: str
@@ -1132,7 +1132,7 @@ def _lines(output: Json, save: Callable[[Json], str | None] | None) -> Iterator[
 
 
 class Folder:
-    """A directory that is held open: what is written into it is in it, whatever has taken the place of its path.
+    """A directory that is held open: files go into it even if something else has taken its path (not on Windows).
 
     Code in a sandbox may share it, and plant links. Raises: ValueError if it does not exist; OSError in each method.
     """
@@ -1151,7 +1151,7 @@ class Folder:
         return str(self.path / name) if self._at is None else name
 
     def create(self, name: str) -> IO[bytes]:
-        """Make a new file; one that is there, or a link, is an error."""
+        """Make a new file. Raises: OSError if there is a file or a link of that name."""
         return open(self._name(name), "xb", opener=functools.partial(os.open, mode=0o666, dir_fd=self._at))
 
     @contextlib.contextmanager
@@ -1185,7 +1185,7 @@ class CallFiles:
         return f"{os.urandom(16).hex()}{suffix}"
 
     def save(self, data: Json) -> str | None:
-        """Write the best representation of a MIME bundle that belongs into a file, under a name of our own.
+        """Write the best representation of a MIME bundle that belongs in a file, under a new name.
 
         Returns the line that names the file, or says what went wrong; None if text is the best there is.
         """
@@ -1231,7 +1231,7 @@ class CallFiles:
         self._text.clear()
 
     def close(self) -> str:
-        """Say where the whole text is, for the mark in what is returned."""
+        """Close the text file; return where the whole text is, for the mark in the shortened text."""
         if self._file:
             self.paths.append(str(self._folder.path / self._file.name))
             with contextlib.suppress(OSError):
@@ -1258,8 +1258,8 @@ class Outputs:
         self.withheld = False  # an output was dropped
 
     def clear(self) -> None:
-        self._head: deque[Json] = deque()  # everything up to the end of the head
-        self._middle: deque[Json] = deque()  # the other outputs up to the tail
+        self._head: deque[Json] = deque()  # everything up to the end of the streams' head
+        self._middle: deque[Json] = deque()  # between head and tail: outputs that are no streams
         self._tail: deque[Json] = deque()
         self._head_size = self._tail_size = 0  # characters of streams
         self._line, self._name = io.StringIO(), ""  # the open line as it came, and of which stream it is
@@ -1278,7 +1278,7 @@ class Outputs:
         if self._line.tell() > MAX_LINE:
             text, self._line = self._line.getvalue(), io.StringIO()
             left = without_erased(text)
-            if len(left) > MAX_LINE // 2:  # nothing erases as much
+            if len(left) > MAX_LINE // 2:  # too little of it was erased
                 self._put(left)
             else:
                 self._line.write(left + "\r" * text.endswith("\r"))
@@ -1330,11 +1330,11 @@ class Outputs:
 
     def so_far(self) -> tuple[list[Json], int]:
         """Return the outputs in nbformat's shape, and how many characters are missing between head and tail."""
-        kept = copy.copy(self)  # more may come; what the outputs show is shared, however deep it is nested
+        kept = copy.copy(self)  # since more may come; not a deep copy: what outputs show may be nested deeply
         parts = self._head, self._middle, self._tail
         kept._head, kept._middle, kept._tail = (deque(map(dict, part)) for part in parts)
         kept._put(without_erased(self._line.getvalue()))
-        if (excess := kept._tail_size - kept._tail_room) > 0:  # less than the first text: else it would be gone
+        if (excess := kept._tail_size - kept._tail_room) > 0:  # less than the first text has: `_put` saw to that
             kept._tail[0]["text"] = kept._tail[0]["text"][excess:]
             kept.missing += excess
         name = kept._head[-1].get("name", "stdout") if kept._head else "stdout"
@@ -1379,8 +1379,8 @@ class ExecutionResult:
     """What one cell did.
 
     `status` is "ok", "error", "timeout", "running" (its time is over; the executor's `wait` has the rest),
-    "interrupted", "died" or "exited"; `kernel_state` is "intact", "lost" (all variables are gone) or "busy"; `note` is
-    the sentence about it, empty when all is well. `outputs` are dicts in the shape of nbformat 4 (stream,
+    "interrupted", "died" or "exited"; `kernel_state` is "intact", "lost" (all variables are gone) or "busy"; `note`
+    explains both in words, and is empty when all is well. `outputs` are dicts in the shape of nbformat 4 (stream,
     execute_result, display_data, error); `missing` is how many characters of streams are not in them, since there
     were more than `max_output`.
     `calls` are the tool calls, in order: dicts of name, arguments (a dict), seconds, and status: "ok", "error",
@@ -1397,7 +1397,7 @@ class ExecutionResult:
     death: KernelDied | None = None
     missing: int = 0
     calls: list[Json] = field(default_factory=list)
-    value: Any = field(default=None, repr=False)  # what the reply says of the expression that was sent with it
+    value: Any = field(default=None, repr=False)  # what the reply says of the expression that was sent with the code
 
     @property
     def truncated(self) -> bool:
@@ -1420,7 +1420,7 @@ class ExecutionResult:
         return f"ExecutionResult(status={self.status!r}, exit_code={self.exit_code}, text={shown}, images={count})"
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Json:
-        """Be shown in a notebook as the cell would be: text and pictures; nothing of the code's own HTML."""
+        """Let a notebook show this as it would show the cell: text and pictures, but no HTML that the code has made."""
         import html
 
         shown = [
@@ -1433,7 +1433,7 @@ class ExecutionResult:
 
     @property
     def files(self) -> list[OutputFile]:
-        """The best representation of each output that belongs into a file; see also `save`."""
+        """The best representation of each output that belongs in a file; see also `save`."""
         return [file for output in self.outputs if (file := _output_file(output))]
 
     @property
@@ -1445,7 +1445,7 @@ class ExecutionResult:
         """Return what a language model should see, in order, within a budget: text, and pictures in base64.
 
         Each is {"type": "text", "text": ...} or {"type": "image", "mime_type": ..., "data": ...}. Of longer text head
-        and tail are left; a picture that does not fit in (in base64 it is a third larger) is named in the text.
+        and tail are kept; of a picture over the limits (bytes before base64) the text says that it is not shown.
         """
         texts: list[str] = []  # before, between and behind the images
         images: list[OutputFile] = []
@@ -1518,8 +1518,8 @@ _NUMBERED = re.compile("(.+_[0-9]{1,18}_)([0-9]{1,18})")  # an id of ipykernel's
 class Tally:
     """Counts what a kernel sends during a cell, on all channels, if it numbers its messages as ipykernel does.
 
-    What ZeroMQ drops at the kernel, since this program was stopped or too slow, leaves a gap. Answers to other
-    clients leave one, too, but the idle status after each is for all.
+    Messages that ZeroMQ drops at the kernel, since this program was stopped or too slow, leave a gap in the numbers.
+    Answers to other clients leave one, too; but each is followed by an idle status, which comes to all clients.
     """
 
     def __init__(self) -> None:
@@ -1537,7 +1537,7 @@ class Tally:
         self._latest = number
         idle = message.content.get("execution_state") == "idle"
         self._came += 1 + idle
-        # A few may be missing: of threads in mid-send, or answers to other clients.
+        # A few may be missing for other reasons: a thread is just sending them, or they answer other clients.
         return own and idle and number - self._first > self._came + 20
 
 
@@ -1550,7 +1550,7 @@ class Execution:
     """
 
     def __init__(self, msg_id: str, limit: int | None = None, silent: bool = False) -> None:
-        """`limit` is how many characters of its streams are kept, None for all. Of a `silent` one none are."""
+        """`limit`: characters of streams that are kept, None for all; `silent`: the kernel sends no execute_input."""
         self.msg_id = msg_id
         self._silent = silent
         self._outputs = Outputs(limit)
@@ -1650,7 +1650,7 @@ class Execution:
         name, text = content.get("name"), content.get("text")
         if name not in ("stdout", "stderr") or not isinstance(text, str):
             return None
-        # A Jupyter server's limit on the rate of output; the cell goes on, its output is dropped.
+        # So a Jupyter server says that it limits the rate of output: it drops some, while the cell goes on.
         self.withheld = self.withheld or (name == "stderr" and bool(re.search(r"IOPub \w+ rate exceeded", text)))
         self._clear_if_due()
         self._outputs.write(name, text)
@@ -1771,9 +1771,9 @@ class Deadline:
         self._at += seconds
 
     def limit(self, sock: socket.socket) -> None:
-        """Let the next call of a blocking socket take no longer."""
+        """Let the next call of a blocking socket take no longer than what is left."""
         left = self.remaining
-        sock.settimeout(left if left is None else max(left, 1e-6))  # 0 would be another mode
+        sock.settimeout(left if left is None else max(left, 1e-6))  # 0 would make it non-blocking
 
     def within(self, seconds: float) -> float:
         """Return the seconds that are left, at most `seconds`."""
@@ -1811,7 +1811,7 @@ class Loop:
         bisect.insort(self._timers, (time.monotonic() + seconds, job), key=lambda timer: timer[0])
 
     def watch(self, descriptor: int, callback: Callable[[], object] | None, event: int = selectors.EVENT_READ) -> None:
-        """Call `callback()` whenever there is something to read, or the other event has come; None ends that."""
+        """Call `callback()` whenever `event` is possible: to read, or to write; None ends the watch for that event."""
         key = self._selector.get_map().get(descriptor)
         callbacks = key.data if key else {}
         callbacks.pop(event, None)
@@ -1956,7 +1956,7 @@ _inherited: weakref.WeakSet[Stream | Tail] = weakref.WeakSet()
 
 
 def _close_inherited() -> None:
-    """Close a forked child's copies of the pipes, so that they close when the parent ends."""
+    """Close a forked child's copies of the pipes: else a pipe would stay open after the end of the parent."""
     null = os.open(os.devnull, os.O_RDWR)
     for end in list(_inherited):
         with contextlib.suppress(OSError):  # the descriptor only: the socket object may be gevent's
@@ -2020,8 +2020,8 @@ class Tail:
 class Pipe:
     """One end of a connection, such as that of a server object and its kernel host. For the loop's thread.
 
-    `feed(data)` cuts what was received into items; `on_item` gets each. `on_closed(reason)` is called once: when the
-    other end is gone or takes nothing for CONTROL_TIMEOUT, or `feed` raises an OSError or ProtocolError.
+    `feed(data)` cuts what was received into items; `on_item` gets each. `on_closed(reason)` is called once: by `close`,
+    or when the other end is gone or takes nothing for CONTROL_TIMEOUT, or `feed` raises an OSError or ProtocolError.
 
     What is sent waits in lanes, which take turns: so a flood in one delays no other. The lane "" always goes first.
     """
@@ -2102,12 +2102,12 @@ class Pipe:
         return memoryview(data)
 
     def drop_old(self, lane: str, instead: bytes) -> bool:
-        """Drop what may be lost of a lane that has waited for SLOW_LINK, and send `instead`; return whether it did."""
+        """Drop what may be lost of a lane that waited for SLOW_LINK, and send `instead`; return whether it did so."""
         queued, now = self._lanes.get(lane), time.monotonic()
         kept = [entry for entry in queued or () if not entry[1]]
         if not queued or now - queued[0][2] < SLOW_LINK or len(kept) == len(queued):
             return False
-        # `instead` stands where the first is missing, which may be the rest of a message that was sent in part.
+        # `instead` takes the place of the first that is dropped: maybe the rest of a message that was sent in part.
         at = next(place for place, entry in enumerate(queued) if entry[1])
         self._lanes[lane] = deque([*kept[:at], (instead, False, now), *kept[at:]])
         self.waiting[lane] += len(instead) - sum(len(data) for data, may_be_lost, _ in queued if may_be_lost)
@@ -2133,7 +2133,7 @@ class Pipe:
 
 
 Deliver = Callable[[str, list[bytes]], None]  # channel and parts
-RawMessage = tuple[str, Sequence[Any]]  # the same, or "WebSocket" and a list of one message, as they came
+RawMessage = tuple[str, Sequence[Any]]  # channel and parts, or "WebSocket" and [message]: as they came, not parsed
 
 
 class Reconnected:
@@ -2156,7 +2156,7 @@ class Mailbox:
         self._on_flood = on_flood
         self._put_bytes = self._got_bytes = 0  # each is written by one thread only
         self._put_replies = self._got_replies = 0
-        self.dropped = False  # output, since nobody read it
+        self.dropped = False  # output was dropped, since nobody read it
         self.ended = False  # the kernel's death is in it
 
     @property
@@ -2194,7 +2194,7 @@ class Mailbox:
 
 
 def _type_among(names: bytes) -> re.Pattern[bytes]:
-    """Return a pattern for the JSON of a message of such a type: in a string of it the quotes would be escaped."""
+    """Return a pattern that finds a message type in JSON, but not in a string there, where quotes are escaped."""
     return re.compile(rb'"msg_type"\s*:\s*"(?:%b)"' % names)
 
 
@@ -2239,7 +2239,7 @@ class KernelControl(Protocol):
         return False
 
     def kill(self, dump: bool = False) -> None:
-        """Kill the kernel, if it is ours; with `dump` it writes its stack before, where it can. `mailbox` is told."""
+        """Kill the kernel, if it is ours; its mailbox is told. With `dump` it first writes its stack, if it can."""
         return
 
     def abandon(self) -> None:
@@ -2247,7 +2247,7 @@ class KernelControl(Protocol):
         return
 
     def files(self) -> AskFar | None:
-        """Return the way to the files where the kernel runs, if there is one beside its cells."""
+        """Return a function that reaches the files where the kernel runs; None if only cells can."""
         return None
 
     def close(self) -> None:
@@ -2286,7 +2286,7 @@ def new_context() -> Any:
 
 
 def read_messages(sock: Any, deliver: Callable[[list[Any]], None], limit: float = math.inf) -> bool:
-    """Read a ZeroMQ socket empty, or that many messages; return whether there may be more."""
+    """Read all messages from a ZeroMQ socket, but at most `limit`; return whether there may be more."""
     import zmq
 
     with contextlib.suppress(zmq.Again):
@@ -2370,7 +2370,7 @@ class KernelSockets:
 
 
 class SignedChannels:
-    """The channels of a kernel to which `relay(channel, parts)` takes signed messages, such as its host's pipe."""
+    """Channels that sign messages and give them to `relay(channel, parts)`, such as the pipe of the kernel's host."""
 
     def __init__(self, relay: Deliver, key: str, signature_scheme: str = "hmac-sha256") -> None:
         self._relay, self._codec = relay, ZmqCodec(key, signature_scheme)
@@ -2382,7 +2382,7 @@ class SignedChannels:
         return self._codec.decode(*raw)
 
     def close(self) -> None:
-        pass  # what relays serves other kernels too
+        pass  # the pipe serves other kernels, too
 
 
 class ZmqChannels(SignedChannels):
@@ -2434,16 +2434,16 @@ OutputHook = Callable[[Json], None]
 InputHook = Callable[[str, bool], str]
 ResultHook = Callable[[ExecutionResult], None]
 Pause = Callable[[], contextlib.AbstractContextManager[None]]
-RequestHook = Callable[..., bool]  # (prompt, reply, pause)
+RequestHook = Callable[..., bool]  # (prompt, reply, pause) -> whether it takes the request
 
 
 @dataclass(eq=False)
 class Hooks:
-    """What a caller wants to hear of a cell while it runs. What raises in them costs a warning in the log.
+    """What a caller wants to hear of a cell while it runs. An error in on_output or on_input costs only a warning.
 
     `record` gets every output before `on_output` does, and is quick. `on_timeout(so_far)`, with the result so far,
     is called instead of an interrupt when the time is over: the cell goes on. `on_result` gets the result even if
-    Ctrl-C ends the call, `on_start` what tells of the cell while it runs, before it does.
+    Ctrl-C ends the call. `on_start` gets the Cell before it runs.
     """
 
     on_output: OutputHook | None = None
@@ -2453,7 +2453,7 @@ class Hooks:
     on_timeout: ResultHook | None = None
     on_result: ResultHook | None = None
     on_start: Callable[[Cell], None] | None = None
-    muted: bool = False  # it took too much, or the call is at its end
+    muted: bool = False  # on_output and on_input are not called any more: they took too long, or the call is ending
 
     def show(self, output: Json) -> None:
         if self.record:
@@ -2482,22 +2482,22 @@ class Hooks:
 
 
 class Cell:
-    """A cell that runs: what has come of it, who is to hear of that, and by when what is due."""
+    """A cell that runs: the state of its execution, its hooks, its deadlines."""
 
     def __init__(self, execution: Execution, seconds: float | None, hooks: Hooks) -> None:
         self.execution, self.hooks = execution, hooks
         self.started = time.monotonic()
         self.result: ExecutionResult | None = None  # once it has ended
-        self.reading: Deadline | None = None  # of slow hooks, after its end
+        self.reading: Deadline | None = None  # for slow hooks to take the rest, if the cell ended in time
         self.begun = math.inf  # when the kernel was seen to run it
         self.signalled = -math.inf  # when the kernel was last sent an interrupt for it
-        self.overdue: Deadline | None = None  # of the missing one of reply and idle
+        self.overdue: Deadline | None = None  # for the missing one of reply and idle
         self.timed_out = False  # its time is over: it was interrupted, or detached and goes on
-        self.lock = threading.RLock()  # of all that; the handler of a signal may interrupt the thread that has it
+        self.lock = threading.RLock()  # for all that; re-entrant, as a signal handler may run in the thread that has it
         self.left = threading.Event()  # nobody reads for it any more
         self._pauses = 0  # how many threads keep the clock stopped,
         self._paused_at = 0.0  # and since when
-        self.deadline = Deadline(seconds)  # or, once its time is over, that of its INTERRUPT_GRACE
+        self.deadline = Deadline(seconds)  # of its time; once that is over, of its INTERRUPT_GRACE
 
     @property
     def _paused(self) -> bool:
@@ -2516,7 +2516,7 @@ class Cell:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Stop the clock of the cell meanwhile, in any thread."""
+        """Stop the clock of the cell while the block runs, in any thread."""
         with self.lock:
             self._paused_at = self._paused_at if self._pauses else time.monotonic()
             self._pauses += 1
@@ -2607,7 +2607,7 @@ class KernelClient:
         return text_of(part_of(self.kernel_info, "language_info", "name"))
 
     def files(self) -> AskFar | None:
-        """Return the way to the files where the kernel runs, if there is one beside its cells."""
+        """Return a function that reaches the files where the kernel runs; None if only cells can."""
         return self._control.files()
 
     @property
@@ -2630,7 +2630,7 @@ class KernelClient:
         self.close()
         self._mailbox = self._new_mailbox()
         self._session = os.urandom(16).hex()
-        self._nudges: set[str] = set()  # requests after whose answers no interrupt can hit a later cell
+        self._nudges: set[str] = set()  # requests; once all are answered, no interrupt can hit a later cell
         self._death: KernelDied | None = None
         self._ended = False  # the code has called exit(): the process is about to end
         self.ready = False
@@ -2658,8 +2658,8 @@ class KernelClient:
         logger.info("Kernel ready after %.2f s", time.monotonic() - began)
 
     def _greet(self, deadline: Deadline) -> None:
-        # Ready = shell answers and iopub is proven live: the kernel welcomes the subscription to our unique
-        # topic (JEP 65), or else, as older kernels do not, publishes the status of a repeated request.
+        # Ready = shell answers and iopub is proven live: the kernel welcomes the subscription to our unique topic
+        # (JEP 65). Older kernels do not; but they publish the status of a request, which is repeated for that.
         heard = False
         self._send("shell", "kernel_info_request", {})
         while not (self.kernel_info and heard):
@@ -2695,7 +2695,7 @@ class KernelClient:
 
         Raises: KernelStartFailed, KernelDied or ConnectionClosed if there is no kernel to run it.
         """
-        if self._running and os.getpid() == self._pid:  # a forked child hears of that when it sends
+        if self._running and os.getpid() == self._pid:  # in a forked child, sending raises the error
             raise JupyterExecError(HOOK_RUNS_CELL)
         hooks = hooks or Hooks()
         asks = bool(hooks.on_input or hooks.on_request)
@@ -2722,13 +2722,13 @@ class KernelClient:
             raise
         finally:
             self._running, self._ended = None, cell.execution.ended_session
-            with cell.lock:  # nobody is about to interrupt it, or the next cell waits for that
+            with cell.lock:  # nobody interrupts it from now on; if somebody just has, the next cell waits for that
                 cell.left.set()
         return cell.finish()
 
     def _end_early(self, cell: Cell, was_sent: bool) -> None:
         """Interrupt a cell whose caller wants to leave, and wait for its end, or that of its grace."""
-        if not was_sent:  # or nobody knows: the kernel's answer to what comes after it tells
+        if not was_sent:  # it may have been, all the same: the kernel's answer to a request after it tells
             cell.execution.reconnected = True
             self._fence(cell.execution)
         self._stop_cell(cell, INTERRUPT_GRACE / 2)
@@ -2743,7 +2743,7 @@ class KernelClient:
             self._time_out(cell)
 
     def _run(self, cell: Cell) -> None:
-        """Read messages until the cell is done; climb the ladder interrupt, kill as deadlines pass."""
+        """Read messages until the cell is done; as deadlines pass, climb the ladder: first interrupt, then kill."""
         while not cell.execution.done:
             for _ in self._take(self._mailbox.get(cell.wait), cell):
                 if not self._climb(cell):
@@ -2760,7 +2760,7 @@ class KernelClient:
             if cell.overdue:
                 self._fence(execution)
             cell.overdue = Deadline(FENCE_DELAY)
-        if self._death:  # taken by whoever stopped the kernel in the meantime
+        if self._death:  # somebody has stopped the kernel in the meantime, and taken the news from the mailbox
             execution.death = self._death
         elif not cell.due:
             pass
@@ -2776,15 +2776,15 @@ class KernelClient:
         return True
 
     def _has_answered(self, cell: Cell) -> bool:
-        """Whether an end of the cell came, read or not; a kernel that goes on saying so is not believed for long."""
-        # A reply alone counts for FENCE_DELAY: the rest may be stuck behind a flood, which the interrupt ends.
+        """Whether the reply or idle of the cell has come, read or not; believed only until `reading` expires."""
+        # One of them alone counts for FENCE_DELAY: the other may be stuck behind a flood, which the interrupt ends.
         halved = cell.execution.half_done and (cell.timed_out or not cell.execution.fences)
         answered = self._mailbox.answered or halved
         return answered and not (cell.reading and cell.reading.expired)
 
     def _time_out(self, cell: Cell) -> None:
         """Interrupt a cell whose time is over, or let go of it; in the caller's thread or that of a timer."""
-        if cell.execution.done or self._has_answered(cell) or not cell.due:  # it has ended in time, or its clock stood
+        if cell.execution.done or self._has_answered(cell) or not cell.due:  # it ended in time, or its clock is stopped
             return
         detach = None if cell.execution.interrupted else cell.hooks.on_timeout
         with cell.lock:
@@ -2861,7 +2861,7 @@ class KernelClient:
                     self._control.abandon()
                     self._death = execution.death = self._death or KernelDied(cause="it was killed")
         death = execution.death
-        # A server takes its time, and so does a host that was silent just now: the kernel is started at the next call.
+        # A Jupyter server takes long, and so may a host that was silent just now: then the next call starts the kernel.
         quick = not self._control.supervised and not deadline.expired
         try:
             if quick and self._channels:  # nobody has shut it down meanwhile
@@ -2870,19 +2870,19 @@ class KernelClient:
             self._death = death  # the next call tries again and reports
 
     def interrupt(self, cell: Cell | None = None) -> None:
-        """Interrupt the running cell, from any thread; without effect while none, or not this one, runs."""
+        """Interrupt the running cell, from any thread; without effect if no cell runs, or another one than `cell`."""
         running = self._running
         if running and cell in (None, running):
             self._stop_cell(running, INTERRUPT_REPEAT)
 
     def _stop_cell(self, cell: Cell, age: float) -> None:
-        """Interrupt it, unless that was done in the last `age` seconds; once more if it has not helped."""
+        """Interrupt a cell, unless that was done in the last `age` seconds; later once more, if it did not help."""
         # ipykernel notices a SIGINT in `await` only when its event loop wakes up (ipykernel#881): a
         # kernel_info_request on shell wakes it. Its answer also tells that the signal can hit no later cell.
         nudge = self._message("shell", "kernel_info_request", {})
         with cell.lock:
             cell.execution.interrupted, now, is_first = True, time.monotonic(), cell.signalled < 0
-            # A kernel ignores the signal until it has begun with the cell: then the reading thread comes here.
+            # A kernel ignores the signal until it has begun with the cell; when it has, the reading thread comes here.
             if not cell.execution.started or now - cell.signalled < age or cell.left.is_set():
                 return
             cell.signalled = now
@@ -2901,7 +2901,7 @@ class KernelClient:
     def _stop_again(self, cell: Cell, is_young: bool) -> None:
         """Interrupt a cell once more: ipykernel loses a signal that comes after it took the cell and before it runs it.
 
-        Of a cell that runs for some time, and will not be killed, the clean-up is not disturbed.
+        A cell that had run for some time, and will not be killed, is left alone: it may be cleaning up.
         """
         is_over = cell.left.wait(INTERRUPT_GRACE / 2) or self._has_answered(cell)
         if not is_over and (is_young or cell.timed_out):
@@ -2914,7 +2914,7 @@ class KernelClient:
         self._post(fence)
 
     def _settle(self, cell: Cell) -> None:
-        """Wait until no earlier interrupt can hit this cell, and see whether the kernel has died since the last."""
+        """Wait until no earlier interrupt can hit this cell; see whether the kernel has died since the last cell."""
         deadline = Deadline(INTERRUPT_GRACE)
         if self._mailbox.dropped:
             logger.warning("Output that came between two cells was dropped: there was too much of it")
@@ -2979,7 +2979,7 @@ class KernelClient:
         """Disconnect."""
         channels, self._channels = self._channels, None
         if channels:
-            if self._running:  # this is its hook, which has restarted or stopped the executor
+            if self._running:  # a hook of the cell has called this, by restart or stop of the executor
                 execution = self._running.execution
                 execution.death = execution.death or KernelDied(cause="it was ended by a hook of the cell")
             channels.close()
@@ -3018,7 +3018,7 @@ class KernelClient:
 
 
 def _reported_death(message: Message) -> KernelDied | None:
-    """Return the end of the kernel if it says so on iopub, or a Jupyter server of its own, with no parent."""
+    """Return the kernel's death if a message tells of it: its own on iopub, or one from its Jupyter server."""
     if message.msg_type == "shutdown_reply" and message.channel == "iopub":
         return KernelDied(cause="it was shut down or restarted by somebody else")
     state = message.content.get("execution_state")
@@ -3071,8 +3071,8 @@ class AttachedKernelControl(KernelControl):
 
 # Runs on any Python 3. First it removes the working directory, which `-c` has put on sys.path: an agent's signal.py
 # there would shadow the standard library. The program ("c": bytecode, if it is the same for both Pythons; "s": source)
-# is read without a buffer, which would swallow the frames behind it. NONCE and MAIN are replaced by who starts it; the
-# other side of this is `greet_host`.
+# is read without a buffer, which would swallow the frames behind it. The caller replaces NONCE and MAIN; the other side
+# of this is `greet_host`.
 BOOTSTRAP = """\
 import sys; sys.path[:] = [p for p in sys.path if p]
 import importlib.util, marshal, os, select
@@ -3103,7 +3103,7 @@ module["MAIN"](b"c%08d" % len(program) + program)
 FORKED_MODULES = ["IPython.core.completerlib", "IPython.core.debugger", "IPython.core.oinspect", "encodings.idna"]
 FORKED_MODULES += ["IPython.extensions.storemagic", "faulthandler", "ipykernel.debugger", "ipykernel.kernelapp"]
 FORKED_MODULES += ["tornado.platform.asyncio", "tornado.queues"]
-# `-m ipykernel_launcher` with the stack of a crash on stderr itself: what is written to 2 ipykernel will read.
+# `-m ipykernel_launcher`, but at a crash the stack goes to the real stderr: ipykernel will redirect 2 to itself.
 LAUNCHER = """\
 import sys
 path = sys.path
@@ -3117,7 +3117,7 @@ CANNOT_FORK = 75  # exit status of a fork server whose Python cannot fork kernel
 _PYTHON = re.compile(r"python[0-9.]*\Z")
 # A kernel for a program needs no history database and no pause after each cell. In, Out and %history work without.
 LEAN_OPTIONS = ["--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0"]
-_NO_OUTPUT = _type_among(b"status|error|iopub_welcome|shutdown_reply")  # on iopub: a slow link drops none of it
+_NO_OUTPUT = _type_among(b"status|error|iopub_welcome|shutdown_reply")  # on iopub; small ones are never dropped
 _MARKER = "JUPYTER_EXEC_KERNEL"  # environment variable that marks a kernel and its children
 _OOM_KILLS = ("memory.events", "memory.oom_control", "oom_kill ")  # where a control group counts them
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
@@ -3202,7 +3202,7 @@ def _is_ipykernel(argv: list[str]) -> bool:
 
 
 def _is_forkable(argv: list[str], spec: Json) -> bool:
-    """Whether a fork server can make this kernel; one with an environment of its own must have it from the start."""
+    """Whether a fork server can make this kernel; not if its kernelspec sets `env`: that needs a new process."""
     is_launcher = _is_ipykernel(argv) and argv[1:3] == ["-m", "ipykernel_launcher"]
     can_order = hasattr(socket, "SOCK_SEQPACKET") and hasattr(socket, "send_fds")  # not in every Python
     return sys.platform == "linux" and can_order and is_launcher and not spec.get("env")
@@ -3241,9 +3241,9 @@ def _remove_forgotten(base: str) -> None:
 
 
 def stat_of(pid: int | str) -> list[bytes]:
-    """Return the fields of a process's /proc/PID/stat behind its name, which may hold anything (Linux).
+    """Return the fields of a process's /proc/PID/stat after its name, which may hold anything (Linux).
 
-    The first is field 3 of proc(5): its numbers are those of this list and 3. Raises: OSError if there is none.
+    Field N of proc(5) is item N - 3 of the list. Raises: OSError if there is no such process.
     """
     with open(f"/proc/{pid}/stat", "rb") as stat:
         return stat.read().rpartition(b")")[2].split()
@@ -3273,9 +3273,9 @@ def has_ended(name: str) -> bool:
     return is_zombie or process_name(int(found[1])) not in ("", name)  # the pid is another process's by now
 
 
-# The far side of file transfers: in the kernel host or, where that is none, in a kernel, to which this source is sent.
-# A path is the caller's own. It is opened with the rights of the code that runs there, and links are followed to what
-# is read, but what is written takes the place of a link.
+# The far side of file transfers. It runs in the kernel host or, if there is none, in the kernel that got this source.
+# The caller may name any path: it is opened with the rights of the code that runs there. Reading follows a link, and
+# writing puts the new file in its place.
 
 
 def far_step(order: Json, start: str) -> Json:
@@ -3317,7 +3317,7 @@ def far_write(path: str, order: Json) -> Json:
     if is_first:
         if os.path.isdir(path):
             raise OSError(errno.EISDIR, "Is a directory")
-        with contextlib.suppress(FileExistsError):  # if it is no directory, the next line says so
+        with contextlib.suppress(FileExistsError):  # it is no directory: opening the file will say so
             os.makedirs(directory, exist_ok=True)
     flags = os.O_CREAT | os.O_EXCL if is_first else getattr(os, "O_NOFOLLOW", 0)
     with far_open(os.path.join(directory, order["part"]), os.O_WRONLY | flags) as file:
@@ -3353,9 +3353,9 @@ class ChildProcess:
     slot: str  # of the kernel, which keeps it when it is restarted
     argv: list[str]
     env: dict[str, str]
-    pid: int = 0  # not yet forked
+    pid: int = 0  # 0: not forked yet
     stderr: Tail | None = None
-    preload: list[str] | None = None  # modules of this fork server, or of the kernel's; None: launched
+    preload: list[str] | None = None  # modules of this fork server, or of the one for this kernel; None: launched
     lean: bool = False
     exit_code: int | None = None
     files: Sequence[str] = ()  # to be removed at its end
@@ -3374,12 +3374,12 @@ class KernelHost:
         self._directory = directory
         self._program = program  # this module, as it was received
         self._kernels: dict[str, ChildProcess] = {}
-        self._parts: set[str] = set()  # of files that are on their way here
+        self._parts: set[str] = set()  # paths of files that are still being written
         self._serial = itertools.count()
         self._unforkable: set[str] = set()  # interpreters that cannot have a fork server
-        self.adopts = False  # the children of processes that end, as forked kernels need it
+        self.adopts = False  # True: it becomes the parent of orphans, without which no kernel can be forked
         self._context: Any = None
-        # In our control group, up to a moment ago and then.
+        # How many processes of our control group were killed for memory: the last two counts, the older one first.
         self._oom_kills: deque[int] = deque([_cgroup_value(*_OOM_KILLS)] * 2, 2)
         self._pipe = Pipe(loop, stream, PipeCodec().feed, self._on_parts, self._on_closed)
         self._pipe.waits_for_ever = True
@@ -3485,7 +3485,7 @@ class KernelHost:
         env.pop("PYTHONEXECUTABLE", None)  # macOS: it would give the kernel another interpreter
         extra: Json = spec["env"] if isinstance(spec.get("env"), dict) else {}
         env |= {key: string.Template(str(value)).safe_substitute(os.environ) for key, value in extra.items()}
-        if not os.access(os.path.expanduser("~"), os.W_OK):  # of a container's user: IPython and matplotlib need a home
+        if not os.access(os.path.expanduser("~"), os.W_OK):  # a container's user may have none, and IPython needs it
             env["HOME"] = os.path.join(self._directory, "home")
             os.makedirs(env["HOME"], exist_ok=True)
         env.setdefault("USER", "jupyter")
@@ -3502,7 +3502,7 @@ class KernelHost:
             self._fork(kernel)
 
     def _launch(self, kernel: ChildProcess, stdin: Any = None, pass_fds: Sequence[int] = ()) -> None:
-        """Start it as a new process."""
+        """Start a kernel, or another program, as a new process."""
         import subprocess
 
         # No pipe for stdout: nobody would read it, and 64 KB from a subprocess would stop the kernel.
@@ -3520,7 +3520,7 @@ class KernelHost:
             raise KernelStartFailed(argv, describe_os_error(error)) from None
         finally:
             os.close(stderr.writer)
-        with contextlib.suppress(OSError):  # if memory runs out, a kernel is killed, and the host reports it
+        with contextlib.suppress(OSError):  # if memory runs out, the kernel is killed, not the host, which reports it
             Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
         kernel.pid, process.returncode = process.pid, 0  # `reap` collects it
         self._watch(kernel, stderr)
@@ -3603,7 +3603,7 @@ class KernelHost:
         waiting, size = self._pipe.waiting, sum(map(len, parts))
         is_large = size > RELAY_PIECE
         is_slow = bool(waiting) or is_large
-        is_full = waiting[kernel.name] > RELAY_LIMIT / (len(waiting) or 1)  # that of one costs no other its output
+        is_full = waiting[kernel.name] > RELAY_LIMIT / (len(waiting) or 1)  # a flood from one costs no other its output
         may_be_lost = is_slow and channel == "iopub" and (size > LARGE_PART or not _names(_NO_OUTPUT, parts))
         kernel.hurries = kernel.hurries and channel != "shell"
         is_too_large = size > MAX_MESSAGE - 2**20 or len(parts) > MAX_PARTS  # the client would take it for garbage
@@ -3612,7 +3612,7 @@ class KernelHost:
                 self._pipe.send(PipeCodec.encode(_loss(kernel.name)), kernel.name)
             kernel.loss_told = True
             return
-        kernel.loss_told = kernel.loss_told and channel != "iopub"  # what is lost after it, as the next cell's, is told
+        kernel.loss_told = kernel.loss_told and channel != "iopub"  # a later loss, as in the next cell, is told again
         data = PipeCodec.encode(parts)
         if not is_large:
             self._pipe.send(data, kernel.name, may_be_lost)
@@ -3653,7 +3653,7 @@ class KernelHost:
                 _kill_all([kernel.pid])
 
     def look_around(self, parent: int) -> None:
-        """End with the parent, of which a forked child may keep the pipe open; note what memory has cost by now."""
+        """End if the parent has ended: a forked child of it may keep the pipe open. Count the kills for memory."""
         if os.getppid() != parent:
             self.close()
         self._oom_kills.append(_cgroup_value(*_OOM_KILLS))
@@ -3687,7 +3687,7 @@ class KernelHost:
             self._pipe.send(PipeCodec.encode([b"", dump_json(event)]), kernel.name)
 
     def _end_fork_server(self, server: ChildProcess, channel: socket.socket) -> None:
-        """Start the kernels that it owes in another way, unless its preload failed. Those that it forked live on."""
+        """Start the kernels that a fork server still owes, unless its preload failed. Those that it forked live on."""
         self._read_pids(server)
         self._loop.watch(channel.fileno(), None)
         channel.close()
@@ -3760,19 +3760,19 @@ def _kill_all(pids: Iterable[int]) -> None:
 
 
 def _abort(pid: int) -> None:
-    """End a Python with its stack on stderr, written by its faulthandler, whatever it is at; without a core file."""
+    """End a Python, whatever it is doing: its faulthandler writes the stack to stderr. It leaves no core file."""
     import resource
 
     with contextlib.suppress(OSError, ValueError, AttributeError):  # not on macOS
         hard = resource.prlimit(pid, resource.RLIMIT_CORE)[1]
-        # Linux takes 1 for "not even through a pipe", and writes no file of one byte.
+        # With a limit of 1, Linux neither pipes a core to a program nor writes a file of that size.
         resource.prlimit(pid, resource.RLIMIT_CORE, (0 if hard == 0 else 1, hard))
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGABRT)
 
 
 def without_machinery(stderr: str) -> str:
-    """Shorten the stack that Python wrote when it died to the frames of the cell and of what that had called."""
+    """Shorten the stack that Python wrote when it died to the frames of the cell and of what it had called."""
     before, mark, dump = stderr.rpartition("Fatal Python error: ")
     for thread in reversed(dump.split("\n\n") if mark else []):  # the main thread is the last
         frames = [line for line in thread.splitlines() if line.startswith("  File ")]
@@ -3834,7 +3834,7 @@ def fork_server_main(program: bytes) -> None:
         sys.exit(CANNOT_FORK)
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
-    _prctl(_PR_SET_DUMPABLE, 0)  # so that no kernel can write into the memory of the next
+    _prctl(_PR_SET_DUMPABLE, 0)  # so that no kernel can write into this memory, and so into the next kernel
     channel = socket.socket(fileno=descriptor)
     channel.set_inheritable(False)
     places = _preload(lean, preload)
@@ -3917,7 +3917,7 @@ def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
     os.setsid()
     os.dup2(errors, 2)
     os.close(errors)
-    faulthandler.enable(os.dup(2))  # what is written to 2 ipykernel will read
+    faulthandler.enable(os.dup(2))  # as in LAUNCHER
     _prctl(_PR_SET_DUMPABLE, 1)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != host:
@@ -3957,12 +3957,12 @@ def host_main(program: bytes) -> None:
         sys.exit(str(error))
     host = KernelHost(loop, stream, directory, program)
     signal.signal(signal.SIGINT, lambda *_: None)  # SIG_IGN would be inherited by the kernels
-    if os.getpid() != 1:  # as a container's first process it must not end by a cell's signal
+    if os.getpid() != 1:  # a cell must not be able to end a container's first process
         signal.signal(signal.SIGTERM, lambda *_: loop.post(host.close))
     signal.signal(signal.SIGHUP, lambda *_: None)
     signal.set_wakeup_fd(loop.alarm.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: loop.post(host.reap))
-    if hasattr(signal, "pthread_sigmask"):  # kernels would inherit what the program has blocked
+    if hasattr(signal, "pthread_sigmask"):  # kernels would inherit what signals the program blocks
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if sys.platform == "linux":
         # Adopt the daemons that kernels start, and forked kernels, to reap them.
@@ -4012,7 +4012,7 @@ class JupyterConnectionInfo:
 
 
 class DeadlineReader(io.RawIOBase):
-    """What http.client reads an answer from: a socket with a deadline and a limit for all of it, however it drips.
+    """What http.client reads an answer from: a socket with one deadline and one limit for the whole, however slow.
 
     `ahead` is how many bytes may be read at once, and so beyond the end of the answer.
     """
@@ -4096,7 +4096,7 @@ class RestClient:
             return tls.wrap_socket(sock, server_hostname=info.host) if tls else sock
         except TimeoutError:
             raise ExecutionTimeout(f"No answer from {info.url} in time.") from None
-        except (OSError, ValueError, OverflowError) as error:  # of names and numbers that are none, too
+        except (OSError, ValueError, OverflowError) as error:  # the last two: host or port is impossible
             if verdict := getattr(error, "verify_message", ""):
                 says = f"The certificate of {info.url} is not trusted: {verdict}. Give ca_file."
             else:
@@ -4122,12 +4122,12 @@ class RestClient:
 
         headers = {"Host": self.info.authority, **headers, **self._headers}
         lines = [f"{method} {self.info.path}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
-        # Byte by byte before a WebSocket: what comes behind the answer are frames already.
+        # Byte by byte for a WebSocket: what follows the answer belongs to its frames.
         source: Any = DeadlineReader(sock, deadline, 1 if "Upgrade" in headers else 8192)
         try:
             deadline.limit(sock)
             sock.sendall("\r\n".join((*lines, "", "")).encode("ascii") + payload)
-            # Closed here, not by the garbage collector: then its reader may be closed before it.
+            # Closed here: the garbage collector might close its reader first.
             with contextlib.closing(http.client.HTTPResponse(source, method=method)) as response:
                 response.begin()
                 body = response.read(MAX_ANSWER)  # without a limit it makes room for what the answer claims to have
@@ -4137,13 +4137,13 @@ class RestClient:
             what = f"{method} {self.info.url}{path.partition('?')[0]}"
             raise ExecutionTimeout(f"No answer to {what} within {deadline.seconds:g} s.") from None
         except (OSError, EOFError, ValueError, http.client.HTTPException) as error:
-            # A server that is none may say anything; http.client lets some of its ValueErrors through.
+            # What is no Jupyter server may say anything; http.client lets some of its own ValueErrors through.
             why = f"{type(error).__name__}: {self.shown(error)}"
             raise ConnectionClosed(f"{self.info.url} broke the connection: {why}.") from None
         return response, body
 
     def _refusal(self, method: str, path: str, response: Any, data: bytes) -> ServerError:
-        """Return an answer that is not the one that was asked for as an error."""
+        """Return the error for an answer that is not what was asked for."""
         says = f"This is no Jupyter server: it sends {self.shown(response.getheader('Content-Type', 'no type'))}."
         if response.status >= 400:
             says = self.shown(_explanation(self._redacted(data.decode("utf-8", "replace"))))
@@ -4301,14 +4301,14 @@ class RemoteKernelControl(KernelControl):
         if self._id and self.owned:
             try:
                 rest.request("POST", f"{self._path}/restart", {}, timeout=self.start_timeout)
-            except ServerError:  # the kernel is gone, or the server just restarting it by itself
+            except ServerError:  # the kernel is gone, or the server is just restarting it by itself
                 self.kill()
         if not self._id:
             body = {"name": self._kernel_name, "env": self._server.env}
             try:
                 model = rest.request("POST", "/api/kernels", body, timeout=self.start_timeout)
             except ServerError:
-                # If the server is gone, this says so best: a JupyterHub that stands in for it speaks of a wrong token.
+                # If the server is gone, a JupyterHub in its place blames the token, but tells this request the truth.
                 rest.request("GET", "/api/kernelspecs")
                 raise
             self._id = text_of(part_of(model, "id"))
@@ -4371,7 +4371,7 @@ class JupyterServer(Protocol):
 
 
 class Single:
-    """Copies of it are itself: frameworks copy their tools, and with them what must stay one."""
+    """A copy of such an object is the object itself: frameworks copy their tools, and with them what must stay one."""
 
     def __copy__(self: _T) -> _T:
         return self
@@ -4400,7 +4400,7 @@ class Stoppable(Single):
 
 
 async def settled(future: asyncio.Future[_T]) -> _T:
-    """Return what a future gives. If that is cancelled it goes on, and nobody has to hear of its error."""
+    """Return the result of a future. If this wait is cancelled, the future goes on, and its error is not logged."""
     import asyncio
 
     future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
@@ -4409,7 +4409,7 @@ async def settled(future: asyncio.Future[_T]) -> _T:
 
 
 async def aside(function: Callable[[], _T]) -> _T:
-    """Call a function in a thread of its own, so that it does not block the loop; it goes on if that is cancelled."""
+    """Call a function in a thread of its own, so that the loop is free. If this is cancelled, the function goes on."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
@@ -4434,8 +4434,8 @@ class Server(Stoppable):
             raise ConnectionClosed("The server was stopped: make a new one.")
 
     def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # This may be called at any point of any thread, with any lock held: the I/O thread ends it. That thread refers
-        # to no server; a job that does keeps it until the end is done.
+        # This may be called at any point of any thread, with any lock held: so the I/O thread ends the server. That
+        # thread does not refer to it; but the job that is posted here does, and keeps it until its end.
         if self._loop and not self._loop.is_inherited and not is_finalizing():
             self._loop.post(self.stop)
 
@@ -4539,10 +4539,10 @@ class RemoteJupyterServer(Server):
 class FarEnd(NetStream):
     """stdin and stdout of a process over there that was started to become a kernel host."""
 
-    errors: Tail | None = None  # its stderr, if that comes by a way of its own: unread, it would stop the process
+    errors: Tail | None = None  # its stderr, if that is a pipe of its own: it has to be read, or the process stops
 
     def describe_end(self) -> str:
-        """Return what is known of the end of the process, once this is closed; "" if it is nothing."""
+        """Return what is known of the end of the process, once this is closed; "" if nothing is."""
         raise NotImplementedError
 
 
@@ -4567,7 +4567,7 @@ class HostLink:
     def call(self, op: str, **parameters: Any) -> Any:
         """Ask the host and return its result.
 
-        Raises: what the host reports; ConnectionClosed if it is gone or, having not answered, is given up.
+        Raises: what the host reports; ConnectionClosed if it is gone, or is given up since it does not answer.
         """
         answers: queue.SimpleQueue[Json] = queue.SimpleQueue()
         self.ask(op, answers.put, **parameters)
@@ -4581,7 +4581,7 @@ class HostLink:
         return answer.get("result")
 
     def ask(self, op: str, then: Callable[[Json], None], data: bytes = b"", **parameters: object) -> None:
-        """Send a request, and bytes, without waiting; `then(answer)` is called in the loop's thread."""
+        """Send a request and bytes; `then(answer)` is called in the loop's thread, or at once if the host is gone."""
         if self.lost is not None:
             then({"error": "ConnectionClosed", "data": self.lost})
             return
@@ -4620,7 +4620,7 @@ class HostLink:
             if mailbox := self.mailboxes.pop(kernel, None):
                 mailbox.put(_death_of(message))
         elif isinstance(message.get("id"), int) and (then := self._answers.pop(message["id"], None)):
-            self.loop.post(functools.partial(then, message))  # its failure is not the pipe's
+            self.loop.post(functools.partial(then, message))  # posted: an error in it must not close the pipe
 
     def _on_relayed(self, parts: list[bytes]) -> None:
         kernel, _, channel = parts[0].decode("ascii", "replace").partition("/")
@@ -4657,7 +4657,7 @@ class HostLink:
 
 
 def host_text(value: object) -> str:
-    """Return what a host calls text, as far as it is some: the end of it, without lone surrogates."""
+    """Return the end of a text from a host, without lone surrogates; "" for what is no text."""
     return value[-STDERR_TAIL:].encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
 
 
@@ -4715,8 +4715,8 @@ def own_program(magic: str) -> bytes:
     ]
     cached = globals().get("__cached__") or ""
     if type(loader) is importlib.machinery.SourceFileLoader and os.path.exists(cached):
-        # Code first, if it need not be compiled, which would stop all threads for half a second; but of no loader that
-        # rewrites what it loads: the host may not have what the new code wants.
+        # Bytecode first, if it is cached: to compile the source would stop all threads for half a second. But only that
+        # of the usual loader: one that rewrites code may make it import what the host does not have.
         ways.insert(0, (b"c", code))
     for kind, way in ways:
         with contextlib.suppress(ImportError, OSError, AttributeError, NameError):
@@ -4730,7 +4730,7 @@ def own_program(magic: str) -> bytes:
 
 
 def _in_time(far_end: FarEnd, call: Callable[[], _T], deadline: Deadline) -> _T:
-    """Return `call()`, which waits for a moment; meanwhile read the stderr, for which the command may wait."""
+    """Repeat `call()`, which waits for a moment, until it works; read the stderr too, or the command may get stuck."""
     while not deadline.expired:
         if far_end.errors:
             far_end.errors.read()
@@ -4740,7 +4740,7 @@ def _in_time(far_end: FarEnd, call: Callable[[], _T], deadline: Deadline) -> _T:
 
 
 def greet_host(far_end: FarEnd, nonce: str, deadline: Deadline) -> tuple[int, int]:
-    """Wait for the host's greeting, among whatever else is printed there, and send the source.
+    """Wait for the host's greeting, among whatever else is printed there, and send this module.
 
     Returns (pid, user id) of the host, as they are over there.
 
@@ -4798,7 +4798,7 @@ class HostedKernelControl(KernelControl):
         except JupyterExecError as error:
             link.mailboxes.pop(self._name, None)
             if isinstance(error, ProtocolError):
-                link.close("it breaks the protocol")  # and with it the kernel that nobody reaches
+                link.close("it breaks the protocol")  # which also ends the kernel: nobody can reach it
             raise
 
     def _reach(self, link: HostLink, mailbox: Mailbox, result: Any) -> Channels:
@@ -4825,7 +4825,7 @@ class HostedKernelControl(KernelControl):
         self._link.ask("kill", lambda answer: setattr(self, "_is_deaf", False), kernel=self._name, dump=dump)
 
     def abandon(self) -> None:
-        # Else the news of the kernel's end is on its way, or waits for what a slow link carries.
+        # If the host has answered, the news of the kernel's end is on its way, perhaps behind output on a slow link.
         if self._is_deaf:
             self._link.close("the kernel host did not answer 'kill' in time")
 
@@ -4854,15 +4854,15 @@ LAUNCH_DEFAULTS: Json = {"preload": (), "ipython_defaults": False, "start_timeou
 class HostServer(Server):
     """What servers whose kernels are run by a kernel host have in common. Starts on first use.
 
-    An heir writes `_open` and `_start_error`, and `_disconnect` and `_check_host` if there is something to do.
-    `_disconnect(failed=True)` is called, too, after `_open` itself has failed.
+    A subclass defines `_open` and `_start_error`, and `_disconnect` and `_check_host` if there is something to do.
+    `_disconnect(failed=True)` is called even if `_open` itself has failed.
     """
 
     class GenerateToken:
         """Stands for a token that is made up; AutoGen's default."""
 
     relays = True  # messages through the pipe, not straight over ZeroMQ
-    files_end_with_host = False  # True: those of a host that is gone are not looked for on the next
+    files_end_with_host = False  # True: the files go with their host, so no new host is started to look for them
     own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
     directory = ""  # of the connection files, if they are on this machine
     _link: HostLink | None = None
@@ -5009,7 +5009,7 @@ NOT_ON_WINDOWS = (
 
 
 class ProcessStream(FarEnd):
-    """stdin and stdout of a process that it starts, in a session of its own: a Ctrl-C is not for it."""
+    """stdin and stdout of a process that it starts, in a session of its own, so that no Ctrl-C reaches it."""
 
     def __init__(self, argv: list[str], **options: Any) -> None:
         """Raises: OSError."""
@@ -5044,8 +5044,8 @@ class CommandJupyterServer(HostServer):
 
     `argv` is that command up to the interpreter: ["ssh", "box", "python3"], ["kubectl", "exec", "-i", "pod", "--",
     "python3"], ["podman", "exec", "-i", "name", "python3"]. Its Python needs ipykernel. `remote_shell` says whether
-    what follows passes through a shell over there; None means that it does if the command is ssh. `env` and
-    `cwd` are those of the command itself, `launch` the keywords of LaunchOptions.
+    the interpreter's arguments pass through a shell over there; None means that they do if the command is ssh. `env`
+    and `cwd` are those of the command itself, `launch` the keywords of LaunchOptions.
     """
 
     def __init__(
@@ -5068,8 +5068,8 @@ class CommandJupyterServer(HostServer):
         self._argv = list(argv)
         self._quoted = Path(argv[0]).stem == "ssh" if remote_shell is None else remote_shell
         self._cwd = cwd
-        # srun would hold back what has no newline: all that is said. And MPLBACKEND is for this process: inherited by a
-        # kernel it would make inline pictures vanish.
+        # srun would hold back what has no newline, such as our frames. MPLBACKEND is for this process: in a kernel it
+        # would make inline pictures vanish.
         merged = {"SLURM_UNBUFFEREDIO": "1", **os.environ, "MPLBACKEND": None, **(env or {})}
         self._env = {name: value for name, value in merged.items() if value is not None}
         if not all(isinstance(text, str) for pair in self._env.items() for text in pair):
@@ -5173,7 +5173,7 @@ class LocalJupyterServer(CommandJupyterServer):
                 raise KernelStartFailed(argv[:1], f"the gateway has ended ({end.sentence()}){advice}", None, end.stderr)
             if deadline.expired:
                 raise KernelStartFailed(argv[:1], f"the gateway does not listen within {START_TIMEOUT:g} s")
-        return JupyterConnectionInfo(ip, False, int(said.read_text()), self._token)  # it answers what waits there
+        return JupyterConnectionInfo(ip, False, int(said.read_text()), self._token)  # it listens, and answers soon
 
     def _open(self, program: str) -> FarEnd:
         self.directory = make_directory()
@@ -5252,7 +5252,7 @@ class DockerStream(FarEnd):
     def describe_end(self) -> str:
         code = self.exit_code()
         cause = " (killed, perhaps because memory ran out)" if code == 137 else f" (exit code {code})"
-        # Podman says 0 whatever it was; a host ends in no such way.
+        # Podman always says 0; and no host ends with that.
         end = "" if code is None else f"the container has ended{cause if code else ''}"
         return f"{end}; its log: {self.log}" if self.log else end
 
@@ -5439,7 +5439,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         here = client.api.base_url.startswith("http+docker://")  # a socket of this machine
         if here and self._bind_dir and not os.path.isdir(self._bind_dir):
             client.close()
-            raise SandboxError(f"bind_dir {self._bind_dir} is no directory")  # the engine would make it, for root
+            raise SandboxError(f"bind_dir {self._bind_dir} is no directory")  # the engine would make it, owned by root
         self._client = client
         return client
 
@@ -5453,7 +5453,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         return f"jupyter-exec:{hashlib.sha256(content.encode('utf-8')).hexdigest()[:12]}"
 
     def _image(self, client: Any) -> Any:
-        """Return the image; the bundled one is built if it is not there, no other is ever pulled."""
+        """Return the image. The bundled one is built if it is not there; a custom one is never pulled."""
         import docker.errors
 
         try:
@@ -5477,12 +5477,12 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         steps = client.api.build(fileobj=dockerfile, rm=True, forcerm=True, timeout=BUILD_TIMEOUT, **options)
         tail: deque[str] = deque(maxlen=20)
         cause, failed = "", False
-        for step in steps:  # to the end: the engine's answer has to be read up
+        for step in steps:  # all of them: the engine's answer has to be read to its end
             text = clean_text(str(step.get("stream") or step.get("status") or step.get("error") or "")).strip()
             tail.extend([text] * bool(text))
             if text[:5].upper() == "STEP ":  # Podman shouts
                 build_logger.info("%s", text[:100])
-            if said := re.search(r"(?mi)^(?:error|e|fatal): *(.*)", text):  # pip's, apt's: what it is is said first
+            if said := re.search(r"(?mi)^(?:error|e|fatal): *(.*)", text):  # of pip or apt: the first names the cause
                 cause = cause or said[1]
             if "error" in step:
                 cause, failed = cause or text, True
@@ -5512,15 +5512,15 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         options: Json = {
             "name": self._container_name or f"jupyter-exec-{os.urandom(8).hex()}",
             "network_mode": self.network,
-            "use_config_proxy": self.network != "none",  # its proxies, and the passwords in their URLs
+            "use_config_proxy": self.network != "none",  # Docker's configured proxies: their URLs may hold passwords
             "environment": dict(self._env),
             "labels": {"jupyter_exec": __version__, "jupyter_exec.owner": process_name(os.getpid())},
             "user": self._docker_kwargs["user"] if "user" in self._docker_kwargs else self._user(client, config),
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
             "pids_limit": 512,  # processes and threads; a fork bomb ends there
-            # The kernel host is to be PID 1: code can neither stop it nor open its pipe, which an init before it would
-            # have open too. It hears no SIGTERM either, so that `docker stop` would wait.
+            # The kernel host is to be PID 1: code can neither stop it nor open its pipe, which an init would have open,
+            # too. PID 1 does not hear SIGTERM either: with that as stop_signal, `docker stop` would wait.
             "init": command is None,
         }
         if command is None:
@@ -5546,22 +5546,22 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         return options
 
     def _user(self, client: Any, config: Json) -> str:
-        """Return whom to run as: the image's user, with a bind_dir its owner, but root neither way."""
+        """Return the user to run as: the image's, or with bind_dir its owner; root only if the engine is rootless."""
         own = str(config.get("User") or "")
         info = client.info() if self._bind_dir else {}
         if self._bind_dir and info.get("OperatingSystem") != "Docker Desktop":
             # Docker says it among the security options, Podman in a field of its own.
             if info.get("Rootless") or any("rootless" in option for option in info.get("SecurityOptions") or ()):
-                return "0:0"  # is the caller, outside
+                return "0:0"  # outside, that is the caller
             with contextlib.suppress(OSError):  # on another host: nothing to see from here
                 return _owner_of(self._bind_dir)
         return NORMAL_USER if _is_root(own) else own
 
     def _attach(self, client: Any) -> DockerStream:
-        """Attach to the container, and wait for its end, both before it starts: later would be too late."""
+        """Attach to the container, and ask to hear of its end: both before it starts, later may be too late."""
         url = client.api._url("/containers/{0}", self._container.id)
         post = functools.partial(client.api._post, stream=True, timeout=STOP_TIMEOUT)
-        # As attach_socket() does, which waits for ever if the engine does not answer.
+        # Like attach_socket(), which would wait for ever if the engine did not answer.
         streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
         answer = post(f"{url}/attach", params=streams, headers={"Connection": "Upgrade", "Upgrade": "tcp"})
         self._stream = stream = DockerStream(client.api._get_raw_response_socket(answer))
@@ -5661,7 +5661,7 @@ def _engine_errors(image: str = "") -> Iterator[None]:
         yield
     except docker.errors.APIError as error:
         raise SandboxError(f"The Docker engine refuses: {error.explanation or error}", image) from None
-    except (docker.errors.DockerException, OSError, TypeError, ValueError) as error:  # the last of a keyword's value
+    except (docker.errors.DockerException, OSError, TypeError, ValueError) as error:  # the last two: a keyword's value
         if "Permission denied" in str(error):
             reason = "No permission to use Docker: add yourself to the group docker, or use LocalJupyterServer"
         elif "timed out" in str(error):
@@ -5677,9 +5677,9 @@ def _tmpfs(client: Any, image: Any, user: object) -> str:
     """Return the options of a temporary file system for a user of an image."""
     options = "exec,size=512m,mode=1777"  # Docker's default is noexec, with which compiled wheels cannot be imported
     if any("Podman" in part.get("Name", "") for part in client.version().get("Components") or ()):
-        return options  # it refuses an owner, and keeps the mode; Docker has that of a directory which is there already
+        return options  # it refuses an owner, and keeps the mode; Docker takes that of a directory in the image
     uid, _, gid = str(user).partition(":")
-    if not uid.isdigit():  # it has to be made for numbers
+    if not uid.isdigit():  # a name: the mount needs numbers
         known = _in_image(client, image, "/etc/passwd").decode("utf-8", "replace")
         found = re.search(rf"(?m)^{re.escape(uid)}:[^:\n]*:(\d+):(\d+):", known)
         uid, gid = (found[1], gid if gid.isdigit() else found[2]) if found else ("", "")
@@ -5691,7 +5691,7 @@ def _listed(value: Any) -> Any:
 
 
 def _merged(name: str, ours: Any, theirs: Any) -> Any:
-    """Return an option of ours with that of the user, in whatever kind of collection it comes."""
+    """Return our value of an option merged with the user's, whatever kind of collection that is."""
     if isinstance(theirs, str) and isinstance(ours, dict | list):
         theirs = [theirs]
     if isinstance(theirs, list) and (separator := _SEPARATORS.get(name)):
@@ -5713,7 +5713,7 @@ def _is_root(user: str) -> bool:
 
 
 def _owner_of(bind_dir: str) -> str:
-    """Return as whom code may run in a directory: its owner, but not root, who could leave a setuid file there.
+    """Return the user that code may run as in a directory: its owner, but not root, who could leave setuid files.
 
     Raises: SandboxError if it could not write there.
     """
@@ -5817,9 +5817,9 @@ _CALLS: contextvars.ContextVar[tuple[ToolCall, ...]] = contextvars.ContextVar("t
 
 
 def tool_call_ended() -> bool:
-    """Whether nobody waits any more for the tool call that asks: its cell has ended, or its time is over.
+    """Whether the tool call in which this is asked is waited for no longer: its cell has ended, or its time is over.
 
-    A tool that takes long asks this now and then, and gives up. A coroutine is cancelled instead.
+    A tool that takes long should ask now and then, and give up. A coroutine is cancelled instead.
     """
     return any(call.ended for call in _CALLS.get())
 
@@ -5956,7 +5956,7 @@ class ToolCaller:
             for work in (self._receive, self._send):
                 try:
                     work(sock)
-                except Exception:  # a message that is none: the others go on
+                except Exception:  # a broken message must not stop the others
                     self._kernel.log.warning("A request or an answer on stdin was lost", exc_info=True)
 
     def _send(self, sock: Any) -> None:
@@ -5990,7 +5990,7 @@ class ToolCaller:
         kinds: dict[str, Any] = {**vars(builtins), "ToolError": ToolError, "ToolRefused": ToolRefused}
         try:
             raised: BaseException = kinds[error](*[message] * bool(message))
-        except (KeyError, TypeError):  # it is not in this Python, or wants several arguments
+        except (KeyError, TypeError):  # this Python has no such error, or it wants several arguments
             raised = ToolError(f"{error}: {message}")
         if tool and hasattr(raised, "add_note"):
             raised.add_note(f"Raised by the tool {tool}, in the program that runs this kernel.")
@@ -6011,13 +6011,13 @@ def define_tools(shell: Any, tag: str, max_calls: int, max_size: int, heads: dic
 
 
 class Verbatim(str):
-    """A piece of Python in an inspect.Signature."""
+    """Source text that stands in an inspect.Signature as it is, without quotes."""
 
     __repr__ = str.__str__
 
 
 def tool_signature(function: Callable[..., Any]) -> inspect.Signature:
-    """Return a function's signature, which as text needs no names: `(city: str, days: int = 3) -> list[str]`."""
+    """Return a signature whose text is valid wherever it is sent: `(city: str, days: int = 3) -> list[str]`."""
     options: Json = {}
     if sys.version_info >= (3, 14):
         import annotationlib  # annotations may name what is not there at run time
@@ -6049,7 +6049,7 @@ def tool_signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 class Tools:
-    """The functions of this program that the code of one executor may call, and what it may cost."""
+    """The functions of this program that the code of one executor may call, and the limits of such calls."""
 
     def __init__(self, functions: AnyTools, approve: ApproveHook | None, max_calls: int, timeout: float | None) -> None:
         """Raises: ValueError for what cannot be a tool."""
@@ -6063,7 +6063,7 @@ class Tools:
         self.functions: dict[str, tuple[Callable[..., Any], inspect.Signature]] = {}
         self.approve, self.max_calls, self.timeout = approve, max_calls, timeout
         self.loop: Any = None  # where coroutines run; None: each in an event loop of its own
-        self.tag = ""  # of the requests that are calls
+        self.tag = ""  # how the prompt of an input_request begins that is a tool call
         self._heads: dict[str, tuple[str, str | None]] = {}
         named: Any = isinstance(functions, Mapping) and functions.items()
         for name, function in named or ((getattr(function, "__name__", ""), function) for function in functions):
@@ -6131,7 +6131,7 @@ class ToolCall:
         self.cancel: Callable[[], object] = bool  # ends its coroutine, if there is one
 
     def result(self, value: Any) -> Any:
-        """Return a value, or what an awaitable gives, in the event loop of the caller if there is one."""
+        """Return a value, or await it if it is awaitable: in the event loop of `tools`, or in a new one."""
         import asyncio
 
         if not inspect.isawaitable(value):
@@ -6200,7 +6200,7 @@ class CellTools:
         self._requests = self._weight = 0  # how many came, and bytes of them as objects
 
     def take(self, prompt: str, reply: Callable[[str], None], pause: Pause) -> bool:
-        """Take an input_request that is the call of a tool; it is answered when it is done. In the reading thread."""
+        """If an input_request is a tool call, start that and return True. In the reading thread."""
         tag = self._tools.tag
         number, _, text = prompt[len(tag) :].partition(":")
         if not prompt.startswith(tag):
@@ -6262,7 +6262,7 @@ class CellTools:
                 timer.cancel()
 
     def _end(self, call: ToolCall, status: str | None, content: str) -> None:
-        """End a call with its answer; without a status, since nobody waits for one."""
+        """End a call and send its answer; without a status, send none, since nobody waits for it."""
         with self._lock:
             if call.ended:
                 return
@@ -6286,7 +6286,7 @@ class CellTools:
 
 def calls_note(calls: Sequence[Json]) -> str:
     """Return a sentence about the tool calls of a cell, so that nobody makes them twice."""
-    counts: dict[str, Counter[str]] = {}  # of each call, by status
+    counts: dict[str, Counter[str]] = {}  # status -> how often each call was made
     for call in calls:
         arguments = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in call["arguments"].items())
         counts.setdefault(call["status"], Counter())[f"{call['name']}({arguments})"] += 1
@@ -6304,7 +6304,7 @@ def calls_note(calls: Sequence[Json]) -> str:
 
 @dataclass(frozen=True)
 class FarFile:
-    """An entry of a directory where a kernel runs; its name is whatever code there has chosen, so no path of yours."""
+    """An entry of a directory where a kernel runs. Code there may choose any name: never use it here as a path."""
 
     name: str
     size: int  # bytes
@@ -6327,7 +6327,7 @@ def kernel_step(order: Json, data: str, names: Json) -> str:
 
 
 def variable_step(order: Json, names: Json) -> Json:
-    """Take in a piece of {name: value} in JSON, or hand out one of a value; what is left is kept until the next."""
+    """Take a piece of {name: value} in JSON ("set"), or give one of a value ("get"); keep the rest for the next."""
     kept = vars(sys).setdefault("_jupyter_exec", {})
     key, offset, size, name = order["key"], order["offset"], order["size"], order["path"]
     text: Any = kept.pop(key, None)
@@ -6375,7 +6375,7 @@ def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: Output
         raise JupyterExecError(f"The kernel runs {kernel.language}, and only Python kernels can do this.")
     program = _kernel_program()
     arguments = f"{order!r}, {base64.b64encode(data).decode()!r}, names"
-    # Whatever names the user has given to other things: this uses none.
+    # The user may have given any name to something else: so this uses none.
     builtins = "().__reduce_ex__(2)[0].__globals__['__builtins__']"
     run = f"(lambda built, own, names: built['exec']({program!r}, own) or own['kernel_step']({arguments}))"
     expression = f"{run}({builtins}, {{'__builtins__': {builtins}}}, (lambda: 0).__globals__)"
@@ -6403,7 +6403,7 @@ class FarFiles:
 
     def __init__(self, ask: AskFar, piece: int, window: int, check: Callable[[], None]) -> None:
         self._ask, self._check = ask, check
-        self.piece, self._window = piece, window  # bytes; how many on their way
+        self.piece, self._window = piece, window  # bytes of a piece; how many pieces may be on their way
 
     def _send(self, step: str, path: str, data: bytes = b"", **parameters: object) -> queue.SimpleQueue[Json]:
         self._check()
@@ -6500,7 +6500,7 @@ def _far_file(entry: Any) -> FarFile:
 
 @contextlib.contextmanager
 def transfer_errors(far: str, here: Any = "") -> Iterator[None]:
-    """Make one kind of error of all that can go wrong with a transfer."""
+    """Turn all errors that a transfer may meet into FileTransferError."""
     try:
         yield
     except FileTransferError:
@@ -6514,7 +6514,7 @@ def transfer_errors(far: str, here: Any = "") -> Iterator[None]:
 
 
 def file_pieces(file: IO[bytes], size: int) -> Iterator[bytes]:
-    """Yield what a binary file has, at least one piece. Raises: TypeError for a file of text."""
+    """Yield a binary file in pieces, at least one. Raises: TypeError for a file of text."""
     is_first = True
     while (piece := file.read(size)) or is_first:
         if not isinstance(piece, bytes):
@@ -6704,7 +6704,7 @@ class Journal:
         self._lock = threading.Lock()
 
     def add(self, code: str, result: ExecutionResult) -> None:
-        """Keep a cell. A full disk, or an output that cannot be written, costs its place here, not its result."""
+        """Keep a cell. If that fails, as on a full disk, the notebook lacks the cell, but its result is not lost."""
         try:
             cell = notebook_cell(code) | {"execution_count": result.execution_count}
             line = dump_json(cell | {"outputs": notebook_outputs(result.outputs, result.note)}) + b"\n"
@@ -6764,7 +6764,7 @@ def notebook_outputs(outputs: Iterable[Json], note: str) -> list[Json]:
 _PYTHON_NAMES = re.compile(r"i?py(thon)?[\d.]*")
 _SHELLS = {"bash": "bash", "shell": "bash", "sh": "sh"}
 _QUIET = "-qq --disable-pip-version-check"  # errors stay visible
-# A line of IPython that runs pip; passed over is what may look like one: strings, comments, other shell lines.
+# A line of IPython that runs pip. What may only look like one is matched too, and left: strings, comments, shell lines.
 _PIP_LINE = re.compile(
     r"""(?xms)
     ^(?P<indent>[ \t]*)[!%][ \t]*pip3?[ \t]+install\b
@@ -6797,7 +6797,7 @@ def run_shell(shell: str, script: str, pip_options: str) -> None:
     silent = '{0}() {{ [ "${{1-}}" != install ] || set -- "$@" {1}; command {0} "$@"; }}; '
     command = "".join(silent.format(pip, pip_options) for pip in ("pip", "pip3")) + '. "$0"'
     path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
-    with tempfile.TemporaryFile() as file:  # an argument ends at 128 KB, and of stdin the script's commands would read
+    with tempfile.TemporaryFile() as file:  # an argument has 128 KB at most; from stdin, commands would read the script
         file.write(script.encode("utf-8", "replace"))
         file.seek(0)
         try:
@@ -6848,7 +6848,7 @@ def follow_shell(process: subprocess.Popen[bytes]) -> int:
         show(float("inf"))
         process.wait()
     except KeyboardInterrupt:
-        # A second interrupt would save a script that ignores the first.
+        # A second interrupt would end this loop, and so save a script that ignores the first.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -6864,12 +6864,12 @@ def follow_shell(process: subprocess.Popen[bytes]) -> int:
 
 
 def shell_of(code: str, language: str) -> str:
-    """Return the shell that runs a block; "" if it is no script, as what begins with ! or % is IPython's."""
+    """Return the shell that runs a block; "" if it is no shell script: code that begins with ! or % is IPython's."""
     return "" if code.lstrip()[:1] in ("!", "%") else _SHELLS.get(language, "")
 
 
 def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, str]:
-    """Return the cell that runs a code block in a kernel of that name and language, and what a notebook says of it.
+    """Return the cell that runs a code block in a kernel of that name and language, and the cell for a notebook.
 
     The two differ only for a shell script.
 
@@ -6940,14 +6940,14 @@ class _UserCapability:
 
 
 class NotRun(JupyterExecError):
-    """Code that does not wait for its turn any more; `result` says why."""
+    """A call gave up its turn before its code was run; `result` says why."""
 
     def __init__(self, result: ExecutionResult) -> None:
         super().__init__(result.note)
         self.result = result
 
 
-_CALL = threading.local()  # of the thread of an awaited call: `is_unwanted()` says whether nobody awaits it any more
+_CALL = threading.local()  # in a thread that makes an awaited call: `is_unwanted()` is True if that was cancelled
 
 
 def _is_unwanted() -> bool:
@@ -6955,25 +6955,25 @@ def _is_unwanted() -> bool:
 
 
 class Turns:
-    """A re-entrant lock that lets threads in by the order in which they came; but one that evicts comes next."""
+    """A re-entrant lock that threads get in the order in which they ask; one that evicts the holder is next."""
 
     def __init__(self, check: Callable[[], None]) -> None:
-        """`check()` raises for who must not wait, since the thread that is in waits for it."""
+        """`check()` raises in a thread that must not wait, since the holder waits for it."""
         self._check = check
         self._changed, self._pid = threading.Condition(), os.getpid()
-        self._queue: list[object] = []  # jobs, and what stands for other calls; it is the turn of the first one
-        self._thread = 0  # that is in
-        self.evictions = 0  # how many have come that evict
-        self.overtaken = False  # whether one of them came before the thread that is in, while that one waited
-        self.closed = False  # nobody comes in any more, except to evict
+        self._queue: list[object] = []  # jobs, and an object for each other call; it is the turn of the first one
+        self._thread = 0  # id of the holder: the thread that has the lock; 0: none has
+        self.evictions = 0  # how many calls have come that evict the holder
+        self.overtaken = False  # whether such a call went before the holder while that waited
+        self.closed = False  # nobody gets the lock any more, except to evict
 
     @contextlib.contextmanager
     def turn(self, evict: Callable[[], None] | None = None, job: Job | None = None) -> Iterator[None]:
-        """Wait until it is the caller's turn. With `evict` it is the next one: called until the one that is in leaves.
+        """Wait until it is the caller's turn. With `evict` that is the next; it is called until the holder leaves.
 
-        Raises: JupyterExecError if it is closed; NotRun if the one that is in was detached, or the job interrupted.
+        Raises: JupyterExecError if the lock is closed; NotRun if the holder was detached, or `job` was interrupted.
         """
-        if self.mine or os.getpid() != self._pid:  # in a forked child nobody would leave; sending says what is wrong
+        if self.mine or os.getpid() != self._pid:  # in a forked child no holder leaves; sending says what is wrong
             yield
             return
         place = job or object()
@@ -6996,11 +6996,11 @@ class Turns:
 
     @property
     def mine(self) -> bool:
-        """Whether the calling thread is in."""
+        """Whether the calling thread is the holder."""
         return self._thread == threading.get_ident()
 
     def come(self, place: object, evicts: bool = False) -> int:
-        """Queue, as a job or what stands for another call; returns how many evictions there were."""
+        """Join the queue: `place` is a job, or any object for another call. Return how many evictions there were."""
         if not evicts:
             self._check()
         with self._changed:
@@ -7018,12 +7018,12 @@ class Turns:
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Have those that wait look whether they still want to."""
+        """Have each waiting thread check whether it is still to wait."""
         with self._changed:
             self._changed.notify_all()
 
     def _check_patience(self, job: Job | None) -> None:
-        """Raise for who does not wait any longer."""
+        """Raise if the calling thread is to wait no longer."""
         first = self._queue[0]
         if self.closed or _is_unwanted():
             raise JupyterExecError(_STOPPED)
@@ -7049,9 +7049,9 @@ def check_hooks(**hooks: object) -> None:
 
 
 class CellCall:
-    """A call that runs one cell, or the code block of a language, whose pictures it does not save.
+    """A call that runs one cell or, if `language` is given, one code block. It saves no pictures.
 
-    `timeout` and hooks (those of Hooks) that are None are the executor's.
+    If `timeout` or a hook (see Hooks) is None, the executor's own is used.
     """
 
     def __init__(self, code: str, timeout: float | None = None, *, language: str | None = None, **hooks: Any) -> None:
@@ -7108,7 +7108,7 @@ class BlocksCall:
         note = "" if result.note == TRUNCATED else result.note  # the mark says more
         text = render(result.outputs, note, self._files.save)
         self._gaps += [result.missing] * result.truncated
-        self._ended = [*self._ended[0], text], result  # at once: another thread may be reading it
+        self._ended = [*self._ended[0], text], result  # in one step: another thread may be reading it
 
     def _total(self, where: str) -> CodeResult:
         texts, last = self._ended
@@ -7138,10 +7138,10 @@ class Job:
         self._call, self._limit = call, executor._max_output
         self._kernel, self._turns = executor._kernel, executor._turns
         self._cell: Cell | None = None  # the latest
-        self.answer: Any = None  # what there was when its time was over
+        self.answer: Any = None  # the result so far, when its time was over
         self._result: Any = None
         self._error: BaseException | None = None
-        self.answered, self.ended = threading.Event(), threading.Event()  # `answered` also if it was detached
+        self.answered, self.ended = threading.Event(), threading.Event()  # `answered`: ended or detached
         self._on_event: list[Callable[[], object]] = []
         self.since = self._turns.come(self)
         thread = threading.Thread(target=self._run, args=(executor._worker(),), name="jupyter_exec job", daemon=True)
@@ -7211,7 +7211,7 @@ class Job:
             self._kernel.interrupt(cell)
 
     def detach(self, so_far: ExecutionResult) -> None:
-        """Answer whoever waits for it by what there is by now: its time is over."""
+        """Give the result so far to the call that waits for it: the time of the job is over."""
         answer = self._call.so_far(so_far)
         if not self.answered.is_set():
             self.answer = answer
@@ -7237,7 +7237,7 @@ class Job:
                 listener()
 
     async def until(self, is_so: Callable[[], bool], seconds: float | None = None) -> None:
-        """Wait on a loop, no longer than some seconds."""
+        """Wait in an event loop until `is_so()`, but no longer than `seconds`."""
         import asyncio
 
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
@@ -7276,8 +7276,8 @@ AnyServer = JupyterServer | JupyterConnectable | ConnectionInfo | KernelConnecti
 
 
 def _end_forgotten(kernel: KernelClient, owner: int) -> None:
-    if os.getpid() == owner and kernel.alive and not kernel.ended:  # a forked child forgets what lives on
-        # Not here: the garbage collector may have come in the middle of anything.
+    if os.getpid() == owner and kernel.alive and not kernel.ended:  # in a forked child it is the parent's
+        # Not in this thread: the garbage collector may have stopped it in the middle of anything.
         why = "nobody refers to its executor any more"
         threading.Thread(target=kernel.give_up, args=(why,), daemon=True).start()
         warnings.warn("A JupyterCodeExecutor was forgotten, not stopped; its kernel is ended.", ResourceWarning, 2)
@@ -7291,9 +7291,9 @@ class JupyterCodeExecutor(Stoppable):
     one block in seconds; pictures and other files are written to `output_dir`. `on_output(output)` gets every output
     as it comes, in the shape of nbformat; what a thread prints after its cell has ended is marked "late".
     `on_input(prompt, password)` answers input() and getpass(); without it they raise in the cell. Of longer text
-    than `max_output` characters a call returns head and tail, and names the file with the whole; None is no limit.
-    `functions` (plain ones, with their source at hand) are defined in the kernel whenever it is fresh, and `startup`
-    is code that runs there then, unseen.
+    than `max_output` characters a call returns head and tail (for code blocks, with the name of a file that has the
+    whole); None is no limit. `functions` (plain ones, with their source at hand) are defined in the kernel whenever it
+    is fresh, and `startup` is code that runs there then; its output is not shown.
     With `on_timeout` "detach" a call whose time is over returns what there is so far, with exit code 124 and kernel
     state "busy", and the code goes on: `wait` returns the complete result, other calls say that the kernel is busy.
 
@@ -7305,7 +7305,7 @@ class JupyterCodeExecutor(Stoppable):
     TimeoutError in the kernel. A call is part of the cell that runs when it is made; if none does, it fails.
 
     It may be called from any thread: cells run one after another. `stop`, or leaving a `with`, ends the kernel.
-    What a hook raises ends nothing: the logger `jupyter_exec` tells of it as a warning, so listen to that.
+    An error in a hook ends nothing: it is only a warning of the logger `jupyter_exec`, so listen to that.
 
     Raises: ValueError for a wrong argument, or a kernel that is not installed; KernelStartFailed.
     """
@@ -7456,7 +7456,7 @@ class JupyterCodeExecutor(Stoppable):
         return result
 
     def submit(self, code: Any, *, timeout: float | None = None) -> Job:
-        """Begin with a cell (a string) or with code blocks, and return at once.
+        """Start a cell (a string) or code blocks, and return a Job at once.
 
         Jobs and other calls run one after another, in the order in which they came. `timeout` as in `execute`
         (math.inf is no limit). Keep the executor: a job ends with it.
@@ -7484,13 +7484,13 @@ class JupyterCodeExecutor(Stoppable):
         return self._job
 
     def _answer(self, call: CellCall | BlocksCall) -> Any:
-        """Return what a call gives; one that may be detached has a thread of its own."""
+        """Make a call and return its result; one that may be detached runs in a thread of its own."""
         if self._on_timeout == "interrupt" or self._turns.mine:
             with self._turns.turn():
                 return call.run(self, None)
         job = Job(self, call)
         try:
-            while not job.answered.wait(1.0):  # a signal does not end it, if another thread was given that
+            while not job.answered.wait(1.0):  # short: a wait does not notice a signal that another thread got
                 pass
         except BaseException:  # Ctrl-C, or a signal handler that raises
             job.interrupt()
@@ -7521,7 +7521,7 @@ class JupyterCodeExecutor(Stoppable):
             cell, shown = cell_of(block, self._kernel_name, self._kernel.language)
             result = self._run_cell(cell, shown, timeout, job, **hooks)
         except (JupyterExecError, ValueError) as error:
-            if self._kernel.alive and self._kernel.ready:  # too large for the server, not its language: not run
+            if self._kernel.alive and self._kernel.ready:  # it was not run: too large, or of another language
                 return ExecutionResult("error", 1, "intact", str(error), [])
             return ExecutionResult("died", 1, "lost", _STOPPED if self._turns.closed else str(error), [])
         raised = result.error if cell != shown else None
@@ -7561,7 +7561,7 @@ class JupyterCodeExecutor(Stoppable):
             calls.close()
 
     def _make_ready(self) -> None:
-        """Have a kernel that answers, with our functions in it."""
+        """Make sure that a kernel answers and has our functions, starting one if needed."""
         if not self._kernel.alive:
             self._kernel.start()
         if not self._kernel.ready:
@@ -7576,7 +7576,7 @@ class JupyterCodeExecutor(Stoppable):
 
     @contextlib.contextmanager
     def _far_files(self, through_kernel: bool = False) -> Iterator[FarFiles]:
-        """Give the way to the kernel's files; one that leads through the kernel itself is had by turns."""
+        """Give access to the files where the kernel runs; if only cells can reach them, hold the turn meanwhile."""
         self._check_usable()
         if not through_kernel and (ask := self._kernel.files()):
             yield FarFiles(ask, 2**18, 4, self._check_usable)  # so that other things get their turn
@@ -7592,14 +7592,14 @@ class JupyterCodeExecutor(Stoppable):
     def upload(
         self, source: AnyPath | bytes | IO[bytes], path: AnyPath | None = None, *, on_progress: Progress | None = None
     ) -> str:
-        """Bring a file, bytes or what a binary file has to where the kernel runs; return its path there.
+        """Bring a file (by path), bytes or the rest of an open binary file to where the kernel runs; return its path.
 
         A relative `path` begins in the kernel's first directory; None stands for the name of the source. Directories
-        above it are made, and what has that name is replaced at the end, a link too. `on_progress(done, total)` gets
-        bytes, None for a total that is unknown. A running cell does not matter, unless the kernel is on a Jupyter
-        server or attached: then the file goes through the kernel, which has to be one of Python, between cells.
+        above it are made; a file or link of that name is replaced at the end. `on_progress(done, total)` gets bytes;
+        an unknown total is None. A running cell does not matter, unless the kernel is on a Jupyter server or attached:
+        then the file goes through the kernel, which has to be one of Python, between cells.
 
-        Raises: FileTransferError; TypeError for a source that is none, or has no name.
+        Raises: FileTransferError; TypeError for a source of a wrong type, or one without a name if `path` is None.
         """
         here = source if isinstance(source, str | os.PathLike) else None
         if path is None and here is None:
@@ -7623,8 +7623,8 @@ class JupyterCodeExecutor(Stoppable):
     ) -> bytes | None:
         """Return a file from where the kernel runs as bytes, or write it to `target`: a path, or a binary file.
 
-        A target path has the whole file or is as before; a link there is replaced. A link over there is followed. As to
-        `path`, `on_progress` and running cells see `upload`.
+        A target path gets the whole file or stays as it was; a link there is replaced. A link where the kernel runs is
+        followed. As to `path`, `on_progress` and running cells see `upload`.
 
         Raises: FileTransferError, also for a file of more than `max_bytes`.
         """
@@ -7648,7 +7648,7 @@ class JupyterCodeExecutor(Stoppable):
             return files.entries(path)
 
     def set_variables(self, /, **values: Any) -> None:
-        """Give variables of the kernel values that can be written as JSON, all or none.
+        """Set variables in the kernel, all or none, to values that can be written as JSON.
 
         Tuples, sets and arrays arrive as lists, dataclasses as dicts, bytes in base64. NaN and the infinities are
         allowed, as Python's JSON has them. Python kernels only, between cells.
@@ -7692,7 +7692,7 @@ class JupyterCodeExecutor(Stoppable):
         """Give the way to the kernel's variables, and a key for their JSON while it is under way."""
         try:
             with self._far_files(through_kernel=True) as files:
-                yield files, f"{os.getpid()} {id(self)}"  # what an earlier call has left, ended by Ctrl-C, had the same
+                yield files, f"{os.getpid()} {id(self)}"  # always the same: what an interrupted call left is replaced
         except FileTransferError as error:
             raise VariableError(name, error.reason) from None
         except NotRun:
@@ -7718,7 +7718,7 @@ class JupyterCodeExecutor(Stoppable):
             pass
         metadata = self._notebook_metadata
         path = Path(path).absolute()
-        if path.parent == Path("/dev"):  # not to be replaced
+        if path.parent == Path("/dev"):  # such as /dev/stdout, which must not be replaced
             with open(path, "wb") as file:
                 self._journal.write(file, metadata)
             return
@@ -7864,8 +7864,8 @@ class AsyncJupyterCodeExecutor(Single):
         self._executor: JupyterCodeExecutor | None = None
         self._starting: Any = None  # a task
         self._guard = threading.Lock()  # of _executor
-        self._pending: Any = None  # what a hook in the cells' thread waits for,
-        self._unwanted: Any = None  # and what it waited for when its call was cancelled
+        self._pending: Any = None  # the future of a coroutine that a hook has the cells' thread wait for,
+        self._unwanted: Any = None  # and the last one that was cancelled here: its hook then gives None
         self._in_hook: contextvars.ContextVar[Sequence[bool]] = contextvars.ContextVar("in_hook", default=())
 
     @property
@@ -7902,7 +7902,7 @@ class AsyncJupyterCodeExecutor(Single):
             self._executor = self._executor or self._make()
 
     async def _answer(self, call: CellCall | BlocksCall) -> Any:
-        """Return what a call gives; cancelled, it is interrupted, and has ended when this returns."""
+        """Make a call and return its result. If this is cancelled, interrupt the call and wait for its end."""
         import asyncio
 
         self._check_outside()
@@ -7920,7 +7920,7 @@ class AsyncJupyterCodeExecutor(Single):
                 if deadline.expired:  # nobody waits for this code any more, and it has the kernel
                     deadline = Deadline(None)
                     self._give_up(executor, job)
-                with contextlib.suppress(asyncio.CancelledError):  # once more: it ends first all the same
+                with contextlib.suppress(asyncio.CancelledError):  # again: the wait goes on all the same
                     await job.until(job.ended.is_set, 0.05)
             raise
         return executor._answer_of(job)
@@ -7935,13 +7935,13 @@ class AsyncJupyterCodeExecutor(Single):
         threading.Thread(target=executor._kernel.abort, daemon=True).start()
 
     def _hook(self, hook: AsyncHook | None, loop: Any = None) -> AsyncHook | None:
-        """Return a hook for the thread of the cells that has a coroutine run on a loop, and waits for it."""
+        """Wrap a hook for the cells' thread: if it returns a coroutine, that runs on a loop, and the thread waits."""
         return functools.partial(self._call_hook, hook, loop) if callable(hook) else hook
 
     def _call_hook(self, hook: AsyncHook, loop: Any, *arguments: Any) -> Any:
         import asyncio
 
-        inside = [True]  # for what it has the loop do, too, until it ends
+        inside = [True]  # seen by the tasks of its coroutine, too; emptied when it ends
         token = self._in_hook.set(inside)
         try:
             answer = hook(*arguments)
@@ -7962,7 +7962,7 @@ class AsyncJupyterCodeExecutor(Single):
                 if loop.is_closed():
                     break
                 if executor._turns.evictions != evictions or (cell and cell.timed_out and cell.due):
-                    self._unwanted = future  # the kernel is to end, or the grace of the cell has
+                    self._unwanted = future  # the kernel is about to end, or the grace of the cell is over
                     future.cancel()
             return future.result(0)
         except CancelledError:
@@ -7975,7 +7975,7 @@ class AsyncJupyterCodeExecutor(Single):
                 answer.close()
 
     async def execute_code_blocks(self, code_blocks: Any, cancellation_token: Any = None) -> CodeResult:
-        """Like JupyterCodeExecutor.execute_code_blocks, with autogen's CodeResult as well where autogen_core is loaded.
+        """Like JupyterCodeExecutor.execute_code_blocks; the result is autogen's CodeResult, too, if that is loaded.
 
         Raises: CancelledError.
         """
@@ -8018,7 +8018,7 @@ class AsyncJupyterCodeExecutor(Single):
         """
         import asyncio
 
-        outputs: asyncio.Queue[Any] = asyncio.Queue(100)  # then the cell waits for who iterates
+        outputs: asyncio.Queue[Any] = asyncio.Queue(100)  # if it is full, the cell waits for the reader
         left = False
 
         async def show(output: Any) -> None:
@@ -8111,13 +8111,13 @@ class AsyncJupyterCodeExecutor(Single):
 
 @dataclass(eq=False)
 class Step:
-    """A cell of a document. `cell` is nbformat's, and gets the outputs."""
+    """A cell of a document. `cell` has the shape of nbformat, and gets the outputs."""
 
     cell: Json
     language: str = ""
-    line: int = 0  # of the file, at which the source begins; 0: it is a notebook's
-    number: int = 0  # among the cells of the notebook; 0: it is of a text, or that of -p
-    count: int | None = None  # IPython's number of it, once it has run here
+    line: int = 0  # where the source begins in the file; 0 in a notebook
+    number: int = 0  # among the cells of the notebook; 0 for a cell of a text file, or made by -p
+    count: int | None = None  # IPython's number for it, once it has run here
 
     def shown(self, speaks_python: bool) -> Json:
         """Return the cell as it stands in a notebook of a kernel."""
@@ -8143,7 +8143,7 @@ class Step:
 
 
 class Document:
-    """What `run` was given, as a notebook, whatever it was. A cell's outputs are written into it when it has run."""
+    """What `run` was given, a notebook or not, as a notebook. It gets the outputs of each cell that has run."""
 
     def __init__(self, name: str, body: Json) -> None:
         """`name` is for people, `body` a notebook without cells."""
@@ -8160,9 +8160,9 @@ class Document:
         return Step(cell, language, line)
 
     def add_parameters(self, pairs: Iterable[Sequence[str]]) -> None:
-        """Set variables as papermill does: by a cell behind the one that is tagged "parameters", or at the top.
+        """Set variables as papermill does: by a cell after the one that is tagged "parameters", or at the top.
 
-        Raises: ValueError for a name that is none.
+        Raises: ValueError for a name that no variable can have.
         """
         self.steps = [step for step in self.steps if not step.has_tag("injected-parameters")]
         at = next((i for i, step in enumerate(self.steps, 1) if step.has_tag("parameters")), 0)
@@ -8206,7 +8206,7 @@ class Document:
 
 
 def _literal(text: str) -> str:
-    """Return, as Python, what papermill takes the text of a parameter for."""
+    """Return the Python literal that papermill would make of a parameter's text."""
     if text in ("True", "False", "None"):
         return text
     for kind in (int, float):
@@ -8219,10 +8219,10 @@ def _literal(text: str) -> str:
 def read_document(source: str, unlabelled: bool = False, is_script: bool = False) -> Document:
     """Return the document in a .py, .md or .ipynb file, or on stdin for "-".
 
-    In Python `# %%` begins a cell. Of a .md file the fenced blocks that name a language are code; `unlabelled`: all.
-    Any other file is a script if its text says so, or the caller by `is_script`.
+    In Python `# %%` begins a cell. Of a .md file, the fenced blocks that name a language are run; with `unlabelled`,
+    all. Any other file is a script if its text looks like Python, or if the caller says so by `is_script`.
 
-    Raises: OSError; ProtocolError for a notebook that is none; ValueError for a file that is no code.
+    Raises: OSError; ProtocolError for a broken notebook; ValueError for a file that is no code.
     """
     if source == "-":
         return _script("<stdin>", sys.stdin.read())
@@ -8284,7 +8284,7 @@ def _notebook(name: str, body: Json) -> Document:
 
 
 def put(stream: TextIO, text: str, end: str = "\n") -> None:
-    """Print text, whoever wrote it: on a terminal colours pass, and what returns to the line's start; else nothing.
+    """Print text from anybody: colours and carriage returns pass, to a terminal only; no other control characters do.
 
     Raises: OSError.
     """
@@ -8305,7 +8305,7 @@ class CellFiles(CallFiles):
         return f"{self._stem}-{len(self.paths) + 1}{suffix}"
 
     def save(self, data: Json) -> str | None:
-        """Like CallFiles.save, but the HTML of what can be read as text, as a table can, is saved only if asked for."""
+        """Like CallFiles.save; but if the output can be read as text, like a table, HTML is saved only if asked for."""
         plain = text_of(data.get("text/plain"))
         is_readable = bool(plain) and not _DEFAULT_REPR.match(plain)
         return super().save({mime: data[mime] for mime in data if mime != "text/html" or self._html or not is_readable})
@@ -8358,7 +8358,7 @@ class LivePrinter:
             if error := result.error if not result.note else None:
                 # What IPython says of a syntax error names a file of its own.
                 failed = f"{error['ename']}: " + re.sub(r" \(\d+\.py, line \d+\)\Z", "", error["evalue"])
-            # The place says which line; and what is kept ends with the run.
+            # `place` says which line it was; and the variables that were kept end with the run.
             failed = re.sub(r"; variables are kept|(?<=it was at) line \d+", "", failed)
             self._line(f"jupyter-exec: {place}: {failed}", sys.stderr)
         elif result.note and result.status == "ok":
@@ -8565,7 +8565,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is not to vanish
+        if isinstance(stream, io.TextIOWrapper):  # show as an escape what the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("jupyter-exec: %(message)s"))
@@ -8594,7 +8594,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_unwritten() -> None:
-    """Let nothing that could not be written be tried again at the program's end: it would fail there, with noise."""
+    """Drop what could not be written: at its end, Python would try again to write it, and complain."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -8658,7 +8658,7 @@ def _bring_back(executor: JupyterCodeExecutor, paths: Mapping[str, str], folder:
 
 
 def _is_elsewhere(source: str, options: argparse.Namespace) -> bool:
-    """Whether a file is not yet where the kernel begins. Raises: ValueError if another one of its name is."""
+    """Whether a file is still to be brought to the kernel. Raises: ValueError if another of its name is there."""
     target = Path(options.cwd or "", os.path.basename(os.path.abspath(source)))
     if options.docker is not None or options.server is not None or not target.exists():
         return True
@@ -8668,7 +8668,7 @@ def _is_elsewhere(source: str, options: argparse.Namespace) -> bool:
 
 
 def _runnable(document: Document, kernel_name: str, language: str) -> Iterator[Step]:
-    """Yield the cells that such a kernel can run; of a text, the others are there to be read."""
+    """Yield the cells that such a kernel can run; blocks in other languages are skipped."""
     for step in document.steps:
         is_code = step.cell.get("cell_type") == "code" and step.cell["source"].strip()
         if is_code and not step.has_tag("skip-execution"):
@@ -8712,7 +8712,7 @@ def _run_steps(
     folder: Folder,
     options: argparse.Namespace,
 ) -> int:
-    """Run cells until one fails; returns the exit status."""
+    """Run cells, up to the first that fails unless `keep_going` is set; return the exit status."""
     status, stem = 0, Path(options.file or "code").stem.lstrip("-") or "stdin"
     notebook = Path(options.notebook or "").absolute()
     beside_notebook = Folder(notebook.parent) if options.notebook else folder
@@ -8804,7 +8804,7 @@ class McpTools:
         self._server = server
         self._executors: dict[str, AsyncJupyterCodeExecutor] = {}
         self._jobs: dict[str, Job] = {}  # the latest of each session
-        self._untold: set[Job] = set()  # of which only "still running" was said
+        self._untold: set[Job] = set()  # jobs whose result was not told yet, only that they still run
 
     def _executor(self, session: str) -> AsyncJupyterCodeExecutor:
         if session not in self._executors:
@@ -8940,7 +8940,7 @@ def _serve_mcp(options: argparse.Namespace) -> int:
     def add(tool: Callable[..., Awaitable[list[Json]]]) -> None:
         @functools.wraps(tool)
         async def answer(*arguments: Any, **named: Any) -> CallToolResult:
-            failed = False  # what code did is no error of the tool: beside one, models may get no pictures
+            failed = False  # if code raised, the tool did not fail: of a failed tool, models may get no pictures
             try:
                 content = await tool(*arguments, **named)
             except (JupyterExecError, ValueError) as error:
