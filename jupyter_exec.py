@@ -1526,7 +1526,7 @@ class Tally:
         self._prefix = ""  # of the ids
         self._first = self._latest = self._came = 0
 
-    def is_short(self, message: Message, own: bool) -> bool:
+    def has_gap(self, message: Message, own: bool) -> bool:
         """Count a message; returns whether it is the cell's idle status and many before it are missing."""
         numbered = _NUMBERED.fullmatch(message.msg_id)
         prefix, number = (numbered[1], int(numbered[2])) if numbered else ("", 0)
@@ -1590,7 +1590,7 @@ class Execution:
         if message.parent_id in self.fences and message.content.get("execution_state") != "busy":
             self._passed.add(message.channel)
         own = message.parent_id == self.msg_id
-        self.withheld = self._tally.is_short(message, own) or self.withheld or (own and message.lost)
+        self.withheld = self._tally.has_gap(message, own) or self.withheld or (own and message.lost)
         if not own:
             return None
         self.started |= message.channel == "iopub" and (self._silent or message.msg_type != "status")
@@ -2038,11 +2038,11 @@ class Pipe:
         self._feed, self._on_item, self._on_closed = feed, on_item, on_closed
         self._closed = False
         self.waits_for_ever = False  # True for a host: its client may be stopped in a debugger
-        self._begun = memoryview(b"")
+        self._unsent = memoryview(b"")
         self._lanes: dict[str, deque[tuple[bytes, bool, float]]] = {}  # data, whether it may be dropped, since when
         self.waiting: Counter[str] = Counter()  # bytes in each lane
         self._sent_at = 0.0
-        self._watched = False  # a check of the progress is due
+        self._check_is_due = False
         self._write_descriptor: int = getattr(stream, "write_fileno", stream.fileno)()
         _inherited.add(stream)
         loop.watch(stream.fileno(), self.read)
@@ -2061,7 +2061,7 @@ class Pipe:
 
     @property
     def busy(self) -> bool:
-        return bool(self._begun or self._lanes)
+        return bool(self._unsent or self._lanes)
 
     def send(self, data: bytes, lane: str = "", may_be_lost: bool = False) -> None:
         if self._closed:
@@ -2076,14 +2076,14 @@ class Pipe:
     def _write(self) -> None:
         try:
             while self.busy:
-                self._begun = self._begun or self._next()
-                sent = self._stream.send(self._begun)
+                self._unsent = self._unsent or self._next()
+                sent = self._stream.send(self._unsent)
                 self._sent_at = time.monotonic()
-                self._begun = self._begun[sent:]
+                self._unsent = self._unsent[sent:]
         except BlockingIOError:
             self._loop.watch(self._write_descriptor, self._write, selectors.EVENT_WRITE)
-            if not self._watched and not self.waits_for_ever:
-                self._watched = True
+            if not self._check_is_due and not self.waits_for_ever:
+                self._check_is_due = True
                 self._loop.later(CONTROL_TIMEOUT, self._check_progress)
         except OSError as error:
             self.close(f"writing failed: {error.strerror}")
@@ -2115,8 +2115,8 @@ class Pipe:
 
     def _check_progress(self) -> None:
         idle = time.monotonic() - self._sent_at
-        self._watched = self.busy and idle < CONTROL_TIMEOUT
-        if self._watched:
+        self._check_is_due = self.busy and idle < CONTROL_TIMEOUT
+        if self._check_is_due:
             self._loop.later(CONTROL_TIMEOUT - idle, self._check_progress)
         elif self.busy:
             self.close(f"nothing was read for {CONTROL_TIMEOUT:g} s")
@@ -2124,7 +2124,7 @@ class Pipe:
     def close(self, reason: str) -> None:
         if not self._closed:
             self._closed = True
-            self._begun = memoryview(b"")
+            self._unsent = memoryview(b"")
             self._lanes.clear()
             self._loop.watch(self._stream.fileno(), None)
             self._loop.watch(self._write_descriptor, None, selectors.EVENT_WRITE)
@@ -2488,13 +2488,13 @@ class Cell:
         self.execution, self.hooks = execution, hooks
         self.started = time.monotonic()
         self.result: ExecutionResult | None = None  # once it has ended
-        self.reading: Deadline | None = None  # for slow hooks to take the rest, if the cell ended in time
+        self.reading_deadline: Deadline | None = None  # for slow hooks to take the rest, if the cell ended in time
         self.begun = math.inf  # when the kernel was seen to run it
         self.signalled = -math.inf  # when the kernel was last sent an interrupt for it
-        self.overdue: Deadline | None = None  # for the missing one of reply and idle
+        self.fence_deadline: Deadline | None = None  # for the missing one of reply and idle
         self.timed_out = False  # its time is over: it was interrupted, or detached and goes on
         self.lock = threading.RLock()  # for all that; re-entrant, as a signal handler may run in the thread that has it
-        self.left = threading.Event()  # nobody reads for it any more
+        self.abandoned = threading.Event()  # nobody reads for it any more
         self._pauses = 0  # how many threads keep the clock stopped,
         self._paused_at = 0.0  # and since when
         self.deadline = Deadline(seconds)  # of its time; once that is over, of its INTERRUPT_GRACE
@@ -2506,7 +2506,7 @@ class Cell:
     @property
     def wait(self) -> float | None:
         """How long to wait for a message, in seconds."""
-        return PAUSE_POLL if self._paused else (self.overdue or self.deadline).remaining
+        return PAUSE_POLL if self._paused else (self.fence_deadline or self.deadline).remaining
 
     @property
     def due(self) -> bool:
@@ -2723,7 +2723,7 @@ class KernelClient:
         finally:
             self._running, self._ended = None, cell.execution.ended_session
             with cell.lock:  # nobody interrupts it from now on; if somebody just has, the next cell waits for that
-                cell.left.set()
+                cell.abandoned.set()
         return cell.finish()
 
     def _end_early(self, cell: Cell, was_sent: bool) -> None:
@@ -2731,7 +2731,7 @@ class KernelClient:
         if not was_sent:  # it may have been, all the same: the kernel's answer to a request after it tells
             cell.execution.reconnected = True
             self._fence(cell.execution)
-        self._stop_cell(cell, INTERRUPT_GRACE / 2)
+        self._interrupt_cell(cell, INTERRUPT_GRACE / 2)
         cell.timed_out = True
         cell.deadline = Deadline(INTERRUPT_GRACE)
         cell.hooks.muted, cell.hooks.on_timeout = True, None
@@ -2739,7 +2739,7 @@ class KernelClient:
         cell.finish()
 
     def _interrupt_in_time(self, cell: Cell) -> None:
-        while not (cell.timed_out or cell.left.wait(cell.deadline.remaining or PAUSE_POLL)):
+        while not (cell.timed_out or cell.abandoned.wait(cell.deadline.remaining or PAUSE_POLL)):
             self._time_out(cell)
 
     def _run(self, cell: Cell) -> None:
@@ -2755,18 +2755,18 @@ class KernelClient:
         if execution.done:
             return True
         if not execution.half_done:
-            cell.overdue = None
-        elif not cell.overdue or cell.overdue.expired:
-            if cell.overdue:
+            cell.fence_deadline = None
+        elif not cell.fence_deadline or cell.fence_deadline.expired:
+            if cell.fence_deadline:
                 self._fence(execution)
-            cell.overdue = Deadline(FENCE_DELAY)
+            cell.fence_deadline = Deadline(FENCE_DELAY)
         if self._death:  # somebody has stopped the kernel in the meantime, and taken the news from the mailbox
             execution.death = self._death
         elif not cell.due:
             pass
         elif self._has_answered(cell):  # a slow hook kept this thread from seeing it
-            cell.reading = cell.reading or Deadline(2 * INTERRUPT_GRACE)
-            cell.hooks.muted = cell.hooks.muted or cell.reading.within(INTERRUPT_GRACE) < INTERRUPT_GRACE
+            cell.reading_deadline = cell.reading_deadline or Deadline(2 * INTERRUPT_GRACE)
+            cell.hooks.muted = cell.hooks.muted or cell.reading_deadline.within(INTERRUPT_GRACE) < INTERRUPT_GRACE
         elif not in_grace:
             self._time_out(cell)
         elif not self._control.owned:
@@ -2780,7 +2780,7 @@ class KernelClient:
         # One of them alone counts for FENCE_DELAY: the other may be stuck behind a flood, which the interrupt ends.
         halved = cell.execution.half_done and (cell.timed_out or not cell.execution.fences)
         answered = self._mailbox.answered or halved
-        return answered and not (cell.reading and cell.reading.expired)
+        return answered and not (cell.reading_deadline and cell.reading_deadline.expired)
 
     def _time_out(self, cell: Cell) -> None:
         """Interrupt a cell whose time is over, or let go of it; in the caller's thread or that of a timer."""
@@ -2797,7 +2797,7 @@ class KernelClient:
         if detach:
             detach(cell.so_far())
         else:
-            self._stop_cell(cell, INTERRUPT_GRACE / 2)
+            self._interrupt_cell(cell, INTERRUPT_GRACE / 2)
 
     def _take(self, item: MailItem | None, cell: Cell) -> Iterator[None]:
         """Take an item from the mailbox, in pieces: yields after each, and once if there is nothing."""
@@ -2830,7 +2830,7 @@ class KernelClient:
         elif output:
             cell.hooks.show(output)
         if execution.interrupted and cell.signalled < 0:
-            self._stop_cell(cell, 0)
+            self._interrupt_cell(cell, 0)
 
     def _late_output(self, message: Message, execution: Execution) -> Json | None:
         """Return what a thread of an earlier cell of ours has printed, marked as "late"."""
@@ -2873,9 +2873,9 @@ class KernelClient:
         """Interrupt the running cell, from any thread; without effect if no cell runs, or another one than `cell`."""
         running = self._running
         if running and cell in (None, running):
-            self._stop_cell(running, INTERRUPT_REPEAT)
+            self._interrupt_cell(running, INTERRUPT_REPEAT)
 
-    def _stop_cell(self, cell: Cell, age: float) -> None:
+    def _interrupt_cell(self, cell: Cell, age: float) -> None:
         """Interrupt a cell, unless that was done in the last `age` seconds; later once more, if it did not help."""
         # ipykernel notices a SIGINT in `await` only when its event loop wakes up (ipykernel#881): a
         # kernel_info_request on shell wakes it. Its answer also tells that the signal can hit no later cell.
@@ -2883,7 +2883,7 @@ class KernelClient:
         with cell.lock:
             cell.execution.interrupted, now, is_first = True, time.monotonic(), cell.signalled < 0
             # A kernel ignores the signal until it has begun with the cell; when it has, the reading thread comes here.
-            if not cell.execution.started or now - cell.signalled < age or cell.left.is_set():
+            if not cell.execution.started or now - cell.signalled < age or cell.abandoned.is_set():
                 return
             cell.signalled = now
             self._nudges.add(nudge.msg_id)
@@ -2896,16 +2896,16 @@ class KernelClient:
         if is_first:
             is_young = now - cell.begun < INTERRUPT_REPEAT
             with contextlib.suppress(RuntimeError):  # there are too many threads
-                threading.Thread(target=self._stop_again, args=(cell, is_young), daemon=True).start()
+                threading.Thread(target=self._interrupt_again, args=(cell, is_young), daemon=True).start()
 
-    def _stop_again(self, cell: Cell, is_young: bool) -> None:
+    def _interrupt_again(self, cell: Cell, is_young: bool) -> None:
         """Interrupt a cell once more: ipykernel loses a signal that comes after it took the cell and before it runs it.
 
         A cell that had run for some time, and will not be killed, is left alone: it may be cleaning up.
         """
-        is_over = cell.left.wait(INTERRUPT_GRACE / 2) or self._has_answered(cell)
+        is_over = cell.abandoned.wait(INTERRUPT_GRACE / 2) or self._has_answered(cell)
         if not is_over and (is_young or cell.timed_out):
-            self._stop_cell(cell, INTERRUPT_GRACE / 2)
+            self._interrupt_cell(cell, INTERRUPT_GRACE / 2)
 
     def _fence(self, execution: Execution) -> None:
         """Ask something that the kernel will answer after all that belongs to the cell."""
@@ -3117,7 +3117,7 @@ CANNOT_FORK = 75  # exit status of a fork server whose Python cannot fork kernel
 _PYTHON = re.compile(r"python[0-9.]*\Z")
 # A kernel for a program needs no history database and no pause after each cell. In, Out and %history work without.
 LEAN_OPTIONS = ["--HistoryManager.enabled=False", "--IPythonKernel._execute_sleep=0"]
-_NO_OUTPUT = _type_among(b"status|error|iopub_welcome|shutdown_reply")  # on iopub; small ones are never dropped
+_NOT_DROPPED = _type_among(b"status|error|iopub_welcome|shutdown_reply")  # on iopub; small ones are never dropped
 _MARKER = "JUPYTER_EXEC_KERNEL"  # environment variable that marks a kernel and its children
 _OOM_KILLS = ("memory.events", "memory.oom_control", "oom_kill ")  # where a control group counts them
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36  # linux/prctl.h
@@ -3283,7 +3283,7 @@ def far_step(order: Json, start: str) -> Json:
 
     Returns what the step gives, or {"error": sentence, "code": name of an errno}.
     """
-    steps = {"read": far_read, "write": far_write, "finish": far_end, "drop": far_end, "list": far_list}
+    steps = {"read": far_read, "write": far_write, "finish": far_finish, "drop": far_finish, "list": far_list}
     try:
         return steps[order["step"]](os.path.join(start, order["path"]), order)
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
@@ -3326,7 +3326,7 @@ def far_write(path: str, order: Json) -> Json:
     return {}
 
 
-def far_end(path: str, order: Json) -> Json:
+def far_finish(path: str, order: Json) -> Json:
     """Let the new file take the place of `path`, or remove it."""
     part = os.path.join(os.path.dirname(path), order["part"])
     os.replace(part, path) if order["step"] == "finish" else os.unlink(part)
@@ -3360,7 +3360,7 @@ class ChildProcess:
     exit_code: int | None = None
     files: Sequence[str] = ()  # to be removed at its end
     loss_told: bool = False  # the client knows that output is being dropped
-    hurries: bool = False  # its output is dropped while the link is busy
+    drops_output: bool = False  # its output is dropped while the link is busy
     sockets: KernelSockets | None = None  # of a relayed kernel
     channel: socket.socket | None = None  # of a fork server, for its orders
     forked: bool = False  # a fork server that has forked a kernel
@@ -3374,7 +3374,7 @@ class KernelHost:
         self._directory = directory
         self._program = program  # this module, as it was received
         self._kernels: dict[str, ChildProcess] = {}
-        self._parts: set[str] = set()  # paths of files that are still being written
+        self._unfinished_files: set[str] = set()  # paths of files that are still being written
         self._serial = itertools.count()
         self._unforkable: set[str] = set()  # interpreters that cannot have a fork server
         self.adopts = False  # True: it becomes the parent of orphans, without which no kernel can be forked
@@ -3387,7 +3387,7 @@ class KernelHost:
     def _on_closed(self, reason: str) -> None:
         for kernel in self._kernels.values():
             self._end(kernel)
-        for part in self._parts:
+        for part in self._unfinished_files:
             with contextlib.suppress(OSError):
                 os.unlink(part)
         for _ in range(10):  # what left its kernel's session and environment is now a child of this process (Linux)
@@ -3602,12 +3602,12 @@ class KernelHost:
         parts = [f"{kernel.name}/{channel}".encode("ascii"), *parts]
         waiting, size = self._pipe.waiting, sum(map(len, parts))
         is_large = size > RELAY_PIECE
-        is_slow = bool(waiting) or is_large
+        must_wait = bool(waiting) or is_large
         is_full = waiting[kernel.name] > RELAY_LIMIT / (len(waiting) or 1)  # a flood from one costs no other its output
-        may_be_lost = is_slow and channel == "iopub" and (size > LARGE_PART or not _names(_NO_OUTPUT, parts))
-        kernel.hurries = kernel.hurries and channel != "shell"
+        may_be_lost = must_wait and channel == "iopub" and (size > LARGE_PART or not _names(_NOT_DROPPED, parts))
+        kernel.drops_output = kernel.drops_output and channel != "shell"
         is_too_large = size > MAX_MESSAGE - 2**20 or len(parts) > MAX_PARTS  # the client would take it for garbage
-        if is_too_large or (may_be_lost and (is_full or kernel.hurries)):
+        if is_too_large or (may_be_lost and (is_full or kernel.drops_output)):
             if not kernel.loss_told:
                 self._pipe.send(PipeCodec.encode(_loss(kernel.name)), kernel.name)
             kernel.loss_told = True
@@ -3621,11 +3621,11 @@ class KernelHost:
             piece = [f"+{kernel.name}".encode("ascii"), data[start : start + RELAY_PIECE]]
             self._pipe.send(PipeCodec.encode(piece), kernel.name, may_be_lost)
 
-    def _hurry(self, name: str) -> None:
+    def _drop_waiting_output(self, name: str) -> None:
         """Drop output that waits for a slow link, so that the end of the cell gets through."""
         dropped = self._pipe.drop_old(name, PipeCodec.encode(_loss(name)))
         if dropped and (kernel := self._kernels.get(name)):
-            kernel.hurries = kernel.loss_told = True  # until the cell's reply
+            kernel.drops_output = kernel.loss_told = True  # until the cell's reply
 
     def _do_spawn(self, request: Json) -> None:
         """Run and watch a program that is no kernel: a gateway."""
@@ -3634,14 +3634,14 @@ class KernelHost:
         self._launch(kernel)
 
     def _do_interrupt(self, request: Json) -> None:
-        self._hurry(request["kernel"])
+        self._drop_waiting_output(request["kernel"])
         kernel = self._kernels.get(request["kernel"])
         if kernel and kernel.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(kernel.pid, signal.SIGINT)  # the whole group: a cell's foreground subprocess is to stop too
 
     def _do_kill(self, request: Json) -> None:
-        self._hurry(request["kernel"])
+        self._drop_waiting_output(request["kernel"])
         if kernel := self._kernels.get(request["kernel"]):
             if not kernel.pid:
                 self._report_exit(kernel)
@@ -3652,12 +3652,12 @@ class KernelHost:
             else:  # Popen.kill would collect the exit, which then nobody reports
                 _kill_all([kernel.pid])
 
-    def look_around(self, parent: int) -> None:
+    def check_parent_and_memory(self, parent: int) -> None:
         """End if the parent has ended: a forked child of it may keep the pipe open. Count the kills for memory."""
         if os.getppid() != parent:
             self.close()
         self._oom_kills.append(_cgroup_value(*_OOM_KILLS))
-        self._loop.later(0.5, functools.partial(self.look_around, parent))
+        self._loop.later(0.5, functools.partial(self.check_parent_and_memory, parent))
 
     def reap(self) -> None:
         """Collect the processes that have ended: kernels, and adopted children of them."""
@@ -3709,9 +3709,9 @@ class KernelHost:
         part = os.path.join(os.path.dirname(request["path"]), request.get("part", ""))
         answer = far_step(request, os.getcwd())
         if request["step"] == "write":
-            self._parts.add(part)
+            self._unfinished_files.add(part)
         elif request["step"] == "drop" or "error" not in answer:
-            self._parts.discard(part)
+            self._unfinished_files.discard(part)
         return answer
 
     def _end(self, kernel: ChildProcess) -> None:
@@ -3968,7 +3968,7 @@ def host_main(program: bytes) -> None:
         # Adopt the daemons that kernels start, and forked kernels, to reap them.
         host.adopts = _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         _prctl(_PR_SET_DUMPABLE, 0)  # code in a kernel can neither trace this process nor open its descriptors
-    host.look_around(os.getppid())
+    host.check_parent_and_memory(os.getppid())
     show_as("jupyter_exec: kernel host")
     loop.run()
     shutil.rmtree(directory, ignore_errors=True)
@@ -4370,7 +4370,7 @@ class JupyterServer(Protocol):
     def __exit__(self, *exc_info: object) -> None: ...
 
 
-class Single:
+class NotCopied:
     """A copy of such an object is the object itself: frameworks copy their tools, and with them what must stay one."""
 
     def __copy__(self: _T) -> _T:
@@ -4380,7 +4380,7 @@ class Single:
         return self
 
 
-class Stoppable(Single):
+class Stoppable(NotCopied):
     """What servers and executors have in common: used until `stop`, or until a `with` is left."""
 
     def stop(self) -> None:
@@ -4396,10 +4396,10 @@ class Stoppable(Single):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await aside(self.stop)
+        await in_thread(self.stop)
 
 
-async def settled(future: asyncio.Future[_T]) -> _T:
+async def result_of(future: asyncio.Future[_T]) -> _T:
     """Return the result of a future. If this wait is cancelled, the future goes on, and its error is not logged."""
     import asyncio
 
@@ -4408,14 +4408,14 @@ async def settled(future: asyncio.Future[_T]) -> _T:
     return future.result()
 
 
-async def aside(function: Callable[[], _T]) -> _T:
+async def in_thread(function: Callable[[], _T]) -> _T:
     """Call a function in a thread of its own, so that the loop is free. If this is cancelled, the function goes on."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
     pool = ThreadPoolExecutor(1, "jupyter_exec")
     try:
-        return await settled(asyncio.wrap_future(pool.submit(contextvars.copy_context().run, function)))
+        return await result_of(asyncio.wrap_future(pool.submit(contextvars.copy_context().run, function)))
     finally:
         pool.shutdown(wait=False)
 
@@ -4510,7 +4510,7 @@ class RemoteJupyterServer(Server):
         """Return {kernel name: kernel.json as a dict}."""
         models = part_of(self.rest.request("GET", "/api/kernelspecs"), "kernelspecs")
         if not isinstance(models, dict):
-            raise self._is_none("/api/kernelspecs")
+            raise self._not_jupyter_error("/api/kernelspecs")
         specs = {name: part_of(model, "spec") for name, model in models.items()}
         return {name: spec for name, spec in specs.items() if isinstance(spec, dict) and name.isprintable()}
 
@@ -4518,10 +4518,10 @@ class RemoteJupyterServer(Server):
         """Return the models of the server's running kernels (a gateway may forbid it: ServerError 403)."""
         models = self.rest.request("GET", "/api/kernels")
         if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-            raise self._is_none("/api/kernels")
+            raise self._not_jupyter_error("/api/kernels")
         return models
 
-    def _is_none(self, path: str) -> ServerError:
+    def _not_jupyter_error(self, path: str) -> ServerError:
         return ServerError("GET", self.connection_info.url + path, 200, "This is no Jupyter server.")
 
     def _end(self) -> None:
@@ -4554,7 +4554,7 @@ class HostLink:
         self.loop, self.context = Loop(), context
         self.mailboxes: dict[str, Mailbox] = {}  # of each kernel process, by its name
         self.lost: str | None = None  # why the host is gone
-        self._begun: dict[str, PipeCodec] = {}  # by kernel, a large message of which pieces have come
+        self._partial: dict[str, PipeCodec] = {}  # by kernel, a large message of which pieces have come
         self._far_end = far_end
         self._closing = False
         self._serial = itertools.count(1)
@@ -4604,7 +4604,7 @@ class HostLink:
         if parts[0].startswith(b"+"):
             kernel = parts[0][1:].decode("ascii", "replace")
             if kernel in self.mailboxes:
-                for whole in self._begun.setdefault(kernel, PipeCodec()).feed(b"".join(parts[1:])):
+                for whole in self._partial.setdefault(kernel, PipeCodec()).feed(b"".join(parts[1:])):
                     self._on_relayed(whole)
             return
         if parts[0]:
@@ -4613,7 +4613,7 @@ class HostLink:
         message = json_object(b"".join(parts[1:2]), "control message") | {"bytes": b"".join(parts[2:])}
         kernel, event = text_of(message.get("kernel")), message.get("event")
         if event in ("loss", "exit"):
-            self._begun.pop(kernel, None)
+            self._partial.pop(kernel, None)
         if event == "loss" and kernel in self.mailboxes:
             self.mailboxes[kernel].dropped = True
         elif event == "exit":
@@ -4821,12 +4821,12 @@ class HostedKernelControl(KernelControl):
         return not self._by_message
 
     def kill(self, dump: bool = False) -> None:
-        self._is_deaf = True
-        self._link.ask("kill", lambda answer: setattr(self, "_is_deaf", False), kernel=self._name, dump=dump)
+        self._kill_unanswered = True
+        self._link.ask("kill", lambda answer: setattr(self, "_kill_unanswered", False), kernel=self._name, dump=dump)
 
     def abandon(self) -> None:
         # If the host has answered, the news of the kernel's end is on its way, perhaps behind output on a slow link.
-        if self._is_deaf:
+        if self._kill_unanswered:
             self._link.close("the kernel host did not answer 'kill' in time")
 
     def files(self) -> AskFar:
@@ -5161,11 +5161,11 @@ class LocalJupyterServer(CommandJupyterServer):
         argv = [*self._argv, "-c", GATEWAY_PROGRAM, *self._gateway_options]
         link, mailbox = self.link(), Mailbox()
         link.mailboxes["gateway"] = mailbox
-        said = Path(self.directory, os.urandom(8).hex())
-        env = {"KG_AUTH_TOKEN": self._token, "JUPYTER_EXEC_PORT_FILE": str(said)}
+        port_file = Path(self.directory, os.urandom(8).hex())
+        env = {"KG_AUTH_TOKEN": self._token, "JUPYTER_EXEC_PORT_FILE": str(port_file)}
         link.call("spawn", kernel="gateway", argv=argv, env=env)
         deadline = Deadline(START_TIMEOUT)
-        while not (said.exists() and said.read_text().endswith("\n")):
+        while not (port_file.exists() and port_file.read_text().endswith("\n")):
             if isinstance(end := mailbox.get(0.05), KernelDied):
                 advice = f"; is port {port} of {ip} in use?" if port else ""
                 if "No module" in end.stderr:
@@ -5173,7 +5173,7 @@ class LocalJupyterServer(CommandJupyterServer):
                 raise KernelStartFailed(argv[:1], f"the gateway has ended ({end.sentence()}){advice}", None, end.stderr)
             if deadline.expired:
                 raise KernelStartFailed(argv[:1], f"the gateway does not listen within {START_TIMEOUT:g} s")
-        return JupyterConnectionInfo(ip, False, int(said.read_text()), self._token)  # it listens, and answers soon
+        return JupyterConnectionInfo(ip, False, int(port_file.read_text()), self._token)  # it listens, and answers soon
 
     def _open(self, program: str) -> FarEnd:
         self.directory = make_directory()
@@ -5813,7 +5813,7 @@ def functions_source(functions: Iterable[Callable[..., Any]], *imports: str) -> 
 AnyTools = Iterable[Callable[..., Any]] | Mapping[str, Callable[..., Any]]
 ApproveHook = Callable[[str, Json], Any]
 # The tool calls that the running code is part of, the innermost last.
-_CALLS: contextvars.ContextVar[tuple[ToolCall, ...]] = contextvars.ContextVar("tool calls", default=())
+_TOOL_CALLS: contextvars.ContextVar[tuple[ToolCall, ...]] = contextvars.ContextVar("tool calls", default=())
 
 
 def tool_call_ended() -> bool:
@@ -5821,7 +5821,7 @@ def tool_call_ended() -> bool:
 
     A tool that takes long should ask now and then, and give up. A coroutine is cancelled instead.
     """
-    return any(call.ended for call in _CALLS.get())
+    return any(call.ended for call in _TOOL_CALLS.get())
 
 
 def to_json(value: Any) -> Any:
@@ -6116,7 +6116,7 @@ class Tools:
 
     def check_outside(self) -> None:
         """Raise JupyterExecError in a tool whose own cell keeps the kernel busy."""
-        if any(call.tools is self and not call.ended for call in _CALLS.get()):
+        if any(call.tools is self and not call.ended for call in _TOOL_CALLS.get()):
             raise JupyterExecError("The kernel is busy with the cell that called this tool: use another executor.")
 
 
@@ -6199,7 +6199,7 @@ class CellTools:
         self._calls: list[ToolCall] = []
         self._requests = self._weight = 0  # how many came, and bytes of them as objects
 
-    def take(self, prompt: str, reply: Callable[[str], None], pause: Pause) -> bool:
+    def start_call(self, prompt: str, reply: Callable[[str], None], pause: Pause) -> bool:
         """If an input_request is a tool call, start that and return True. In the reading thread."""
         tag = self._tools.tag
         number, _, text = prompt[len(tag) :].partition(":")
@@ -6237,7 +6237,7 @@ class CellTools:
         return ToolCall(self._tools, name, self._tools.functions[name][1].bind(*args, **kwargs), answer)
 
     def _serve(self, call: ToolCall, pause: Pause) -> None:
-        _CALLS.set((*_CALLS.get(), call))
+        _TOOL_CALLS.set((*_TOOL_CALLS.get(), call))
         timeout, timer = self._tools.timeout, None
         try:
             with self._slots:
@@ -6356,7 +6356,7 @@ def variable_step(order: Json, names: Json) -> Json:
 @functools.cache  # it is read from the file
 def _kernel_program() -> str:
     steps: list[Callable[..., Any]] = [kernel_step, variable_step, to_json]
-    steps += [far_step, far_open, far_read, far_write, far_end, far_list]
+    steps += [far_step, far_open, far_read, far_write, far_finish, far_list]
     modules = "import base64, contextlib, errno, json, os, stat, sys"
     try:
         return functions_source(steps, modules, "from dataclasses import fields, is_dataclass")
@@ -6411,7 +6411,7 @@ class FarFiles:
         self._ask({"step": step, "path": path, **parameters}, data, answers.put)
         return answers
 
-    def _take(self, path: str, answers: queue.SimpleQueue[Json]) -> Json:
+    def _wait_for(self, path: str, answers: queue.SimpleQueue[Json]) -> Json:
         """Wait for the answer to an order."""
         deadline = Deadline(TRANSFER_TIMEOUT)
         while not deadline.expired:
@@ -6430,7 +6430,7 @@ class FarFiles:
         raise FileTransferError(path, f"nothing was heard for {TRANSFER_TIMEOUT:g} s")
 
     def step(self, step: str, path: str, data: bytes = b"", **parameters: object) -> Json:
-        return self._take(path, self._send(step, path, data, **parameters))
+        return self._wait_for(path, self._send(step, path, data, **parameters))
 
     def write(self, path: str, pieces: Iterable[bytes], done: Callable[[int], None]) -> None:
         """Make a file of pieces; it appears when it is complete. `done(size)`: so many bytes have arrived."""
@@ -6440,7 +6440,7 @@ class FarFiles:
         def settle(count: int) -> None:
             while len(waiting) > count:
                 answers, end = waiting.popleft()
-                self._take(path, answers)
+                self._wait_for(path, answers)
                 done(end)
 
         try:
@@ -6468,7 +6468,7 @@ class FarFiles:
             while not waiting or (len(waiting) < self._window and asked < size):
                 waiting.append(self._send(step, path, offset=asked, size=self.piece, limit=max_bytes, **parameters))
                 asked += self.piece
-            answer = self._take(path, waiting.popleft())
+            answer = self._wait_for(path, waiting.popleft())
             piece, now, identity = answer["bytes"], answer.get("size"), identity or answer.get("file")
             if not isinstance(now, int) or now < 0 or len(piece) > self.piece:
                 raise ProtocolError(_STRANGE)
@@ -6947,11 +6947,13 @@ class NotRun(JupyterExecError):
         self.result = result
 
 
-_CALL = threading.local()  # in a thread that makes an awaited call: `is_unwanted()` is True if that was cancelled
+_AWAITED_CALL = (
+    threading.local()
+)  # in a thread that makes an awaited call: `is_unwanted()` is True if that was cancelled
 
 
 def _is_unwanted() -> bool:
-    return getattr(_CALL, "is_unwanted", bool)()
+    return getattr(_AWAITED_CALL, "is_unwanted", bool)()
 
 
 class Turns:
@@ -7138,7 +7140,7 @@ class Job:
         self._call, self._limit = call, executor._max_output
         self._kernel, self._turns = executor._kernel, executor._turns
         self._cell: Cell | None = None  # the latest
-        self.answer: Any = None  # the result so far, when its time was over
+        self.partial_result: Any = None  # the result so far, when its time was over
         self._result: Any = None
         self._error: BaseException | None = None
         self.answered, self.ended = threading.Event(), threading.Event()  # `answered`: ended or detached
@@ -7165,7 +7167,7 @@ class Job:
     @property
     def detached(self) -> bool:
         """Whether its time was over before it had ended."""
-        return self.answer is not None
+        return self.partial_result is not None
 
     @property
     def status(self) -> str:
@@ -7214,7 +7216,7 @@ class Job:
         """Give the result so far to the call that waits for it: the time of the job is over."""
         answer = self._call.so_far(so_far)
         if not self.answered.is_set():
-            self.answer = answer
+            self.partial_result = answer
             self._turns.wake()
             self._tell(self.answered)
 
@@ -7503,7 +7505,7 @@ class JupyterCodeExecutor(Stoppable):
         if not job.detached:
             return job.wait()
         self._job = job
-        return job.answer
+        return job.partial_result
 
     def _worker(self) -> JupyterCodeExecutor:
         """Return the same executor for a job's thread, which must not keep this object from being collected."""
@@ -7552,7 +7554,7 @@ class JupyterCodeExecutor(Stoppable):
                 on_result(result)
 
         hooks = {**self._hooks, **hooks, "on_result": keep, "on_start": job.begin if job else None}
-        hooks["on_request"] = calls.take if self._tools.functions else None
+        hooks["on_request"] = calls.start_call if self._tools.functions else None
         hooks["on_timeout"] = job.detach if job and self._on_timeout == "detach" else None
         seconds = self._timeout if timeout is None else timeout
         try:
@@ -7789,11 +7791,11 @@ def _awaited(
             self._check_outside()
 
         def call() -> _T:
-            _CALL.is_unwanted = unwanted.is_set
+            _AWAITED_CALL.is_unwanted = unwanted.is_set
             return method(executor, *args, **options)
 
         try:
-            return await aside(call)
+            return await in_thread(call)
         finally:
             unwanted.set()
             executor._turns.wake()
@@ -7816,7 +7818,7 @@ class AsyncJob(Job):
         return super().wait(0)
 
 
-class AsyncJupyterCodeExecutor(Single):
+class AsyncJupyterCodeExecutor(NotCopied):
     """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, nothing blocks the loop.
 
     Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell, or ends its transfer;
@@ -7846,7 +7848,7 @@ class AsyncJupyterCodeExecutor(Single):
         tool_timeout: float | None = None,
     ) -> None:
         self._tools = Tools(tools, approve, max_tool_calls, tool_timeout)
-        self._make = functools.partial(
+        self._new_executor = functools.partial(
             JupyterCodeExecutor,
             jupyter_server,
             kernel_name,
@@ -7865,13 +7867,13 @@ class AsyncJupyterCodeExecutor(Single):
         self._starting: Any = None  # a task
         self._guard = threading.Lock()  # of _executor
         self._pending: Any = None  # the future of a coroutine that a hook has the cells' thread wait for,
-        self._unwanted: Any = None  # and the last one that was cancelled here: its hook then gives None
+        self._cancelled_hook: Any = None  # and the last one that was cancelled here: its hook then gives None
         self._in_hook: contextvars.ContextVar[Sequence[bool]] = contextvars.ContextVar("in_hook", default=())
 
     @property
     def system_message(self) -> str:
         """Like JupyterCodeExecutor.system_message."""
-        return system_message_for(self._functions, self._tools, self._make.args[0])
+        return system_message_for(self._functions, self._tools, self._new_executor.args[0])
 
     @property
     def connection_file(self) -> str | None:
@@ -7893,13 +7895,13 @@ class AsyncJupyterCodeExecutor(Single):
         self._tools.loop = loop = asyncio.get_running_loop()  # for hooks, too: that of the latest call
         while not self._executor:
             if not self._starting or self._starting.done() or self._starting.get_loop() is not loop:
-                self._starting = asyncio.ensure_future(aside(self._made))
-            await settled(self._starting)
+                self._starting = asyncio.ensure_future(in_thread(self._create_once))
+            await result_of(self._starting)
         return self._executor
 
-    def _made(self) -> None:
+    def _create_once(self) -> None:
         with self._guard:
-            self._executor = self._executor or self._make()
+            self._executor = self._executor or self._new_executor()
 
     async def _answer(self, call: CellCall | BlocksCall) -> Any:
         """Make a call and return its result. If this is cancelled, interrupt the call and wait for its end."""
@@ -7915,7 +7917,7 @@ class AsyncJupyterCodeExecutor(Single):
             deadline = Deadline(INTERRUPT_GRACE)
             while not (job.done or job.detached):
                 if (unwanted := self._pending) and executor._turns.is_of(job):
-                    self._unwanted = unwanted
+                    self._cancelled_hook = unwanted
                     unwanted.cancel()
                 if deadline.expired:  # nobody waits for this code any more, and it has the kernel
                     deadline = Deadline(None)
@@ -7962,11 +7964,11 @@ class AsyncJupyterCodeExecutor(Single):
                 if loop.is_closed():
                     break
                 if executor._turns.evictions != evictions or (cell and cell.timed_out and cell.due):
-                    self._unwanted = future  # the kernel is about to end, or the grace of the cell is over
+                    self._cancelled_hook = future  # the kernel is about to end, or the grace of the cell is over
                     future.cancel()
             return future.result(0)
         except CancelledError:
-            if future is not self._unwanted:
+            if future is not self._cancelled_hook:
                 raise
             return None
         finally:
@@ -8079,7 +8081,7 @@ class AsyncJupyterCodeExecutor(Single):
     async def restart(self) -> None:
         """Like JupyterCodeExecutor.restart."""
         self._check_outside()
-        await (aside(self._executor.restart) if self._executor else self.start())
+        await (in_thread(self._executor.restart) if self._executor else self.start())
 
     def interrupt(self) -> None:
         """Like JupyterCodeExecutor.interrupt."""
@@ -8089,7 +8091,7 @@ class AsyncJupyterCodeExecutor(Single):
     async def stop(self) -> None:
         """End the kernel. May be called more than once."""
         self._check_outside()
-        await aside(self._end)
+        await in_thread(self._end)
 
     def _end(self) -> None:
         with self._guard:
@@ -8167,14 +8169,14 @@ class Document:
         self.steps = [step for step in self.steps if not step.has_tag("injected-parameters")]
         at = next((i for i, step in enumerate(self.steps, 1) if step.has_tag("parameters")), 0)
         if not at:
-            put(sys.stderr, f"jupyter-exec: no cell of {self.name} is tagged parameters: -p is set at the top")
+            say(f"no cell of {self.name} is tagged parameters: -p is set at the top")
         lines = ["# Parameters"]
         for name, value in pairs:
             if not is_name(name):
                 raise ValueError(f"-p {name}: this cannot be the name of a variable")
             if at and not re.search(rf"\b{name}\b.*=", self.steps[at - 1].cell["source"]):
                 says = f"the cell of {self.name} that is tagged parameters does not set it"
-                put(sys.stderr, f"jupyter-exec: -p {name}: {says}")
+                say(f"-p {name}: {says}")
             lines.append(f"{name} = {_literal(value)}")
         self.steps.insert(at, self.new_step("\n".join(lines), ["injected-parameters"]))
 
@@ -8241,7 +8243,7 @@ def read_document(source: str, unlabelled: bool = False, is_script: bool = False
             document.steps.append(document.new_step(block.code, language=block.language, line=line))
         else:
             says = "skipped a block that names no language (--unlabelled runs it)"
-            put(sys.stderr, f"jupyter-exec: {source}:{line}: {says}")
+            say(f"{source}:{line}: {says}")
     return document
 
 
@@ -8283,7 +8285,7 @@ def _notebook(name: str, body: Json) -> Document:
     return document
 
 
-def put(stream: TextIO, text: str, end: str = "\n") -> None:
+def print_clean(stream: TextIO, text: str, end: str = "\n") -> None:
     """Print text from anybody: colours and carriage returns pass, to a terminal only; no other control characters do.
 
     Raises: OSError.
@@ -8292,6 +8294,11 @@ def put(stream: TextIO, text: str, end: str = "\n") -> None:
     lines = (text + end).replace("\r\n", "\n").split("\r")
     stream.write(("\r" if on_terminal else "\n").join(clean_text(line, on_terminal) for line in lines))
     stream.flush()
+
+
+def say(text: object) -> None:
+    """Tell the user something, on stderr. Raises: OSError."""
+    print_clean(sys.stderr, f"jupyter-exec: {text}")
 
 
 class CellFiles(CallFiles):
@@ -8402,7 +8409,7 @@ class LivePrinter:
                 sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()
             try:
-                put(stream, text, "")
+                print_clean(stream, text, "")
             except OSError as error:  # nobody reads any more, or the disk is full: as good as Ctrl-C
                 self.trouble = error
                 raise KeyboardInterrupt from None
@@ -8442,7 +8449,7 @@ class JsonPrinter:
         if isinstance(error, SystemExit):  # by a signal
             status = int(error.code or 0)
         end = self._end | {"exit_code": self._end["exit_code"] or status}
-        put(sys.stdout, json.dumps(end | {"blocks": self._blocks}))
+        print_clean(sys.stdout, json.dumps(end | {"blocks": self._blocks}))
 
 
 _EXAMPLES = """\
@@ -8580,14 +8587,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve_mcp(options) if options.command == "mcp" else _list_kernels(options)
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):
-            put(sys.stderr, "jupyter-exec: interrupted")
+            say("interrupted")
         return 130
     except BrokenPipeError:  # the reader of our stdout has left
         return 141
     except (JupyterExecError, ValueError, OSError) as error:
         says = str(error) if isinstance(error, JupyterExecError | ValueError) else describe_os_error(error)
         with contextlib.suppress(OSError):
-            put(sys.stderr, f"jupyter-exec: {says}")
+            say(says)
         return 2
     finally:
         _drop_unwritten()
@@ -8652,7 +8659,7 @@ def _bring_back(executor: JupyterCodeExecutor, paths: Mapping[str, str], folder:
             with folder.replace(name) as file:
                 executor.download(path, file)
         except OSError as error:  # a FileTransferError is one
-            put(sys.stderr, f"jupyter-exec: {error}")
+            say(error)
             have_come = False
     return have_come
 
@@ -8675,7 +8682,7 @@ def _runnable(document: Document, kernel_name: str, language: str) -> Iterator[S
             try:
                 cell_of(CodeBlock(step.cell["source"], step.language), kernel_name, language)
             except ValueError:
-                put(sys.stderr, f"jupyter-exec: {document.name}:{step.line}: skipped a block of {step.language}")
+                say(f"{document.name}:{step.line}: skipped a block of {step.language}")
             else:
                 yield step
 
@@ -8742,7 +8749,7 @@ def _run_steps(
         printer.end(step, result, place)
         if result.status == "exited":
             if left := len(steps) - number:
-                put(sys.stderr, f"jupyter-exec: {place}: the code has ended the run here; not run: {left} cells")
+                say(f"{place}: the code has ended the run here; not run: {left} cells")
             return status or result.exit_code
         if result.status not in ("ok", "expected"):
             had_no_kernel = result.status == "died" and result.death is None
@@ -8758,7 +8765,7 @@ def _list_kernels(options: argparse.Namespace) -> int:
             raise ValueError("No kernel is installed there: run python3 -m pip install ipykernel.")
         for name, spec in sorted(specs.items()):
             fields = (name, spec.get("display_name", ""), spec.get("resource_dir", ""))
-            put(sys.stdout, "\t".join(re.sub(r"\s", " ", str(field)) for field in fields))
+            print_clean(sys.stdout, "\t".join(re.sub(r"\s", " ", str(field)) for field in fields))
     return 0
 
 

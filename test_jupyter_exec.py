@@ -1876,7 +1876,7 @@ def test_what_is_dropped_leaves_its_place_to_the_news_of_that(
     (b'{"msg_id": 1, "msg_type" : "error"}', False),
 )
 def test_what_may_be_lost_is_known_by_its_type(header: bytes, lost: bool) -> None:
-    for pattern in (jupyter_exec._NO_OUTPUT, jupyter_exec._VITAL):
+    for pattern in (jupyter_exec._NOT_DROPPED, jupyter_exec._VITAL):
         assert jupyter_exec._names(pattern, signed(header, b"{}", b"{}", b"{}")) == (not lost)
 
 
@@ -4884,7 +4884,7 @@ def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(mo
     channels: Any = jupyter_exec.WebSocketChannels(loop, dial, mailbox)
     pairs[0][1].settimeout(PATIENCE)
     pairs[0][1].sendall(frame(9, b"x" * 125) * 100_000)  # 13 MB
-    assert 0 < len(channels._pipe._begun) + channels._pipe.waiting[""] < 1000
+    assert 0 < len(channels._pipe._unsent) + channels._pipe.waiting[""] < 1000
     eventually(lambda: len(pairs) == 2, "it was dropped, and called again")
     assert isinstance(mailbox.get(PATIENCE), jupyter_exec.Reconnected)
     pairs[1][1].sendall(frame(9, b"last"))
@@ -9523,7 +9523,7 @@ def test_nothing_but_text_and_colours_reaches_a_terminal(tmp_path: Path) -> None
 
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
-        jupyter_exec.put(stream, f"10%\r20%\r\n\ta\x1b[31mb{NASTY}é")
+        jupyter_exec.print_clean(stream, f"10%\r20%\r\n\ta\x1b[31mb{NASTY}é")
     assert re.sub("\x1b\\[[0-9;]*m", "", terminal.getvalue()).isprintable() is False
     for stream, allowed in ((terminal, "\n\t\r\x1b"), (file, "\n\t")):
         said = stream.getvalue()
