@@ -1156,16 +1156,36 @@ class Folder:
 
     @contextlib.contextmanager
     def replace(self, name: str) -> Iterator[IO[bytes]]:
-        """Give a file to write to, which takes the place of `name` once it is complete."""
-        new = f"{os.urandom(16).hex()}.part"
+        """Give a file to write to, which takes the place of `name`, a file or a link, once it is complete."""
+        if self.path in (Path("/dev"), Path("/dev/fd")):  # what is there must not be replaced
+            with open(self.path / name, "wb") as file:
+                yield file
+            return
+        new, mode = f"{os.urandom(16).hex()}.part", self._mode(name)
         try:
             with self.create(new) as file:
+                if mode is not None and hasattr(os, "fchmod"):  # what only its owner may read stays so
+                    os.fchmod(file.fileno(), mode & 0o777)
                 yield file
             os.replace(self._name(new), self._name(name), src_dir_fd=self._at, dst_dir_fd=self._at)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 os.unlink(self._name(new), dir_fd=self._at)
+            if isinstance(error, OSError) and error.filename == self._name(new):
+                error.filename = str(self.path / name)
             raise
+
+    def _mode(self, name: str) -> int | None:
+        """Return the mode of a file that is to be replaced, None if none is there. Raises: OSError if it is no file."""
+        try:
+            mode = os.stat(self._name(name), dir_fd=self._at).st_mode
+        except FileNotFoundError:
+            return None
+        if not stat.S_ISREG(mode):
+            is_directory = stat.S_ISDIR(mode)
+            says = "Is a directory: name the file" if is_directory else "Is no regular file"
+            raise OSError(errno.EISDIR if is_directory else errno.EINVAL, says, str(self.path / name))
+        return mode
 
 
 class CallFiles:
@@ -1441,7 +1461,7 @@ class ExecutionResult:
         """Those of `files` that are pictures."""
         return [file for file in self.files if file.mime_type.startswith("image/")]
 
-    def parts(self, max_chars: int = 20_000, max_images: int = 4, max_image_bytes: int = 4 * 2**20) -> list[Json]:
+    def parts(self, max_chars: int = 20_000, max_images: int = 4, max_image_bytes: int = 15 * 2**18) -> list[Json]:
         """Return what a language model should see, in order, within a budget: text, and pictures in base64.
 
         Each is {"type": "text", "text": ...} or {"type": "image", "mime_type": ..., "data": ...}. Of longer text head
@@ -1473,7 +1493,7 @@ class ExecutionResult:
         texts.append(render(group, self.note, label))
         parts: list[Json] = []
         for text, image in itertools.zip_longest(_shorten_all(texts, max_chars), images):
-            if text:
+            if text.strip():  # the API of Anthropic refuses text without a word
                 parts.append({"type": "text", "text": text})
             if image:
                 data = base64.b64encode(image.data).decode("ascii")
@@ -1493,11 +1513,14 @@ class ExecutionResult:
         ]
 
     def save(self, directory: AnyPath) -> list[str]:
-        """Write `files` under names of our own; return their paths. Raises: ValueError if there is no directory."""
-        saved = CallFiles(Folder(directory), None)
-        for output in self.outputs:
-            saved.save(output.get("data") or {})
-        return saved.paths
+        """Write `files` under new names; return their paths. Raises: OSError; ValueError if there is no directory."""
+        folder, paths = Folder(directory), []
+        for file in self.files:
+            path = folder.path / f"{os.urandom(16).hex()}{file.suffix}"
+            with folder.create(path.name) as target:
+                target.write(file.data)
+            paths.append(str(path))
+        return paths
 
     def raise_for_error(self) -> None:
         """Raise ExecutionError, ExecutionTimeout, KernelDied or JupyterExecError unless the cell ended well."""
@@ -2463,6 +2486,9 @@ class Hooks:
                 self.on_output(output)
             except Exception:
                 logger.warning("on_output raised; the cell goes on", exc_info=True)
+            except BaseException:  # Ctrl-C came while it was at work: it may be what hangs
+                self.muted = True
+                raise
 
     def answer(self, content: Json) -> str:
         """Return the answer to an input_request; "\x04" is the end of input: the cell gets EOFError."""
@@ -2478,7 +2504,7 @@ class Hooks:
                 pass
             except Exception:
                 logger.warning("on_input raised; the cell gets EOFError", exc_info=True)
-        return "\x04" if self.on_input or self.on_request else ""
+        return "\x04"
 
 
 class Cell:
@@ -2734,7 +2760,7 @@ class KernelClient:
         self._interrupt_cell(cell, INTERRUPT_GRACE / 2)
         cell.timed_out = True
         cell.deadline = Deadline(INTERRUPT_GRACE)
-        cell.hooks.muted, cell.hooks.on_timeout = True, None
+        cell.hooks.on_input = cell.hooks.on_timeout = None
         self._run(cell)
         cell.finish()
 
@@ -6548,9 +6574,6 @@ def size_of(file: IO[bytes]) -> int | None:
 def target_file(target: AnyPath) -> Iterator[IO[bytes]]:
     """Give a file to write to, which takes the place of `target` once it is complete. Raises: OSError."""
     path = Path(target).absolute()
-    if path.exists() and not path.is_file():
-        number = errno.EISDIR if path.is_dir() else errno.EINVAL
-        raise OSError(number, "Is a directory: name the file" if path.is_dir() else "Is no regular file")
     if not path.parent.is_dir():
         raise OSError(errno.ENOENT, f"There is no directory {path.parent}")
     with contextlib.closing(Folder(path.parent)) as folder, folder.replace(path.name) as file:
@@ -6630,6 +6653,10 @@ class MarkdownCodeExtractor:
         return [block for text in _message_texts(message) for _, _, block in fenced_blocks(text)]
 
 
+_OTHER_PARTS: tuple[str, ...] = ("image_url", "input_image", "image", "function", "tool_call", "tool_calls")
+_OTHER_PARTS += ("apply_patch_call", "shell_call")
+
+
 def _message_texts(message: str | Sequence[Mapping[str, Any]] | None) -> Iterator[str]:
     if message is None or isinstance(message, str):
         yield message or ""
@@ -6638,22 +6665,27 @@ def _message_texts(message: str | Sequence[Mapping[str, Any]] | None) -> Iterato
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind in ("text", "input_text"):
             yield str(part.get("text") or "")
-        elif kind not in ("image_url", "input_image", "image", "function", "tool_call", "tool_calls"):
+        elif kind not in _OTHER_PARTS:
             raise ValueError(f"Wrong content format: unknown type {kind} within the content")
 
 
 def fenced_blocks(text: str) -> Iterator[tuple[int, str, CodeBlock]]:
     """Yield (number of the line at which the code begins, info string, block) of each fenced block of a text."""
     lines = enumerate(re.split(r"\r\n|\n|\r", text), 1)
-    offset = 0  # column at which the content of the list item around begins
+    offsets, in_comment = [0], False  # the columns at which the contents of the list items around begin
     for number, line in lines:
         line, start = line.expandtabs(4), 0
-        while item := _LIST_ITEM.match(line, start):
-            offset = start = item.end()
-        line = " " * start + line[start:]
         indent = len(line) - len(line.lstrip(" "))
-        if line.strip() and indent < offset:
-            offset = 0
+        while line.strip() and indent < offsets[-1]:
+            offsets.pop()
+        if in_comment or (line.startswith("<!--", indent) and indent - offsets[-1] <= 3):
+            in_comment = "-->" not in line
+            continue
+        while item := _LIST_ITEM.match(line, start):
+            start = item.end()
+            offsets.append(start)
+        line = " " * start + line[start:]
+        indent, offset = max(indent, start), offsets[-1]
         opening = _FENCE.fullmatch(line)
         # "... preceded by up to three spaces of indentation"
         if opening and indent - offset <= 3:
@@ -6750,12 +6782,15 @@ def notebook_cell(source: str, kind: str = "code", metadata: Json | None = None)
     return cell | ({"outputs": [], "execution_count": None} if kind == "code" else {})
 
 
+_JSON_TYPE = re.compile(r"application/(.*\+)?json")  # as nbformat's schema has it
+
+
 def notebook_outputs(outputs: Iterable[Json], note: str) -> list[Json]:
     """Return the outputs of a cell as nbformat allows them, with the note about it as the last."""
     shown = [dict(output) for output in outputs]
     for output in filter(lambda output: "data" in output, shown):
         output["data"] = {  # a MIME value is a string unless the type is JSON
-            mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
+            mime: value if isinstance(value, str) or _JSON_TYPE.fullmatch(mime) else json.dumps(value)
             for mime, value in output["data"].items()
         }
     return [*shown, *[{"output_type": "stream", "name": "stderr", "text": note}] * bool(note)]
@@ -7720,10 +7755,6 @@ class JupyterCodeExecutor(Stoppable):
             pass
         metadata = self._notebook_metadata
         path = Path(path).absolute()
-        if path.parent == Path("/dev"):  # such as /dev/stdout, which must not be replaced
-            with open(path, "wb") as file:
-                self._journal.write(file, metadata)
-            return
         folder = self._folder if path.parent == self._folder.path else Folder(path.parent)
         with folder.replace(path.name) as file:
             self._journal.write(file, metadata)
@@ -8227,16 +8258,18 @@ def read_document(source: str, unlabelled: bool = False, is_script: bool = False
     Raises: OSError; ProtocolError for a broken notebook; ValueError for a file that is no code.
     """
     if source == "-":
-        return _script("<stdin>", sys.stdin.read())
-    data = Path(source).read_bytes()
-    if source.endswith(".ipynb"):
-        return _notebook(source, json_object(data, f"notebook {source}"))
+        if sys.stdin is None:
+            raise ValueError("There is no stdin to read the code from.")
+        return _script("<stdin>", _source_text("<stdin>", sys.stdin.buffer.read()))
+    data, suffix = Path(source).read_bytes(), Path(source).suffix.lower()
     text = data.decode("utf-8-sig", "replace")
-    if not source.endswith((".md", ".markdown")):
-        if not (is_script or source.endswith(".py") or _is_python(source, text)):
+    if suffix == ".ipynb":
+        return _notebook(source, json_object(text, f"notebook {source}"))
+    if suffix not in (".md", ".markdown"):
+        if not (is_script or suffix == ".py" or _is_python(source, text)):
             what = ".py, .md and .ipynb files are, and what begins with #! and names python"
             raise ValueError(f"{source} is no code that can be run: {what}. For another language give --kernel.")
-        return _script(source, text)
+        return _script(source, text if is_script and suffix != ".py" else _source_text(source, data))
     document = Document(source, {})
     for line, info, block in fenced_blocks(text):
         if info.strip() or unlabelled:
@@ -8245,6 +8278,16 @@ def read_document(source: str, unlabelled: bool = False, is_script: bool = False
             says = "skipped a block that names no language (--unlabelled runs it)"
             say(f"{source}:{line}: {says}")
     return document
+
+
+def _source_text(source: str, data: bytes) -> str:
+    """Decode Python as Python does, by its BOM or its "coding" line. Raises: ValueError."""
+    import importlib.util
+
+    try:
+        return importlib.util.decode_source(data)
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} cannot be decoded: {error}. Say its encoding in the first line.") from None
 
 
 def _is_python(source: str, text: str) -> bool:
@@ -8264,8 +8307,9 @@ def _script(name: str, text: str) -> Document:
         title = lines[start] if start in markers else ""
         code = "\n".join(lines[start + bool(title) : end])
         tags = re.findall(r"[\"']([^\"']+)[\"']", "".join(re.findall(r"tags *= *\[([^\[\]]*)\]", title)))
-        if re.search(r"\[(markdown|md|raw)\]", title):
-            document.steps.append(document.new_step(re.sub(r"(?m)^# ?", "", code), tags, "markdown"))
+        if found := re.search(r"\[(markdown|md|raw)\]", title):
+            kind = "raw" if found[1] == "raw" else "markdown"
+            document.steps.append(document.new_step(re.sub(r"(?m)^# ?", "", code), tags, kind))
         elif code.strip():
             document.steps.append(document.new_step(code, tags, line=start + bool(title) + 1))
     return document
@@ -8322,10 +8366,8 @@ def exit_of(output: Json | None) -> tuple[int, str] | None:
     """Return (exit status, message) of the error of a cell that called sys.exit(), as Python gives them; else None."""
     if not output or output.get("ename") != "SystemExit":
         return None
-    says: str = output["evalue"]
-    if re.fullmatch(r"-?\d{1,18}", says):
-        return int(says) % 256, ""
-    return (0, "") if says in ("", "None") else (1, says)
+    says = str({"": 0, "None": 0, "False": 0, "True": 1}.get(output["evalue"], output["evalue"]))
+    return (int(says) % 256, "") if re.fullmatch(r"-?\d{1,18}", says) else (1, says)
 
 
 class LivePrinter:
@@ -8339,8 +8381,9 @@ class LivePrinter:
         self._count = count
         self._number = 0  # of the cell that runs
         self._files: CellFiles | None = None
-        self._line_open = False
+        self._open_stream: TextIO | None = None  # where a line was begun and not ended
         self._lock = threading.Lock()
+        self._asks = False  # a person is typing an answer to input()
         self._ended = threading.Event()
         self.trouble: OSError | None = None  # why nothing more can be printed
         self.status = 0  # of the command
@@ -8350,7 +8393,7 @@ class LivePrinter:
     def _tick(self) -> None:
         while not self._ended.wait(1):
             with self._lock:
-                if self._number and not self._line_open:
+                if self._number and not (self._open_stream or self._asks):
                     seconds = time.monotonic() - self._started
                     sys.stderr.write(f"\r\x1b[Kcell {self._number} of {self._count}, {seconds:.0f} s\r")
                     sys.stderr.flush()
@@ -8374,11 +8417,11 @@ class LivePrinter:
     def ask(self, prompt: str, password: bool) -> str:
         """Answer input() in the code, at a terminal or from our stdin; no progress is shown meanwhile."""
         with self._lock:
-            self._line_open = True
+            self._asks = True
         try:
             return _ask(clean_text(prompt, True), password)
         finally:
-            self._line_open = False
+            self._asks, self._open_stream = False, None
 
     def close(self, *trouble: object) -> None:
         self._ended.set()
@@ -8401,11 +8444,13 @@ class LivePrinter:
 
     def _line(self, text: str, stream: TextIO) -> None:
         if text:
-            self._write(stream, ("\n" if self._line_open else "") + text + "\n")
+            if self._open_stream:
+                self._write(self._open_stream, "\n")
+            self._write(stream, text + "\n")
 
     def _write(self, stream: TextIO, text: str) -> None:
         with self._lock:
-            if sys.stderr.isatty() and not self._line_open:
+            if sys.stderr.isatty() and not self._open_stream:
                 sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()
             try:
@@ -8413,7 +8458,8 @@ class LivePrinter:
             except OSError as error:  # nobody reads any more, or the disk is full: as good as Ctrl-C
                 self.trouble = error
                 raise KeyboardInterrupt from None
-            self._line_open = not text.endswith("\n") if text else self._line_open
+            if text:
+                self._open_stream = None if text.endswith("\n") else stream
 
 
 class JsonPrinter:
@@ -8486,6 +8532,8 @@ def _add_places(command: argparse.ArgumentParser) -> None:
         command.add_argument(name, help=says, **(action | ({"action": "append"} if name == "--package" else {})))
 
 
+RUN_OUTPUT = 2**24  # characters of a cell's streams that are kept for --json and --notebook
+
 # Options of `run` -> what argparse is told of them.
 _RUN_OPTIONS: dict[str, Json] = {
     "--kernel": {"metavar": "NAME", "help": "kernel name (default: the notebook's own, else python3)"},
@@ -8553,7 +8601,7 @@ def _server_of(options: argparse.Namespace) -> JupyterServer:
     token = parse_qs(url.query).get("token", [os.environ.get("JUPYTER_TOKEN")])[0]
     if options.token_file:
         token = Path(options.token_file).read_text(encoding="utf-8").strip()
-    base_url = url.path.rstrip("/") or "/"
+    base_url = re.sub(r"(?<!/user)/(lab|tree)\Z", "", url.path.rstrip("/")) or "/"  # as a server prints its address
     info = JupyterConnectionInfo(url.hostname, url.scheme == "https", url.port, token, base_url, options.ca_file)
     return RemoteJupyterServer(info)
 
@@ -8615,11 +8663,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     kernel_name = options.kernel or document.kernel_name or "python3"
     if options.parameters:
         document.add_parameters(options.parameters)
-    if options.notebook and not Path(options.notebook).parent.is_dir():
-        raise ValueError(f"There is no directory for {options.notebook}.")
-    names = list(map(os.path.basename, options.get))
-    if {"", ".", ".."} & set(names) or len(set(names)) < len(names):
-        raise ValueError("--get must name files, each with another last part, by which it is called here.")
+    _check_paths(options)
     with _server_of(options) as server, contextlib.ExitStack() as stack:
         specs = server.kernelspecs()
         language = str(specs.get(kernel_among(kernel_name, specs) or "", {}).get("language") or "python")
@@ -8636,6 +8680,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             kernel_name,
             options.timeout,
             options.output_dir,
+            max_output=RUN_OUTPUT,
             on_output=printer if isinstance(printer, LivePrinter) else None,
             on_input=printer.ask if sys.stdin and options.file != "-" else None,
             startup=_startup(options, arguments) if speaks_python else "",
@@ -8646,17 +8691,37 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
                 executor.upload(source)
         folder = Folder(options.output_dir)  # code may put a link in its place
         printer.status = _run_steps(executor, document, steps, printer, folder, options)
-        if not _bring_back(executor, dict(zip(names, options.get, strict=True)), folder):
+        if speaks_python and _is_script(options) and executor._kernel.alive:
+            executor.execute(_LAST_CELL, timeout=math.inf)
+        if not _bring_back(executor, options.get, folder):
             printer.status = printer.status or 2
         return printer.status
 
 
-def _bring_back(executor: JupyterCodeExecutor, paths: Mapping[str, str], folder: Folder) -> bool:
-    """Bring files, by their names here, from where the kernel runs; returns whether all have come."""
+def _check_paths(options: argparse.Namespace) -> None:
+    """Raise ValueError for files that would take each other's place."""
+    if options.notebook:
+        if not Path(options.notebook).parent.is_dir():
+            raise ValueError(f"There is no directory for {options.notebook}.")
+        with contextlib.suppress(OSError):  # one of them is no file
+            is_notebook = options.file is None or options.file.lower().endswith(".ipynb")
+            if not is_notebook and os.path.samefile(options.file, options.notebook):
+                raise ValueError(f"--notebook {options.notebook} would take the place of the code.")
+    put = [os.path.abspath(path) for path in options.put]
+    for option, paths in ("--get", options.get), ("--put", put):
+        names = list(map(os.path.basename, paths))
+        if {"", ".", ".."} & set(names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"{option} must name files, each with another last part: that is its name at the other end."
+            )
+
+
+def _bring_back(executor: JupyterCodeExecutor, paths: Sequence[str], folder: Folder) -> bool:
+    """Bring files, under the last parts of their paths, from where the kernel runs; returns whether all have come."""
     have_come = True
-    for name, path in paths.items():
+    for path in paths:
         try:
-            with folder.replace(name) as file:
+            with folder.replace(os.path.basename(path)) as file:
                 executor.download(path, file)
         except OSError as error:  # a FileTransferError is one
             say(error)
@@ -8687,11 +8752,16 @@ def _runnable(document: Document, kernel_name: str, language: str) -> Iterator[S
                 yield step
 
 
+def _is_script(options: argparse.Namespace) -> bool:
+    return options.code is not None or not options.file.lower().endswith((".ipynb", ".md", ".markdown"))
+
+
 def _startup(options: argparse.Namespace, arguments: list[str]) -> str:
     """Return code by which a script finds what `python FILE` would give it: arguments, __file__, modules beside it."""
-    is_script = options.code is not None or not options.file.endswith((".ipynb", ".md", ".markdown"))
+    is_script = _is_script(options)
     # IPython warns of sys.exit(), with which many a script ends.
     lines = ["__import__('warnings').filterwarnings('ignore', 'To exit: use')"] if is_script else []
+    lines += ["exit = quit = __import__('sys').exit"] if is_script else []  # IPython's would first run the rest
     if is_script or arguments:
         argv = ["-c" if options.code is not None else options.file, *arguments]
         lines += [f"__import__('sys').argv[:] = {argv!r}"]
@@ -8701,6 +8771,17 @@ def _startup(options: argparse.Namespace, arguments: list[str]) -> str:
         if options.docker is None and options.server is None:
             lines += [f"__import__('sys').path.insert(0, {os.path.dirname(path)!r})"]
     return "\n".join(lines)
+
+
+# What Python does at the end of a script: it ends the pools of concurrent.futures, and waits for threads.
+_LAST_CELL = """\
+import threading
+for end in reversed(getattr(threading, "_threading_atexits", [])):
+    end()
+for thread in threading.enumerate():
+    if not (thread.daemon or thread is threading.current_thread()):
+        thread.join()
+"""
 
 
 def _ask(prompt: str, password: bool) -> str:
@@ -8736,10 +8817,10 @@ def _run_steps(
         block = CodeBlock(step.cell["source"], step.language)
         try:
             result = executor.execute_block(block, on_result=functools.partial(keep, step))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as error:  # Ctrl-C, a signal, or the end of who reads our stdout
             if len(kept) == number and not printer.trouble:
                 printer.end(step, kept[-1], document.place(step, kept[-1]))
-            raise printer.trouble or KeyboardInterrupt from None
+            raise printer.trouble or error from None
         place = document.place(step, result)
         if step.has_tag("raises-exception"):
             result.status = "expected" if result.status == "error" else result.status
