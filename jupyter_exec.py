@@ -1491,9 +1491,10 @@ class ExecutionResult:
                 texts.append(render(group, "", label))
                 group = []
         texts.append(render(group, self.note, label))
+        texts = [text if text.strip() else "" for text in texts]  # Anthropic's API refuses a block of white space
         parts: list[Json] = []
         for text, image in itertools.zip_longest(_shorten_all(texts, max_chars), images):
-            if text.strip():  # the API of Anthropic refuses text without a word
+            if text:
                 parts.append({"type": "text", "text": text})
             if image:
                 data = base64.b64encode(image.data).decode("ascii")
@@ -8471,7 +8472,7 @@ class JsonPrinter:
         """`language`: the kernel's."""
         self._language = language
         self._blocks: list[Json] = []
-        self._end = {"exit_code": 0, "kernel_state": "intact"}
+        self._kernel_state = "intact"
         self.status = 0  # of the command
 
     def begin(self, files: CellFiles) -> None:
@@ -8483,8 +8484,7 @@ class JsonPrinter:
         block |= {"exit_code": result.exit_code, "duration": round(result.duration, 3)}
         block |= {"place": place, "error": error and {name: error[name] for name in ("ename", "evalue", "traceback")}}
         self._blocks.append(block | {"output": text, "output_files": self._files.paths})
-        failed = result.exit_code if result.status != "expected" else 0
-        self._end = {"exit_code": self._end["exit_code"] or failed, "kernel_state": result.kernel_state}
+        self._kernel_state = result.kernel_state
 
     def ask(self, prompt: str, password: bool) -> str:
         """Answer input() in the code."""
@@ -8494,8 +8494,8 @@ class JsonPrinter:
         status = self.status if kind is None else 130 if kind is KeyboardInterrupt else 2
         if isinstance(error, SystemExit):  # by a signal
             status = int(error.code or 0)
-        end = self._end | {"exit_code": self._end["exit_code"] or status}
-        print_clean(sys.stdout, json.dumps(end | {"blocks": self._blocks}))
+        answer = {"exit_code": status, "kernel_state": self._kernel_state, "blocks": self._blocks}
+        print_clean(sys.stdout, json.dumps(answer))
 
 
 _EXAMPLES = """\

@@ -1632,7 +1632,13 @@ def test_parts_are_text_and_pictures_in_order() -> None:
     result = shown("a\n", b"one", "b\n", {"text/plain": "1"}, b"two", note="n")
     assert told(result.parts()) == ["a\n[a picture]", b"one", "b\n1\n[a picture]", b"two", "n"]
     assert [image.data for image in result.images] == [b"one", b"two"]
-    assert shown().parts() == []
+    assert shown().parts() == shown(" \n").parts() == []
+
+
+def test_a_picture_of_the_default_budget_has_5_mb_in_base64() -> None:
+    fits, large = bytes(15 * 2**18), bytes(15 * 2**18 + 1)
+    (picture,) = [part for part in shown(fits, large).parts() if part["type"] == "image"]
+    assert len(picture["data"]) == 5 * 2**20  # more is refused by the API of Anthropic
 
 
 @cases(
@@ -8974,6 +8980,11 @@ def extract(message: Any) -> list[tuple[str, str]]:
     ("   ```python\n   if 1:\n       2\n   ```", [("python", "if 1:\n    2")]),
     ("1. Do:\n\n   ```python\n   1\n   ```\n2. Then", [("python", "1")]),
     ("- ```python\n  1\n  ```", [("python", "1")]),
+    ("1.  Load\n    - csv\n\n    ```python\n    1\n    ```", [("python", "1")]),
+    ("- a\n  - b\n    - c\n\n  ```python\n  1\n  ```\n\n```python\n2\n```", [("python", "1"), ("python", "2")]),
+    ("<!--\n```python\n1\n```\n-->\n```python\n2\n```", [("python", "2")]),
+    ("<!-- one line -->\n```python\n1\n```", [("python", "1")]),
+    ("text <!--\n```python\n1\n```", [("python", "1")]),
     ("```python\r\n1\r\n2\r\n```\r\n", [("python", "1\n2")]),
     ("```\nx y\n```", [("", "x y")]),
     ("```\nprint('hello')\n```", [("python", "print('hello')")]),
@@ -9151,6 +9162,7 @@ def test_parameters_keep_a_notebook_of_an_older_minor_version_valid(tmp_path: Pa
 
 
 EXITS = {"": (0, ""), "0": (0, ""), "None": (0, ""), "3": (3, ""), "-1": (255, ""), "'a message'": (1, "a message\n")}
+EXITS |= {"False": (0, ""), "True": (1, "")}
 
 
 @pytest.mark.slow
@@ -9161,6 +9173,32 @@ def test_a_script_ends_with_the_status_that_python_would_give(value: str, tmp_pa
     ran = cli("run", "a.py", cwd=tmp_path)
     assert (ran.returncode, ran.stderr, ran.stdout) == (python.returncode, python.stderr, "out\n")
     assert (python.returncode, python.stderr) == EXITS[value]
+
+
+LATIN = "# coding: latin-1\nprint('\xe9')"
+SCRIPTS: dict[str, bytes] = {
+    "exit() ends it at once": b"exit('no data'); print('never')",
+    "quit() too": b"quit(4); print('never')",
+    "a thread goes on": b"import threading, time\nthreading.Timer(0.5, print, ['late']).start()",
+    "a pool goes on": b"from concurrent.futures import *\npool = ThreadPoolExecutor()\n_ = pool.submit(lambda: print('in a pool'))",
+    "a daemon does not": b"import threading, time\nthreading.Thread(target=time.sleep, args=[1e6], daemon=True).start()",
+    "its coding line": LATIN.encode("latin-1"),
+    "a BOM": b"\xef\xbb\xbfprint('bom')",
+}
+
+
+@pytest.mark.slow
+@cases("script, by_stdin", *[(script, by_stdin) for script in SCRIPTS.values() for by_stdin in (False, True)])
+def test_a_script_runs_as_in_python(script: bytes, by_stdin: bool, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_bytes(script)
+
+    def run(*command: str) -> tuple[int, bytes, bytes]:
+        with open(tmp_path / "a.py", "rb") as stdin:
+            name = "-" if by_stdin else "a.py"
+            done = subprocess.run([*command, name], cwd=tmp_path, capture_output=True, stdin=stdin, timeout=60)
+        return done.returncode, done.stdout, done.stderr
+
+    assert run(sys.executable, str(MODULE), "run") == run(sys.executable)
 
 
 @pytest.mark.slow
@@ -9343,7 +9381,7 @@ def test_run_json_tells_of_a_kernel_that_cannot_start(kernels_dir: Path) -> None
     env = environment(**add_spec(kernels_dir, "bad", NO_LICENCE))
     result = cli("run", "-c", "1", "--json", "--kernel", "bad", env=env)
     said = json.loads(result.stdout)
-    assert (said["exit_code"], said["kernel_state"], result.returncode) == (1, "lost", 2)
+    assert (said["exit_code"], said["kernel_state"], result.returncode) == (2, "lost", 2)
     assert "no licence found" in said["blocks"][0]["output"]
 
 
@@ -9401,6 +9439,44 @@ def test_exit_status_is_the_results_and_jsons(code: str, options: list[str], sta
     assert not options or json.loads(result.stdout)["exit_code"] == status
 
 
+@cases(
+    "name, content, options, says",
+    ("a.py", b"'\xe9'", [], "a.py cannot be decoded: .*Say its encoding"),
+    ("a.py", b"1", ["--notebook", "a.py"], "--notebook a.py would take the place of the code"),
+    ("a.py", b"1", ["--notebook", "fifo"], "fifo: Is no regular file|Is no regular file: .*fifo"),
+    ("a.py", b"1", ["--put", "a.py", "--put", "./a.py"], "--put must name files, each with another last part"),
+    ("-", b"", [], "There is no stdin to read the code from"),
+)
+def test_what_cannot_be_run_or_written_is_told(
+    name: str, content: bytes, options: list[str], says: str, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "a.py").write_bytes(content)
+    words = [sys.executable, str(MODULE), "run", name, *options]
+    closed = ["sh", "-c", 'exec "$@" <&-', "sh", *words]
+    ran = subprocess.run(closed, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+    assert re.search(says, ran.stderr)
+    assert (tmp_path / "a.py").read_bytes() == content and (tmp_path / "fifo").is_fifo()
+
+
+def test_a_file_that_is_replaced_keeps_its_mode_and_a_device_its_place(tmp_path: Path) -> None:
+    (tmp_path / "private").touch(0o600)
+    folder = jupyter_exec.Folder(tmp_path)
+    with folder.replace("private") as file:
+        file.write(b"new")
+    assert ((tmp_path / "private").read_bytes(), (tmp_path / "private").stat().st_mode & 0o777) == (b"new", 0o600)
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"name the file: '.*directory'"), folder.replace("directory"):
+        pass
+    null = os.stat("/dev/null")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "replace", lambda *args, **options: pytest.fail("it replaces a device"))
+        with jupyter_exec.Folder("/dev").replace("null") as file:
+            file.write(b"lost")
+    assert os.stat("/dev/null") == null
+
+
 @contextlib.contextmanager
 def running_cli(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A command line in a process of its own, whose code has printed "go"."""
@@ -9429,13 +9505,26 @@ def test_signals_end_with_their_status_leave_nothing_and_keep_the_cell(number: i
 
 
 @pytest.mark.slow
+def test_what_code_prints_after_ctrl_c_is_shown(tmp_path: Path) -> None:
+    waits = f"time.sleep(1)\n open({str(tmp_path / 'begun')!r}, 'w')\n while True: time.sleep(0.01)"
+    code = f"import time\ntry:\n print('go', flush=True)\n {waits}\nexcept KeyboardInterrupt: print('cleaned up')"
+    with running_cli("run", "-c", code) as process:
+        eventually((tmp_path / "begun").exists, "nothing is being printed any more")
+        process.send_signal(signal.SIGINT)
+        assert "cleaned up\n" in process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 130
+
+
+@pytest.mark.slow
 def test_json_tells_of_the_signal_that_ended_the_run(tmp_path: Path) -> None:
     code = f"open({str(tmp_path / 'begun')!r}, 'w'); {FOR_EVER}"
     command = [sys.executable, str(MODULE), "run", "--json", "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         eventually((tmp_path / "begun").exists, "the code runs")
         process.send_signal(signal.SIGTERM)
-        assert json.loads(process.communicate()[0])["exit_code"] == process.returncode == 143
+        answer = json.loads(process.communicate()[0])
+        assert answer["exit_code"] == process.returncode == 143
+        assert [block["status"] for block in answer["blocks"]] == ["interrupted"]
 
 
 @pytest.mark.slow
