@@ -1696,11 +1696,11 @@ class Execution:
     @property
     def ended_session(self) -> bool:
         """Whether the code called exit() or quit(), with or without an exit status."""
-        return any(not keep or type(keep) is int for keep in self._exits)
+        return any(keep is not True for keep in self._exits)
 
     @property
     def _exits(self) -> list[Any]:
-        # Deviation: IPython reads exit(3) as exit(keep_kernel=3), everybody else as an exit status.
+        # Deviation: IPython reads exit(3) as exit(keep_kernel=3), everybody else as an exit status, or exit("message").
         return [entry.get("keepkernel") for entry in self._payload if entry.get("source") == "ask_exit"]
 
     def result(self, duration: float) -> ExecutionResult:
@@ -1709,7 +1709,12 @@ class Execution:
         outcome = self._outcome(missing)
         if outcome[0] == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
             # The error came with the reply only, or there was no room for it.
-            outputs.append(_error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply))
+            error = _error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply)
+            if error["ename"] not in "".join(
+                error["traceback"][-1:]
+            ):  # it is an earlier cell's: ipykernel mixes them up
+                error["traceback"] = []
+            outputs.append(error)
         value = part_of(self._reply, "user_expressions", "value")
         return ExecutionResult(*outcome, outputs, self.execution_count, duration, self.death, missing, value=value)
 
@@ -1723,8 +1728,9 @@ class Execution:
                 return "interrupted", 130, "intact", "Interrupted; variables are kept"
             return "interrupted", 130, "busy", "Interrupted, but the kernel is still running the code"
         if self.ended_session:
-            status = next((keep % 256 for keep in self._exits if type(keep) is int), 0)
-            return "exited", status, "lost", "the session was ended by the code"
+            message = ": ".join(["", *(keep[:STDERR_TAIL] for keep in self._exits if isinstance(keep, str))])
+            status = next((keep % 256 for keep in self._exits if type(keep) is int), int(message != ""))
+            return "exited", status, "lost", f"the session was ended by the code{message}"
         if self._reply and self._reply.get("status") == "ok":
             return "ok", 0, "intact", self._loss_note(missing)
         if self._reply:
@@ -3398,7 +3404,7 @@ class KernelHost:
 
     def __init__(self, loop: Loop, stream: Stream, directory: str, program: bytes) -> None:
         self._loop = loop
-        self._directory = directory
+        self.directory = directory
         self._program = program  # this module, as it was received
         self._kernels: dict[str, ChildProcess] = {}
         self._unfinished_files: set[str] = set()  # paths of files that are still being written
@@ -3455,6 +3461,8 @@ class KernelHost:
     def _do_start(self, request: Json) -> Json:
         """Start a kernel in a slot; kill the kernel that had the slot, and overwrite its connection file."""
         spec = self._spec(request)
+        if not os.path.isdir(self.directory):  # a cell has cleaned up /tmp
+            os.mkdir(self.directory, 0o700)
         try:
             os.getcwd()
             if request["relay"]:
@@ -3467,7 +3475,7 @@ class KernelHost:
             raise KernelStartFailed([sys.executable], advice) from None
         for old in [kernel for kernel in self._kernels.values() if kernel.slot == request["slot"]]:
             self._end(self._kernels.pop(old.name))
-        path = os.path.join(self._directory, f"kernel-{request['slot']}.json")
+        path = os.path.join(self.directory, f"kernel-{request['slot']}.json")
         argv = command_of(spec, path)
         lean = not request["launch"]["ipython_defaults"]
         argv += LEAN_OPTIONS if lean and _is_ipykernel(argv) else []
@@ -3497,7 +3505,7 @@ class KernelHost:
 
     def _connection(self, request: Json, argv: list[str]) -> KernelConnection:
         """Choose where the kernel listens: socket files if it is known to support them, or else ports."""
-        ports, ip, transport = [1, 2, 3, 4, 5], os.path.join(self._directory, request["slot"]), "ipc"
+        ports, ip, transport = [1, 2, 3, 4, 5], os.path.join(self.directory, request["slot"]), "ipc"
         if not _is_ipykernel(argv):
             listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]  # all at once: else two are the same
             ports, ip, transport = [listener.getsockname()[1] for listener in listeners], "127.0.0.1", "tcp"
@@ -3513,7 +3521,7 @@ class KernelHost:
         extra: Json = spec["env"] if isinstance(spec.get("env"), dict) else {}
         env |= {key: string.Template(str(value)).safe_substitute(os.environ) for key, value in extra.items()}
         if not os.access(os.path.expanduser("~"), os.W_OK):  # a container's user may have none, and IPython needs it
-            env["HOME"] = os.path.join(self._directory, "home")
+            env["HOME"] = os.path.join(self.directory, "home")
             os.makedirs(env["HOME"], exist_ok=True)
         env.setdefault("USER", "jupyter")
         if _is_ipykernel(argv) and os.path.exists(os.path.join(os.path.dirname(argv[0]), os.pardir, "pyvenv.cfg")):
@@ -3573,7 +3581,7 @@ class KernelHost:
         check = f"import sys; sys.implementation.cache_tag == {tag!r} or sys.exit({CANNOT_FORK})"
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The program is a file without a name, so that no kernel can replace it.
-        with theirs, tempfile.TemporaryFile(dir=self._directory, buffering=0) as program:
+        with theirs, tempfile.TemporaryFile(dir=self.directory, buffering=0) as program:
             program.write(self._program)
             program.seek(0)
             options = json.dumps([theirs.fileno(), kernel.lean, kernel.preload])
@@ -5904,6 +5912,7 @@ class ToolCaller:
 
     async def _do_execute(self, *args: Any, **options: Any) -> Any:
         self._last = next(self._serial) + self._max_calls
+        self._task = asyncio.current_task()
         try:
             return await self._replaced[0](*args, **options)
         finally:
@@ -5922,17 +5931,27 @@ class ToolCaller:
         @functools.wraps(shape)
         def stub(*args: Any, **kwargs: Any) -> Any:
             shape(*args, **kwargs)
-            future = self._call(shape.__name__, args, kwargs)
-            if error := future.exception():
-                raise error
+            error = (future := self._call(shape.__name__, args, kwargs)).exception()
+            if error:
+                raise self._raisable(error)
             return future.result()
 
         @functools.wraps(shape)
         async def async_stub(*args: Any, **kwargs: Any) -> Any:
             shape(*args, **kwargs)
-            return await asyncio.wrap_future(self._call(shape.__name__, args, kwargs))
+            try:
+                return await asyncio.wrap_future(self._call(shape.__name__, args, kwargs))
+            except KeyboardInterrupt as error:
+                raise self._raisable(error) from None
 
         return async_stub if is_async else stub
+
+    def _raisable(self, error: BaseException) -> BaseException:
+        """Return an error as the calling code can have it: a KeyboardInterrupt in a task would end the kernel."""
+        is_cell = threading.current_thread() is threading.main_thread()
+        with contextlib.suppress(RuntimeError):  # no event loop is running here
+            is_cell = is_cell and asyncio.current_task() is self._task
+        return asyncio.CancelledError(*error.args) if isinstance(error, KeyboardInterrupt) and not is_cell else error
 
     def _call(self, name: str, args: Any, kwargs: Any) -> Any:
         """Send a call; returns its future."""
@@ -6002,7 +6021,11 @@ class ToolCaller:
             with self._lock:
                 if value.startswith(self._tag):
                     number, _, text = value[len(self._tag) :].partition(":")
-                    future, answer = self._calls.pop(number, None), json.loads(text)
+                    future = self._calls.pop(number, None)
+                    try:
+                        answer = json.loads(text)
+                    except (ValueError, RecursionError) as error:
+                        answer = {"error": "ToolError", "message": f"the result cannot be read: {error}", "tool": ""}
                 else:
                     future, answer = self._inputs.popleft() if self._inputs else None, {"value": value}
                     if value == "\x04":
@@ -6164,21 +6187,28 @@ class ToolCall:
         if not inspect.isawaitable(value):
             return value
 
-        async def wait() -> Any:
+        async def wait() -> tuple[Any, BaseException | None]:
             if not loop:
                 task, own_loop = asyncio.current_task(), asyncio.get_running_loop()
                 self.cancel = lambda: task and own_loop.call_soon_threadsafe(task.cancel)
                 if self.ended:
                     self.cancel()
-            return await value
+            try:
+                return await value, None
+            except (KeyboardInterrupt, SystemExit) as error:  # these would end the loop, and with it the program
+                return None, error
 
-        if not (loop := self.tools.loop):
-            return asyncio.run(wait())
-        future = asyncio.run_coroutine_threadsafe(wait(), loop)
-        self.cancel = future.cancel
-        if self.ended:
-            future.cancel()
-        return future.result()
+        if loop := self.tools.loop:
+            future = asyncio.run_coroutine_threadsafe(wait(), loop)
+            self.cancel = future.cancel
+            if self.ended:
+                future.cancel()
+            given, error = future.result()
+        else:
+            given, error = asyncio.run(wait())
+        if error:
+            raise error
+        return given
 
     def check_approved(self) -> None:
         """Raises: ToolRefused."""
@@ -6344,13 +6374,17 @@ _STRANGE = "The other side gives a strange answer."
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
 
 
-def kernel_step(order: Json, data: str, names: Json) -> str:
-    """Take a step in a kernel, to which this source is sent; returns JSON and bytes, both in base64."""
+def kernel_step(order: Json, data: str, names: Json) -> Any:
+    """Take a step in a kernel, to which this source is sent; returns JSON and bytes, both in base64.
+
+    That is the text/plain of an object: a user's way to show strings does not matter.
+    """
     order["bytes"] = base64.b64decode(data)
     start = sys.modules["IPython"].get_ipython().starting_dir
     answer = variable_step(order, names) if order["step"] in ("set", "get") else far_step(order, start)
     more = answer.pop("bytes", b"")
-    return " ".join(base64.b64encode(part).decode() for part in (json.dumps(answer).encode(), more))
+    text = " ".join(base64.b64encode(part).decode() for part in (json.dumps(answer).encode(), more))
+    return type("Answer", (), {"_repr_mimebundle_": lambda *_, **__: {"text/plain": text}})()
 
 
 def variable_step(order: Json, names: Json) -> Json:
@@ -6411,7 +6445,7 @@ def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: Output
     if result.status != "ok":
         raise JupyterExecError(result.note or "The kernel did not answer.")
     text = text_of(part_of(result.value, "data", "text/plain"))
-    found = re.fullmatch(r"'([A-Za-z0-9+/=]*) ([A-Za-z0-9+/=]*)'", text)
+    found = re.fullmatch(r"([A-Za-z0-9+/=]*) ([A-Za-z0-9+/=]*)", text)
     if not found:
         says = clean_text(text_of(part_of(result.value, "evalue")))
         raise JupyterExecError(f"The kernel did not do it. {says[:STDERR_TAIL]}")
@@ -6822,7 +6856,15 @@ def _silence_pip(code: str) -> str:
     if "pip" not in code or _TEXT_CELL.match(code):
         return code
     install = f"""!"{{__import__('sys').executable}}" -m pip install {_QUIET}"""
-    return _PIP_LINE.sub(lambda line: line[0] if line["indent"] is None else line["indent"] + install, code)
+
+    def silenced(line: re.Match[str]) -> str:
+        if line["indent"] is None:
+            return line[0]
+        # If IPython cannot expand a `$` of the shell's, it leaves the whole line as it is, with our braces.
+        has_dollar = "$" in code[line.end() :].partition("\n")[0]
+        return line["indent"] + (f"%pip install {_QUIET}" if has_dollar else install)
+
+    return _PIP_LINE.sub(silenced, code)
 
 
 def run_shell(shell: str, script: str, pip_options: str) -> None:
@@ -6830,26 +6872,40 @@ def run_shell(shell: str, script: str, pip_options: str) -> None:
 
     Raises: CalledProcessError with the exit status, without a traceback.
     """
-    silent = '{0}() {{ [ "${{1-}}" != install ] || set -- "$@" {1}; command {0} "$@"; }}; '
-    command = "".join(silent.format(pip, pip_options) for pip in ("pip", "pip3")) + '. "$0"'
-    path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
+    import fcntl
+    import shlex
+
+    command, python, directory = "", shlex.quote(sys.executable), os.path.dirname(sys.executable)
+    for name in ("python", "python3", "pip", "pip3"):
+        own = f"command {name}"
+        if not os.path.exists(os.path.join(directory, name)):  # else that of another Python would be found
+            own = f"{python} -m pip" if "pip" in name else python
+        quiet = f'[ "${{1-}}" != install ] || set -- "$@" {pip_options}; ' if "pip" in name else ""
+        command += f'{name}() {{ {quiet}{own} "$@"; }}; '
+    command += '. "$0"'
+    path = directory + os.pathsep + os.environ.get("PATH", os.defpath)
     with tempfile.TemporaryFile() as file:  # an argument has 128 KB at most; from stdin, commands would read the script
         file.write(script.encode("utf-8", "replace"))
         file.seek(0)
+        descriptor = fcntl.fcntl(
+            file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3
+        )  # 0 to 2 may be free, and will be the script's
         try:
             process = subprocess.Popen(
-                [shell, "-c", command, f"/dev/fd/{file.fileno()}"],
+                [shell, "-c", command, f"/dev/fd/{descriptor}"],
                 env={**os.environ, "PATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=[file.fileno()],
+                pass_fds=[descriptor],
                 start_new_session=True,
             )
             status = follow_shell(process)
         except FileNotFoundError:
             print(f"There is no {shell} where the kernel runs.", file=sys.stderr)
             status = 127
+        finally:
+            os.close(descriptor)
     if status:
         error = subprocess.CalledProcessError(status, shell)
         vars(error)["_render_traceback_"] = list  # IPython asks for it
@@ -6923,7 +6979,7 @@ def cell_of(block: Any, kernel_name: str, kernel_language: str) -> tuple[str, st
         except ValueError:  # a frozen program without source files: IPython's own way, with its flaws
             return shown, shown
         program += f"run_shell({shell!r}, {script!r}, {_QUIET!r})"
-        return f"exec({program!r}, {{}})", shown
+        return f"__import__('builtins').exec({program!r}, {{}})", shown
     own = {"", kernel_language.lower(), kernel_name.lower(), *(_SHELLS if speaks_python else ())}
     if language in own or (speaks_python and _PYTHON_NAMES.fullmatch(language)):
         cell = _silence_pip(code) if speaks_python else code

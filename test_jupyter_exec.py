@@ -5372,6 +5372,7 @@ def test_code_that_ignores_interrupts_is_killed(
     ("exit(3)", 3, "the session was ended by the code"),
     ("quit(0)", 0, "the session was ended by the code"),
     ("exit(-1)", 255, "the session was ended by the code"),
+    ("exit('no data')", 1, "the session was ended by the code: no data$"),
 )
 def test_death_is_told_and_the_next_kernel_fresh(
     executor: JupyterCodeExecutor, code: str, exit_code: int, says: str
@@ -5382,6 +5383,23 @@ def test_death_is_told_and_the_next_kernel_fresh(
     assert (result.exit_code, result.kernel_state) == (exit_code, "lost")
     assert re.match(f"before\n{says}", result.output) and "never" not in result.output
     assert run(executor, "'x' in dir()").output == "False"
+
+
+def test_a_traceback_of_an_earlier_cell_is_not_shown_again(executor: JupyterCodeExecutor) -> None:
+    run(executor, "open('/no/such/file')")
+    code = "import asyncio\nasync def fail(): 1 / 0\nasync with asyncio.TaskGroup() as group: group.create_task(fail())"
+    result = executor.execute(code)
+    assert result.error and result.error["ename"] in ("ExceptionGroup", "AttributeError")  # of Python 3.10
+    assert "FileNotFoundError" not in result.text
+
+
+@pytest.mark.slow
+def test_a_cell_that_cleans_up_the_temporary_directory_costs_no_later_kernel(server: LocalJupyterServer) -> None:
+    with JupyterCodeExecutor(server) as executor:
+        assert executor.connection_file
+        run(executor, f"import shutil; shutil.rmtree({os.path.dirname(executor.connection_file)!r})")
+        executor.restart()
+        assert run(executor, "6 * 7").output == "42"
 
 
 def test_interrupt_from_another_thread(executor: JupyterCodeExecutor) -> None:
@@ -5865,6 +5883,7 @@ def test_a_notebook_of_the_session(executor: JupyterCodeExecutor, tmp_path: Path
 
 def malformed(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
     bundles = [{"image/png": "%%%"}, {"image/png": {"a": 1}}, {"text/plain": 5}, {"../../etc/passwd": "x"}, None, 7]
+    bundles += [{"application/geojson": {}}, {"a/json": []}]  # no types of JSON to nbformat
     for bundle in [*bundles, {"application/json": nested(50)}, {"text/html": None, "text/plain": "fine"}]:
         kernel.publish("display_data", {"data": bundle, "metadata": None, "transient": None}, request)
     kernel.publish("stream", {"name": "stdout", "text": "end"}, request)
@@ -6349,6 +6368,9 @@ def test_variables_come_and_go_anywhere(request: FixtureRequest, kind: str) -> N
         executor.set_variables(long=long, short=1)
         assert executor.get_variable("long") == long
         assert executor.execute("long[0][0], sum(long[1::2]), short").text == "('ä', 24690000, 1)"
+        shows_strings = "lambda text, printer, cycle: printer.text('a string')"  # as `rich` does
+        executor.execute(f"get_ipython().display_formatter.formatters['text/plain'].for_type(str, {shows_strings})")
+        assert executor.get_variable("long") == long
 
 
 @pytest.mark.slow
@@ -7307,6 +7329,19 @@ def test_a_script_reaches_the_shell_as_written(
     assert output == (both if output == "112233" else result.output)
 
 
+@pytest.mark.slow
+def test_a_script_runs_where_descriptors_are_closed_and_in_the_python_of_its_kernel(tmp_path: Path) -> None:
+    (tmp_path / "python-of-its-own").symlink_to(sys.executable)
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with LocalJupyterServer(python=tmp_path / "python-of-its-own", env=env) as server:
+        with JupyterCodeExecutor(server) as executor:
+            run(executor, "import os; os.close(0); exec = None")
+            for name in ("python", "python3"):
+                result = run_block(executor, f"{name} -c 'import sys; print(sys.executable)'; exit 3", "sh")
+                assert (result.exit_code, result.output) == (3, f"{tmp_path}/python-of-its-own\n")
+            assert "pip" in run_block(executor, "pip --version", "bash").output
+
+
 def test_a_script_leaves_nothing_in_the_kernel(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
     names = "sorted(name for name in globals() if name[0] != '_'), __import__('subprocess').getoutput('ls -l /proc/$PPID/fd 2>/dev/null | grep -c pipe:')"
     run(executor, names)
@@ -7403,6 +7438,10 @@ def test_pip_is_quiet_but_its_failures_are_not(executor: JupyterCodeExecutor) ->
         assert (result.exit_code, result.output) == (0, "")
     assert "ERROR: " in run(executor, "!pip install no-such-package-at-all-1234").output
     assert run_block(executor, "pip install pip", "bash").output == ""
+    by_the_shell = (
+        "import os; os.environ['REQUIREMENT'] = 'no-such-package-at-all-1234'\n!pip install $REQUIREMENT 2>&1"
+    )
+    assert "no-such-package-at-all-1234" in run(executor, f"{by_the_shell} | awk '{{print $0}}'").output
 
 
 def add_two(a: int, b: int = 2) -> int:
@@ -8085,6 +8124,53 @@ def test_exceptions_of_tools(server: LocalJupyterServer, error: BaseException, n
         assert str(HERE) not in result.text
         assert sys.version_info < (3, 11) or "Raised by the tool fail" in result.text
         assert result.calls[0]["status"] == ("refused" if name == "ToolRefused" else "error")
+
+
+@cases(
+    "code, ename",
+    ("end()", "KeyboardInterrupt"),
+    ("await async_end()", "CancelledError"),
+    ("await asyncio.gather(async_end())", "CancelledError"),
+    ("await asyncio.gather(asyncio.to_thread(end))", "CancelledError"),
+    ("async def task(): end()\nawait asyncio.gather(task())", "CancelledError"),
+)
+def test_a_keyboard_interrupt_of_a_tool_ends_its_cell_and_nothing_else(
+    server: LocalJupyterServer, code: str, ename: str
+) -> None:
+    def end() -> None:
+        raise KeyboardInterrupt
+
+    async def async_end() -> None:
+        raise KeyboardInterrupt
+
+    with JupyterCodeExecutor(server, tools=[end, async_end]) as executor:
+        result = executor.execute(f"import asyncio; x = 1\ntry:\n{textwrap.indent(code, ' ')}\nexcept Exception: pass")
+        assert result.error and (result.error["ename"], result.kernel_state) == (ename, "intact")
+        assert executor.execute("x").text == "1"
+
+
+@cases("end", KeyboardInterrupt, SystemExit)
+@on_a_loop
+async def test_a_coroutine_tool_cannot_end_the_program(server: LocalJupyterServer, end: type[BaseException]) -> None:
+    async def tool() -> None:
+        raise end("enough")
+
+    async with AsyncJupyterCodeExecutor(server, tools=[tool]) as executor:
+        result = await executor.execute("await tool()")
+    assert result.error and result.error["ename"] == ("CancelledError" if end is KeyboardInterrupt else "ToolError")
+
+
+def test_a_result_that_the_kernel_cannot_read_is_an_error_there(
+    server: LocalJupyterServer, monkeypatch: MonkeyPatch
+) -> None:
+    deep: list[Any] = []
+    for _ in range(900):  # a kernel's stack is as deep as this program's, and it is used already
+        deep = [deep]
+    with JupyterCodeExecutor(server, tools=[named("deep", lambda: deep)]) as executor:
+        result = executor.execute(
+            "import sys; sys.setrecursionlimit(150)\ntry: deep()\nfinally: sys.setrecursionlimit(1000)"
+        )
+        assert result.error and result.error["ename"] in ("ToolError", "RecursionError")
 
 
 def test_calls_that_outlive_their_cell_fail_at_once(server: LocalJupyterServer, tmp_path: Path) -> None:
@@ -9040,6 +9126,7 @@ def test_message_parts() -> None:
     parts = [
         {"type": "text", "text": "```python\n1\n```"},
         {"type": "image_url"},
+        {"type": "apply_patch_call", "operation": {}},
         {"type": "text", "text": "```\n2\n```"},
     ]
     assert extract(parts) == [("python", "1"), ("python", "2")]
@@ -9056,6 +9143,16 @@ def cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     options.setdefault("cwd", tempfile.gettempdir())
     command = [sys.executable, str(MODULE), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_what_follows_an_open_line_begins_a_new_one_in_its_own_stream() -> None:
+    result = cli("run", "-c", "import sys; print('open', end='', file=sys.stderr, flush=True); 42")
+    assert (result.stdout, result.stderr) == ("42\n", "open\n")
+
+
+def test_run_keeps_long_output_for_json() -> None:
+    (block,) = json.loads(cli("run", "--json", "-c", "print('x' * 150_000)").stdout)["blocks"]
+    assert block["output"] == "x" * 150_000 + "\n"
 
 
 def test_run_code_prints_as_the_code_does() -> None:
@@ -9267,6 +9364,8 @@ def test_percent_signs_begin_cells_and_an_error_names_file_and_line(tmp_path: Pa
         print("first")
         # %% [markdown]
         # prose
+        # %% [raw]
+        # as it is
         # %% tags=["parameters"]
         x = 1
         def f():
@@ -9279,17 +9378,19 @@ def test_percent_signs_begin_cells_and_an_error_names_file_and_line(tmp_path: Pa
     (tmp_path / "a.py").write_text(percent)
     result = cli("run", "a.py", "--keep-going", "-p", "x", "7", "--notebook", "a.ipynb", cwd=tmp_path)
     assert (result.stdout, result.returncode) == ("first\n7\n", 1)
-    assert "jupyter-exec: a.py:7: ZeroDivisionError: division by zero\n" in result.stderr
+    assert "jupyter-exec: a.py:9: ZeroDivisionError: division by zero\n" in result.stderr
     notebook = read_notebook(tmp_path / "a.ipynb", as_version=4)
     nbformat.validate(notebook)
-    begun = [cell.source[:5] for cell in notebook.cells]
-    assert begun == ["print", "prose", "x = 1", "# Par", "f()", "print"]
+    begun = [(cell.cell_type, cell.source[:5]) for cell in notebook.cells]
+    kinds = [("code", "print"), ("markdown", "prose"), ("raw", "as it")]
+    assert begun == [*kinds, *(("code", source) for source in ("x = 1", "# Par", "f()", "print"))]
 
 
 @cases(
     "name, text, place",
     ("a.md", "# t\n\n```python\nx = 1\n1/0\n```\n", "a.md:5"),
     ("a.py", "\nprint(\n", "a.py:2"),
+    ("A.PY", "print(", "A.PY:1"),
     ("a.ipynb", "", "a.ipynb, cell 2, line 1"),
 )
 def test_an_error_names_its_place(name: str, text: str, place: str, tmp_path: Path) -> None:
@@ -9585,6 +9686,8 @@ def test_run_on_a_server(gateway: Peer, tmp_path: Path) -> None:
     assert "python3" in cli("kernels", "--server", url, env=environment).stdout
     assert "token is missing or wrong" in cli("run", "-c", "1", "--server", url).stderr
     assert "SECRET" not in cli("run", "-c", "1", "--server", "localhost:8888/?token=SECRET").stderr
+    printed = f"{url}/lab?token={gateway.info.token}"  # as Jupyter does at its start
+    assert cli("run", "-c", "print(6 * 7)", "--server", printed).stdout == "42\n"
 
 
 @cases("option", ["--network", "none"], ["--package", "six"], ["--token-file", "x"], ["--hardened"])
