@@ -8947,7 +8947,7 @@ class McpTools:
     def __init__(self, server: JupyterServer) -> None:
         self._server = server
         self._executors: dict[str, AsyncJupyterCodeExecutor] = {}
-        self._jobs: dict[str, Job] = {}  # the latest of each session
+        self._jobs: dict[str, list[Job]] = {}  # by session, in order: the latest, and earlier ones that still matter
         self._untold: set[Job] = set()  # jobs whose result was not told yet, only that they still run
 
     def _executor(self, session: str) -> AsyncJupyterCodeExecutor:
@@ -8957,8 +8957,8 @@ class McpTools:
             self._executors[session] = AsyncJupyterCodeExecutor(self._server, max_output=MCP_OUTPUT * 9 // 10)
         return self._executors[session]
 
-    def _job(self, session: str) -> Job:
-        if session not in self._jobs:
+    def _jobs_of(self, session: str) -> list[Job]:
+        if not self._jobs.get(session):
             raise ValueError(f"No code was run in session {session!r}, or not since its restart.")
         return self._jobs[session]
 
@@ -8976,20 +8976,18 @@ class McpTools:
         call = CellCall(code, math.inf if timeout is None else timeout, language=language)
         deadline = Deadline(MCP_PATIENCE)
         executor = await _soon(self._executor(session)._started())
-        while (job := self._jobs.get(session)) and not job.done:
-            if deadline.expired:
-                advice = "Wait for that, interrupt it, or use another session."
-                raise ValueError(f"Session {session!r} still runs earlier code, so this code was not run. {advice}")
-            await job.until(job.ended.is_set, deadline.remaining)
-        earlier: list[Json] = []
-        if job and job in self._untold:
-            earlier = _mcp_text("The earlier code of this session has ended:")
-            earlier += await self._answer(job, 0) + _mcp_text("The code of this call:")
-        self._jobs[session] = job = Job(executor, call, patient=True)
-        return earlier + await self._answer(job, deadline.within(MCP_PATIENCE))
+        jobs = self._jobs.setdefault(session, [])
+        jobs.append(job := Job(executor, call, patient=True))
+        await self._ended(job, deadline.within(MCP_PATIENCE))
+        if job in jobs and not all(other.done for other in jobs[: jobs.index(job)]):
+            job.interrupt()  # it has not begun
+            jobs.remove(job)
+            advice = "Wait for that, interrupt it, or use another session."
+            raise ValueError(f"Session {session!r} still runs earlier code, so this code was not run. {advice}")
+        return self._answer(jobs, job)
 
-    async def _answer(self, job: Job, seconds: float) -> list[Json]:
-        """Return what code has shown, or that it still runs. Who cancels this interrupts the code."""
+    async def _ended(self, job: Job, seconds: float) -> None:
+        """Wait for the end of code, no longer than some seconds. If this is cancelled, interrupt the code."""
         import asyncio
 
         try:
@@ -8997,30 +8995,52 @@ class McpTools:
         except asyncio.CancelledError:
             job.interrupt()
             raise
-        if job.done:
-            self._untold.discard(job)
-            return _mcp_result(job.wait(0))
-        self._untold.add(job)
-        end = job.output[-MCP_OUTPUT // 10 :]
-        says = f"The last of its output so far:\n{end}" if end else "It has shown nothing so far."
-        return _mcp_text(f"The code is still running: call wait for the rest, or interrupt. {says}")
+
+    def _answer(self, jobs: list[Job], job: Job) -> list[Json]:
+        """Return what the code of a job has shown, and that of earlier ones of which nobody has heard."""
+        if not job.done:
+            self._untold.add(job)
+            end = job.output[-MCP_OUTPUT // 10 :]
+            says = f"The last of its output so far:\n{end}" if end else "It has shown nothing so far."
+            return _mcp_text(f"The code is still running: call wait for the rest, or interrupt. {says}")
+        earlier: list[Json] = []
+        for other in jobs[: jobs.index(job)] if job in jobs else ():
+            if other in self._untold and other.done:
+                try:
+                    earlier += _mcp_result(other.wait(0))
+                except JupyterExecError as error:
+                    earlier += _mcp_text(clean_text(str(error)))
+                self._untold.discard(other)
+        self._untold.discard(job)
+        jobs[:-1] = [other for other in jobs[:-1] if other in self._untold or not other.done]
+        if earlier:
+            told = _mcp_text("The earlier code of this session has ended:")
+            earlier = [*told, *earlier, *_mcp_text("The code of this call:")]
+        return earlier + _mcp_result(job.wait(0))
 
     async def wait(self, session: str = "default", seconds: float = 45) -> list[Json]:
         """Wait for the latest code of a session, 45 seconds at most, and return all that run_code would have returned.
 
         If the code takes longer, this says so, and you may call it again.
         """
-        return await self._answer(self._job(session), max(0, min(seconds, MCP_PATIENCE)))
+        jobs = self._jobs_of(session)
+        await self._ended(job := jobs[-1], max(0, min(seconds, MCP_PATIENCE)))
+        return self._answer(jobs, job)
 
     async def interrupt(self, session: str = "default") -> list[Json]:
         """Interrupt the code that runs in a session, and return what it has shown; variables are kept."""
-        self._job(session).interrupt()
-        return await self._answer(self._job(session), MCP_PATIENCE)
+        jobs = self._jobs_of(session)
+        job = next((job for job in jobs if not job.done), jobs[-1])
+        job.interrupt()
+        await self._ended(job, MCP_PATIENCE)
+        return self._answer(jobs, job)
 
     async def restart(self, session: str = "default") -> list[Json]:
         """Give a session a fresh kernel: its code is ended, all its variables are lost, files stay."""
-        self._untold -= {self._jobs.pop(session, None)}
+        jobs = self._jobs.get(session, [])
+        self._untold.difference_update(jobs)
         await _soon(self._executor(session).restart())
+        jobs[:] = [job for job in jobs if not job.done]  # these came later, or waited for their turn
         return _mcp_text(f"Session {session!r} has a fresh kernel; all its variables are lost.")
 
     async def read_file(self, path: str, session: str = "default") -> list[Json]:
@@ -9077,6 +9097,8 @@ def _serve_mcp(options: argparse.Namespace) -> int:
         from mcp.types import CallToolResult
     except ImportError:
         raise ValueError("This needs the MCP SDK, which is not here: pip install 'mcp>=2'.") from None
+    if sys.stdin is None:
+        raise ValueError("There is no stdin, over which a client would speak.")
     tools = McpTools(_server_of(options))
     mcp = MCPServer("jupyter-exec", version=__version__, instructions=_MCP_INSTRUCTIONS, log_level="WARNING")
     logger.propagate = False  # the SDK has given the root logger a handler, on stderr like ours
@@ -9095,8 +9117,16 @@ def _serve_mcp(options: argparse.Namespace) -> int:
 
     for name in ("run_code", "wait", "interrupt", "restart", "read_file", "write_file", "list_files"):
         add(getattr(tools, name))
+    troubles: list[Exception] = []
+
+    def serve() -> None:
+        try:
+            asyncio.run(mcp.run_stdio_async())
+        except Exception as error:  # the client reads no more
+            troubles.append(error)
+
     # In threads that nobody has to wait for: no signal ends the SDK's reading of stdin, or the start of a kernel.
-    serving = threading.Thread(target=lambda: asyncio.run(mcp.run_stdio_async()), daemon=True)
+    serving = threading.Thread(target=serve, daemon=True)
     ending = threading.Thread(target=tools.end, daemon=True)
     serving.start()
     try:
@@ -9109,6 +9139,8 @@ def _serve_mcp(options: argparse.Namespace) -> int:
         finally:
             if ending.is_alive():  # whatever was begun ends with this process
                 os._exit(1)
+    if troubles:
+        raise JupyterExecError(f"The MCP server has ended: {troubles[0]!r}")
     return 0
 
 

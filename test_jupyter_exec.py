@@ -9856,6 +9856,48 @@ def test_mcp_sessions_run_at_once_and_their_calls_in_order(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_mcp_calls_that_come_at_once_run_in_their_order() -> None:
+    async def main(call: Any) -> None:
+        await call("run_code", code="L = []")
+        code = "L.append({}); __import__('time').sleep(0.01)"
+        await asyncio.gather(*(call("run_code", code=code.format(number)) for number in range(40)))
+        assert mcp_text(await call("run_code", code="L == sorted(L), len(L)")) == "(True, 40)"
+
+    assert mcp_run(main) == ""
+
+
+@pytest.mark.slow
+def test_mcp_a_cancelled_call_loses_nothing_of_earlier_code(tmp_path: Path) -> None:
+    waits = "import os, time\nwhile not os.path.exists({!r}): time.sleep(0.01)\n"
+    gate, begun = str(tmp_path / "gate"), str(tmp_path / "begun")
+
+    async def main(call: Any) -> None:
+        assert "still running" in mcp_text(await call("run_code", code=f"{waits.format(gate)}print('precious')"))
+        request = asyncio.ensure_future(call("run_code", code=f"open({begun!r}, 'w')\nwhile True: pass"))
+        Path(gate).touch()
+        while not os.path.exists(begun):
+            await asyncio.sleep(0.01)
+        await cancel(request)
+        assert "precious" in mcp_text(await call("wait", seconds=PATIENCE))
+
+    assert mcp_run(main, "--cwd", str(tmp_path), patience=1) == ""
+
+
+@pytest.mark.slow
+def test_mcp_says_in_a_line_that_nobody_can_be_served(tmp_path: Path) -> None:
+    closed = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, str(MODULE), "mcp"]
+    result = subprocess.run(closed, capture_output=True, text=True, timeout=60)
+    says = "jupyter-exec: There is no stdin, over which a client would speak.\n"
+    assert (result.stderr, result.returncode) == (says, 2)
+    with mcp_process(waiting_for(tmp_path / "gate"), stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        (tmp_path / "gate").touch()
+        said = process.stderr.read().decode()
+        assert (process.wait(PATIENCE), said.count("\n"), "MCP server has ended" in said) == (2, 1, True)
+
+
+@pytest.mark.slow
 def test_mcp_code_that_takes_long_is_waited_for(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     code = f"import os, time\nprint('begun')\nwhile not os.path.exists({str(gate)!r}): time.sleep(0.01)\nprint('ended')"
