@@ -3253,11 +3253,13 @@ def make_directory() -> str:
     try:
         # A long TMPDIR is not used: the path of a socket file may have 107 bytes (103 on macOS).
         base = tempfile.gettempdir()
-        base = base if len(os.fsencode(base)) < 60 else "/tmp"
+        base = base if len(os.fsencode(base)) < 60 and base.isprintable() else "/tmp"  # else it is no UTF-8
         _remove_forgotten(base)
         return tempfile.mkdtemp(prefix=f"jx-{process_name(os.getpid())}-", dir=base)
     except OSError as error:
-        reason = f"no temporary directory can be written to, set TMPDIR to one that can ({error.strerror or error})"
+        reason = (
+            f"no temporary directory can be written to, set TMPDIR to a short one that can ({error.strerror or error})"
+        )
         raise KernelStartFailed([], reason) from None
 
 
@@ -7436,6 +7438,8 @@ class JupyterCodeExecutor(Stoppable):
             raise ValueError(f'on_timeout must be "interrupt" or "detach", not {on_timeout!r}.')
         if not isinstance(kernel_name, str):
             raise ValueError(f"kernel_name must be a string, not {kernel_name!r}.")
+        if not isinstance(startup, str) or not isinstance(functions, Iterable):
+            raise ValueError("startup must be a string of code, and functions a list of functions.")
         if max_output is not None:
             check_counts(max_output=max_output)
         check_hooks(on_output=on_output, on_input=on_input)
