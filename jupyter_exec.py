@@ -7138,10 +7138,12 @@ def _text_so_far(result: ExecutionResult | None) -> str:
 
 
 def check_hooks(**hooks: object) -> None:
-    """Raise ValueError unless hooks are functions, or None."""
+    """Raise ValueError unless hooks are plain functions, or None."""
     for name, hook in hooks.items():
         if hook is not None and not callable(hook):
             raise ValueError(f"{name} must be a function, not {hook!r}.")
+        if inspect.iscoroutinefunction(hook):
+            raise ValueError("Hooks must be plain functions; AsyncJupyterCodeExecutor takes coroutine functions, too.")
 
 
 class CellCall:
@@ -7436,15 +7438,14 @@ class JupyterCodeExecutor(Stoppable):
             raise ValueError("Timeout must be greater than or equal to 1. It is in seconds; math.inf is no limit.")
         if on_timeout not in ("interrupt", "detach"):
             raise ValueError(f'on_timeout must be "interrupt" or "detach", not {on_timeout!r}.')
-        if not isinstance(kernel_name, str):
-            raise ValueError(f"kernel_name must be a string, not {kernel_name!r}.")
-        if not isinstance(startup, str) or not isinstance(functions, Iterable):
-            raise ValueError("startup must be a string of code, and functions a list of functions.")
+        for name, value in {"kernel_name": kernel_name, "startup": startup}.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{name} must be a string, not {value!r}.")
+        if not isinstance(functions, Iterable):
+            raise ValueError(f"functions must be a list of functions, not {functions!r}.")
         if max_output is not None:
             check_counts(max_output=max_output)
         check_hooks(on_output=on_output, on_input=on_input)
-        if any(map(inspect.iscoroutinefunction, (on_output, on_input))):
-            raise ValueError("Hooks must be plain functions; AsyncJupyterCodeExecutor takes coroutine functions, too.")
         self._output_dir = Path(output_dir)
         self._folder = Folder(self._output_dir)
         self._kernel_name, self._max_output = kernel_name, max_output
@@ -9092,13 +9093,28 @@ class McpTools:
         self._server.stop()
 
 
+def _with_errors(tool: Callable[..., Awaitable[list[Json]]]) -> Callable[..., Awaitable[Any]]:
+    """Return a tool as MCP wants it: what it raises is a result, too."""
+    from mcp.types import CallToolResult
+
+    @functools.wraps(tool)
+    async def answer(*arguments: Any, **named: Any) -> Any:
+        failed = False  # if code raised, the tool did not fail: of a failed tool, models may get no pictures
+        try:
+            content = await tool(*arguments, **named)
+        except (JupyterExecError, ValueError) as error:
+            content, failed = _mcp_text(clean_text(str(error))), True
+        return CallToolResult.model_validate({"content": content, "isError": failed})
+
+    return answer
+
+
 def _serve_mcp(options: argparse.Namespace) -> int:
     """Serve until the end of stdin, or a signal."""
     import asyncio
 
     try:
         from mcp.server import MCPServer
-        from mcp.types import CallToolResult
     except ImportError:
         raise ValueError("This needs the MCP SDK, which is not here: pip install 'mcp>=2'.") from None
     if sys.stdin is None:
@@ -9107,20 +9123,8 @@ def _serve_mcp(options: argparse.Namespace) -> int:
     mcp = MCPServer("jupyter-exec", version=__version__, instructions=_MCP_INSTRUCTIONS, log_level="WARNING")
     logger.propagate = False  # the SDK has given the root logger a handler, on stderr like ours
 
-    def add(tool: Callable[..., Awaitable[list[Json]]]) -> None:
-        @functools.wraps(tool)
-        async def answer(*arguments: Any, **named: Any) -> CallToolResult:
-            failed = False  # if code raised, the tool did not fail: of a failed tool, models may get no pictures
-            try:
-                content = await tool(*arguments, **named)
-            except (JupyterExecError, ValueError) as error:
-                content, failed = _mcp_text(clean_text(str(error))), True
-            return CallToolResult.model_validate({"content": content, "isError": failed})
-
-        mcp.add_tool(answer, structured_output=False)
-
     for name in ("run_code", "wait", "interrupt", "restart", "read_file", "write_file", "list_files"):
-        add(getattr(tools, name))
+        mcp.add_tool(_with_errors(getattr(tools, name)), structured_output=False)
     troubles: list[Exception] = []
 
     def serve() -> None:

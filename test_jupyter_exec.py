@@ -2263,13 +2263,16 @@ def test_the_grace_may_begin_in_another_thread_while_this_one_looks(monkeypatch:
     assert (result.status, result.kernel_state) == ("timeout", "intact")
 
 
-def test_coroutine_functions_are_no_hooks_of_the_sync_executor(server: LocalJupyterServer) -> None:
+def test_coroutine_functions_are_no_hooks_of_the_sync_executor(executor: JupyterCodeExecutor) -> None:
     async def hook(*arguments: Any) -> Any: ...
 
-    for name in ("on_output", "on_input"):
-        options: Any = {name: hook}
+    takers: list[Any] = [
+        functools.partial(JupyterCodeExecutor, executor._server),
+        functools.partial(executor.execute, "1"),
+    ]
+    for take, name in itertools.product(takers, ("on_output", "on_input")):
         with pytest.raises(ValueError, match="AsyncJupyterCodeExecutor takes coroutine functions"):
-            JupyterCodeExecutor(server, **options)
+            take(**{name: hook})
 
 
 def test_the_handler_of_a_signal_may_interrupt_at_any_point(executor: JupyterCodeExecutor) -> None:
@@ -5520,8 +5523,8 @@ def test_a_stopped_executor_says_so(executor: JupyterCodeExecutor) -> None:
         ({"kernel_name": "nope"}, r"Kernel .* is not installed\."),
         ({"jupyter_server": 5}, r"jupyter_server must be a JupyterConnectable or JupyterConnectionInfo\."),
         ({"kernel_name": None}, r"kernel_name must be a string, not None\."),
-        ({"startup": 5}, "startup must be a string of code"),
-        ({"functions": print}, "functions a list of functions"),
+        ({"startup": 5}, r"startup must be a string, not 5\."),
+        ({"functions": print}, "functions must be a list of functions, not "),
         *(({name: -1}, rf"{name} must be a whole number, 0 or more, not -1\.") for name in ("max_output", "max_tool_calls")),
         *(({"tool_timeout": wrong}, r"tool_timeout must be a number of seconds, not ") for wrong in (0, float("nan"))),
         *(({name: 5}, rf"{name} must be a function, not 5") for name in ("on_output", "on_input")),
