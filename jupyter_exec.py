@@ -1131,6 +1131,9 @@ def _lines(output: Json, save: Callable[[Json], str | None] | None) -> Iterator[
 # ======================================================================================================
 
 
+_DEVICES = (Path("/dev"), Path("/dev/fd"))
+
+
 class Folder:
     """A directory that is held open: files go into it even if something else has taken its path (not on Windows).
 
@@ -1154,10 +1157,22 @@ class Folder:
         """Make a new file. Raises: OSError if there is a file or a link of that name."""
         return open(self._name(name), "xb", opener=functools.partial(os.open, mode=0o666, dir_fd=self._at))
 
+    def save(self, files: Iterable[OutputFile]) -> list[str]:
+        """Write files under new names; return their paths."""
+        paths = []
+        for file in files:
+            paths.append(str(self.path / f"{os.urandom(16).hex()}{file.suffix}"))
+            with self.create(os.path.basename(paths[-1])) as target:
+                target.write(file.data)
+        return paths
+
     @contextlib.contextmanager
-    def replace(self, name: str) -> Iterator[IO[bytes]]:
-        """Give a file to write to, which takes the place of `name`, a file or a link, once it is complete."""
-        if self.path in (Path("/dev"), Path("/dev/fd")):  # what is there must not be replaced
+    def replace(self, name: str, devices: bool = False) -> Iterator[IO[bytes]]:
+        """Give a file to write to, which takes the place of `name`, a file or a link, once it is complete.
+
+        What is in /dev is no file that can be replaced; with `devices` it is written to.
+        """
+        if devices and self.path in _DEVICES:
             with open(self.path / name, "wb") as file:
                 yield file
             return
@@ -1181,7 +1196,7 @@ class Folder:
             mode = os.stat(self._name(name), dir_fd=self._at).st_mode
         except FileNotFoundError:
             return None
-        if not stat.S_ISREG(mode):
+        if self.path in _DEVICES or not stat.S_ISREG(mode):
             is_directory = stat.S_ISDIR(mode)
             says = "Is a directory: name the file" if is_directory else "Is no regular file"
             raise OSError(errno.EISDIR if is_directory else errno.EINVAL, says, str(self.path / name))
@@ -1515,13 +1530,7 @@ class ExecutionResult:
 
     def save(self, directory: AnyPath) -> list[str]:
         """Write `files` under new names; return their paths. Raises: OSError; ValueError if there is no directory."""
-        folder, paths = Folder(directory), []
-        for file in self.files:
-            path = folder.path / f"{os.urandom(16).hex()}{file.suffix}"
-            with folder.create(path.name) as target:
-                target.write(file.data)
-            paths.append(str(path))
-        return paths
+        return Folder(directory).save(self.files)
 
     def raise_for_error(self) -> None:
         """Raise ExecutionError, ExecutionTimeout, KernelDied or JupyterExecError unless the cell ended well."""
@@ -7818,7 +7827,7 @@ class JupyterCodeExecutor(Stoppable):
         metadata = self._notebook_metadata
         path = Path(path).absolute()
         folder = self._folder if path.parent == self._folder.path else Folder(path.parent)
-        with folder.replace(path.name) as file:
+        with folder.replace(path.name, devices=True) as file:
             self._journal.write(file, metadata)
 
     def _check_usable(self) -> None:
@@ -8280,7 +8289,7 @@ class Document:
         speaks_python = text_of(part_of(metadata, "kernelspec", "language")).lower() in ("", "python")
         cells = [step.shown(speaks_python) for step in self.steps]
         text = json.dumps(body | {"cells": cells}, indent=1, ensure_ascii=False)
-        with folder.replace(name) as file:
+        with folder.replace(name, devices=True) as file:
             file.write(text.encode("utf-8", "replace") + b"\n")
 
     def place(self, step: Step, result: ExecutionResult) -> str:

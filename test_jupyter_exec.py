@@ -9581,8 +9581,10 @@ def test_a_file_that_is_replaced_keeps_its_mode_and_a_device_its_place(tmp_path:
     null = os.stat("/dev/null")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "replace", lambda *args, **options: pytest.fail("it replaces a device"))
-        with jupyter_exec.Folder("/dev").replace("null") as file:
+        with jupyter_exec.Folder("/dev").replace("null", devices=True) as file:
             file.write(b"lost")
+        with pytest.raises(OSError, match="Is no regular file"), jupyter_exec.Folder("/dev").replace("null"):
+            pass
     assert os.stat("/dev/null") == null
 
 
