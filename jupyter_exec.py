@@ -2199,6 +2199,11 @@ class Mailbox:
         self.ended = False  # the kernel's death is in it
 
     @property
+    def unread(self) -> int:
+        """How many items are in it."""
+        return self._queue.qsize()
+
+    @property
     def answered(self) -> bool:
         """Whether it has an unread execute_reply."""
         return self._put_replies > self._got_replies
@@ -2530,6 +2535,7 @@ class Cell:
         self.execution, self.hooks = execution, hooks
         self.started = time.monotonic()
         self.result: ExecutionResult | None = None  # once it has ended
+        self.sent = False  # the kernel may have got its request
         self.reading_deadline: Deadline | None = None  # for slow hooks to take the rest, if the cell ended in time
         self.begun = math.inf  # when the kernel was seen to run it
         self.signalled = -math.inf  # when the kernel was last sent an interrupt for it
@@ -2677,6 +2683,7 @@ class KernelClient:
         self._ended = False  # the code has called exit(): the process is about to end
         self.ready = False
         self.kernel_info: Json = {}
+        self._kernel_session = ""  # by which its replies tell one process of the kernel from the next
         self._channels = self._control.start(self._mailbox)
 
     def wait_ready(self) -> None:
@@ -2718,6 +2725,7 @@ class KernelClient:
                     heard = heard or message.channel == "iopub"
                     if message.msg_type == "kernel_info_reply":
                         self.kernel_info = message.content
+                        self._kernel_session = text_of(message.header.get("session"))
         self.ready = True
 
     def execute(
@@ -2744,23 +2752,23 @@ class KernelClient:
         content = execute_content(code, silent=silent, store_history=store_history, asks=asks, expression=expression)
         request = self._message("shell", "execute_request", content)
         cell = Cell(Execution(request.msg_id, max_output, silent), timeout, hooks)
-        self._settle(cell)
-        self._running, was_sent = cell, False
+        self._running = cell
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
         has_timer = (hooks.on_output or hooks.on_input) and cell.deadline.remaining is not None
         try:
+            self._settle(cell)
             if hooks.on_start:
                 hooks.on_start(cell)
             if has_timer:
                 threading.Thread(target=self._interrupt_in_time, args=(cell,), daemon=True).start()
             if not cell.execution.death:
                 self._post(request)
-            was_sent = True
+            cell.sent = True
             self._run(cell)
         except JupyterExecError:
             raise
         except BaseException:  # Ctrl-C, or a signal handler that raises
-            self._end_early(cell, was_sent)
+            self._end_early(cell)
             raise
         finally:
             self._running, self._ended = None, cell.execution.ended_session
@@ -2768,13 +2776,13 @@ class KernelClient:
                 cell.abandoned.set()
         return cell.finish()
 
-    def _end_early(self, cell: Cell, was_sent: bool) -> None:
+    def _end_early(self, cell: Cell) -> None:
         """Interrupt a cell whose caller wants to leave, and wait for its end, or that of its grace."""
-        if not was_sent:  # it may have been, all the same: the kernel's answer to a request after it tells
+        if not cell.sent:  # it may have been, all the same: the kernel's answer to a request after it tells
             cell.execution.reconnected = True
             self._fence(cell.execution)
         self._interrupt_cell(cell, INTERRUPT_GRACE / 2)
-        cell.timed_out = True
+        cell.sent = cell.timed_out = True
         cell.deadline = Deadline(INTERRUPT_GRACE)
         cell.hooks.on_input = cell.hooks.on_timeout = None
         self._run(cell)
@@ -2849,7 +2857,7 @@ class KernelClient:
             self._death = execution.death = item
             logger.info("Kernel died: %s", clean_text(item.sentence()))
         elif isinstance(item, Reconnected):
-            if self._running:
+            if cell.sent:
                 execution.reconnected = True
                 self._fence(execution)
         elif item:
@@ -2862,8 +2870,9 @@ class KernelClient:
 
     def _feed(self, message: Message, cell: Cell) -> None:
         execution = cell.execution
-        if death := _reported_death(message):
+        if death := self._reported_death(message):
             self._mailbox.put(death)
+            return  # what a kernel that was started anew says of the cell would end it as if all were well
         output = cell.feed(message) or self._late_output(message, execution)
         if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
             prompt = text_of(message.content.get("prompt"))
@@ -2873,6 +2882,20 @@ class KernelClient:
             cell.hooks.show(output)
         if execution.interrupted and cell.signalled < 0:
             self._interrupt_cell(cell, 0)
+
+    def _reported_death(self, message: Message) -> KernelDied | None:
+        """Return the kernel's death if a message tells of it: its own, its Jupyter server's, or its successor's."""
+        if message.msg_type == "shutdown_reply" and message.channel == "iopub":
+            return KernelDied(cause="it was shut down or restarted by somebody else")
+        state = message.content.get("execution_state")
+        if message.msg_type == "status" and state in ("restarting", "dead") and not message.parent_id:
+            return KernelDied(cause="its server found it dead" + (" and restarted it" if state == "restarting" else ""))
+        # "If a kernel is restarted, the kernel session id should be regenerated." Other channels may carry messages of
+        # its server; and some kernels have no id, or send ours back.
+        session = text_of(message.header.get("session"))
+        if message.channel == "shell" and session and self._kernel_session not in ("", session):
+            return KernelDied(cause="it was restarted in the meantime")
+        return None
 
     def _late_output(self, message: Message, execution: Execution) -> Json | None:
         """Return what a thread of an earlier cell of ours has printed, marked as "late"."""
@@ -2956,12 +2979,16 @@ class KernelClient:
         self._post(fence)
 
     def _settle(self, cell: Cell) -> None:
-        """Wait until no earlier interrupt can hit this cell; see whether the kernel has died since the last cell."""
-        deadline = Deadline(INTERRUPT_GRACE)
+        """Wait until no earlier interrupt can hit this cell; see whether the kernel has died since the last cell.
+
+        All that has come by now is read: a message in it may tell of the death.
+        """
+        deadline, unread = Deadline(INTERRUPT_GRACE), self._mailbox.unread
         if self._mailbox.dropped:
             logger.warning("Output that came between two cells was dropped: there was too much of it")
             self._mailbox.dropped = False
-        while (self._nudges or self._mailbox.ended) and not cell.execution.death:
+        while (unread > 0 or self._nudges or self._mailbox.ended) and not cell.execution.death:
+            unread -= 1
             for _ in self._take(self._mailbox.get(deadline.remaining), cell):
                 if deadline.expired:
                     self._nudges.clear()
@@ -3057,16 +3084,6 @@ class KernelClient:
             logger.warning("Ignored a message on %s: %s", item[0], error)
             if self._running and not isinstance(error, SignatureError):
                 self._running.execution.withheld = True
-
-
-def _reported_death(message: Message) -> KernelDied | None:
-    """Return the kernel's death if a message tells of it: its own on iopub, or one from its Jupyter server."""
-    if message.msg_type == "shutdown_reply" and message.channel == "iopub":
-        return KernelDied(cause="it was shut down or restarted by somebody else")
-    state = message.content.get("execution_state")
-    if message.msg_type == "status" and state in ("restarting", "dead") and not message.parent_id:
-        return KernelDied(cause="its server found it dead" + (" and restarted it" if state == "restarting" else ""))
-    return None
 
 
 class AttachedKernelControl(KernelControl):

@@ -32,6 +32,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import pickle
 import pty
@@ -2123,6 +2124,34 @@ def test_a_slow_hook_neither_delays_nor_makes_a_timeout(executor: JupyterCodeExe
         eventually(lambda: mailbox.answered and time.monotonic() > end, "the reply, and the deadline")
 
     assert executor.execute("print('go')", timeout=0.3, on_output=slow).status == "ok"
+
+
+def test_a_restart_that_nobody_told_ends_an_interrupted_cell() -> None:
+    def restart(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        if request["msg_type"] == "execute_request":
+            kernel.publish("stream", {"name": "stdout", "text": "go"}, request)
+            kernel.session.session = "that of the next process"
+
+    with scripted(restart) as executor:
+        job = executor.submit("1", timeout=math.inf)
+        eventually(lambda: job.output, "the cell runs")
+        job.interrupt()
+        result = job.wait(PATIENCE)
+    assert (result.status, result.kernel_state) == ("died", "lost")
+    assert "it was restarted in the meantime" in result.note
+
+
+@cases("sessions", ("", "a", "", "b"), ("a", "", "a"))
+def test_a_kernel_without_a_session_or_that_leaves_it_out_lives_on(sessions: tuple[str, ...]) -> None:
+    def next_session(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
+        kernel.session.session = next(left)
+        kernel.finish(request)
+
+    left = iter(sessions[1:])
+    with contextlib.closing(ScriptedKernel(next_session)) as kernel:
+        kernel.session.session = sessions[0]
+        with JupyterCodeExecutor(kernel.connection) as executor:
+            assert {executor.execute("1").status for _ in sessions[1:]} == {"ok"}
 
 
 def raising(kind: type[BaseException]) -> None:
@@ -4521,6 +4550,27 @@ def test_a_kernel_that_others_end_is_told_at_once(remote: Peer, method: str, pat
         assert (result.status, result.kernel_state) == ("died", "lost")
         assert "shut down or restarted by somebody else" in result.note
         assert run(executor, "'sleep' in dir()").output == "False"
+
+
+@pytest.mark.slow
+@cases("signals", (), (signal.SIGSTOP,), (signal.SIGKILL,))
+def test_a_kernel_that_others_replace_between_two_cells_is_told_by_the_next(
+    remote: Peer, signals: tuple[signal.Signals, ...], tmp_path: Path
+) -> None:
+    with remote.client() as server, JupyterCodeExecutor(server) as executor:
+        pid = int(run(executor, "import os; os.getpid()").output)
+        (model,) = server.list_kernels()
+        for number in signals:  # a stopped kernel does not say that it shuts down
+            os.kill(pid, number)
+        if signal.SIGKILL not in signals:  # then the server starts it anew by itself
+            server.rest.request("POST", f"/api/kernels/{model['id']}/restart", {}, timeout=PATIENCE)
+        with remote.client(kernel_id=model["id"]) as guest:
+            guest.start_kernel().wait_ready()
+        result = run(executor, f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+        assert (result.exit_code, result.kernel_state) == (137, "lost")
+        # Only a kernel that said nothing has to be asked, and that is by a cell.
+        assert (tmp_path / "ran").exists() == (signal.SIGSTOP in signals)
+        assert run(executor, "'os' in dir()").output == "False"
 
 
 def started(thread: threading.Thread) -> None:
