@@ -1735,7 +1735,7 @@ class Execution:
         if self.interrupted:
             if self.done:
                 return "interrupted", 130, "intact", "Interrupted; variables are kept"
-            return "interrupted", 130, "busy", "Interrupted, but the kernel is still running the code"
+            return "interrupted", 130, "busy", f"Interrupted, but the kernel {self._busy}"
         if self.ended_session:
             message = ": ".join(["", *(keep[:STDERR_TAIL] for keep in self._exits if isinstance(keep, str))])
             status = next((keep % 256 for keep in self._exits if type(keep) is int), int(message != ""))
@@ -1765,7 +1765,14 @@ class Execution:
             return "timeout", 124, "lost", f"{sentence}; all variables are lost"
         if self.done:
             return "timeout", 124, "intact", f"Timeout: interrupted after {seconds}; variables are kept"
-        return "timeout", 124, "busy", f"Timeout: interrupted after {seconds}; the kernel is still running the code"
+        ended = "interrupted" if self.started else "given up"
+        return "timeout", 124, "busy", f"Timeout: {ended} after {seconds}; the kernel {self._busy}"
+
+    @property
+    def _busy(self) -> str:
+        if self.started:
+            return "is still running the code"
+        return "was not seen to begin with the code: it may be busy with that of another client, and run this later"
 
 
 def _display_id(content: Json) -> str:
@@ -2778,6 +2785,7 @@ class KernelClient:
 
     def _end_early(self, cell: Cell) -> None:
         """Interrupt a cell whose caller wants to leave, and wait for its end, or that of its grace."""
+        cell.timed_out = cell.sent  # as if its time were over, so that another client's cell does not delay the end
         if not cell.sent:  # it may have been, all the same: the kernel's answer to a request after it tells
             cell.execution.reconnected = True
             self._fence(cell.execution)
@@ -2880,7 +2888,7 @@ class KernelClient:
                 self._reply(cell.hooks.answer(message.content))
         elif output:
             cell.hooks.show(output)
-        if execution.interrupted and cell.signalled < 0:
+        if execution.interrupted and execution.started and cell.signalled < cell.begun:
             self._interrupt_cell(cell, 0)
 
     def _reported_death(self, message: Message) -> KernelDied | None:
@@ -2946,9 +2954,12 @@ class KernelClient:
         # kernel_info_request on shell wakes it. Its answer also tells that the signal can hit no later cell.
         nudge = self._message("shell", "kernel_info_request", {})
         with cell.lock:
-            cell.execution.interrupted, now, is_first = True, time.monotonic(), cell.signalled < 0
+            cell.execution.interrupted, now, is_first = True, time.monotonic(), cell.signalled < cell.begun
             # A kernel ignores the signal until it has begun with the cell; when it has, the reading thread comes here.
-            if not cell.execution.started or now - cell.signalled < age or cell.abandoned.is_set():
+            # Until then it may run another client's cell. Once our time is over that is interrupted, if the kernel is
+            # ours: it would be killed otherwise, since the cell does not end.
+            is_wanted = cell.execution.started or (cell.timed_out and self._control.owned)
+            if not is_wanted or now - cell.signalled < age or cell.abandoned.is_set():
                 return
             cell.signalled = now
             self._nudges.add(nudge.msg_id)

@@ -2204,12 +2204,38 @@ def test_an_interrupt_that_comes_late_hits_no_later_cell(executor: JupyterCodeEx
     late[0].join()
 
 
-def test_an_attached_kernel_that_ignores_the_interrupt_is_said_to_be_busy(monkeypatch: MonkeyPatch) -> None:
+@cases(
+    "msg_type, says",
+    ("execute_input", "interrupted after 0.2 s; the kernel is still running the code"),
+    ("status", "given up after 0.2 s; the kernel was not seen to begin with the code"),
+)
+def test_an_attached_kernel_that_does_not_end_a_cell_is_said_to_be_busy(
+    msg_type: str, says: str, monkeypatch: MonkeyPatch
+) -> None:
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
-    with scripted(lambda kernel, request: None) as executor:
+    with scripted(lambda kernel, request: kernel.publish(msg_type, {}, request)) as executor:
         result = executor.execute("1", timeout=0.2)
     assert (result.status, result.exit_code, result.kernel_state) == ("timeout", 124, "busy")
-    assert "the kernel is still running the code" in result.note
+    assert says in result.note
+
+
+@pytest.mark.slow
+@cases("by_signal", False, True)
+def test_a_cell_of_another_client_does_not_cost_the_kernel(by_signal: bool, tmp_path: Path) -> None:
+    with LocalJupyterServer() as server, JupyterCodeExecutor(server) as owner:
+        owner.execute("x = 1")
+        with JupyterCodeExecutor(owner.connection_file or "") as guest:
+            job = guest.submit(f"print('go', flush=True)\n{waiting_for(tmp_path / 'never')}")
+            eventually(lambda: job.output, "the guest's cell runs")
+            if by_signal:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+                with pytest.raises(KeyboardInterrupt):
+                    owner.execute("1")
+            else:
+                result = owner.execute("1", timeout=0.5)
+                assert (result.status, result.kernel_state) == ("timeout", "intact")
+            assert owner.execute("x").text == "1"
+            assert job.wait(PATIENCE).error["ename"] == "KeyboardInterrupt"
 
 
 def test_the_death_of_an_attached_kernel_is_noticed() -> None:
