@@ -4160,6 +4160,14 @@ class RestClient:
             stack.pop_all()
         return sock, subprotocol
 
+    def has_lost(self, kernel_id: str | None) -> bool:
+        """Whether the server says that it does not have a kernel any more."""
+        try:
+            self.request("GET", f"/api/kernels/{kernel_id}")
+        except JupyterExecError as error:
+            return is_unknown(error, kernel_id)
+        return False
+
     def _dial(self, deadline: Deadline) -> socket.socket:
         """Connect, with TLS if that is wanted. Raises: ConnectionClosed, ExecutionTimeout."""
         info = self.info
@@ -4237,6 +4245,12 @@ def _explanation(text: str) -> str:
     return " ".join(re.sub(r"(?s)<(style|script|head)\b.*?</\1>|<[^<>]*>", " ", text[:10_000]).split())
 
 
+def is_unknown(error: JupyterExecError, kernel_id: str | None) -> bool:
+    """Whether a Jupyter server has answered that it does not have a kernel."""
+    # All of them say it so. A 404 alone may come from a proxy that has no way to the server just now.
+    return isinstance(error, ServerError) and f"Kernel does not exist: {kernel_id}" in error.body
+
+
 Dial = Callable[[Deadline], "tuple[socket.socket, str | None]"]
 
 
@@ -4249,13 +4263,18 @@ class WebSocketChannels:
     Spec: https://jupyter-server.readthedocs.io/en/stable/developers/websocket-protocols.html
     """
 
-    def __init__(self, loop: Loop, dial: Dial, mailbox: Mailbox) -> None:
-        """Connect. Raises: ServerError, ConnectionClosed, ExecutionTimeout."""
-        self._loop, self._dial, self._mailbox = loop, dial, mailbox
+    def __init__(
+        self, loop: Loop, dial: Dial, mailbox: Mailbox, is_gone: Callable[[], bool], deadline: Deadline
+    ) -> None:
+        """Connect within `deadline`; `is_gone()` asks the server whether it has lost the kernel.
+
+        Raises: ServerError, ConnectionClosed, ExecutionTimeout.
+        """
+        self._loop, self._dial, self._mailbox, self._is_gone = loop, dial, mailbox, is_gone
         self._backlog: list[str | bytes] = []  # to send when there is a connection again
         self._pipe: Pipe | None = None  # None while there is no connection
         self._closed = False
-        self._connect(Deadline(START_TIMEOUT))
+        self._connect(deadline)
         loop.post(self._take_over)
         loop.post(functools.partial(loop.later, PING_INTERVAL, self._ping))
 
@@ -4326,7 +4345,8 @@ class WebSocketChannels:
                     self._socket.close()
                 return
             except (JupyterExecError, OSError) as error:
-                if deadline.expired or (isinstance(error, ServerError) and error.status < 500):
+                # A proxy that has lost the way to the server refuses for a while, too.
+                if deadline.expired or (isinstance(error, ServerError) and self._is_gone()):
                     cause = f"the connection to its server was lost: {reason}; {error}"
                     self._loop.post(functools.partial(self._mailbox.put, KernelDied(cause=cause)))
                     return
@@ -4372,24 +4392,33 @@ class RemoteKernelControl(KernelControl):
     def start(self, mailbox: Mailbox) -> Channels:
         rest, loop = self._server.rest, self._server.loop
         self._server.controls.add(self)
-        if self._id and self.owned:
-            try:
-                rest.request("POST", f"{self._path}/restart", {}, timeout=self.start_timeout)
-            except ServerError:  # the kernel is gone, or the server is just restarting it by itself
-                self.kill()
-        if not self._id:
-            body = {"name": self._kernel_name, "env": self._server.env}
-            try:
-                model = rest.request("POST", "/api/kernels", body, timeout=self.start_timeout)
-            except ServerError:
-                # If the server is gone, a JupyterHub in its place blames the token, but tells this request the truth.
-                rest.request("GET", "/api/kernelspecs")
-                raise
-            self._id = text_of(part_of(model, "id"))
+        try:
+            if self.owned:
+                self._renew()
+        except ServerError:
+            # If the server is gone, a JupyterHub in its place blames the token, but tells this request the truth.
+            rest.request("GET", "/api/kernelspecs")
+            raise
         self._mailbox = mailbox
         dial = functools.partial(rest.websocket, f"{self._path}/channels?session_id={os.urandom(16).hex()}")
-        self._channels = WebSocketChannels(loop, dial, mailbox)
+        # It must not refer to this object, and so to the server: that ends when nobody else does.
+        is_gone = functools.partial(rest.has_lost, self._id)
+        self._channels = WebSocketChannels(loop, dial, mailbox, is_gone, Deadline(self.start_timeout))
         return self._channels
+
+    def _renew(self) -> None:
+        """Start the kernel, or restart it if there is one."""
+        request = functools.partial(self._server.rest.request, "POST", timeout=self.start_timeout)
+        if self._id:
+            try:
+                request(f"{self._path}/restart", {})
+            except ServerError:  # the kernel is gone, or the server is just restarting it by itself
+                self.kill()
+                if self._id:  # nor can it be deleted: another one beside it would leave it there for ever
+                    raise
+        if not self._id:
+            model = request("/api/kernels", {"name": self._kernel_name, "env": self._server.env})
+            self._id = text_of(part_of(model, "id"))
 
     @property
     def _path(self) -> str:
@@ -4405,22 +4434,26 @@ class RemoteKernelControl(KernelControl):
     def _interrupt(self, sent: Callable[[], None]) -> None:
         try:
             self._server.rest.request("POST", f"{self._path}/interrupt", {}, timeout=INTERRUPT_GRACE / 2)
-        except ServerError as error:
-            if error.status == 404:
-                self._mailbox.put(KernelDied(cause="it is no longer on the server"))
         except JupyterExecError as error:
-            logger.warning("The interrupt was not delivered: %s", error)
+            if is_unknown(error, self._id):
+                self._mailbox.put(KernelDied(cause="it is no longer on the server"))
+            else:
+                logger.warning("The interrupt was not delivered: %s", error)
         sent()
 
     def kill(self, dump: bool = False) -> None:
         if self._id and os.getpid() == self._pid:  # not in a forked child that has left a `with` of its parent
-            with contextlib.suppress(JupyterExecError):
+            try:
                 self._server.rest.request("DELETE", self._path, timeout=INTERRUPT_GRACE)
-            self._id = None
+                self._id = None
+            except JupyterExecError as error:
+                if is_unknown(error, self._id):
+                    self._id = None
             self._mailbox.put(KernelDied(cause="it was deleted on the server"))
 
     def close(self) -> None:
-        self._server.controls.discard(self)
+        if not (self.owned and self._id):  # else the server deletes it at its end
+            self._server.controls.discard(self)
         if self._channels:
             self._channels.close()
 
@@ -4549,7 +4582,7 @@ class RemoteJupyterServer(Server):
         self.rest = RestClient(connection_info)
         self.env = dict(env or {})
         self._kernel_id = kernel_id
-        self.controls: set[RemoteKernelControl] = set()  # of the kernels that are in use
+        self.controls: set[RemoteKernelControl] = set()  # of the kernels that are in use, or still there
 
     @property
     def loop(self) -> Loop:

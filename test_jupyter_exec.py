@@ -3741,11 +3741,16 @@ def test_docker_read_only_runs_pip_and_matplotlib(containers: Any, tmp_path: Pat
             assert len(result.output_files) == 1
 
 
-class EngineProxy:
-    """A proxy before the engine's socket; it stops at the first request that has `stall_at` in it."""
+class Proxy:
+    """A proxy before what `connect()` reaches.
 
-    def __init__(self, listener: socket.socket) -> None:
-        self.stall_at = b""
+    It stops at the first request that has `stall_at` in it; it gives `refusal`, if there is one, to a new connection.
+    """
+
+    def __init__(self, listener: socket.socket, connect: Callable[[], socket.socket]) -> None:
+        self.stall_at = self.refusal = b""
+        self.refused = 0
+        self._connect = connect
         self.passes = threading.Event()
         self.passes.set()
         self._sockets = [listener]
@@ -3759,9 +3764,15 @@ class EngineProxy:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                near, far = self._sockets[0].accept()[0], socket.socket(socket.AF_UNIX)
+                near = self._sockets[0].accept()[0]
+                if self.refusal:
+                    near.recv(2**16)
+                    near.sendall(self.refusal)
+                    near.close()
+                    self.refused += 1
+                    continue
+                far = self._connect()
                 self._sockets += [near, far]
-                far.connect("/var/run/docker.sock")
                 self._spawn(self._copy, near, far)
                 self._spawn(self._copy, far, near)
 
@@ -3775,35 +3786,45 @@ class EngineProxy:
         with contextlib.suppress(OSError):
             target.shutdown(socket.SHUT_WR)
 
-    def close(self) -> None:
-        for sock in self._sockets:
+    def cut(self, first: int = 1) -> None:
+        """End the connections that there are."""
+        for sock in self._sockets[first:]:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.cut(0)
         for thread in self._threads:
             thread.join()
         for sock in self._sockets:
             sock.close()
 
 
+def to_engine() -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect("/var/run/docker.sock")
+    return sock
+
+
 @pytest.mark.slow
 def test_docker_through_tcp(containers: Any, monkeypatch: MonkeyPatch) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:{1}".format(*listener.getsockname()))
-    with contextlib.closing(EngineProxy(listener)):
+    with contextlib.closing(Proxy(listener, to_engine)):
         with docker_server() as server, JupyterCodeExecutor(server, max_output=None) as executor:
             assert run(executor, "x = 1", "x").output == "\n1"
             assert len(run(executor, "print('x' * 5_000_000)").output) == 5_000_001
 
 
 @pytest.fixture
-def stalling(containers: Any, monkeypatch: MonkeyPatch, tmp_path: Path) -> Iterator[EngineProxy]:
+def stalling(containers: Any, monkeypatch: MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
     for name in ("ENGINE_TIMEOUT", "STOP_TIMEOUT"):
         monkeypatch.setattr(jupyter_exec, name, 0.5)
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/engine.sock")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{tmp_path}/engine.sock")
     listener.listen()
-    with contextlib.closing(EngineProxy(listener)) as stalling:
+    with contextlib.closing(Proxy(listener, to_engine)) as stalling:
         yield stalling
         stalling.stall_at = b""
         stalling.passes.set()
@@ -3813,7 +3834,7 @@ def stalling(containers: Any, monkeypatch: MonkeyPatch, tmp_path: Path) -> Itera
 @pytest.mark.slow
 @cases("request_", "/version", "/images/", "/wait", "/attach", "/start")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # docker-py leaves a socket to gc
-def test_an_engine_that_stalls_at_the_start(stalling: EngineProxy, request_: str, monkeypatch: MonkeyPatch) -> None:
+def test_an_engine_that_stalls_at_the_start(stalling: Proxy, request_: str, monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "WAIT_TIMEOUT", 1)
     stalling.stall_at = request_.encode()
     with docker_server() as server, pytest.raises(SandboxError, match="engine does not answer"):
@@ -3822,7 +3843,7 @@ def test_an_engine_that_stalls_at_the_start(stalling: EngineProxy, request_: str
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_engine_that_stalls_under_a_cell(stalling: EngineProxy, monkeypatch: MonkeyPatch) -> None:
+def test_an_engine_that_stalls_under_a_cell(stalling: Proxy, monkeypatch: MonkeyPatch) -> None:
     with docker_server() as server, JupyterCodeExecutor(server) as executor:
         run(executor, "x = 1")
         stalling.passes.clear()
@@ -4527,6 +4548,71 @@ def test_a_dropped_connection_is_made_anew(
     assert len(connections) == 2
 
 
+@pytest.fixture
+def proxied(jupyter_server: Peer) -> Iterator[tuple[Proxy, JupyterConnectionInfo]]:
+    """A proxy before a Jupyter server, and the way through it."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    connect = functools.partial(socket.create_connection, ("127.0.0.1", jupyter_server.info.port))
+    with contextlib.closing(Proxy(listener, connect)) as proxy:
+        yield proxy, replace(jupyter_server.info, port=listener.getsockname()[1])
+
+
+@pytest.mark.slow
+@cases("status", "404 Not Found", "429 Too Many Requests", "503 Service Unavailable")
+def test_a_proxy_that_refuses_for_a_moment_costs_no_kernel(proxied: Any, status: str, tmp_path: Path) -> None:
+    proxy, info = proxied
+    with JupyterCodeExecutor(info) as executor:
+        run(executor, "x = 1")
+
+        def cut(output: dict[str, Any]) -> None:
+            if output.get("text") == "first\n":
+                proxy.refusal = http(status, "<p>no way there</p>")
+                proxy.cut()
+                eventually(lambda: proxy.refused > 2, "it was refused")
+                proxy.refusal = b""
+                (tmp_path / "gate").touch()
+
+        code = waiting_for(tmp_path / "gate", "print('first', flush=True)")
+        result = executor.execute(code, on_output=cut, timeout=PATIENCE)
+        assert (result.status, result.kernel_state) == ("ok", "intact")
+        assert run(executor, "x").output == "1"
+
+
+@pytest.mark.slow
+@cases("stops_early", False, True)
+def test_a_kernel_that_a_proxy_does_not_let_delete_is_deleted_later(
+    proxied: Any, jupyter_server: Peer, stops_early: bool, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "RECONNECT_TIMEOUT", 0.5)
+    proxy, info = proxied
+    with jupyter_server.client() as witness:
+        with RemoteJupyterServer(info) as server, JupyterCodeExecutor(server) as executor:
+            run(executor, "x = 1")
+            proxy.refusal = http("502 Bad Gateway", "<p>no way there</p>")
+            proxy.cut()
+            for _ in range(2):
+                assert run(executor, "1").exit_code != 0
+            if stops_early:
+                executor.stop()
+            proxy.refusal = b""
+            if not stops_early:
+                assert run(executor, "'x' in dir()").output == "False"
+            assert len(witness.list_kernels()) == 1
+        assert witness.list_kernels() == []
+
+
+def test_the_time_to_start_counts_for_the_websocket_too(gateway: Peer, monkeypatch: MonkeyPatch) -> None:
+    def note(self: Any, path: str, deadline: jupyter_exec.Deadline) -> Any:
+        given.append(deadline.seconds)
+        return websocket(self, path, deadline)
+
+    given: list[float | None] = []
+    websocket = jupyter_exec.RestClient.websocket
+    monkeypatch.setattr(jupyter_exec.RestClient, "websocket", note)
+    with gateway.client(start_timeout=123.0) as server, JupyterCodeExecutor(server):
+        assert given == [123.0]
+
+
 @pytest.mark.slow
 def test_a_server_that_goes_away_in_mid_cell_is_reported(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
     need("server", installed("kernel_gateway"))
@@ -4926,7 +5012,7 @@ def test_answers_of_wrong_shapes_are_our_errors(replies: list[bytes], use: str) 
     assert str(caught.value).isprintable()
 
 
-@cases("kernel, refusals", ("x", 3), (None, 1))  # restart, delete, start; or start alone
+@cases("kernel, refusals", ("x", 2), (None, 1))  # restart, delete; or start
 def test_a_hub_whose_server_was_stopped_is_told_at_the_next_start(kernel: str | None, refusals: int) -> None:
     # A Hub refuses the POST for another reason: only a GET tells.
     refused, moved = http("403 No", "xsrf"), http("302 Found", "", "x", "Location: /hub/user/ann/api/kernelspecs")
@@ -4969,7 +5055,8 @@ def test_a_server_that_pings_and_does_not_read_costs_no_memory_and_is_dropped(mo
 
     loop, mailbox = jupyter_exec.Loop(), jupyter_exec.Mailbox()
     loop.start("test")
-    channels: Any = jupyter_exec.WebSocketChannels(loop, dial, mailbox)
+    deadline = jupyter_exec.Deadline(PATIENCE)
+    channels: Any = jupyter_exec.WebSocketChannels(loop, dial, mailbox, lambda: False, deadline)
     pairs[0][1].settimeout(PATIENCE)
     pairs[0][1].sendall(frame(9, b"x" * 125) * 100_000)  # 13 MB
     assert 0 < len(channels._pipe._unsent) + channels._pipe.waiting[""] < 1000
