@@ -4125,7 +4125,9 @@ class RestClient:
         if not re.fullmatch(r"[!-~]*", (info.token or "") + info.base_url):
             raise ValueError("The token or base_url has characters that HTTP forbids.")  # and neither is shown
         # "Authorization: token X" is the one form that all servers accept (a kernel gateway no other).
-        self._headers = {"Authorization": f"token {info.token}"} if info.token else {}
+        # Without one, a Jupyter server wants any word twice, as a page of its own would send it.
+        no_token = {"Cookie": "_xsrf=x", "X-XSRFToken": "x"}
+        self._headers = {"Authorization": f"token {info.token}"} if info.token else no_token
 
     def shown(self, text: object) -> str:
         """Return what a server says as it may be shown: short, printable, without the token that some echo."""
@@ -4189,11 +4191,16 @@ class RestClient:
     def _tls(self) -> ssl.SSLContext:
         import ssl
 
-        context = ssl.create_default_context(cafile=self.info.ca_file)
+        files = [self.info.ca_file, *(self.info.client_cert or ())]
+        try:
+            context = ssl.create_default_context(cafile=self.info.ca_file)
+            if self.info.client_cert:
+                context.load_cert_chain(*self.info.client_cert)
+        except OSError as error:  # which names no file
+            names = ", ".join(os.fspath(file) for file in files if file)
+            raise JupyterExecError(f"The certificates in {names} cannot be read: {error.strerror}.") from None
         if not self.info.verify:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        if self.info.client_cert:
-            context.load_cert_chain(*self.info.client_cert)
         return context
 
     def _ask(

@@ -4303,7 +4303,7 @@ SERVER = ["server", "--allow-root", "--no-browser", "--ServerApp.port_retries=0"
 @contextlib.contextmanager
 def peer(tmp_path: Path, *options: str, python: str = sys.executable, **info: Any) -> Iterator[Peer]:
     """Run `python -m jupyter OPTIONS` with a token until it answers."""
-    port, token, log = free_port(), "s3cret-t0ken", tmp_path / "peer.log"
+    port, token, log = free_port(), info.pop("token", "s3cret-t0ken"), tmp_path / "peer.log"
     app = "ServerApp" if options[0] == "server" else "KernelGatewayApp"
     app = "EnterpriseGatewayApp" if options[0] == "enterprisegateway" else app
     command = [python, "-m", "jupyter", *options, f"--{app}.port={port}", f"--{app}.ip=127.0.0.1"]
@@ -4873,6 +4873,20 @@ def test_wrong_token_unknown_kernel_and_forbidden_list_are_said(remote: Peer, tm
         JupyterCodeExecutor(remote.info, "nope")
     with pytest.raises(ConnectionClosed, match="Cannot connect"):
         JupyterCodeExecutor(replace(remote.info, port=free_port()))
+
+
+@pytest.mark.slow
+def test_a_jupyter_server_without_a_token(tmp_path: Path) -> None:
+    need("server", installed("jupyter_server"))
+    with peer(tmp_path, *SERVER, "--IdentityProvider.token=", token="") as started:
+        with JupyterCodeExecutor(started.info) as executor:
+            assert run(executor, "6 * 7").output == "42"
+
+
+@cases("names", {"ca_file": "/none/ca.pem"}, {"client_cert": ("/none/cert.pem", "/none/key.pem")}, ids=str)
+def test_certificates_that_are_not_there_are_named(names: dict[str, Any]) -> None:
+    with pytest.raises(JupyterExecError, match=r"certificates in /none/.*\.pem cannot be read: No such file"):
+        JupyterCodeExecutor(JupyterConnectionInfo("127.0.0.1", True, 9, None, **names))
 
 
 @pytest.mark.slow
