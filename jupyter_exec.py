@@ -252,9 +252,11 @@ class KernelStartFailed(KernelError):
     reason: str = ""
     exit_code: int | None = None  # negative: killed by that signal
     stderr: str = ""
+    attached: bool | None = None  # True: somebody else had started it
 
     def __str__(self) -> str:
-        lines = [f"The kernel could not be started: {self.reason or describe_exit(self.exit_code)}."]
+        failed = "cannot be attached to" if self.attached else "could not be started"
+        lines = [f"The kernel {failed}: {self.reason or describe_exit(self.exit_code)}."]
         if self.argv:
             lines.append(f"Command: {' '.join(word.partition(chr(10))[0] for word in self.argv)}")
         if self.stderr:
@@ -2716,15 +2718,16 @@ class KernelClient:
     def _greet(self, deadline: Deadline) -> None:
         # Ready = shell answers and iopub is proven live: the kernel welcomes the subscription to our unique topic
         # (JEP 65). Older kernels do not; but they publish the status of a request, which is repeated for that.
-        heard = False
+        heard, argv, attached = False, list(self._control.argv), not self._control.owned
         self._send("shell", "kernel_info_request", {})
         while not (self.kernel_info and heard):
             item = self._mailbox.get(deadline.within(0.2))  # a kernel without iopub_welcome is asked again
             if isinstance(item, KernelDied):
                 self._death = item
-                raise KernelStartFailed(list(self._control.argv), item.cause, item.exit_code, item.stderr)
+                raise KernelStartFailed(argv, item.cause, item.exit_code, item.stderr, attached)
             if deadline.expired:
-                raise KernelStartFailed(list(self._control.argv), f"no answer within {deadline.seconds:g} s")
+                reason = f"no answer within {deadline.seconds:g} s{'; it may be busy with a cell' * attached}"
+                raise KernelStartFailed(argv, reason, attached=attached)
             if item is None or isinstance(item, Reconnected):
                 self._send("shell", "kernel_info_request", {})
             else:

@@ -2126,6 +2126,15 @@ def test_a_slow_hook_neither_delays_nor_makes_a_timeout(executor: JupyterCodeExe
     assert executor.execute("print('go')", timeout=0.3, on_output=slow).status == "ok"
 
 
+def test_a_kernel_that_is_too_busy_to_attach_to_is_told(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec.AttachedKernelControl, "start_timeout", 0.3)
+    with contextlib.closing(ScriptedKernel(lambda kernel, request: None)) as kernel:
+        kernel.deaf = 1000
+        with JupyterCodeExecutor(kernel.connection) as executor:
+            said = run(executor, "1").output
+    assert said == "The kernel cannot be attached to: no answer within 0.3 s; it may be busy with a cell."
+
+
 def test_a_restart_that_nobody_told_ends_an_interrupted_cell() -> None:
     def restart(kernel: ScriptedKernel, request: dict[str, Any]) -> None:
         if request["msg_type"] == "execute_request":
