@@ -2206,6 +2206,7 @@ class Mailbox:
         self._put_replies = self._got_replies = 0
         self.dropped = False  # output was dropped, since nobody read it
         self.ended = False  # the kernel's death is in it
+        self._tells_of_reconnect = False  # a Reconnected is in it: another one would say nothing new
 
     @property
     def unread(self) -> int:
@@ -2218,6 +2219,10 @@ class Mailbox:
         return self._put_replies > self._got_replies
 
     def put(self, item: MailItem) -> None:
+        if isinstance(item, Reconnected):
+            if self._tells_of_reconnect:
+                return
+            self._tells_of_reconnect = True
         channel, parts = item if isinstance(item, tuple) else ("", ())
         size, unread = 1000 + 64 * len(parts) + sum(map(len, parts)), self._put_bytes - self._got_bytes
         if channel and unread > MAILBOX_LIMIT:
@@ -2243,6 +2248,8 @@ class Mailbox:
             return None
         self._got_bytes += size
         self._got_replies += is_reply
+        if isinstance(item, Reconnected):
+            self._tells_of_reconnect = False
         return item
 
 

@@ -1921,6 +1921,14 @@ def test_a_mailbox_takes_no_output_beyond_its_limit(monkeypatch: MonkeyPatch, ms
     assert mailbox.get(0) is not None
 
 
+def test_a_mailbox_holds_one_news_of_a_reconnection() -> None:
+    mailbox, news = jupyter_exec.Mailbox(), jupyter_exec.Reconnected()
+    for _ in range(2):
+        for _ in range(100):
+            mailbox.put(news)
+        assert list(iter(lambda: mailbox.get(0), None)) == [news]
+
+
 def test_a_kernel_that_sends_without_end_is_ended(monkeypatch: MonkeyPatch) -> None:
     monkeypatch.setattr(jupyter_exec, "MAILBOX_LIMIT", 100_000)
     ended: list[int] = []
