@@ -2895,7 +2895,7 @@ class KernelClient:
         if message.msg_type == "input_request" and message.parent_id == execution.msg_id:
             prompt = text_of(message.content.get("prompt"))
             if not (cell.hooks.on_request and cell.hooks.on_request(prompt, self._reply, pause=cell.pause)):
-                self._reply(cell.hooks.answer(message.content))
+                self._answer(cell.hooks.answer(message.content))
         elif output:
             cell.hooks.show(output)
         if execution.interrupted and execution.started and cell.signalled < cell.begun:
@@ -3082,6 +3082,14 @@ class KernelClient:
         # Some kernels (Deno, evcxr) insist on a date with a time zone.
         header["date"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return Message(channel, header, {}, {}, content, [])
+
+    def _answer(self, value: str) -> None:
+        """Give a cell what it asked for with input()."""
+        try:
+            self._reply(value)
+        except ProtocolError as error:
+            logger.warning("What on_input returned is too long, the cell gets EOFError: %s", error)
+            self._reply("\x04")
 
     def _reply(self, value: str) -> None:
         self._send("stdin", "input_reply", {"value": value})

@@ -4714,6 +4714,13 @@ def test_output_over_the_rate_limit_is_said_to_be_lost(gateway: Peer) -> None:
         assert "Some of the output was lost" in result.output
 
 
+def test_an_answer_over_the_servers_limit_ends_the_input(gateway: Peer, caplog: LogCaptureFixture) -> None:
+    with JupyterCodeExecutor(gateway.info, on_input=lambda prompt, password: "#" * 11_000_000) as executor:
+        result = executor.execute("x = input()", timeout=PATIENCE)
+        assert result.error and result.error["ename"] == "EOFError"
+        assert "What on_input returned is too long" in caplog.text
+
+
 def test_code_over_the_servers_limit_is_not_sent(gateway: Peer) -> None:
     with JupyterCodeExecutor(gateway.info) as executor:
         result = run(executor, "x = 1", "#" * 11_000_000)
