@@ -6974,11 +6974,12 @@ def run_shell(shell: str, script: str, pip_options: str) -> None:
 
     command, python, directory = "", shlex.quote(sys.executable), os.path.dirname(sys.executable)
     for name in ("python", "python3", "pip", "pip3"):
-        own = f"command {name}"
-        if not os.path.exists(os.path.join(directory, name)):  # else that of another Python would be found
-            own = f"{python} -m pip" if "pip" in name else python
-        quiet = f'[ "${{1-}}" != install ] || set -- "$@" {pip_options}; ' if "pip" in name else ""
-        command += f'{name}() {{ {quiet}{own} "$@"; }}; '
+        is_pip, is_there = "pip" in name, os.path.exists(os.path.join(directory, name))
+        # Where it is not, that of another Python would be found.
+        own = f"command {name}" if is_there else python + " -m pip" * is_pip
+        quiet = f'[ "${{1-}}" != install ] || set -- "$@" {pip_options}; ' * is_pip
+        if is_pip or not is_there:
+            command += f'{name}() {{ {quiet}{own} "$@"; }}; '
     command += '. "$0"'
     path = directory + os.pathsep + os.environ.get("PATH", os.defpath)
     with tempfile.TemporaryFile() as file:  # an argument has 128 KB at most; from stdin, commands would read the script

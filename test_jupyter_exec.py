@@ -5666,7 +5666,12 @@ def test_a_failing_on_input_ends_the_input_not_the_session(executor: JupyterCode
     async def coroutine(prompt: str, password: bool) -> str:
         return "text"
 
-    hooks: list[Any] = [coroutine, lambda *asked: b"bytes", lambda *asked: 5, lambda *asked: 1 // 0]
+    hooks: list[Any] = [
+        lambda *asked: coroutine(*asked),
+        lambda *asked: b"bytes",
+        lambda *asked: 5,
+        lambda *asked: 1 // 0,
+    ]
     for hook in hooks:
         caplog.clear()
         result = executor.execute("input()", on_input=hook, timeout=PATIENCE)
@@ -6701,10 +6706,10 @@ def answering(value: Any) -> Callable[[ScriptedKernel, dict[str, Any]], None]:
     [],
     {"status": "ok"},
     {"status": "ok", "data": {"text/plain": 5}},
-    {"status": "ok", "data": {"text/plain": "'e30='"}},
-    {"status": "ok", "data": {"text/plain": "'e30 e30'"}},
-    {"status": "ok", "data": {"text/plain": "'W10= '"}},
-    {"status": "ok", "data": {"text/plain": "'e30= '"}},
+    {"status": "ok", "data": {"text/plain": "e30="}},
+    {"status": "ok", "data": {"text/plain": "e30 e30"}},
+    {"status": "ok", "data": {"text/plain": "W10= "}},
+    {"status": "ok", "data": {"text/plain": "e30= "}},
     {"status": "error", "evalue": ["\x1b[2J"]},
     {"status": "error", "evalue": "\x1b]0;\x07" * 1000},
     ids=lambda value: ascii(value)[:50],
@@ -6720,7 +6725,7 @@ def test_no_reply_raises_anything_but_our_errors(value: Any) -> None:
 @cases("data", b"\xff", b"[", b"", b"[" * 10**4, ids=["bytes", "half", "nothing", "deep"])
 def test_a_value_that_is_no_json_is_told(data: bytes) -> None:
     parts = [base64.b64encode(part).decode() for part in (json.dumps({"size": len(data)}).encode(), data)]
-    value = {"status": "ok", "data": {"text/plain": f"'{' '.join(parts)}'"}}
+    value = {"status": "ok", "data": {"text/plain": " ".join(parts)}}
     with scripted(answering(value)) as executor, pytest.raises(VariableError, match="what came is no JSON"):
         executor.get_variable("x")
 
