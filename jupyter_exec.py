@@ -3475,16 +3475,17 @@ class KernelHost:
         self._pipe.waits_for_ever = True
 
     def _on_closed(self, reason: str) -> None:
-        for kernel in self._kernels.values():
-            self._end(kernel)
-        for part in self._unfinished_files:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-        for _ in range(10):  # what left its kernel's session and environment is now a child of this process (Linux)
-            with contextlib.suppress(OSError):
-                _kill_all(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
-        signal.set_wakeup_fd(-1)  # before the loop closes that descriptor
-        self._loop.stop()
+        with contextlib.ExitStack() as last:  # whatever fails of the rest: code can forbid the host to open files
+            last.callback(self._loop.stop)
+            last.callback(signal.set_wakeup_fd, -1)  # before the loop closes that descriptor
+            for kernel in self._kernels.values():
+                self._end(kernel)
+            for part in self._unfinished_files:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
+            for _ in range(10):  # what left its kernel's session and environment is now a child of this process (Linux)
+                with contextlib.suppress(OSError):
+                    _kill_all(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
 
     def close(self) -> None:
         """End every kernel and the host."""
@@ -3877,7 +3878,10 @@ def without_machinery(stderr: str) -> str:
 
 def _family(session: int, marker: bytes) -> Iterator[int]:
     """Yield the pids of processes in that session, or with `marker` in their environment (Linux)."""
-    for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
+    entries = []
+    with contextlib.suppress(OSError):  # no more files can be opened, or this is no Linux
+        entries = os.listdir("/proc")
+    for entry in entries:
         if entry.isdigit():
             with contextlib.suppress(OSError, IndexError), open(f"/proc/{entry}/environ", "rb") as environ:
                 if marker in b"\0%b\0" % environ.read() or int(stat_of(entry)[3]) == session:

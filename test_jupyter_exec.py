@@ -3629,17 +3629,27 @@ def test_a_container_killed_from_outside_is_reported_and_replaced(boxed: Jupyter
     assert run(boxed, "1").output == "1"
 
 
-def test_the_container_of_a_killed_client_is_gone(containers: Any) -> None:
+# Code may do that to the host, which runs as the same user: it can then open no more files.
+STARVE_HOST = "import resource; resource.prlimit(1, resource.RLIMIT_NOFILE, (5, 5))"
+
+
+@cases("code", "1", STARVE_HOST)
+def test_the_container_of_a_killed_client_is_gone(containers: Any, code: str) -> None:
     program = """
         import sys, time, jupyter_exec
         executor = jupyter_exec.JupyterCodeExecutor(jupyter_exec.DockerJupyterServer(base_image=sys.argv[1] or None, labels={sys.argv[2]: ""}))
-        assert executor.execute("1").status == "ok"
+        executor.execute(sys.argv[3])
         print("ready", flush=True)
         time.sleep(60)
     """
-    with client_program(program, os.environ.get("BASE_IMAGE", ""), RUN):
+    with client_program(program, os.environ.get("BASE_IMAGE", ""), RUN, code):
         assert len(containers()) == 1
     # The fixture waits until it is gone.
+
+
+def test_a_host_that_can_open_no_more_files_reports_the_end_of_a_kernel(boxed: JupyterCodeExecutor) -> None:
+    result = boxed.execute(f"{STARVE_HOST}; import os; os.kill(os.getpid(), 9)", timeout=PATIENCE)
+    assert (result.status, result.exit_code) == ("died", 137)
 
 
 def test_a_container_that_is_to_stay_is_stopped_only_and_has_its_name_alone(engine: Any, containers: Any) -> None:
