@@ -79,7 +79,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol, TextIO, TypedDict, TypeVar, cast, overload
 
 if TYPE_CHECKING:  # at run time, modules that are slow to import are imported where they are used
@@ -5488,7 +5488,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if docker_kwargs.keys() & {"cpu_period", "cpu_quota"}:  # say the same in another way, and not both are allowed
             limits.pop("nano_cpus", None)
         given = limits | docker_kwargs
-        self._docker_kwargs = {name: _listed(value) for name, value in given.items() if value is not None}
+        self._docker_kwargs = {name: _listed(name, value) for name, value in given.items() if value is not None}
+        _targets(self._docker_kwargs)  # raises for what is no mount
         if network is not None and "network_mode" in self._docker_kwargs:
             raise ValueError("Give network or network_mode, not both.")
         if custom_image_name and (packages or base_image):
@@ -5634,13 +5635,28 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
     def _create(self, client: Any, command: list[str] | None) -> Any:
         image = self._image(client)
         options = self._options(client, image, command)
-        is_own = (image.attrs.get("Config") or {}).get("WorkingDir") == self._work_dir
         if command is None:
             options["environment"]["TOKEN"] = self._token
-        elif not (self._bind_dir or is_own or _in_image(client, image, self._work_dir)):
-            # The engine would make it, owned by root.
-            options.setdefault("tmpfs", {}).setdefault(self._work_dir, _tmpfs(client, image, options["user"]))
+        self._add_tmpfs(client, image, options)
         return client.containers.create(image.id, **options)
+
+    def _add_tmpfs(self, client: Any, image: Any, options: Json) -> None:
+        """Have memory mounted where code would have no place to write to, but not in what the user mounts."""
+        config, taken = image.attrs.get("Config") or {}, _targets(options)
+        home = dict(entry.partition("=")[::2] for entry in config.get("Env") or []).get("HOME", "")
+        places = [
+            str(path)
+            for path in map(PurePosixPath, ("/tmp", home, self._work_dir))
+            if path.name and taken.isdisjoint([path, *path.parents])  # "/" has no name, and cannot be one
+        ]
+        if not options.get("read_only"):
+            work_dir = str(PurePosixPath(self._work_dir))
+            needs = "command" in options and work_dir in places and config.get("WorkingDir") != self._work_dir
+            # What is not in the image the engine would make, owned by root.
+            places = [work_dir] if needs and not _in_image(client, image, work_dir) else []
+        if places:
+            own = dict.fromkeys(places, _tmpfs(client, image, options["user"]))
+            options["tmpfs"] = own | options.get("tmpfs", {})
 
     def _options(self, client: Any, image: Any, command: list[str] | None) -> Json:
         """Return the arguments of containers.create: ours, merged with those of the user; no command: for a gateway."""
@@ -5672,11 +5688,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         options["mem_limit"] = self._docker_kwargs.get("mem_limit") or client.info()["MemTotal"] // 2
         options["memswap_limit"] = options["mem_limit"]
         if self._bind_dir:
-            options["volumes"] = {self._bind_dir: {"bind": self._work_dir, "mode": "rw"}}
-        if self._docker_kwargs.get("read_only"):
-            home = dict(entry.partition("=")[::2] for entry in config.get("Env") or []).get("HOME")
-            places = ["/tmp", *([home] if home else []), *([] if self._bind_dir else [self._work_dir])]
-            options["tmpfs"] = dict.fromkeys(places, _tmpfs(client, image, options["user"]))
+            options["mounts"] = [{"Type": "bind", "Source": self._bind_dir, "Target": self._work_dir}]
         for name, value in self._docker_kwargs.items():
             options[name] = _merged(name, options.get(name), value)
         return options
@@ -5822,7 +5834,11 @@ def _tmpfs(client: Any, image: Any, user: object) -> str:
     return f"{options},uid={uid},gid={gid if gid.isdigit() else uid}" if uid else options
 
 
-def _listed(value: Any) -> Any:
+def _listed(name: str, value: Any) -> Any:
+    """Return an option's collection as a list, and so a mount that is not in one, but a mapping as it is."""
+    kinds: Any = {"mounts": (str, Mapping), "tmpfs": str, "volumes": str}
+    if isinstance(value, kinds.get(name, ())):
+        return [value]
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else value
 
 
@@ -5833,11 +5849,24 @@ def _merged(name: str, ours: Any, theirs: Any) -> Any:
     if isinstance(theirs, list) and (separator := _SEPARATORS.get(name)):
         pairs = [entry.partition(separator) for entry in theirs]
         theirs = {key: value if found else None for key, found, value in pairs}
-    if isinstance(ours, dict) and isinstance(theirs, list):  # volumes, as "SOURCE:TARGET:MODE"
-        ours = [f"{source}:{target['bind']}:{target['mode']}" for source, target in ours.items()]
     if isinstance(theirs, Mapping):
         return (ours or {}) | dict(theirs)
     return ours + theirs if isinstance(ours, list) else theirs
+
+
+def _targets(options: Mapping[str, Any]) -> set[PurePosixPath]:
+    """Return where options of containers.create mount something. Raises: ValueError if that cannot be told."""
+    volumes: Any = options.get("volumes", [])
+    try:
+        if isinstance(volumes, Mapping):
+            places = [volume["bind"] for volume in volumes.values()]
+        else:
+            places = [(volume.split(":") * 2)[1] for volume in volumes]  # "SOURCE:TARGET:MODE", or only a target
+        places += [mount["Target"] for mount in options.get("mounts", [])]
+        return {PurePosixPath(place) for place in [*places, *options.get("tmpfs", ())]}
+    except (AttributeError, KeyError, TypeError):
+        form = '{SOURCE: {"bind": TARGET, "mode": "rw"}} or ["SOURCE:TARGET:rw"]'
+        raise ValueError(f"volumes must be {form}, mounts a list of docker.types.Mount.") from None
 
 
 # Where docker-py takes entries instead of a mapping -> what stands between name and value.

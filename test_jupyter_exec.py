@@ -3710,6 +3710,43 @@ def test_bind_dir_is_the_working_directory_with_the_owners_uid(containers: Any, 
 
 
 @pytest.mark.slow
+@cases(
+    "target, options",
+    ("/workspace", {"hardened": True, "mounts": {"Type": "bind", "Source": "DIR", "Target": "/workspace"}}),
+    ("/w", {"work_dir": "/w/", "mounts": [{"Type": "bind", "Source": "DIR", "Target": "/w"}]}),
+    ("/workspace", {"hardened": True, "volumes": {"DIR": {"bind": "/workspace/", "mode": "rw"}}}),
+    ("/tmp", {"hardened": True, "volumes": "DIR:/tmp"}),
+    ("/w/below", {"hardened": True, "work_dir": "/w/below", "volumes": ["DIR:/w:rw"]}),
+    ("/workspace", {"bind_dir": "DIR", "volumes": {"DIR": {"bind": "/data", "mode": "ro"}}}),
+    ("/home/jupyter", {"hardened": True, "bind_dir": "DIR", "work_dir": "/home/jupyter"}),
+    ("/tmp", {"hardened": True, "bind_dir": "DIR", "work_dir": "/tmp"}),
+    ("/data", {"bind_dir": "DIR:with:colons", "work_dir": "/data"}),
+    ids=str,
+)
+def test_what_is_written_into_a_mount_is_there_outside(
+    containers: Any, tmp_path: Path, target: str, options: dict[str, Any]
+) -> None:
+    os.chmod(tmp_path.parent, 0o755)
+    for name in ("dir", "dir/below", "dir:with:colons"):
+        (tmp_path / name).mkdir()
+        os.chown(tmp_path / name, 1000, 1000)
+    options = json.loads(json.dumps(options).replace("DIR", str(tmp_path / "dir")))
+    with docker_server(**options) as server, JupyterCodeExecutor(server) as executor:
+        run(executor, f"open('{target}/made', 'w').close()")
+    assert len(list(tmp_path.glob("dir*/**/made"))) == 1
+
+
+@pytest.mark.slow
+@cases("options", {"work_dir": "/"}, {"custom_image_name": "FROM BUNDLED\nENV HOME=/"})
+def test_the_root_is_no_place_for_a_file_system_in_memory(
+    containers: Any, image: Callable[[str], str], options: dict[str, Any]
+) -> None:
+    options = {name: image(value) if "FROM" in value else value for name, value in options.items()}
+    with docker_server(hardened=True, **options) as server, JupyterCodeExecutor(server) as executor:
+        assert run(executor, "open('/tmp/file', 'w').write('x')").output == "1"
+
+
+@pytest.mark.slow
 def test_code_is_not_root_in_a_bind_dir_of_root(containers: Any, tmp_path: Path) -> None:
     os.chmod(tmp_path.parent, 0o755)
     with docker_server(bind_dir=tmp_path) as server, pytest.raises(SandboxError, match="not writable for 1000:1000"):
@@ -4189,6 +4226,8 @@ def test_docker_not_running_says_what_to_do(monkeypatch: MonkeyPatch, host: str,
     ({"packages": "six"}, "list of strings"),
     ({"packages": ["six", "--index-url=http://evil"]}, "option of pip"),
     ({"packages": ["six\n-r /etc/passwd"]}, "option of pip"),
+    ({"mounts": ["x"]}, "mounts a list of docker.types.Mount"),
+    ({"volumes": {"/x": "/y"}}, "volumes must be"),
     ({"token": " "}, "open the gateway to everybody"),
     ({"network": "none", "transport": "gateway"}, "cannot be reached without a network"),
 )
@@ -4228,8 +4267,8 @@ def test_docker_kwargs_are_merged_with_ours(containers: Any, tmp_path: Path) -> 
     ("cap_drop", ["ALL"], "NET_RAW", ["ALL", "NET_RAW"]),
     ("cap_drop", ["ALL"], [], ["ALL"]),
     ("environment", {"A": "1"}, ["B=2=3", "C", "A=4"], {"A": "4", "B": "2=3", "C": None}),
-    ("volumes", {"/a": {"bind": "/b", "mode": "rw"}}, "/c:/d", ["/a:/b:rw", "/c:/d"]),
-    ("volumes", {"/a": {}}, {"/c": {}}, {"/a": {}, "/c": {}}),
+    ("volumes", None, {"/c": {}}, {"/c": {}}),
+    ("mounts", [{"a": 1}], [{"b": 2}], [{"a": 1}, {"b": 2}]),
     ("tmpfs", None, ["/x", "/y:size=1m"], {"/x": None, "/y": "size=1m"}),
     ("pids_limit", 512, 77, 77),
     ("ulimits", None, [1], [1]),
