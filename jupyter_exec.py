@@ -5059,7 +5059,7 @@ class HostServer(Server):
             if self._link is None or self._link.lost is not None:
                 if self._link:
                     self._link.close()
-                    self._disconnect()
+                    self._disconnect(failed=True)
                 self._link = self._connect()
                 self._loop = self._link.loop
             return self._link
@@ -5541,7 +5541,6 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         client = self._new_client()
         try:
             with _engine_errors(self._image_name):
-                _remove_orphans(client)
                 self._container = self._create(client, None)
                 if self._stop_container:
                     weakref.finalize(self, _remove_quietly, self._container, os.getpid())  # at the program's end, too
@@ -5633,12 +5632,13 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             raise SandboxError(reason, self._image_name, "", "\n".join(tail))
 
     def _create(self, client: Any, command: list[str] | None) -> Any:
+        _remove_orphans(client)
         image = self._image(client)
         options = self._options(client, image, command)
         if command is None:
             options["environment"]["TOKEN"] = self._token
         self._add_tmpfs(client, image, options)
-        return client.containers.create(image.id, **options)
+        return _create_container(client, image, options)
 
     def _add_tmpfs(self, client: Any, image: Any, options: Json) -> None:
         """Have memory mounted where code would have no place to write to, but not in what the user mounts."""
@@ -5666,7 +5666,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
             "network_mode": self.network,
             "use_config_proxy": self.network != "none",  # Docker's configured proxies: their URLs may hold passwords
             "environment": dict(self._env),
-            "labels": {"jupyter_exec": __version__, "jupyter_exec.owner": process_name(os.getpid())},
+            "labels": {"jupyter_exec": __version__},
             "user": self._docker_kwargs["user"] if "user" in self._docker_kwargs else self._user(client, config),
             "cap_drop": ["ALL"],
             "security_opt": ["no-new-privileges"],
@@ -5724,7 +5724,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._client.api.timeout = STOP_TIMEOUT
         try:
             if container and (self._stop_container or failed):
-                container.remove(force=True) if self._auto_remove or failed else container.kill()
+                container.remove(v=True, force=True) if self._auto_remove or failed else container.kill()
         except Exception as error:  # whatever it is: the container is gone, or the engine is
             if stream and "already in progress" in str(error):
                 stream.exit_code()
@@ -5734,11 +5734,28 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._client.close()
 
 
+def _create_container(client: Any, image: Any, options: Json) -> Any:
+    """Create a container that `_remove_orphans` knows. Nothing stays of one whose creation is interrupted."""
+    import docker.errors
+
+    options["labels"] = {"jupyter_exec.owner": process_name(os.getpid())} | options.get("labels", {})
+    try:
+        return client.containers.create(image.id, **options)
+    except docker.errors.APIError:  # the name may be that of another container
+        raise
+    except BaseException:  # a Ctrl-C, or a slow engine: it may be there all the same
+        client.api.timeout = STOP_TIMEOUT
+        with contextlib.suppress(Exception):
+            _remove_orphans(client, options["name"])
+        raise
+
+
 def _in_image(client: Any, image: Any, path: str) -> bytes:
     """Return the start of a file or directory of an image as a tar archive, b"" if there is no such thing."""
     import docker.errors
 
-    probe = client.containers.create(image.id, ["never", "started"])
+    options = {"name": f"jupyter-exec-{os.urandom(8).hex()}", "command": ["never", "started"]}
+    probe = _create_container(client, image, options)
     try:
         pieces = probe.get_archive(path)[0]
         with contextlib.closing(pieces):
@@ -5746,20 +5763,26 @@ def _in_image(client: Any, image: Any, path: str) -> bytes:
     except docker.errors.NotFound:
         return b""
     finally:
-        probe.remove()
+        probe.remove(v=True)
 
 
 def _remove_quietly(container: Any, owner: int) -> None:
     with contextlib.suppress(Exception):  # it is gone already, or the engine is
         if os.getpid() == owner:  # finalizers run in forked children too
-            container.remove(force=True)
+            container.remove(v=True, force=True)
 
 
-def _remove_orphans(client: Any) -> None:
-    """Remove the gateway containers of processes of this machine that are gone: nothing tells a gateway of that."""
-    for container in client.containers.list(filters={"label": "jupyter_exec.forsakable"}, ignore_removed=True):
-        if has_ended(container.labels.get("jupyter_exec.owner", "")):
-            _remove_quietly(container, os.getpid())
+def _remove_orphans(client: Any, name: str = "") -> None:
+    """Remove what processes of this machine that are gone have left, and the container of that name if it never ran.
+
+    Those are containers that were never started, and gateways, which nothing tells that their owner is gone.
+    """
+    for found in client.api.containers(all=True, filters={"label": "jupyter_exec.owner"}):
+        labels, never_ran = found["Labels"], found["State"] == "created"
+        is_orphan = (never_ran or "jupyter_exec.forsakable" in labels) and has_ended(labels["jupyter_exec.owner"])
+        if is_orphan or (never_ran and f"/{name}" in found["Names"]):
+            with contextlib.suppress(Exception):  # it has gone in the meantime
+                client.api.remove_container(found["Id"], v=True, force=True)
 
 
 def docker_client() -> Any:

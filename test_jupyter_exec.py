@@ -3664,6 +3664,68 @@ def test_a_container_that_is_to_stay_is_stopped_only_and_has_its_name_alone(engi
 
 
 @pytest.mark.slow
+def test_a_killed_container_with_a_name_that_is_to_stay_is_replaced(containers: Any) -> None:
+    with docker_server(auto_remove=False, container_name=f"{RUN}-replaced") as server:
+        with JupyterCodeExecutor(server) as executor:
+            executor.execute(FOR_EVER, on_output=lambda output: containers()[0].kill(), timeout=PATIENCE)
+            assert run(executor, "6 * 7").output == "42"
+    (container,) = containers()
+    container.remove()
+
+
+@pytest.mark.slow
+def test_volumes_without_a_name_go_with_their_container(
+    engine: Any, containers: Any, image: Callable[[str], str]
+) -> None:
+    def volumes() -> set[str]:
+        return {volume.name for volume in engine.volumes.list()}
+
+    before, name = volumes(), image("FROM BUNDLED\nVOLUME /data")
+    with docker_server(custom_image_name=name, volumes=["/q"], work_dir="/not/there") as server:
+        server.kernelspecs()
+    eventually(lambda: volumes() <= before, "the volumes are gone")
+
+
+@cases("error", KeyboardInterrupt, OSError("Read timed out."), ids=["Ctrl-C", "slow engine"])
+@cases("work_dir", "/workspace", "/not/there")
+def test_an_interrupted_creation_leaves_no_container(
+    engine: Any, containers: Any, monkeypatch: MonkeyPatch, error: BaseException, work_dir: str
+) -> None:
+    from docker.models.containers import ContainerCollection
+
+    with docker_server(work_dir=work_dir) as server, monkeypatch.context() as patch:
+        made: list[str] = []
+
+        def get(self: object, name: str) -> None:  # what is done after the engine has made the container
+            made.append(name)
+            raise error
+
+        patch.setattr(ContainerCollection, "get", get)
+        with pytest.raises((KeyboardInterrupt, SandboxError)):
+            server.kernelspecs()
+        with pytest.raises(Exception, match="No such container"):
+            engine.api.inspect_container(made[0])
+
+
+@pytest.mark.slow
+def test_what_dead_processes_have_left_is_removed_at_the_next_start(engine: Any, containers: Any) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        owner = jupyter_exec.process_name(process.pid)
+        process.kill()
+    for has_run, labels in ((False, {}), (True, {"jupyter_exec.forsakable": "1"}), (True, {})):
+        labels |= {RUN: "", "jupyter_exec.owner": owner}
+        container = engine.containers.create(docker_server()._image_name, ["true"], labels=labels)
+        if has_run:
+            container.start()
+            container.wait()
+    with docker_server() as server:
+        server.kernelspecs()
+        # What was asked to stay, and has run, stays.
+        assert {container.id for container in containers()} == {server.container_id, container.id}
+    container.remove()
+
+
+@pytest.mark.slow
 def test_docker_environment_network_and_packages(engine: Any, containers: Any, caplog: LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "jupyter_exec")
     packages = [
