@@ -5495,6 +5495,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if custom_image_name and (packages or base_image):
             raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
         self.network = network or self._docker_kwargs.get("network_mode") or ("none" if hardened else "bridge")
+        if self.network not in self._docker_kwargs.get("networking_config", [self.network]):
+            raise ValueError(f"networking_config has nothing for the network {self.network!r}: name one by network=.")
         if self.transport == "gateway" and self.network == "none":
             raise ValueError('A gateway cannot be reached without a network: use transport="direct".')
         self._target = "gateway" if self.transport == "gateway" else "kernel"  # of the Dockerfile
@@ -5502,6 +5504,8 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._custom_image, self._base_image, self._packages = custom_image_name, base_image, _requirements(packages)
         self._container_name, self._stop_container, self._auto_remove = container_name, stop_container, auto_remove
         self._env = dict(docker_env or {})
+        if bind_dir is not None and not os.fspath(bind_dir):
+            raise ValueError("bind_dir is empty: name a directory, such as os.getcwd().")
         self._bind_dir = None if bind_dir is None else os.path.abspath(bind_dir)
         self._work_dir = work_dir
         for opening in _openings(self._docker_kwargs | {"network_mode": self.network}, self._bind_dir):
@@ -5685,12 +5689,15 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if command or self._bind_dir:
             options["working_dir"] = self._work_dir
         # Of the engine's memory at most a half, unless told otherwise; and no swap beside the limit.
-        options["mem_limit"] = self._docker_kwargs.get("mem_limit") or client.info()["MemTotal"] // 2
+        limit = self._docker_kwargs.get("mem_limit")
+        options["mem_limit"] = client.info()["MemTotal"] // 2 if limit is None else limit
         options["memswap_limit"] = options["mem_limit"]
         if self._bind_dir:
             options["mounts"] = [{"Type": "bind", "Source": self._bind_dir, "Target": self._work_dir}]
         for name, value in self._docker_kwargs.items():
             options[name] = _merged(name, options.get(name), value)
+        if "networking_config" in options:  # docker-py reads it only together with `network`
+            options["network"] = options.pop("network_mode")
         return options
 
     def _user(self, client: Any, config: Json) -> str:
@@ -5916,6 +5923,7 @@ def _owner_of(bind_dir: str) -> str:
 
 def _requirements(packages: Sequence[str]) -> list[str]:
     """Return requirements of pip, each as one line. Raises: ValueError."""
+    packages = packages if isinstance(packages, str) else list(packages)
     if isinstance(packages, str) or not all(isinstance(package, str) for package in packages):
         raise ValueError("packages must be a list of strings.")
     for package in packages:

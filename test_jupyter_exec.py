@@ -4288,6 +4288,9 @@ def test_docker_not_running_says_what_to_do(monkeypatch: MonkeyPatch, host: str,
     ({"packages": "six"}, "list of strings"),
     ({"packages": ["six", "--index-url=http://evil"]}, "option of pip"),
     ({"packages": ["six\n-r /etc/passwd"]}, "option of pip"),
+    ({"networking_config": {"n": {}}}, "nothing for the network 'bridge': name one by network="),
+    ({"bind_dir": ""}, "bind_dir is empty"),
+    ({"packages": (package for package in ["six", 1])}, "list of strings"),
     ({"mounts": ["x"]}, "mounts a list of docker.types.Mount"),
     ({"volumes": {"/x": "/y"}}, "volumes must be"),
     ({"token": " "}, "open the gateway to everybody"),
@@ -4337,6 +4340,32 @@ def test_docker_kwargs_are_merged_with_ours(containers: Any, tmp_path: Path) -> 
 )
 def test_merging_of_docker_options(name: str, ours: Any, theirs: Any, merged: Any) -> None:
     assert jupyter_exec._merged(name, ours, theirs) == merged
+
+
+@pytest.mark.slow
+def test_a_network_gives_the_container_the_aliases_that_were_asked_for(engine: Any, containers: Any) -> None:
+    import docker.types
+
+    endpoint = docker.types.EndpointConfig(engine.api._version, aliases=["box"])
+    network = engine.networks.create(f"{RUN}-network")
+    try:
+        with docker_server(network=network.name, networking_config={network.name: endpoint}) as server:
+            server.kernelspecs()
+            (container,) = containers()
+            assert "box" in container.attrs["NetworkSettings"]["Networks"][network.name]["Aliases"]
+    finally:
+        network.remove()
+
+
+def test_packages_may_be_any_iterable() -> None:
+    packages = (package for package in ["six"])
+    assert docker_server(packages=packages)._image_name == docker_server(packages=["six"])._image_name
+
+
+def test_memory_may_be_without_a_limit(containers: Any) -> None:
+    with docker_server(mem_limit=0) as server:
+        server.kernelspecs()
+        assert containers()[0].attrs["HostConfig"]["Memory"] == 0
 
 
 @cases("name, meant", ("mem_limitt", "mem_limit"), ("package", "packages"), ("bind_dirr", "bind_dir"), ("xyzzy", ""))
