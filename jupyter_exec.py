@@ -4033,7 +4033,8 @@ def _become_kernel(host: int, middle: int, errors: int, order: Json) -> None:
     launcher = importlib.util.find_spec("ipykernel_launcher")
     sys.argv = [str(launcher and launcher.origin), *order["argv"]]
     del modules[__name__]
-    modules["ipykernel.kernelapp"].IPKernelApp.launch_instance(parent_handle=host)
+    app: Any = importlib.import_module("ipykernel.kernelapp")  # raises what the preload passed over
+    app.IPKernelApp.launch_instance(parent_handle=host)
 
 
 def host_main(program: bytes) -> None:

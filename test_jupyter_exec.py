@@ -4196,13 +4196,14 @@ ENTRYPOINT ["sh", "-c", "shift 2; exec /usr/bin/python3 /old.py \"$1\"", "x"]
     ("FROM scratch\nLABEL a=b", "python3"),
     ('FROM BASE\nENTRYPOINT ["sh", "-c", "echo trouble >&2; exit 3"]', "exit code 3.*trouble"),
     ("FROM BASE", "-m pip install ipykernel"),
+    ("FROM BUNDLED\nRUN pip uninstall -qy comm", "No module named 'comm'"),
     (OLD_PYTHON, r"Python 3\.8 is too old"),
-    ids=["no Python", "ends at once", "no ipykernel", "old Python"],
+    ids=["no Python", "ends at once", "no ipykernel", "half an ipykernel", "old Python"],
 )
 def test_unfit_images_are_reported(containers: Any, image: Callable[[str], str], dockerfile: str, says: str) -> None:
     with docker_server(custom_image_name=image(dockerfile)) as server:
-        with pytest.raises(JupyterExecError) as caught:
-            JupyterCodeExecutor(server)
+        with pytest.raises(JupyterExecError) as caught, JupyterCodeExecutor(server) as executor:
+            executor.execute("1")
     assert re.search(says, str(caught.value), re.DOTALL)
 
 
