@@ -4420,6 +4420,8 @@ class RemoteKernelControl(KernelControl):
         self._channels: Channels | None = None
 
     def start(self, mailbox: Mailbox) -> Channels:
+        if (current := self._server.current()) is not self._server:  # the kernel went with the last one
+            self._server, self._id = current, None
         rest, loop = self._server.rest, self._server.loop
         self._server.controls.add(self)
         try:
@@ -4622,6 +4624,10 @@ class RemoteJupyterServer(Server):
                 self._loop = Loop()
                 self._loop.start("jupyter_exec I/O")
             return self._loop
+
+    def current(self) -> RemoteJupyterServer:
+        """Return the server for the next start of a kernel: another one if this has ended, and was replaced."""
+        return self
 
     def start_kernel(self, kernel_name: str = "python3") -> KernelClient:
         """Ask for a kernel and return its client without waiting: see KernelClient.wait_ready.
@@ -5003,7 +5009,7 @@ class HostServer(Server):
     own_python3 = False  # "python3" means the host's interpreter, whatever kernelspecs say
     directory = ""  # of the connection files, if they are on this machine
     _link: HostLink | None = None
-    _gateway: RemoteJupyterServer | None = None
+    _gateway: GatewayClient | None = None
 
     def __init__(self, transport: str, launch: Mapping[str, Any]) -> None:
         if transport not in ("direct", "gateway"):
@@ -5091,13 +5097,16 @@ class HostServer(Server):
             raise AttributeError('There is no server to connect to by the direct way: ask for transport="gateway".')
         with self._lock:
             self._check_usable()
-            if self._gateway and self._link and "gateway" not in self._link.mailboxes:  # it has ended
+            if self._gateway and self._gateway_has_ended():
                 self._gateway.stop()
                 self._gateway = None
             if self._gateway is None:
-                self._gateway = RemoteJupyterServer(self._start_gateway())
-                self._loop = self._loop or self._gateway.loop
+                self._gateway = GatewayClient(self, self._start_gateway())
+                self._loop = self._gateway.loop
             return self._gateway
+
+    def _gateway_has_ended(self) -> bool:
+        return self._link is not None and "gateway" not in self._link.mailboxes
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         raise JupyterExecError(f'{type(self).__name__} has no gateway: use transport="direct".')
@@ -5130,6 +5139,18 @@ class HostServer(Server):
 
     def _disconnect(self, failed: bool = False) -> None:
         """Wait for the end of what `_open` started."""
+
+
+class GatewayClient(RemoteJupyterServer):
+    """The client of a gateway that its owner starts, anew if it has ended."""
+
+    def __init__(self, owner: HostServer, info: JupyterConnectionInfo) -> None:
+        super().__init__(info, start_timeout=owner.launch["start_timeout"])
+        self._owner = weakref.ref(owner)  # which ends when nobody else refers to it
+
+    def current(self) -> RemoteJupyterServer:
+        owner = self._owner()
+        return owner.get_client() if owner else self
 
 
 def chosen_token(token: str | HostServer.GenerateToken | None) -> str:
@@ -5301,7 +5322,7 @@ class LocalJupyterServer(CommandJupyterServer):
         port_file = Path(self.directory, os.urandom(8).hex())
         env = {"KG_AUTH_TOKEN": self._token, "JUPYTER_EXEC_PORT_FILE": str(port_file)}
         link.call("spawn", kernel="gateway", argv=argv, env=env)
-        deadline = Deadline(START_TIMEOUT)
+        deadline = Deadline(self.launch["start_timeout"])
         while not (port_file.exists() and port_file.read_text().endswith("\n")):
             if isinstance(end := mailbox.get(0.05), KernelDied):
                 advice = f"; is port {port} of {ip} in use?" if port else ""
@@ -5309,7 +5330,7 @@ class LocalJupyterServer(CommandJupyterServer):
                     advice = f"; run {self._argv[0]} -m pip install jupyter_kernel_gateway"
                 raise KernelStartFailed(argv[:1], f"the gateway has ended ({end.sentence()}){advice}", None, end.stderr)
             if deadline.expired:
-                raise KernelStartFailed(argv[:1], f"the gateway does not listen within {START_TIMEOUT:g} s")
+                raise KernelStartFailed(argv[:1], f"the gateway does not listen within {deadline.seconds:g} s")
         return JupyterConnectionInfo(ip, False, int(port_file.read_text()), self._token)  # it listens, and answers soon
 
     def _open(self, program: str) -> FarEnd:
@@ -5543,6 +5564,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         """Run the image's own command, with the port published on the loopback address of the engine only."""
+        self._disconnect(failed=True)  # the last one, if it has ended: the next may want its name
         client = self._new_client()
         try:
             with _engine_errors(self._image_name):
@@ -5553,27 +5575,33 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
                 self._container.reload()
                 port = (self._container.ports.get("8888/tcp") or [{}])[0].get("HostPort", 0)
             info = JupyterConnectionInfo("127.0.0.1", False, int(port), self._token)
-            rest, deadline = RestClient(info), Deadline(START_TIMEOUT)
+            rest, deadline = RestClient(info), Deadline(self.launch["start_timeout"])
             while True:
                 try:
                     rest.request("GET", "/api/kernelspecs", timeout=deadline.within(CONTROL_TIMEOUT))
                     return info
                 except (ConnectionClosed, ExecutionTimeout):
-                    self._check_gateway()
-                    if deadline.expired:
-                        raise
+                    self._check_gateway(deadline)
         except BaseException:
             self._disconnect(failed=True)
             raise
 
-    def _check_gateway(self) -> None:
+    def _gateway_has_ended(self) -> bool:
+        with contextlib.suppress(SandboxError), _engine_errors():
+            return not self._client.api.containers(filters={"id": self._container.id})  # of those that run
+        return False  # the engine does not say
+
+    def _check_gateway(self, deadline: Deadline) -> None:
         time.sleep(0.05)
         with _engine_errors(self._image_name):
             self._container.reload()
-            if self._container.status in ("created", "running"):
+            runs = self._container.status in ("created", "running")
+            if runs and not deadline.expired:
                 return
             logs = self._container.logs(tail=20).decode("utf-8", "replace")
-        raise SandboxError("The container has ended before its gateway answered", self._image_name, "", logs)
+        late = f"The gateway in the container does not answer on port 8888 within {deadline.seconds:g} s"
+        reason = late if runs else "The container has ended before its gateway answered"
+        raise SandboxError(reason, self._image_name, "", logs)
 
     def _new_client(self) -> Any:
         client = docker_client()

@@ -5413,6 +5413,49 @@ def test_a_docker_gateway_may_be_left_running(containers: Any) -> None:
 
 
 @pytest.mark.slow
+@cases("kind", "local", "docker")
+def test_a_gateway_that_has_ended_is_replaced(request: FixtureRequest, monkeypatch: MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(jupyter_exec, "RECONNECT_TIMEOUT", 1.0)
+    if kind == "docker":
+        ours = request.getfixturevalue("containers")
+        server: Any = docker_server(network=None, transport="gateway", container_name=f"{RUN}-ends")
+    else:
+        need("server", installed("kernel_gateway"))
+        server = LocalJupyterServer(transport="gateway")
+
+    def end(output: Any) -> None:
+        if kind == "docker":
+            ours()[0].kill()
+        else:
+            server._link.call("kill", kernel="gateway")
+
+    with server, JupyterCodeExecutor(server) as executor:
+        assert executor.execute(FOR_EVER, on_output=end, timeout=PATIENCE).status == "died"
+        assert run(executor, "6 * 7").output == "42"
+        with JupyterCodeExecutor(server) as second:
+            assert run(second, "6 * 7").output == "42"
+        assert run(executor, "1").output == "1"
+
+
+@pytest.mark.slow
+def test_a_gateway_container_that_does_not_answer_in_time_is_reported(
+    containers: Any, image: Callable[[str], str]
+) -> None:
+    name = image('FROM BUNDLED\nCMD ["sh", "-c", "echo asleep; exec sleep 1000"]')
+    with docker_server(custom_image_name=name, network=None, transport="gateway", start_timeout=0.5) as server:
+        with pytest.raises(SandboxError, match=r"does not answer on port 8888 within 0\.5 s") as caught:
+            server.get_client()
+    assert (caught.value.image, "asleep" in str(caught.value)) == (name, True)
+
+
+def test_a_local_gateway_that_is_late_is_reported() -> None:
+    need("server", installed("kernel_gateway"))
+    with LocalJupyterServer(transport="gateway", start_timeout=0.2) as server:
+        with pytest.raises(KernelStartFailed, match=r"within 0\.2 s"):
+            server.get_client()
+
+
+@pytest.mark.slow
 def test_a_gateway_container_of_a_dead_process_is_removed_at_the_next_start(containers: Any) -> None:
     program = """
         import os, sys, jupyter_exec
