@@ -3800,7 +3800,7 @@ class KernelHost:
 
     def _do_file(self, request: Json) -> Json:
         part = os.path.join(os.path.dirname(request["path"]), request.get("part", ""))
-        answer = far_step(request, os.getcwd())
+        answer = far_step(request, os.curdir)
         if request["step"] == "write":
             self._unfinished_files.add(part)
         elif request["step"] == "drop" or "error" not in answer:

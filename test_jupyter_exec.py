@@ -6492,6 +6492,16 @@ def test_files_come_and_go_while_a_cell_runs(request: FixtureRequest, kind: str,
         assert cell.result(PATIENCE).output == "gone\n"
 
 
+def test_files_where_the_working_directory_was_removed(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    with LocalJupyterServer(cwd=tmp_path / "gone") as server, JupyterCodeExecutor(server) as executor:
+        run(executor, "1")
+        (tmp_path / "gone").rmdir()
+        executor.upload(b"x", tmp_path / "file")
+        with pytest.raises(FileTransferError, match="'file' at the kernel: No such file or directory"):
+            executor.upload(b"x", "file")
+
+
 def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path) -> None:
     (kernels_dir.parent / "other.py").write_text(
         "from ipykernel.ipkernel import IPythonKernel\n"
