@@ -6615,6 +6615,12 @@ def _kernel_program() -> str:
         raise JupyterExecError("This program is frozen, without the source that the kernel would need.") from None
 
 
+def check_python(kernel: KernelClient, what: str) -> None:
+    """Raise JupyterExecError for a kernel that says to be of another language."""
+    if kernel.language.lower() not in ("", "python"):
+        raise JupyterExecError(f"The kernel runs {kernel.language}, and only Python kernels can {what}.")
+
+
 def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: OutputHook | None) -> Json:
     """Take a step in an idle Python kernel, by an expression that leaves no trace there; returns {"result", "bytes"}.
 
@@ -6622,8 +6628,7 @@ def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: Output
 
     Raises: JupyterExecError.
     """
-    if kernel.language.lower() not in ("", "python"):
-        raise JupyterExecError(f"The kernel runs {kernel.language}, and only Python kernels can do this.")
+    check_python(kernel, "do this")
     program = _kernel_program()
     arguments = f"{order!r}, {base64.b64encode(data).decode()!r}, names"
     # The user may have given any name to something else: so this uses none.
@@ -7856,6 +7861,8 @@ class JupyterCodeExecutor(Stoppable):
             self._kernel.wait_ready()
             if prelude := self._prelude():
                 self._kernel.ready = False  # until it has run, whatever ends this
+                if self._functions or self._tools.functions:
+                    check_python(self._kernel, "have functions= and tools=")
                 result = self._kernel.execute(prelude, START_TIMEOUT, silent=True, store_history=False)
                 if result.status != "ok":
                     what = "Functions or tools could not be defined, or the startup code failed, in the kernel"

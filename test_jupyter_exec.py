@@ -6502,7 +6502,7 @@ def test_files_where_the_working_directory_was_removed(tmp_path: Path) -> None:
             executor.upload(b"x", "file")
 
 
-def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path) -> None:
+def test_files_and_tools_of_a_kernel_that_speaks_no_python(kernels_dir: Path) -> None:
     (kernels_dir.parent / "other.py").write_text(
         "from ipykernel.ipkernel import IPythonKernel\n"
         "class Other(IPythonKernel):\n    language_info = {'name': 'R', 'file_extension': '.r'}\n"
@@ -6517,6 +6517,11 @@ def test_files_of_a_kernel_that_speaks_no_python(kernels_dir: Path) -> None:
             for act in (lambda: attached.upload(b"1", "in"), lambda: attached.get_variable("x")):
                 with pytest.raises(JupyterExecError, match="The kernel runs R, and only Python kernels"):
                     act()
+        with JupyterCodeExecutor(server, "other", tools=[add]) as equipped:
+            with pytest.raises(
+                JupyterExecError, match="runs R, and only Python kernels can have functions= and tools="
+            ):
+                equipped.execute("1")
 
 
 @cases("kind", "local", "attached")
