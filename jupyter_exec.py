@@ -2833,8 +2833,7 @@ class KernelClient:
         elif not cell.due:
             pass
         elif self._has_answered(cell):  # a slow hook kept this thread from seeing it
-            cell.reading_deadline = cell.reading_deadline or Deadline(2 * INTERRUPT_GRACE)
-            cell.hooks.muted = cell.hooks.muted or cell.reading_deadline.within(INTERRUPT_GRACE) < INTERRUPT_GRACE
+            self._hurry(cell)
         elif not in_grace:
             self._time_out(cell)
         elif not self._control.owned:
@@ -2843,12 +2842,23 @@ class KernelClient:
             self._kill(cell)
         return True
 
+    def _hurry(self, cell: Cell) -> None:
+        """Have the rest of a cell that has answered read without its hooks, once they had INTERRUPT_GRACE for it."""
+        cell.reading_deadline = cell.reading_deadline or Deadline(INTERRUPT_GRACE)
+        if cell.reading_deadline.expired and not cell.hooks.muted:
+            logger.warning("The hooks of a cell are too slow: it has ended, and the rest is in its result only")
+            cell.reading_deadline = Deadline(INTERRUPT_GRACE)  # first this: a timer looks at both
+            cell.hooks.muted = True
+
     def _has_answered(self, cell: Cell) -> bool:
-        """Whether the reply or idle of the cell has come, read or not; believed only until `reading` expires."""
+        """Whether the reply or idle of the cell has come, read or not.
+
+        A kernel may forge that. So it is not believed any more if hooks do not delay the reading, and it takes long.
+        """
         # One of them alone counts for FENCE_DELAY: the other may be stuck behind a flood, which the interrupt ends.
         halved = cell.execution.half_done and (cell.timed_out or not cell.execution.fences)
         answered = self._mailbox.answered or halved
-        return answered and not (cell.reading_deadline and cell.reading_deadline.expired)
+        return answered and not (cell.hooks.muted and cell.reading_deadline and cell.reading_deadline.expired)
 
     def _time_out(self, cell: Cell) -> None:
         """Interrupt a cell whose time is over, or let go of it; in the caller's thread or that of a timer."""

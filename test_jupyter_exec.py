@@ -2171,6 +2171,24 @@ def test_a_kernel_without_a_session_or_that_leaves_it_out_lives_on(sessions: tup
             assert {executor.execute("1").status for _ in sessions[1:]} == {"ok"}
 
 
+@pytest.mark.slow
+def test_a_hook_that_is_slow_time_and_again_costs_the_kernel_nothing(
+    executor: JupyterCodeExecutor, monkeypatch: MonkeyPatch, caplog: LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.2)
+    seen: list[Any] = []
+
+    def slow(output: dict[str, Any]) -> None:
+        seen.append(output)
+        time.sleep(0.5)  # more than two times the grace
+
+    executor.execute("x = 7")
+    result = executor.execute("for i in range(5): display(i)", timeout=0.3, on_output=slow)
+    assert (result.status, result.note, len(result.outputs)) == ("ok", "", 5)
+    assert seen == result.outputs[: len(seen)] and "hooks of a cell are too slow" in caplog.text
+    assert executor.execute("x").text == "7"
+
+
 def raising(kind: type[BaseException]) -> None:
     raise kind
 
