@@ -8164,7 +8164,8 @@ class AsyncJupyterCodeExecutor(NotCopied):
         self._functions = functions
         self._executor: JupyterCodeExecutor | None = None
         self._starting: Any = None  # a task
-        self._guard = threading.Lock()  # of _executor
+        self._guard = threading.Lock()  # of _executor, and
+        self._stopped = False
         self._pending: Any = None  # the future of a coroutine that a hook has the cells' thread wait for,
         self._cancelled_hook: Any = None  # and the last one that was cancelled here: its hook then gives None
         self._in_hook: contextvars.ContextVar[Sequence[bool]] = contextvars.ContextVar("in_hook", default=())
@@ -8180,7 +8181,9 @@ class AsyncJupyterCodeExecutor(NotCopied):
         return self._executor.connection_file if self._executor else None
 
     async def start(self) -> None:
-        """Ask for the kernel. Raises what JupyterCodeExecutor raises."""
+        """Ask for the kernel; after `stop` for a new one. Raises what JupyterCodeExecutor raises."""
+        if self._stopped:
+            await in_thread(functools.partial(self._create_once, after_stop=True))
         await self._started()
 
     def _check_outside(self) -> None:
@@ -8198,9 +8201,13 @@ class AsyncJupyterCodeExecutor(NotCopied):
             await result_of(self._starting)
         return self._executor
 
-    def _create_once(self) -> None:
+    def _create_once(self, after_stop: bool = False) -> None:
         with self._guard:
-            self._executor = self._executor or self._new_executor()
+            if self._stopped and not after_stop:
+                raise JupyterExecError(_STOPPED)
+            if self._stopped or not self._executor:
+                self._executor = self._new_executor()
+            self._stopped = False
 
     async def _answer(self, call: CellCall | BlocksCall) -> Any:
         """Make a call and return its result. If this is cancelled, interrupt the call and wait for its end."""
@@ -8380,7 +8387,7 @@ class AsyncJupyterCodeExecutor(NotCopied):
     async def restart(self) -> None:
         """Like JupyterCodeExecutor.restart."""
         self._check_outside()
-        await (in_thread(self._executor.restart) if self._executor else self.start())
+        await (in_thread(self._executor.restart) if self._executor else self._started())
 
     def interrupt(self) -> None:
         """Like JupyterCodeExecutor.interrupt."""
@@ -8388,12 +8395,13 @@ class AsyncJupyterCodeExecutor(NotCopied):
             self._executor.interrupt()
 
     async def stop(self) -> None:
-        """End the kernel. May be called more than once."""
+        """End the kernel, or keep a start from making one. May be called more than once."""
         self._check_outside()
         await in_thread(self._end)
 
     def _end(self) -> None:
         with self._guard:
+            self._stopped = True
             if self._executor:
                 self._executor.stop()
 

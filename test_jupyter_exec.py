@@ -7997,6 +7997,33 @@ async def test_async_restart_and_stop_go_before_the_waiting_cells(server: LocalJ
         assert [getattr(result, "output", str(result)) for result in said] == [expected] * 3
 
 
+@cases("begun", False, True)
+@on_a_loop
+async def test_a_stop_before_or_during_the_start_is_heeded(server: LocalJupyterServer, begun: bool) -> None:
+    executor = AsyncJupyterCodeExecutor(server)
+    call = asyncio.ensure_future(executor.execute("1"))
+    if begun:
+        await asyncio.sleep(0)
+    else:
+        call.cancel()
+    await executor.stop()
+    for act in (*[lambda: call] * begun, lambda: executor.execute("1"), executor.restart):
+        with pytest.raises(JupyterExecError, match="was stopped"):
+            await act()
+
+
+@on_a_loop
+async def test_a_stopped_async_executor_may_be_started_again(server: LocalJupyterServer) -> None:
+    executor = AsyncJupyterCodeExecutor(server)
+    for number in range(2):
+        async with executor:
+            await executor.start()  # it has been: this changes nothing
+            await executor.execute(f"x{number} = 1")
+            assert (await executor.execute("[n for n in dir() if n[0] == 'x']")).text == f"['x{number}']"
+        with pytest.raises(JupyterExecError, match="was stopped"):
+            await executor.execute("1")
+
+
 async def cancel_at_random(server: LocalJupyterServer, times: int, randoms: random.Random) -> None:
     async with AsyncJupyterCodeExecutor(server) as executor:
         await executor.run("import time; ran = []")
