@@ -7446,7 +7446,9 @@ class Job:
         self.answered, self.ended = threading.Event(), threading.Event()  # `answered`: ended or detached
         self._on_event: list[Callable[[], object]] = []
         self.since = self._turns.come(self)
-        thread = threading.Thread(target=self._run, args=(executor._worker(),), name="jupyter_exec job", daemon=True)
+        # In the context of the caller: hooks and tools see its variables, and which tool or hook it is itself.
+        run = functools.partial(contextvars.copy_context().run, self._run, executor._worker())
+        thread = threading.Thread(target=run, name="jupyter_exec job", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # there are too many

@@ -20,6 +20,7 @@ import ast
 import asyncio
 import base64
 import contextlib
+import contextvars
 import copy
 import datetime
 import functools
@@ -8793,6 +8794,42 @@ async def test_coroutine_tools_run_on_the_callers_loop(server: LocalJupyterServe
         await asyncio.sleep(0.1)
         await cancel(task)
         assert (await executor.execute("await where()")).text == "True"
+
+
+CALLER: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="nobody")
+
+
+@on_a_loop
+async def test_tools_and_hooks_see_the_context_of_the_call(server: LocalJupyterServer) -> None:
+    seen = []
+
+    async def hook(output: Any) -> None:
+        seen.append(CALLER.get())
+
+    async def ask() -> str:
+        return CALLER.get()
+
+    def ask_plainly() -> str:
+        return CALLER.get()
+
+    async with AsyncJupyterCodeExecutor(server, tools=[ask, ask_plainly], on_output=hook) as executor:
+        CALLER.set("ann")
+        result = await executor.execute("print(await ask(), ask_plainly())")
+    assert (result.text, seen) == ("ann ann\n", ["ann"])
+
+
+@on_a_loop
+async def test_a_tool_that_comes_back_through_another_executor_gets_an_error(server: LocalJupyterServer) -> None:
+    async def there() -> str:
+        return (await second.execute("await back()")).text
+
+    async def back() -> str:
+        return (await first.execute("1")).text
+
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(AsyncJupyterCodeExecutor(server, tools=[there]))
+        second = await stack.enter_async_context(AsyncJupyterCodeExecutor(server, tools=[back]))
+        assert "busy with the cell that called this tool" in (await first.execute("print(await there())")).text
 
 
 @pytest.mark.slow
