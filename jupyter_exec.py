@@ -6648,7 +6648,7 @@ def ask_kernel(kernel: KernelClient, order: Json, data: bytes, on_output: Output
     hooks = Hooks(on_output)
     result = kernel.execute("", TRANSFER_TIMEOUT, hooks, silent=True, store_history=False, expression=expression)
     if result.status != "ok":
-        raise JupyterExecError(result.note or "The kernel did not answer.")
+        raise KernelError(result.note or "The kernel did not answer.")
     text = text_of(part_of(result.value, "data", "text/plain"))
     found = re.fullmatch(r"([A-Za-z0-9+/=]*) ([A-Za-z0-9+/=]*)", text)
     if not found:
@@ -7263,7 +7263,7 @@ class Turns:
         self._changed, self._pid = threading.Condition(), os.getpid()
         self._queue: list[object] = []  # jobs, and an object for each other call; it is the turn of the first one
         self._thread = 0  # id of the holder: the thread that has the lock; 0: none has
-        self.evictions = 0  # how many calls have come that evict the holder
+        self._evictions = self._evictions_before = 0  # how many calls that evict came, by now and before this turn
         self.overtaken = False  # whether such a call went before the holder while that waited
         self.closed = False  # nobody gets the lock any more, except to evict
 
@@ -7272,6 +7272,7 @@ class Turns:
         """Wait until it is the caller's turn. With `evict` that is the next; it is called until the holder leaves.
 
         Raises: JupyterExecError if the lock is closed; NotRun if the holder was detached, or `job` was interrupted.
+        What goes wrong with the kernel while it is taken from the holder becomes a KernelError that says so.
         """
         if self.mine or os.getpid() != self._pid:  # in a forked child no holder leaves; sending says what is wrong
             yield
@@ -7287,8 +7288,14 @@ class Turns:
                 while self._queue[0] is not place or (self.closed and not evict):
                     self._check_patience(job)
                     self._changed.wait()
-                self.overtaken, self._thread = since != self.evictions, threading.get_ident()
-            yield
+                self.overtaken, self._thread = since != self._evictions, threading.get_ident()
+                self._evictions_before = self._evictions
+            try:
+                yield
+            except (KernelError, ConnectionClosed) as error:
+                if not self.eviction:
+                    raise
+                raise KernelError(self.eviction) from error
         finally:
             if self.mine:
                 self._thread = 0
@@ -7299,14 +7306,22 @@ class Turns:
         """Whether the calling thread is the holder."""
         return self._thread == threading.get_ident()
 
+    @property
+    def eviction(self) -> str:
+        """What takes the kernel from the holder; "" if nothing does."""
+        if self._evictions == self._evictions_before:
+            return ""
+        what = "executor was stopped" if self.closed else "kernel was restarted"
+        return f"The {what} while the code ran; all variables are lost"
+
     def come(self, place: object, evicts: bool = False) -> int:
         """Join the queue: `place` is a job, or any object for another call. Return how many evictions there were."""
         if not evicts:
             self._check()
         with self._changed:
-            self.evictions += evicts
+            self._evictions += evicts
             self._queue.insert(1 if evicts else len(self._queue), place)
-            return self.evictions
+            return self._evictions
 
     def is_of(self, place: object) -> bool:
         """Whether it is the turn of a job."""
@@ -7828,7 +7843,7 @@ class JupyterCodeExecutor(Stoppable):
         except (JupyterExecError, ValueError) as error:
             if self._kernel.alive and self._kernel.ready:  # it was not run: too large, or of another language
                 return ExecutionResult("error", 1, "intact", str(error), [])
-            return ExecutionResult("died", 1, "lost", _STOPPED if self._turns.closed else str(error), [])
+            return ExecutionResult("died", 1, "lost", self._turns.eviction or str(error), [])
         raised = result.error if cell != shown else None
         if raised and (status := re.search(r" exit status (\d{1,3})\.\Z", raised["evalue"])):
             result.outputs.remove(raised)
@@ -7840,13 +7855,12 @@ class JupyterCodeExecutor(Stoppable):
         """Run a cell, which stands in the notebook as `shown`; `hooks` are those of Hooks."""
         if job and job.interrupted:
             return _not_begun()
-        evictions, calls, on_result = self._turns.evictions, CellTools(self._tools), hooks.get("on_result")
+        calls, on_result = CellTools(self._tools), hooks.get("on_result")
 
         def keep(result: ExecutionResult) -> None:
             result.calls = calls.close()
-            if result.status == "died" and self._turns.evictions != evictions:
-                what = "executor was stopped" if self._turns.closed else "kernel was restarted"
-                result.note = f"The {what} while the code ran; all variables are lost"
+            if result.status == "died":
+                result.note = self._turns.eviction or result.note
             if result.status == "timeout" and code == shown:  # no shell script
                 result.note += place_of(result, code)
             called = calls_note(result.calls) if result.status != "ok" else ""
@@ -7878,7 +7892,7 @@ class JupyterCodeExecutor(Stoppable):
                 result = self._kernel.execute(prelude, START_TIMEOUT, silent=True, store_history=False)
                 if result.status != "ok":
                     what = "Functions or tools could not be defined, or the startup code failed, in the kernel"
-                    raise JupyterExecError(f"{what}: {result.text}")
+                    raise KernelError(f"{what}: {result.text}")
                 self._kernel.ready = True
 
     @contextlib.contextmanager
@@ -8265,13 +8279,13 @@ class AsyncJupyterCodeExecutor(NotCopied):
         from concurrent.futures import CancelledError, wait
 
         executor = cast("JupyterCodeExecutor", self._executor)
-        evictions, cell = executor._turns.evictions, executor._kernel._running
+        cell = executor._kernel._running
         try:
             self._pending = future = asyncio.run_coroutine_threadsafe(answer, loop)
             while not wait([future], 0.2).done:
                 if loop.is_closed():
                     break
-                if executor._turns.evictions != evictions or (cell and cell.timed_out and cell.due):
+                if executor._turns.eviction or (cell and cell.timed_out and cell.due):
                     self._cancelled_hook = future  # the kernel is about to end, or the grace of the cell is over
                     future.cancel()
             return future.result(0)

@@ -7267,6 +7267,36 @@ def test_restart_and_stop_end_the_running_cell_before_all_others(server: LocalJu
         assert what == "stop" or run(executor, "1").output == "1"
 
 
+@pytest.mark.slow
+@cases("what", "restart", "stop")
+@cases("during", "the start", "the prelude", "blocks", "set_variables")
+def test_restart_and_stop_are_named_wherever_they_meet_a_call(
+    server: LocalJupyterServer, what: str, during: str, monkeypatch: MonkeyPatch
+) -> None:
+    def take_away_first(*arguments: Any, real: Any, **options: Any) -> Any:
+        if not evictor.ident:
+            evictor.start()
+            eventually(lambda: executor._kernel.ended, "the kernel is killed")
+        return real(*arguments, **options)
+
+    startup = "x = 1" if during == "the prelude" else ""
+    with JupyterCodeExecutor(server, startup=startup) as executor:
+        if during in ("blocks", "set_variables"):
+            run(executor, "1")
+        place: Any = executor if during == "blocks" else executor._kernel
+        step = {"the start": "_greet", "blocks": "_make_ready"}.get(during, "execute")
+        evictor = threading.Thread(target=getattr(executor, what))
+        monkeypatch.setattr(place, step, functools.partial(take_away_first, real=getattr(place, step)))
+        says = f"The {'executor was stopped' if what == 'stop' else 'kernel was restarted'} while the code ran"
+        if during == "blocks":
+            assert says in run(executor, "1", "2").output
+        else:
+            with pytest.raises((KernelError, VariableError), match=says):
+                executor.set_variables(x=1) if during == "set_variables" else executor.submit("1").wait(PATIENCE)
+        evictor.join(PATIENCE)
+        assert what == "stop" or run(executor, "1").output == "1"
+
+
 def test_stop_of_an_attached_executor_ends_its_cell_only(executor: JupyterCodeExecutor) -> None:
     run(executor, "x = 7")
     assert executor.connection_file
