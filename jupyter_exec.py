@@ -4558,15 +4558,27 @@ async def result_of(future: asyncio.Future[_T]) -> _T:
 
 
 async def in_thread(function: Callable[[], _T]) -> _T:
-    """Call a function in a thread of its own, so that the loop is free. If this is cancelled, the function goes on."""
-    import asyncio
-    from concurrent.futures import ThreadPoolExecutor
+    """Call a function in a thread of its own, so that the loop is free. If this is cancelled, the function goes on.
 
-    pool = ThreadPoolExecutor(1, "jupyter_exec")
-    try:
-        return await result_of(asyncio.wrap_future(pool.submit(contextvars.copy_context().run, function)))
-    finally:
-        pool.shutdown(wait=False)
+    The end of the program does not wait for it, as it would for a thread of concurrent.futures.
+    """
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[_T] = loop.create_future()
+
+    def tell(*how_it_ended: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(*how_it_ended)
+
+    def run() -> None:
+        try:
+            tell(ended.set_result, function())
+        except BaseException as error:
+            tell(ended.set_exception, error)
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="jupyter_exec", daemon=True).start()
+    return await result_of(ended)
 
 
 class Server(Stoppable):

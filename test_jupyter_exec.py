@@ -9072,6 +9072,37 @@ async def test_a_tool_that_is_called_after_a_hook_is_none(server: LocalJupyterSe
     assert (result.status, result.note.split(";")[0]) == ("died", "The kernel was restarted while the code ran")
 
 
+@pytest.mark.slow
+def test_a_program_ends_although_a_start_goes_on() -> None:
+    program = """
+        import asyncio, sys
+        from jupyter_exec import AsyncJupyterCodeExecutor, CommandJupyterServer
+        silent = CommandJupyterServer([sys.executable, "-c", "import time; time.sleep(600)"])
+        try:
+            asyncio.run(asyncio.wait_for(AsyncJupyterCodeExecutor(silent).start(), 0.5))
+        except asyncio.TimeoutError:
+            print("given up")
+    """
+    result = run_python(program, timeout=PATIENCE)
+    assert (result.stdout, result.stderr, result.returncode) == ("given up\n", "", 0)
+
+
+def test_a_thread_may_use_asyncio_when_the_main_thread_has_ended() -> None:
+    program = """
+        import asyncio, threading
+        from jupyter_exec import AsyncJupyterCodeExecutor, LocalJupyterServer
+
+        async def work():
+            threading.main_thread().join()
+            async with LocalJupyterServer() as server, AsyncJupyterCodeExecutor(server) as executor:
+                print((await executor.execute("6 * 7")).text)
+
+        threading.Thread(target=asyncio.run, args=(work(),)).start()
+    """
+    result = run_python(program)
+    assert (result.stdout, result.stderr, result.returncode) == ("42\n", "", 0)
+
+
 @on_a_loop
 async def test_servers_are_left_without_blocking_the_loop() -> None:
     async with LocalJupyterServer() as server, AsyncJupyterCodeExecutor(server) as executor:
