@@ -6324,7 +6324,9 @@ class Tools:
             raise ValueError("tools must be a list of functions, or a dict of them by name.")
         self.functions: dict[str, tuple[Callable[..., Any], inspect.Signature]] = {}
         self.approve, self.max_calls, self.timeout = approve, max_calls, timeout
-        self.loop: Any = None  # where coroutines run; None: each in an event loop of its own
+        # Where coroutines run, those of the executor's hooks, too: the loop of the call whose turn it is, or if that
+        # has ended, of the latest call. None: each coroutine in an event loop of its own.
+        self.loop: Any = None
         self.tag = ""  # how the prompt of an input_request begins that is a tool call
         self._heads: dict[str, tuple[str, str | None]] = {}
         named: Any = isinstance(functions, Mapping) and functions.items()
@@ -7461,9 +7463,11 @@ class Job:
     `wait(seconds)` returns the result of the call once it has ended, else None.
     """
 
-    def __init__(self, executor: JupyterCodeExecutor, call: CellCall | BlocksCall, *, patient: bool = False) -> None:
-        """`patient`: it waits for its turn even while the cell of a detached job runs."""
-        self.patient, self.interrupted = patient, False
+    def __init__(
+        self, executor: JupyterCodeExecutor, call: CellCall | BlocksCall, *, patient: bool = False, loop: Any = None
+    ) -> None:
+        """`patient`: it waits for its turn even while the cell of a detached job runs. `loop` is the caller's."""
+        self.patient, self.interrupted, self._loop = patient, False, loop
         self._call, self._limit = call, executor._max_output
         self._kernel, self._turns = executor._kernel, executor._turns
         self._cell: Cell | None = None  # the latest
@@ -7552,6 +7556,8 @@ class Job:
     def _run(self, executor: JupyterCodeExecutor) -> None:
         try:
             with self._turns.turn(job=self):
+                if self._loop and self._loop.is_running():
+                    executor._tools.loop = self._loop
                 self._result = self._call.run(executor, self)
         except NotRun as error:
             self._result = self._call.so_far(error.result)
@@ -7797,10 +7803,10 @@ class JupyterCodeExecutor(Stoppable):
         """
         return self._submit(Job, code, timeout)
 
-    def _submit(self, kind: type[_AnyJob], code: Any, timeout: float | None) -> _AnyJob:
+    def _submit(self, kind: type[_AnyJob], code: Any, timeout: float | None, loop: Any = None) -> _AnyJob:
         is_cell = isinstance(code, str)
         call = CellCall(code, timeout) if is_cell else BlocksCall(code, self._folder, self._max_output, timeout)
-        self._job = job = kind(self, call, patient=True)
+        self._job = job = kind(self, call, patient=True, loop=loop)
         return job
 
     def wait(self, seconds: float | None = None) -> Any:
@@ -8149,8 +8155,8 @@ class AsyncJupyterCodeExecutor(NotCopied):
     """JupyterCodeExecutor for asyncio: the same arguments, everything awaitable, nothing blocks the loop.
 
     Cancelling the awaiting task (or autogen's `cancellation_token`) interrupts its cell, or ends its transfer;
-    variables are kept. Hooks may be coroutine functions: those of a call run on its loop, the executor's own on that of
-    the latest call, and the cell's outputs wait for them; `on_progress` is called in a thread. It serves as a code
+    variables are kept. Hooks may be coroutine functions: they and tools run on the loop of the call (of the latest, if
+    that has ended), and the cell's outputs wait for hooks; `on_progress` is called in a thread. It serves as a code
     executor of autogen-agentchat 0.4 and newer, and as a CodeEnvironment of AG2 1.x.
     """
 
@@ -8222,7 +8228,9 @@ class AsyncJupyterCodeExecutor(NotCopied):
     async def _started(self) -> JupyterCodeExecutor:
         import asyncio
 
-        self._tools.loop = loop = asyncio.get_running_loop()  # for hooks, too: that of the latest call
+        loop = asyncio.get_running_loop()
+        if not (self._tools.loop and self._tools.loop.is_running()):  # that of the cell that runs has ended
+            self._tools.loop = loop
         while not self._executor:
             if not self._starting or self._starting.done() or self._starting.get_loop() is not loop:
                 self._starting = asyncio.ensure_future(in_thread(self._create_once))
@@ -8243,7 +8251,7 @@ class AsyncJupyterCodeExecutor(NotCopied):
 
         self._check_outside()
         executor = await self._started()
-        job = Job(executor, call)
+        job = Job(executor, call, loop=asyncio.get_running_loop())
         try:
             await job.until(job.answered.is_set)
         except asyncio.CancelledError:
@@ -8270,18 +8278,18 @@ class AsyncJupyterCodeExecutor(NotCopied):
         logger.warning("The code of a call that was cancelled %s: its kernel is killed", what)
         threading.Thread(target=executor._kernel.abort, daemon=True).start()
 
-    def _hook(self, hook: AsyncHook | None, loop: Any = None) -> AsyncHook | None:
+    def _hook(self, hook: AsyncHook | None) -> AsyncHook | None:
         """Wrap a hook for the cells' thread: if it returns a coroutine, that runs on a loop, and the thread waits."""
-        return functools.partial(self._call_hook, hook, loop) if callable(hook) else hook
+        return functools.partial(self._call_hook, hook) if callable(hook) else hook
 
-    def _call_hook(self, hook: AsyncHook, loop: Any, *arguments: Any) -> Any:
+    def _call_hook(self, hook: AsyncHook, *arguments: Any) -> Any:
         import asyncio
 
         inside = [True]  # seen by the tasks of its coroutine, too; emptied when it ends
         token = self._in_hook.set(inside)
         try:
             answer = hook(*arguments)
-            return self._wait_for_hook(answer, loop or self._tools.loop) if asyncio.iscoroutine(answer) else answer
+            return self._wait_for_hook(answer, self._tools.loop) if asyncio.iscoroutine(answer) else answer
         finally:
             inside.clear()
             self._in_hook.reset(token)
@@ -8338,10 +8346,7 @@ class AsyncJupyterCodeExecutor(NotCopied):
         on_input: AsyncHook | None = None,
     ) -> ExecutionResult:
         """Like JupyterCodeExecutor.execute."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        call = CellCall(code, timeout, on_output=self._hook(on_output, loop), on_input=self._hook(on_input, loop))
+        call = CellCall(code, timeout, on_output=self._hook(on_output), on_input=self._hook(on_input))
         result: ExecutionResult = await self._answer(call)
         return result
 
@@ -8386,7 +8391,9 @@ class AsyncJupyterCodeExecutor(NotCopied):
 
     async def submit(self, code: Any, *, timeout: float | None = None) -> AsyncJob:
         """Like JupyterCodeExecutor.submit."""
-        return (await self._started())._submit(AsyncJob, code, timeout)
+        import asyncio
+
+        return (await self._started())._submit(AsyncJob, code, timeout, asyncio.get_running_loop())
 
     async def wait(self, seconds: float | None = None) -> Any:
         """Like JupyterCodeExecutor.wait."""

@@ -8826,6 +8826,24 @@ async def test_coroutine_tools_run_on_the_callers_loop(server: LocalJupyterServe
         assert (await executor.execute("await where()")).text == "True"
 
 
+@on_a_loop
+async def test_tools_and_hooks_stay_on_their_loop_when_another_uses_the_executor(server: LocalJupyterServer) -> None:
+    here, loops = asyncio.get_running_loop(), []
+    executor: AsyncJupyterCodeExecutor
+
+    async def note(*arguments: Any) -> bool:
+        loops.append(asyncio.get_running_loop())
+        return True
+
+    async def use_elsewhere() -> None:
+        await asyncio.to_thread(asyncio.run, executor.start())
+
+    executor = AsyncJupyterCodeExecutor(server, on_output=note, tools=[note, use_elsewhere], approve=note)
+    async with executor:
+        result = await executor.execute("await use_elsewhere()\nprint(await note())")
+    assert (result.text, loops) == ("True\n", [here] * 4)
+
+
 CALLER: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="nobody")
 
 
