@@ -2833,7 +2833,10 @@ class KernelClient:
         elif not cell.due:
             pass
         elif self._has_answered(cell):  # a slow hook kept this thread from seeing it
-            self._hurry(cell)
+            if self._reading_is_over(cell) and not cell.hooks.muted:
+                logger.warning("The hooks of a cell are too slow: it has ended, and the rest is in its result only")
+                cell.reading_deadline = Deadline(INTERRUPT_GRACE)  # first this: a timer looks at both
+                cell.hooks.muted = True
         elif not in_grace:
             self._time_out(cell)
         elif not self._control.owned:
@@ -2842,13 +2845,22 @@ class KernelClient:
             self._kill(cell)
         return True
 
-    def _hurry(self, cell: Cell) -> None:
-        """Have the rest of a cell that has answered read without its hooks, once they had INTERRUPT_GRACE for it."""
+    @property
+    def hurries(self) -> bool:
+        """Whether the hook at work should wait for nothing more: the time of its cell, which has ended, is over."""
+        cell = self._running
+        return bool(cell and cell.due and (cell.timed_out or self._has_answered(cell)))
+
+    @property
+    def hook_is_late(self) -> bool:
+        """Whether the hook at work has had the time of its cell, and INTERRUPT_GRACE more."""
+        cell = self._running
+        return bool(cell and self.hurries and (cell.timed_out or self._reading_is_over(cell)))
+
+    def _reading_is_over(self, cell: Cell) -> bool:
+        """Whether a cell that has answered, and whose time is over, has been read for INTERRUPT_GRACE since."""
         cell.reading_deadline = cell.reading_deadline or Deadline(INTERRUPT_GRACE)
-        if cell.reading_deadline.expired and not cell.hooks.muted:
-            logger.warning("The hooks of a cell are too slow: it has ended, and the rest is in its result only")
-            cell.reading_deadline = Deadline(INTERRUPT_GRACE)  # first this: a timer looks at both
-            cell.hooks.muted = True
+        return cell.reading_deadline.expired
 
     def _has_answered(self, cell: Cell) -> bool:
         """Whether the reply or idle of the cell has come, read or not.
@@ -7275,6 +7287,8 @@ class Turns:
         """`check()` raises in a thread that must not wait, since the holder waits for it."""
         self._check = check
         self._changed, self._pid = threading.Condition(), os.getpid()
+        # Of the tasks of a coroutine hook: true while the cells' thread waits for that.
+        self.in_hook: contextvars.ContextVar[Sequence[bool]] = contextvars.ContextVar("in_hook", default=())
         self._queue: list[object] = []  # jobs, and an object for each other call; it is the turn of the first one
         self._thread = 0  # id of the holder: the thread that has the lock; 0: none has
         self._evictions = self._evictions_before = 0  # how many calls that evict came, by now and before this turn
@@ -7525,13 +7539,24 @@ class Job:
 
         May be called from many threads, and again and again. Raises: as `execute` of the executor.
         """
-        if self._turns.mine and self._turns.is_of(self) and not self.done:
-            raise JupyterExecError("A hook cannot wait for the end of its own cell.")
+        self._check_outside()
         if not self.ended.wait(Deadline(seconds).remaining):
             return None
         if self._error:
             raise self._error
         return self._result
+
+    def _check_outside(self) -> None:
+        """Raise JupyterExecError in a hook of its cell, which would wait for itself."""
+        in_hook = self._turns.mine or self._turns.in_hook.get()
+        if in_hook and self._turns.is_of(self) and not self.done:
+            raise JupyterExecError("A hook cannot wait for the end of its own cell.")
+
+    async def awaited(self, seconds: float | None) -> Any:
+        """Like `wait`, in an event loop; leaving it does not end the job."""
+        self._check_outside()
+        await self.until(self.ended.is_set, seconds)
+        return Job.wait(self, 0)
 
     def interrupt(self) -> None:
         """Interrupt it, from any thread; if it is not its turn yet, it will not run."""
@@ -8120,7 +8145,7 @@ def _awaited(
     @functools.wraps(method)
     async def awaited(self: AsyncJupyterCodeExecutor, /, *args: _P.args, **options: _P.kwargs) -> _T:
         executor, unwanted = await self._started(), threading.Event()
-        if self._in_hook.get() and not (beside_cells and executor._kernel.files()):
+        if not (beside_cells and executor._kernel.files()):
             self._check_outside()
 
         def call() -> _T:
@@ -8147,8 +8172,7 @@ class AsyncJob(Job):
 
     async def wait(self, seconds: float | None = None) -> Any:
         """Like Job.wait; leaving it does not end the job."""
-        await self.until(self.ended.is_set, seconds)
-        return super().wait(0)
+        return await self.awaited(seconds)
 
 
 class AsyncJupyterCodeExecutor(NotCopied):
@@ -8202,7 +8226,6 @@ class AsyncJupyterCodeExecutor(NotCopied):
         self._stopped = False
         self._pending: Any = None  # the future of a coroutine that a hook has the cells' thread wait for,
         self._cancelled_hook: Any = None  # and the last one that was cancelled here: its hook then gives None
-        self._in_hook: contextvars.ContextVar[Sequence[bool]] = contextvars.ContextVar("in_hook", default=())
 
     @property
     def system_message(self) -> str:
@@ -8222,7 +8245,7 @@ class AsyncJupyterCodeExecutor(NotCopied):
 
     def _check_outside(self) -> None:
         """Raise JupyterExecError in a hook: its cell has the kernel, and waits for it."""
-        if self._in_hook.get():
+        if self._executor and self._executor._turns.in_hook.get():
             raise JupyterExecError(HOOK_RUNS_CELL)
 
     async def _started(self) -> JupyterCodeExecutor:
@@ -8285,28 +8308,28 @@ class AsyncJupyterCodeExecutor(NotCopied):
     def _call_hook(self, hook: AsyncHook, *arguments: Any) -> Any:
         import asyncio
 
+        in_hook = cast("JupyterCodeExecutor", self._executor)._turns.in_hook
         inside = [True]  # seen by the tasks of its coroutine, too; emptied when it ends
-        token = self._in_hook.set(inside)
+        token = in_hook.set(inside)
         try:
             answer = hook(*arguments)
             return self._wait_for_hook(answer, self._tools.loop) if asyncio.iscoroutine(answer) else answer
         finally:
             inside.clear()
-            self._in_hook.reset(token)
+            in_hook.reset(token)
 
     def _wait_for_hook(self, answer: Coroutine[Any, Any, Any], loop: Any) -> Any:
         import asyncio
         from concurrent.futures import CancelledError, wait
 
         executor = cast("JupyterCodeExecutor", self._executor)
-        cell = executor._kernel._running
         try:
             self._pending = future = asyncio.run_coroutine_threadsafe(answer, loop)
             while not wait([future], 0.2).done:
                 if loop.is_closed():
                     break
-                if executor._turns.eviction or (cell and cell.timed_out and cell.due):
-                    self._cancelled_hook = future  # the kernel is about to end, or the grace of the cell is over
+                if executor._turns.eviction or executor._kernel.hook_is_late:
+                    self._cancelled_hook = future
                     future.cancel()
             return future.result(0)
         except CancelledError:
@@ -8355,33 +8378,39 @@ class AsyncJupyterCodeExecutor(NotCopied):
     ) -> AsyncGenerator[Any, None]:
         """Run one cell; yield its outputs as they come (see `on_output`), and last its ExecutionResult.
 
-        Leaving the iteration interrupts the cell; `contextlib.aclosing` makes certain that this is at once.
+        Leaving the iteration interrupts the cell; `contextlib.aclosing` makes certain that this is at once. The cell
+        waits for a slow reader until its time is over; a reader that runs cells meanwhile needs another executor.
         """
         import asyncio
 
-        outputs: asyncio.Queue[Any] = asyncio.Queue(100)  # if it is full, the cell waits for the reader
-        left = False
+        loop, left = asyncio.get_running_loop(), False
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+        room = threading.Semaphore(100)  # of the queue: if there is none, the cell waits for the reader
 
-        async def show(output: Any) -> None:
-            if not left:
-                await outputs.put(output)
+        def show(output: Any) -> None:  # in the cells' thread
+            executor = cast("JupyterCodeExecutor", self._executor)
+            loop.call_soon_threadsafe(outputs.put_nowait, output)
+            while not (left or executor._kernel.hurries or executor._turns.eviction or room.acquire(timeout=0.2)):
+                pass
 
         async def run() -> None:
             try:
-                await show(await self.execute(code, timeout=timeout, on_output=show, on_input=on_input))
+                outputs.put_nowait(await self.execute(code, timeout=timeout, on_output=show, on_input=on_input))
             except Exception as error:
-                await show(error)
+                outputs.put_nowait(error)
 
         running = asyncio.ensure_future(run())
         try:
             output: Any = None
             while not isinstance(output, ExecutionResult):
                 output = await outputs.get()
+                room.release()
                 if isinstance(output, Exception):
                     raise output
                 yield output
         finally:
             left = True
+            room.release()
             running.cancel()
             await asyncio.wait([running])
 
@@ -8397,9 +8426,7 @@ class AsyncJupyterCodeExecutor(NotCopied):
 
     async def wait(self, seconds: float | None = None) -> Any:
         """Like JupyterCodeExecutor.wait."""
-        job = (await self._started())._last_job()
-        await job.until(job.ended.is_set, seconds)
-        return Job.wait(job, 0)
+        return await (await self._started())._last_job().awaited(seconds)
 
     upload = _awaited(JupyterCodeExecutor.upload, beside_cells=True)
     list_files = _awaited(JupyterCodeExecutor.list_files, beside_cells=True)

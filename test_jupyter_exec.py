@@ -8136,6 +8136,23 @@ async def test_a_stream_gives_outputs_as_they_come_and_last_the_result(server: L
         assert (len(flood), flood[-1].status) == (2001, "ok")
 
 
+@pytest.mark.slow
+@cases("same", False, True)
+@on_a_loop
+async def test_a_stream_is_whole_however_slow_its_reader(
+    server: LocalJupyterServer, same: bool, monkeypatch: MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
+    seen = []
+    async with AsyncJupyterCodeExecutor(server) as executor:
+        await executor.execute("1")
+        async for output in executor.stream("for i in range(200): display(i)", timeout=2):
+            seen.append(output)
+            await (executor.execute("1") if same else asyncio.sleep(0.02))  # the same waits until the cell has ended
+    assert [output["data"]["text/plain"] for output in seen[:-1]] == [str(i) for i in range(200)]
+    assert seen[-1].status == "ok"
+
+
 @cases("code", FOR_EVER, "while True: display(1)")
 @on_a_loop
 async def test_leaving_a_stream_interrupts_the_cell(
@@ -8998,6 +9015,22 @@ async def test_a_hook_that_wants_the_kernel_gets_an_error(server: LocalJupyterSe
     assert said == [jupyter_exec.HOOK_RUNS_CELL]
 
 
+@cases("waits", "job", "executor")
+@on_a_loop
+async def test_a_coroutine_hook_cannot_wait_for_its_own_job(server: LocalJupyterServer, waits: str) -> None:
+    said: list[str] = []
+
+    async def hook(output: Any) -> None:
+        with pytest.raises(JupyterExecError, match="cannot wait for the end of its own cell"):
+            await (executor if waits == "executor" else job).wait()
+        said.append(waits)
+
+    async with AsyncJupyterCodeExecutor(server, on_output=hook) as executor:
+        job = await executor.submit("print(1)")
+        assert (await job.wait()).status == "ok"
+    assert said == [waits]
+
+
 @on_a_loop
 async def test_what_a_hook_leaves_to_others_may_use_the_executor_later(server: LocalJupyterServer) -> None:
     later: list[asyncio.Task[Any]] = []
@@ -9036,7 +9069,7 @@ async def test_cancelling_who_waits_for_its_turn_leaves_the_running_hook_alone(s
         assert (await running).text.endswith("'Ann'")
 
 
-@cases("end", "stop", "restart", "the timeout")
+@cases("end", "stop", "restart", "the timeout", "the end of the code")
 @on_a_loop
 async def test_a_hook_that_waits_for_ever_is_ended_with_its_cell(
     server: LocalJupyterServer, end: str, monkeypatch: MonkeyPatch
@@ -9044,18 +9077,19 @@ async def test_a_hook_that_waits_for_ever_is_ended_with_its_cell(
     monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.5)
     asked, never = asyncio.Event(), asyncio.Event()
 
-    async def on_input(prompt: str, password: bool) -> str:
+    async def wait(*arguments: Any) -> str:
         asked.set()
         await never.wait()
         return ""
 
-    async with AsyncJupyterCodeExecutor(server, on_input=on_input) as executor:
-        running = asyncio.ensure_future(executor.execute("input()", timeout=1 if "time" in end else PATIENCE))
+    async with AsyncJupyterCodeExecutor(server, on_input=wait, on_output=wait) as executor:
+        code = "print(1)" if "code" in end else "input()"
+        running = asyncio.ensure_future(executor.execute(code, timeout=1 if "the" in end else PATIENCE))
         await asked.wait()
-        if "time" not in end:
+        if "the" not in end:
             await getattr(executor, end)()
         result = await running
-        assert result.status == ("timeout" if "time" in end else "died")
+        assert result.status == {"the timeout": "timeout", "the end of the code": "ok"}.get(end, "died")
 
 
 @on_a_loop
