@@ -7602,15 +7602,17 @@ class Job:
         """Wait in an event loop until `is_so()`, but no longer than `seconds`."""
         import asyncio
 
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        loop, changed, deadline = asyncio.get_running_loop(), asyncio.Event(), Deadline(seconds)
         listener = functools.partial(loop.call_soon_threadsafe, changed.set)
         self._on_event.append(listener)
         try:
-            with contextlib.suppress(asyncio.TimeoutError):
-                deadline = Deadline(seconds)
-                while not is_so():
-                    await asyncio.wait_for(changed.wait(), deadline.remaining)
-                    changed.clear()
+            while not (is_so() or deadline.expired):
+                changed.clear()
+                waiting = asyncio.ensure_future(changed.wait())
+                try:  # not wait_for, which loses a cancellation that comes with the event (before Python 3.12)
+                    await asyncio.wait([waiting], timeout=deadline.remaining)
+                finally:
+                    waiting.cancel()
         finally:
             self._on_event.remove(listener)
 

@@ -8055,6 +8055,26 @@ async def test_a_stopped_async_executor_may_be_started_again(server: LocalJupyte
             await executor.execute("1")
 
 
+@cases("turns", *range(6))
+@on_a_loop
+async def test_no_cancellation_is_lost_if_it_comes_with_what_is_waited_for(
+    server: LocalJupyterServer, turns: int
+) -> None:
+    async with AsyncJupyterCodeExecutor(server) as executor:
+        job = await executor.submit(FOR_EVER)
+        waiting = asyncio.ensure_future(job.wait(PATIENCE))
+        while not job._on_event:
+            await asyncio.sleep(0)
+        job._tell(threading.Event())  # as if it had been detached
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting], timeout=0.2)
+        job.interrupt()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+
 async def cancel_at_random(server: LocalJupyterServer, times: int, randoms: random.Random) -> None:
     async with AsyncJupyterCodeExecutor(server) as executor:
         await executor.run("import time; ran = []")
