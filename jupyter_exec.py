@@ -8305,7 +8305,13 @@ class AsyncJupyterCodeExecutor(NotCopied):
 
     def _hook(self, hook: AsyncHook | None) -> AsyncHook | None:
         """Wrap a hook for the cells' thread: if it returns a coroutine, that runs on a loop, and the thread waits."""
-        return functools.partial(self._call_hook, hook) if callable(hook) else hook
+        call = weakref.WeakMethod(self._call_hook)  # a job must not keep this object from being collected
+
+        def run(*arguments: Any) -> Any:
+            method = call()
+            return method(hook, *arguments) if method and hook else None
+
+        return run if callable(hook) else hook
 
     def _call_hook(self, hook: AsyncHook, *arguments: Any) -> Any:
         import asyncio

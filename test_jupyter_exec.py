@@ -8075,6 +8075,18 @@ async def test_no_cancellation_is_lost_if_it_comes_with_what_is_waited_for(
             await waiting
 
 
+@on_a_loop
+async def test_an_async_executor_with_a_hook_is_collected_while_a_job_runs(server: LocalJupyterServer) -> None:
+    executor: Any = AsyncJupyterCodeExecutor(server, on_output=print)
+    job = await executor.submit(FOR_EVER)
+    while not job.output:
+        await asyncio.sleep(0.01)
+    with pytest.warns(ResourceWarning, match="forgotten"):
+        del executor
+        gc.collect()
+    assert (await job.wait()).status == "died"
+
+
 async def cancel_at_random(server: LocalJupyterServer, times: int, randoms: random.Random) -> None:
     async with AsyncJupyterCodeExecutor(server) as executor:
         await executor.run("import time; ran = []")
