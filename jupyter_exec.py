@@ -7293,6 +7293,7 @@ class Turns:
         self._thread = 0  # id of the holder: the thread that has the lock; 0: none has
         self._evictions = self._evictions_before = 0  # how many calls that evict came, by now and before this turn
         self.overtaken = False  # whether such a call went before the holder while that waited
+        self.interrupted = False  # whether the holder is to begin no more cells
         self.closed = False  # nobody gets the lock any more, except to evict
 
     @contextlib.contextmanager
@@ -7317,7 +7318,7 @@ class Turns:
                     self._check_patience(job)
                     self._changed.wait()
                 self.overtaken, self._thread = since != self._evictions, threading.get_ident()
-                self._evictions_before = self._evictions
+                self._evictions_before, self.interrupted = self._evictions, False
             try:
                 yield
             except (KernelError, ConnectionClosed) as error:
@@ -7898,8 +7899,15 @@ class JupyterCodeExecutor(Stoppable):
 
     def _run_cell(self, code: str, shown: str, timeout: float | None, job: Job | None, **hooks: Any) -> ExecutionResult:
         """Run a cell, which stands in the notebook as `shown`; `hooks` are those of Hooks."""
-        if job and job.interrupted:
+        if self._turns.interrupted or (job and job.interrupted):
             return _not_begun()
+
+        def begin(cell: Cell) -> None:
+            if job:
+                job.begin(cell)
+            if self._turns.interrupted:  # just now
+                self._kernel.interrupt(cell)
+
         calls, on_result = CellTools(self._tools), hooks.get("on_result")
 
         def keep(result: ExecutionResult) -> None:
@@ -7915,7 +7923,7 @@ class JupyterCodeExecutor(Stoppable):
             if on_result:
                 on_result(result)
 
-        hooks = {**self._hooks, **hooks, "on_result": keep, "on_start": job.begin if job else None}
+        hooks = {**self._hooks, **hooks, "on_result": keep, "on_start": begin}
         hooks["on_request"] = calls.start_call if self._tools.functions else None
         hooks["on_timeout"] = job.detach if job and self._on_timeout == "detach" else None
         seconds = self._timeout if timeout is None else timeout
@@ -8093,7 +8101,11 @@ class JupyterCodeExecutor(Stoppable):
             raise JupyterExecError(_STOPPED)
 
     def interrupt(self) -> None:
-        """Interrupt the running cell, from any thread; its variables are kept."""
+        """Interrupt the call whose turn it is, from any thread; its variables are kept.
+
+        If its kernel is still being started, or if it is between two blocks, it runs no more code.
+        """
+        self._turns.interrupted = True
         self._kernel.interrupt()
 
     def restart(self) -> None:

@@ -5822,6 +5822,26 @@ def test_interrupt_from_another_thread(executor: JupyterCodeExecutor) -> None:
     assert run(executor, "1").output == "1"
 
 
+@cases("when", "_greet", "_settle")
+def test_an_interrupt_before_the_cell_has_begun_is_heeded(
+    executor: JupyterCodeExecutor, when: str, monkeypatch: MonkeyPatch
+) -> None:
+    if when == "_settle":
+        run(executor, "1")
+    kernel: Any = executor._kernel
+    real = getattr(kernel, when)
+
+    def interrupt_first(*arguments: Any) -> None:
+        executor.interrupt()
+        real(*arguments)
+
+    monkeypatch.setattr(kernel, when, interrupt_first)
+    result = executor.execute("while True: pass", timeout=3)
+    assert (result.exit_code, result.kernel_state) == (130, "intact")
+    monkeypatch.undo()
+    assert run(executor, "1").output == "1"
+
+
 @pytest.mark.slow
 def test_a_storm_of_interrupts_hits_running_cells_only(executor: JupyterCodeExecutor) -> None:
     executor.execute("x = 0")
