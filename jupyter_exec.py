@@ -5546,15 +5546,9 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         given = limits | docker_kwargs
         self._docker_kwargs = {name: _listed(name, value) for name, value in given.items() if value is not None}
         _targets(self._docker_kwargs)  # raises for what is no mount
-        if network is not None and "network_mode" in self._docker_kwargs:
-            raise ValueError("Give network or network_mode, not both.")
+        self.network = self._network(network, hardened)
         if custom_image_name and (packages or base_image):
             raise ValueError("packages and base_image are for the bundled image, not for custom_image_name.")
-        self.network = network or self._docker_kwargs.get("network_mode") or ("none" if hardened else "bridge")
-        if self.network not in self._docker_kwargs.get("networking_config", [self.network]):
-            raise ValueError(f"networking_config has nothing for the network {self.network!r}: name one by network=.")
-        if self.transport == "gateway" and self.network == "none":
-            raise ValueError('A gateway cannot be reached without a network: use transport="direct".')
         self._target = "gateway" if self.transport == "gateway" else "kernel"  # of the Dockerfile
         self._token = chosen_token(token)
         self._custom_image, self._base_image, self._packages = custom_image_name, base_image, _requirements(packages)
@@ -5566,6 +5560,17 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         self._work_dir = work_dir
         for opening in _openings(self._docker_kwargs | {"network_mode": self.network}, self._bind_dir):
             logger.warning("The sandbox of Docker is opened: %s", opening)
+
+    def _network(self, network: str | None, hardened: bool) -> str:
+        """Return the name of the network. Raises: ValueError for options that do not go together."""
+        if network is not None and "network_mode" in self._docker_kwargs:
+            raise ValueError("Give network or network_mode, not both.")
+        network = network or self._docker_kwargs.get("network_mode") or ("none" if hardened else "bridge")
+        if network not in self._docker_kwargs.get("networking_config", [network]):
+            raise ValueError(f"networking_config has nothing for the network {network!r}: name one by network=.")
+        if self.transport == "gateway" and network == "none":
+            raise ValueError('A gateway cannot be reached without a network: use transport="direct".')
+        return network
 
     @property
     def container_id(self) -> str | None:
@@ -7717,8 +7722,7 @@ class JupyterCodeExecutor(Stoppable):
         self._folder = Folder(self._output_dir)
         self._kernel_name, self._max_output = kernel_name, max_output
         self._timeout, self._on_timeout = timeout, on_timeout
-        self._functions = tuple(functions)
-        self._startup = startup
+        self._functions, self._startup = tuple(functions), startup
         self._tools = tools if isinstance(tools, Tools) else Tools(tools, approve, max_tool_calls, tool_timeout)
         self._prelude()  # raises for a function that cannot be sent
         self._journal = Journal()
