@@ -159,6 +159,7 @@ MAX_FILES = 500  # files of one call
 MAX_FILE_BYTES = 2**30  # bytes of all files of one call; also of a session's journal
 HOOK_RUNS_CELL = "A cell is running: its hooks cannot run another one."
 STILL_RUNNING = "the code is still running; wait() returns the rest"
+MAX_IMAGE = 15 * 2**18  # bytes of a picture for a model: 5 MB in base64, more is refused by Anthropic's API
 MAX_DOWNLOAD = 2**28  # bytes of a file that is brought here, unless a call says otherwise
 MAX_LISTED = 10_000  # entries of a directory that is listed
 CELL_PIECE = 2**18  # bytes that one silent cell carries: of variables, and of files if the kernel has no host
@@ -1163,9 +1164,10 @@ class Folder:
         """Write files under new names; return their paths."""
         paths = []
         for file in files:
-            paths.append(str(self.path / f"{os.urandom(16).hex()}{file.suffix}"))
-            with self.create(os.path.basename(paths[-1])) as target:
+            name = f"{os.urandom(16).hex()}{file.suffix}"
+            with self.replace(name) as target:
                 target.write(file.data)
+            paths.append(str(self.path / name))
         return paths
 
     @contextlib.contextmanager
@@ -1478,7 +1480,7 @@ class ExecutionResult:
         """Those of `files` that are pictures."""
         return [file for file in self.files if file.mime_type.startswith("image/")]
 
-    def parts(self, max_chars: int = 20_000, max_images: int = 4, max_image_bytes: int = 15 * 2**18) -> list[Json]:
+    def parts(self, max_chars: int = 20_000, max_images: int = 4, max_image_bytes: int = MAX_IMAGE) -> list[Json]:
         """Return what a language model should see, in order, within a budget: text, and pictures in base64.
 
         Each is {"type": "text", "text": ...} or {"type": "image", "mime_type": ..., "data": ...}. Of longer text head
@@ -1721,9 +1723,8 @@ class Execution:
         if outcome[0] == "error" and self._reply and not any(output["output_type"] == "error" for output in outputs):
             # The error came with the reply only, or there was no room for it.
             error = _error({"ename": "Aborted", "evalue": "the kernel did not run it"} | self._reply)
-            if error["ename"] not in "".join(
-                error["traceback"][-1:]
-            ):  # it is an earlier cell's: ipykernel mixes them up
+            last_line = "".join(error["traceback"][-1:])
+            if error["ename"] not in last_line:  # it is an earlier cell's: ipykernel mixes them up
                 error["traceback"] = []
             outputs.append(error)
         value = part_of(self._reply, "user_expressions", "value")
@@ -1739,8 +1740,9 @@ class Execution:
                 return "interrupted", 130, "intact", "Interrupted; variables are kept"
             return "interrupted", 130, "busy", f"Interrupted, but the kernel {self._busy}"
         if self.ended_session:
-            message = ": ".join(["", *(keep[:STDERR_TAIL] for keep in self._exits if isinstance(keep, str))])
-            status = next((keep % 256 for keep in self._exits if type(keep) is int), int(message != ""))
+            messages = [keep for keep in self._exits if isinstance(keep, str)]
+            message = ": ".join(["", *(text[:STDERR_TAIL] for text in messages if text)])
+            status = next((keep % 256 for keep in self._exits if type(keep) is int), int(messages != []))
             return "exited", status, "lost", f"the session was ended by the code{message}"
         if self._reply and self._reply.get("status") == "ok":
             return "ok", 0, "intact", self._loss_note(missing)
@@ -2766,26 +2768,30 @@ class KernelClient:
             raise JupyterExecError(HOOK_RUNS_CELL)
         hooks = hooks or Hooks()
         asks = bool(hooks.on_input or hooks.on_request)
+        hooks.muted = not (hooks.on_output or hooks.on_input)  # or their slowness would be blamed for a slow reading
         content = execute_content(code, silent=silent, store_history=store_history, asks=asks, expression=expression)
         request = self._message("shell", "execute_request", content)
         cell = Cell(Execution(request.msg_id, max_output, silent), timeout, hooks)
-        self._running = cell
+        self._running, is_sending = cell, False
         # A hook may take longer than the cell has: the interrupt is then sent from a thread of its own.
         has_timer = (hooks.on_output or hooks.on_input) and cell.deadline.remaining is not None
         try:
             self._settle(cell)
             if hooks.on_start:
                 hooks.on_start(cell)
-            if has_timer:
-                threading.Thread(target=self._interrupt_in_time, args=(cell,), daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # there are too many threads
+                if has_timer:
+                    threading.Thread(target=self._interrupt_in_time, args=(cell,), daemon=True).start()
             if not cell.execution.death:
+                is_sending = True
                 self._post(request)
             cell.sent = True
             self._run(cell)
         except JupyterExecError:
             raise
         except BaseException:  # Ctrl-C, or a signal handler that raises
-            self._end_early(cell)
+            if is_sending:
+                self._end_early(cell)
             raise
         finally:
             self._running, self._ended = None, cell.execution.ended_session
@@ -2847,9 +2853,9 @@ class KernelClient:
 
     @property
     def hurries(self) -> bool:
-        """Whether the hook at work should wait for nothing more: the time of its cell, which has ended, is over."""
+        """Whether the hook at work should wait for nothing more: the time of its cell is over, which does not run."""
         cell = self._running
-        return bool(cell and cell.due and (cell.timed_out or self._has_answered(cell)))
+        return bool(cell and cell.due and (cell.timed_out or not cell.sent or self._has_answered(cell)))
 
     @property
     def hook_is_late(self) -> bool:
@@ -2905,8 +2911,7 @@ class KernelClient:
             for message in self._decode(item):
                 self._feed(message, cell)
                 yield
-            return
-        yield
+        yield  # once more: deadlines have to be tested after an item without a valid message, too
 
     def _feed(self, message: Message, cell: Cell) -> None:
         execution = cell.execution
@@ -3048,16 +3053,15 @@ class KernelClient:
 
     def shutdown(self) -> None:
         """End the kernel: ask it, and after SHUTDOWN_GRACE kill it. Only disconnects from one that is not ours."""
-        if self._channels and self._control.owned:
-            if self.ready and not self._death and not self._control.supervised:
+        if self._control.owned:
+            if self._channels and self.ready and not self._death and not self._control.supervised:
                 # Deviation: asked on control, where it belongs, ipykernel 7 often hangs at its end (its control thread
                 # writes to an iopub thread that has gone).
                 is_ipykernel = self.kernel_info.get("implementation") == "ipython"
                 self._send("shell" if is_ipykernel else "control", "shutdown_request", {"restart": False})
                 self._wait_exit(SHUTDOWN_GRACE)
-            if not self._death or self._control.supervised:
-                self._control.kill()
-                self._wait_exit(SHUTDOWN_GRACE)
+            self._control.kill()  # also if it says to be dead
+            self._wait_exit(SHUTDOWN_GRACE)
         self.close()
 
     def abort(self) -> None:
@@ -4503,7 +4507,8 @@ class RemoteKernelControl(KernelControl):
             except JupyterExecError as error:
                 if is_unknown(error, self._id):
                     self._id = None
-            self._mailbox.put(KernelDied(cause="it was deleted on the server"))
+            cause = "its server does not answer" if self._id else "it was deleted on the server"
+            self._mailbox.put(KernelDied(cause=cause))
 
     def close(self) -> None:
         if not (self.owned and self._id):  # else the server deletes it at its end
@@ -5100,7 +5105,7 @@ class HostServer(Server):
             if self._link is None or self._link.lost is not None:
                 if self._link:
                     self._link.close()
-                    self._disconnect(failed=True)
+                    self._disconnect()
                 self._link = self._connect()
                 self._loop = self._link.loop
             return self._link
@@ -5516,6 +5521,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     _client: Any = None  # of the engine, while there is a container
     _container: Any = None
+    _last_id = ""  # of the container before this one
     _stream: DockerStream | None = None
 
     def __init__(
@@ -5543,8 +5549,10 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         limits = {"read_only": True, "mem_limit": "1g", "nano_cpus": 10**9} if hardened else {}
         if docker_kwargs.keys() & {"cpu_period", "cpu_quota"}:  # say the same in another way, and not both are allowed
             limits.pop("nano_cpus", None)
-        given = limits | docker_kwargs
-        self._docker_kwargs = {name: _listed(name, value) for name, value in given.items() if value is not None}
+        given = limits | {name: value for name, value in docker_kwargs.items() if value is not None}
+        if given.get("mem_limit") == "":  # docker-py takes it for 0
+            raise ValueError("mem_limit is empty: say how much memory the container may have, such as 512m.")
+        self._docker_kwargs = {name: _listed(name, value) for name, value in given.items()}
         _targets(self._docker_kwargs)  # raises for what is no mount
         self.network = self._network(network, hardened)
         if custom_image_name and (packages or base_image):
@@ -5603,7 +5611,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     def _start_gateway(self) -> JupyterConnectionInfo:
         """Run the image's own command, with the port published on the loopback address of the engine only."""
-        self._disconnect(failed=True)  # the last one, if it has ended: the next may want its name
+        self._disconnect()  # the last one, if it has ended
         client = self._new_client()
         try:
             with _engine_errors(self._image_name):
@@ -5705,6 +5713,9 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
 
     def _create(self, client: Any, command: list[str] | None) -> Any:
         _remove_orphans(client)
+        if self._container_name and self._stop_container and self._last_id:  # it has ended, and has the name still
+            with contextlib.suppress(Exception):
+                client.api.remove_container(self._last_id, v=True, force=True)
         image = self._image(client)
         options = self._options(client, image, command)
         if command is None:
@@ -5796,6 +5807,7 @@ CMD ["sh", "-c", "KG_AUTH_TOKEN=$TOKEN exec jupyter-kernelgateway --KernelGatewa
         if not self._client:
             return
         container, stream, self._container, self._stream = self._container, self._stream, None, None
+        self._last_id = container.id if container else ""
         self._client.api.timeout = STOP_TIMEOUT
         try:
             if container and (self._stop_container or failed):
@@ -5813,7 +5825,9 @@ def _create_container(client: Any, image: Any, options: Json) -> Any:
     """Create a container that `_remove_orphans` knows. Nothing stays of one whose creation is interrupted."""
     import docker.errors
 
-    options["labels"] = {"jupyter_exec.owner": process_name(os.getpid())} | options.get("labels", {})
+    # With its name, since an image that is made of a container hands its labels on.
+    own = {"jupyter_exec.owner": process_name(os.getpid()), "jupyter_exec.name": options["name"]}
+    options["labels"] = own | options.get("labels", {})
     try:
         return client.containers.create(image.id, **options)
     except docker.errors.APIError:  # the name may be that of another container
@@ -5854,8 +5868,10 @@ def _remove_orphans(client: Any, name: str = "") -> None:
     """
     for found in client.api.containers(all=True, filters={"label": "jupyter_exec.owner"}):
         labels, never_ran = found["Labels"], found["State"] == "created"
-        is_orphan = (never_ran or "jupyter_exec.forsakable" in labels) and has_ended(labels["jupyter_exec.owner"])
-        if is_orphan or (never_ran and f"/{name}" in found["Names"]):
+        owner, own_name = labels["jupyter_exec.owner"], labels.get("jupyter_exec.name", "")
+        is_orphan = (never_ran or "jupyter_exec.forsakable" in labels) and has_ended(owner)
+        is_wanted = never_ran and name == own_name and owner == process_name(os.getpid())
+        if f"/{own_name}" in found["Names"] and (is_orphan or is_wanted):
             with contextlib.suppress(Exception):  # it has gone in the meantime
                 client.api.remove_container(found["Id"], v=True, force=True)
 
@@ -6040,6 +6056,8 @@ def _openings(options: Mapping[str, Any], bind_dir: str | None) -> Iterator[str]
         yield f"user={options['user']!r} is root, who can leave setuid files in what is mounted"
     if options.get("pids_limit") in (0, -1):
         yield "pids_limit does not limit: a fork bomb reaches the machine"
+    if options.get("mem_limit") in (0, "0"):
+        yield "mem_limit does not limit: code may take all memory of the machine"
     volumes = _merged("volumes", [], options.get("volumes", []))
     sources = [str(volume).partition(":")[0] for volume in volumes] + [bind_dir or "-"]
     sources += [str(mount.get("Source")) for mount in options.get("mounts", [])]
@@ -7108,33 +7126,32 @@ def run_shell(shell: str, script: str, pip_options: str) -> None:
 
     Raises: CalledProcessError with the exit status, without a traceback.
     """
-    import fcntl
     import shlex
 
     command, python, directory = "", shlex.quote(sys.executable), os.path.dirname(sys.executable)
+    path = directory + os.pathsep + os.environ.get("PATH", os.defpath)
     for name in ("python", "python3", "pip", "pip3"):
         is_pip, is_there = "pip" in name, os.path.exists(os.path.join(directory, name))
-        # Where it is not, that of another Python would be found.
-        own = f"command {name}" if is_there else python + " -m pip" * is_pip
+        own = f'command {name} "$@"'
+        if not is_there:  # that of another Python would be found; but one that the script has activated is meant
+            own = f'if [ "$PATH" = {shlex.quote(path)} ]; then {python}{" -m pip" * is_pip} "$@"; else {own}; fi'
         quiet = f'[ "${{1-}}" != install ] || set -- "$@" {pip_options}; ' * is_pip
         if is_pip or not is_there:
-            command += f'{name}() {{ {quiet}{own} "$@"; }}; '
+            command += f"{name}() {{ {quiet}{own}; }}; "
     command += '. "$0"'
-    path = directory + os.pathsep + os.environ.get("PATH", os.defpath)
     with tempfile.TemporaryFile() as file:  # an argument has 128 KB at most; from stdin, commands would read the script
         file.write(script.encode("utf-8", "replace"))
         file.seek(0)
-        descriptor = fcntl.fcntl(
-            file.fileno(), fcntl.F_DUPFD_CLOEXEC, 3
-        )  # 0 to 2 may be free, and will be the script's
+        # Of four one is none of 0 to 2, which may be free here: in the script they are its own streams.
+        held = [os.dup(file.fileno()) for _ in range(4)]
         try:
             process = subprocess.Popen(
-                [shell, "-c", command, f"/dev/fd/{descriptor}"],
+                [shell, "-c", command, f"/dev/fd/{max(held)}"],
                 env={**os.environ, "PATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=[descriptor],
+                pass_fds=[max(held)],
                 start_new_session=True,
             )
             status = follow_shell(process)
@@ -7142,7 +7159,8 @@ def run_shell(shell: str, script: str, pip_options: str) -> None:
             print(f"There is no {shell} where the kernel runs.", file=sys.stderr)
             status = 127
         finally:
-            os.close(descriptor)
+            for descriptor in held:
+                os.close(descriptor)
     if status:
         error = subprocess.CalledProcessError(status, shell)
         vars(error)["_render_traceback_"] = list  # IPython asks for it
@@ -7276,9 +7294,8 @@ class NotRun(JupyterExecError):
         self.result = result
 
 
-_AWAITED_CALL = (
-    threading.local()
-)  # in a thread that makes an awaited call: `is_unwanted()` is True if that was cancelled
+# In a thread that makes an awaited call: `is_unwanted()` is True if that was cancelled.
+_AWAITED_CALL = threading.local()
 
 
 def _is_unwanted() -> bool:
@@ -7518,6 +7535,11 @@ class Job:
         return self.ended.is_set()
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a cell of it was run."""
+        return self._cell is not None
+
+    @property
     def detached(self) -> bool:
         """Whether its time was over before it had ended."""
         return self.partial_result is not None
@@ -7568,8 +7590,8 @@ class Job:
         """Interrupt it, from any thread; if it is not its turn yet, it will not run."""
         self.interrupted = True
         self._turns.wake()
-        if cell := self._cell:
-            self._kernel.interrupt(cell)
+        if self._cell or self._turns.is_of(self):  # or it waits for functions and startup code
+            self._kernel.interrupt(self._cell)
 
     def begin(self, cell: Cell) -> None:
         self._cell = cell
@@ -7856,8 +7878,11 @@ class JupyterCodeExecutor(Stoppable):
     def _answer(self, call: CellCall | BlocksCall) -> Any:
         """Make a call and return its result; one that may be detached runs in a thread of its own."""
         if self._on_timeout == "interrupt" or self._turns.mine:
-            with self._turns.turn():
-                return call.run(self, None)
+            try:
+                with self._turns.turn():
+                    return call.run(self, None)
+            except NotRun as error:
+                return call.so_far(error.result)
         job = Job(self, call)
         try:
             while not job.answered.wait(1.0):  # short: a wait does not notice a signal that another thread got
@@ -7890,6 +7915,8 @@ class JupyterCodeExecutor(Stoppable):
             self._make_ready()
             cell, shown = cell_of(block, self._kernel_name, self._kernel.language)
             result = self._run_cell(cell, shown, timeout, job, **hooks)
+        except NotRun as error:
+            return error.result
         except (JupyterExecError, ValueError) as error:
             if self._kernel.alive and self._kernel.ready:  # it was not run: too large, or of another language
                 return ExecutionResult("error", 1, "intact", str(error), [])
@@ -7947,6 +7974,8 @@ class JupyterCodeExecutor(Stoppable):
                 if self._functions or self._tools.functions:
                     check_python(self._kernel, "have functions= and tools=")
                 result = self._kernel.execute(prelude, START_TIMEOUT, silent=True, store_history=False)
+                if result.status == "interrupted":
+                    raise NotRun(_not_begun())
                 if result.status != "ok":
                     what = "Functions or tools could not be defined, or the startup code failed, in the kernel"
                     raise KernelError(f"{what}: {result.text}")
@@ -8316,8 +8345,11 @@ class AsyncJupyterCodeExecutor(NotCopied):
             job.detach(job._cell.so_far())
             return
         what = "ignored the interrupt" if job._cell else "has no kernel yet"
-        logger.warning("The code of a call that was cancelled %s: its kernel is killed", what)
-        threading.Thread(target=executor._kernel.abort, daemon=True).start()
+        kernel = executor._kernel
+        fate = "killed" if kernel.owned else "left"
+        logger.warning("The code of a call that was cancelled %s: its kernel is %s", what, fate)
+        end = kernel.abort if kernel.owned else functools.partial(kernel.give_up, "the call was cancelled")
+        threading.Thread(target=end, daemon=True).start()
 
     def _hook(self, hook: AsyncHook | None) -> AsyncHook | None:
         """Wrap a hook for the cells' thread: if it returns a coroutine, that runs on a loop, and the thread waits."""
@@ -8412,6 +8444,8 @@ class AsyncJupyterCodeExecutor(NotCopied):
         room = threading.Semaphore(100)  # of the queue: if there is none, the cell waits for the reader
 
         def show(output: Any) -> None:  # in the cells' thread
+            if left:
+                return
             executor = cast("JupyterCodeExecutor", self._executor)
             loop.call_soon_threadsafe(outputs.put_nowait, output)
             while not (left or executor._kernel.hurries or executor._turns.eviction or room.acquire(timeout=0.2)):
@@ -8622,8 +8656,9 @@ def read_document(source: str, unlabelled: bool = False, is_script: bool = False
     if source == "-":
         if sys.stdin is None:
             raise ValueError("There is no stdin to read the code from.")
-        return _script("<stdin>", _source_text("<stdin>", sys.stdin.buffer.read()))
-    data, suffix = Path(source).read_bytes(), Path(source).suffix.lower()
+        source, data, suffix = "<stdin>", sys.stdin.buffer.read(), "" if is_script else ".py"
+    else:
+        data, suffix = Path(source).read_bytes(), Path(source).suffix.lower()
     text = data.decode("utf-8-sig", "replace")
     if suffix == ".ipynb":
         return _notebook(source, json_object(text, f"notebook {source}"))
@@ -8648,7 +8683,7 @@ def _source_text(source: str, data: bytes) -> str:
 
     try:
         return importlib.util.decode_source(data)
-    except (SyntaxError, UnicodeDecodeError) as error:
+    except (SyntaxError, UnicodeDecodeError, LookupError) as error:
         raise ValueError(f"{source} cannot be decoded: {error}. Say its encoding in the first line.") from None
 
 
@@ -8773,7 +8808,7 @@ class LivePrinter:
             # `place` says which line it was; and the variables that were kept end with the run.
             failed = re.sub(r"; variables are kept|(?<=it was at) line \d+", "", failed)
             self._line(f"jupyter-exec: {place}: {failed}", sys.stderr)
-        elif result.note and result.status == "ok":
+        elif result.note and (result.status == "ok" or (result.exit_code and result.kernel_state == "lost")):
             self._line(f"jupyter-exec: {result.note}", sys.stderr)
 
     def ask(self, prompt: str, password: bool) -> str:
@@ -9053,7 +9088,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         folder = Folder(options.output_dir)  # code may put a link in its place
         printer.status = _run_steps(executor, document, steps, printer, folder, options)
         if speaks_python and _is_script(options) and executor._kernel.alive:
-            executor.execute(_LAST_CELL, timeout=math.inf)
+            printer.status = _wait_for_threads(executor, printer) or printer.status
         if not _bring_back(executor, options.get, folder):
             printer.status = printer.status or 2
         return printer.status
@@ -9135,7 +9170,7 @@ def _startup(options: argparse.Namespace, arguments: list[str]) -> str:
 
 
 # What Python does at the end of a script: it ends the pools of concurrent.futures, and waits for threads.
-_LAST_CELL = """\
+_LAST_WAIT = """\
 import threading
 for end in reversed(getattr(threading, "_threading_atexits", [])):
     end()
@@ -9143,6 +9178,17 @@ for thread in threading.enumerate():
     if not (thread.daemon or thread is threading.current_thread()):
         thread.join()
 """
+
+
+def _wait_for_threads(executor: JupyterCodeExecutor, printer: LivePrinter | JsonPrinter) -> int:
+    """Wait for what a script has left running; returns the exit status if that goes wrong, else 0."""
+    try:
+        result = executor.execute(f"__import__('builtins').exec({_LAST_WAIT!r}, {{}})")
+    except KeyboardInterrupt:
+        raise printer.trouble or KeyboardInterrupt from None
+    if result.status != "ok":
+        say(f"while threads of the script went on: {result.note or 'they could not be waited for'}")
+    return result.exit_code
 
 
 def _ask(prompt: str, password: bool) -> str:
@@ -9283,7 +9329,11 @@ class McpTools:
         executor = await _soon(self._executor(session)._started())
         jobs = self._jobs.setdefault(session, [])
         jobs.append(job := Job(executor, call, patient=True))
-        await self._ended(job, deadline.within(MCP_PATIENCE))
+        try:
+            await self._ended(job, deadline.within(MCP_PATIENCE))
+        finally:  # it may have been cancelled before it began: then `wait` is for the code before it
+            if job.interrupted and not job.has_begun and job in jobs:
+                jobs.remove(job)
         if job in jobs and not all(other.done for other in jobs[: jobs.index(job)]):
             job.interrupt()  # it has not begun
             jobs.remove(job)
@@ -9308,7 +9358,8 @@ class McpTools:
             end = job.output[-MCP_OUTPUT // 10 :]
             says = f"The last of its output so far:\n{end}" if end else "It has shown nothing so far."
             return _mcp_text(f"The code is still running: call wait for the rest, or interrupt. {says}")
-        earlier: list[Json] = []
+        self._untold.discard(job)
+        own, earlier = _mcp_result(job.wait(0)), []
         for other in jobs[: jobs.index(job)] if job in jobs else ():
             if other in self._untold and other.done:
                 try:
@@ -9316,12 +9367,11 @@ class McpTools:
                 except JupyterExecError as error:
                     earlier += _mcp_text(clean_text(str(error)))
                 self._untold.discard(other)
-        self._untold.discard(job)
         jobs[:-1] = [other for other in jobs[:-1] if other in self._untold or not other.done]
         if earlier:
             told = _mcp_text("The earlier code of this session has ended:")
             earlier = [*told, *earlier, *_mcp_text("The code of this call:")]
-        return earlier + _mcp_result(job.wait(0))
+        return earlier + own
 
     async def wait(self, session: str = "default", seconds: float = 45) -> list[Json]:
         """Wait for the latest code of a session, 45 seconds at most, and return all that run_code would have returned.

@@ -3731,17 +3731,22 @@ def test_what_dead_processes_have_left_is_removed_at_the_next_start(engine: Any,
     with subprocess.Popen(["sleep", "60"]) as process:
         owner = jupyter_exec.process_name(process.pid)
         process.kill()
-    for has_run, labels in ((False, {}), (True, {"jupyter_exec.forsakable": "1"}), (True, {})):
-        labels |= {RUN: "", "jupyter_exec.owner": owner}
-        container = engine.containers.create(docker_server()._image_name, ["true"], labels=labels)
+    forsakable, of_another = {"jupyter_exec.forsakable": "1"}, {"jupyter_exec.name": "from whose image this was made"}
+    kept = []
+    for has_run, more in ((False, {}), (True, forsakable), (True, {}), (True, forsakable | of_another)):
+        name = f"jupyter-exec-{os.urandom(8).hex()}"
+        labels = {RUN: "", "jupyter_exec.owner": owner, "jupyter_exec.name": name} | more
+        container = engine.containers.create(docker_server()._image_name, ["true"], labels=labels, name=name)
+        kept += [container] if has_run and more != forsakable else []
         if has_run:
             container.start()
             container.wait()
     with docker_server() as server:
         server.kernelspecs()
         # What was asked to stay, and has run, stays.
-        assert {container.id for container in containers()} == {server.container_id, container.id}
-    container.remove()
+        assert {container.id for container in containers()} == {server.container_id, *(one.id for one in kept)}
+    for container in kept:
+        container.remove()
 
 
 @pytest.mark.slow
@@ -4298,6 +4303,10 @@ def test_docker_not_running_says_what_to_do(monkeypatch: MonkeyPatch, host: str,
         JupyterCodeExecutor(DockerJupyterServer())
 
 
+def test_hardened_limits_memory_whatever_is_left_unsaid() -> None:
+    assert DockerJupyterServer(hardened=True, mem_limit=None)._docker_kwargs["mem_limit"] == "1g"
+
+
 @cases(
     "options, says",
     ({"command": "x"}, "custom_image_name"),
@@ -4308,6 +4317,7 @@ def test_docker_not_running_says_what_to_do(monkeypatch: MonkeyPatch, host: str,
     ({"packages": "six"}, "list of strings"),
     ({"packages": ["six", "--index-url=http://evil"]}, "option of pip"),
     ({"packages": ["six\n-r /etc/passwd"]}, "option of pip"),
+    ({"mem_limit": ""}, "mem_limit is empty"),
     ({"networking_config": {"n": {}}}, "nothing for the network 'bridge': name one by network="),
     ({"bind_dir": ""}, "bind_dir is empty"),
     ({"packages": (package for package in ["six", 1])}, "list of strings"),
@@ -4406,6 +4416,7 @@ def test_an_unknown_docker_keyword_is_named(name: str, meant: str) -> None:
     (1, {"user": "00"}),
     (1, {"user": 0}),
     (1, {"pids_limit": -1}),
+    (1, {"mem_limit": 0}),
     (1, {"volumes": ["/var/run/docker.sock:/var/run/docker.sock"]}),
     (1, {"volumes": {"/": {"bind": "/host", "mode": "ro"}}}),
     (1, {"mounts": [{"Source": "/run/podman/podman.sock", "Target": "/x", "Type": "bind"}]}),
@@ -4618,6 +4629,68 @@ def test_a_forked_child_hears_so_while_its_parent_runs_a_cell() -> None:
     """
     child, parent = run_python(program).stdout.splitlines()
     assert "This process was forked" in child and parent == "interrupted"
+
+
+def test_deadlines_are_tested_after_garbage_too() -> None:
+    with scripted(lambda kernel, request: None) as executor:
+        cell = jupyter_exec.Cell(jupyter_exec.Execution("id"), 1, jupyter_exec.Hooks())
+        for parts in ([b"x"], [b"<IDS|MSG>", b"bad", b"{}", b"{}", b"{}", b"{}"]):
+            assert len(list(executor._kernel._take(("iopub", parts), cell))) > 0
+
+
+@cases(
+    "lie",
+    "kernel.session.session = 'another'",
+    "kernel.session.send(kernel.iopub_socket, 'status', {'execution_state': 'dead'})",
+)
+def test_a_kernel_that_says_to_be_dead_is_killed_all_the_same(server: LocalJupyterServer, lie: str) -> None:
+    stays = "import os, threading, time\nthreading.Thread(target=time.sleep, args=[1000]).start()\nprint(os.getpid())"
+    with JupyterCodeExecutor(server) as executor:
+        pid = int(executor.execute(stays).text)
+        assert executor.execute(f"kernel = get_ipython().kernel; {lie}").status == "died"
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"), "the kernel has ended")
+
+
+def test_startup_code_can_be_interrupted(server: LocalJupyterServer, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    startup = f"open({str(begun)!r}, 'w')\n{FOR_EVER}"
+    for is_job in (False, True):
+        with JupyterCodeExecutor(server, startup=startup) as executor:
+            job = executor.submit([CodeBlock("1")])
+            eventually(begun.exists, "the startup code runs")
+            job.interrupt() if is_job else executor.interrupt()
+            result = job.wait(PATIENCE)
+            assert (result.exit_code, result.status) == (130, "interrupted")
+            begun.unlink()
+
+
+@on_a_loop
+async def test_a_hook_of_late_output_ends_with_the_time_of_the_cell(
+    server: LocalJupyterServer, monkeypatch: MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
+    late = f"print('late', flush=True); open({str(tmp_path / 'done')!r}, 'w')"
+    async with AsyncJupyterCodeExecutor(server) as executor:
+        await executor.execute(f"import threading\nthreading.Timer(0.2, lambda: exec({late!r})).start()")
+        while not ((tmp_path / "done").exists() and executor._executor._kernel._mailbox.unread):  # type: ignore[union-attr]
+            await asyncio.sleep(0.01)
+        result = await executor.execute("6 * 7", timeout=1, on_output=lambda output: asyncio.sleep(1000))
+        assert result.status in ("ok", "timeout")
+
+
+@on_a_loop
+async def test_a_call_that_waits_for_a_deaf_attached_kernel_can_be_cancelled(monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(jupyter_exec, "INTERRUPT_GRACE", 0.3)
+    with contextlib.closing(ScriptedKernel(lambda kernel, request: None)) as kernel:
+        kernel.deaf = 10**6
+        executor = AsyncJupyterCodeExecutor(kernel.connection)
+        task = asyncio.ensure_future(executor.execute("1"))
+        while not kernel.requests:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task], timeout=PATIENCE)
+        assert task.cancelled()
+        await executor.stop()
 
 
 def test_ctrl_c_before_a_cell_is_sent_costs_nothing(executor: JupyterCodeExecutor) -> None:
@@ -7822,6 +7895,10 @@ def test_a_script_runs_where_descriptors_are_closed_and_in_the_python_of_its_ker
                 result = run_block(executor, f"{name} -c 'import sys; print(sys.executable)'; exit 3", "sh")
                 assert (result.exit_code, result.output) == (3, f"{tmp_path}/python-of-its-own\n")
             assert "pip" in run_block(executor, "pip --version", "bash").output
+            (tmp_path / "pip").write_text("#!/bin/sh\necho activated")
+            (tmp_path / "pip").chmod(0o755)
+            activates = f"PATH={tmp_path / 'other'}:$PATH; mkdir {tmp_path / 'other'}; mv {tmp_path / 'pip'} {tmp_path / 'other'}"
+            assert run_block(executor, f"{activates}; pip --version", "sh").output == "activated\n"
 
 
 def test_a_script_leaves_nothing_in_the_kernel(executor: JupyterCodeExecutor, tmp_path: Path) -> None:
@@ -9939,6 +10016,8 @@ SCRIPTS: dict[str, bytes] = {
     "a thread goes on": b"import threading, time\nthreading.Timer(0.5, print, ['late']).start()",
     "a pool goes on": b"from concurrent.futures import *\npool = ThreadPoolExecutor()\n_ = pool.submit(lambda: print('in a pool'))",
     "a daemon does not": b"import threading, time\nthreading.Thread(target=time.sleep, args=[1e6], daemon=True).start()",
+    "nothing of its is touched meanwhile": b"import threading\nend = 'kept'\nthreading.Timer(0.5, lambda: print(end)).start()"
+    b"\nfrom concurrent.futures import *\n_ = ThreadPoolExecutor()",
     "its coding line": LATIN.encode("latin-1"),
     "a BOM": b"\xef\xbb\xbfprint('bom')",
 }
@@ -10203,6 +10282,7 @@ def test_exit_status_is_the_results_and_jsons(code: str, options: list[str], sta
 @cases(
     "name, content, options, says",
     ("a.py", b"'\xe9'", [], "a.py cannot be decoded: .*Say its encoding"),
+    ("a.py", b"# coding: rot13\n1", [], "a.py cannot be decoded"),
     ("a.py", b"1", ["--notebook", "a.py"], "--notebook a.py would take the place of the code"),
     ("a.py", b"1", ["--notebook", "fifo"], "fifo: Is no regular file|Is no regular file: .*fifo"),
     ("a.py", b"1", ["--put", "a.py", "--put", "./a.py"], "--put must name files, each with another last part"),
@@ -10265,6 +10345,20 @@ def test_signals_end_with_their_status_leave_nothing_and_keep_the_cell(number: i
         assert process.wait(PATIENCE) == 128 + number
     (cell,) = read_notebook(tmp_path / "n.ipynb", as_version=4).cells
     assert (cell.source, cell.outputs[0].text) == (FOR_EVER, "go\n")
+
+
+@pytest.mark.slow
+def test_a_thread_that_a_script_leaves_has_the_timeout_of_a_cell() -> None:
+    result = cli(
+        "run", "--timeout", "1", "-c", "import threading; threading.Thread(target=threading.Event().wait).start()"
+    )
+    assert result.returncode in (124, 137) and "while threads of the script went on: Timeout" in result.stderr
+
+
+def test_the_message_of_an_exit_in_a_notebook_is_shown(tmp_path: Path) -> None:
+    notebook_file(tmp_path / "a.ipynb", "exit('no data')")
+    result = cli("run", "a.ipynb", cwd=tmp_path)
+    assert (result.returncode, "no data" in result.stderr) == (1, True)
 
 
 @pytest.mark.slow
@@ -10543,6 +10637,24 @@ def test_mcp_a_cancelled_call_loses_nothing_of_earlier_code(tmp_path: Path) -> N
         assert "precious" in mcp_text(await call("wait", seconds=PATIENCE))
 
     assert mcp_run(main, "--cwd", str(tmp_path), patience=1) == ""
+
+
+@pytest.mark.slow
+def test_mcp_waits_for_the_code_that_runs_after_a_queued_call_was_cancelled(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
+    async def main(call: Any) -> None:
+        assert "still running" in mcp_text(await call("run_code", code=waiting_for(gate, "print('first')")))
+        request = asyncio.ensure_future(call("run_code", code="print('never')"))
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(request), 0.2)
+        await cancel(request)
+        gate.touch()
+        while "still running" in (text := mcp_text(await call("wait"))):
+            pass
+        assert text == "first\n"
+
+    assert mcp_run(main, patience=1) == ""
 
 
 @pytest.mark.slow
