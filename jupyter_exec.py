@@ -9334,7 +9334,7 @@ class McpTools:
         finally:  # it may have been cancelled before it began: then `wait` is for the code before it
             if job.interrupted and not job.has_begun and job in jobs:
                 jobs.remove(job)
-        if job in jobs and not all(other.done for other in jobs[: jobs.index(job)]):
+        if job in jobs and not (job.done or all(other.done for other in jobs[: jobs.index(job)])):
             job.interrupt()  # it has not begun
             jobs.remove(job)
             advice = "Wait for that, interrupt it, or use another session."
