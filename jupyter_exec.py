@@ -1137,6 +1137,11 @@ def _lines(output: Json, save: Callable[[Json], str | None] | None) -> Iterator[
 _DEVICES = (Path("/dev"), Path("/dev/fd"))
 
 
+def random_name(suffix: str) -> str:
+    """Return a file name that nobody can foresee."""
+    return f"{os.urandom(16).hex()}{suffix}"
+
+
 class Folder:
     """A directory that is held open: files go into it even if something else has taken its path (not on Windows).
 
@@ -1164,7 +1169,7 @@ class Folder:
         """Write files under new names; return their paths."""
         paths = []
         for file in files:
-            name = f"{os.urandom(16).hex()}{file.suffix}"
+            name = random_name(file.suffix)
             with self.replace(name) as target:
                 target.write(file.data)
             paths.append(str(self.path / name))
@@ -1180,7 +1185,7 @@ class Folder:
             with open(self.path / name, "wb") as file:
                 yield file
             return
-        new, mode = f"{os.urandom(16).hex()}.part", self._mode(name)
+        new, mode = random_name(".part"), self._mode(name)
         try:
             with self.create(new) as file:
                 if mode is not None and hasattr(os, "fchmod"):  # what only its owner may read stays so
@@ -1221,7 +1226,7 @@ class CallFiles:
         self._trouble = ""
 
     def new_name(self, suffix: str) -> str:
-        return f"{os.urandom(16).hex()}{suffix}"
+        return random_name(suffix)
 
     def save(self, data: Json) -> str | None:
         """Write the best representation of a MIME bundle that belongs in a file, under a new name.
@@ -1262,7 +1267,7 @@ class CallFiles:
         if self._size <= self._limit:
             return
         try:
-            self._file = self._file or self._folder.create(f"{os.urandom(16).hex()}.txt")
+            self._file = self._file or self._folder.create(random_name(".txt"))
             self._file.write("".join(self._text).encode("utf-8", "replace"))
             self._file.flush()
         except OSError as error:
@@ -3487,7 +3492,7 @@ class KernelHost:
 
     def __init__(self, loop: Loop, stream: Stream, directory: str, program: bytes) -> None:
         self._loop = loop
-        self.directory = directory
+        self._directory = directory
         self._program = program  # this module, as it was received
         self._kernels: dict[str, ChildProcess] = {}
         self._unfinished_files: set[str] = set()  # paths of files that are still being written
@@ -3545,8 +3550,8 @@ class KernelHost:
     def _do_start(self, request: Json) -> Json:
         """Start a kernel in a slot; kill the kernel that had the slot, and overwrite its connection file."""
         spec = self._spec(request)
-        if not os.path.isdir(self.directory):  # a cell has cleaned up /tmp
-            os.mkdir(self.directory, 0o700)
+        if not os.path.isdir(self._directory):  # a cell has cleaned up /tmp
+            os.mkdir(self._directory, 0o700)
         try:
             os.getcwd()
             if request["relay"]:
@@ -3559,7 +3564,7 @@ class KernelHost:
             raise KernelStartFailed([sys.executable], advice) from None
         for old in [kernel for kernel in self._kernels.values() if kernel.slot == request["slot"]]:
             self._end(self._kernels.pop(old.name))
-        path = os.path.join(self.directory, f"kernel-{request['slot']}.json")
+        path = os.path.join(self._directory, f"kernel-{request['slot']}.json")
         argv = command_of(spec, path)
         lean = not request["launch"]["ipython_defaults"]
         argv += LEAN_OPTIONS if lean and _is_ipykernel(argv) else []
@@ -3589,7 +3594,7 @@ class KernelHost:
 
     def _connection(self, request: Json, argv: list[str]) -> KernelConnection:
         """Choose where the kernel listens: socket files if it is known to support them, or else ports."""
-        ports, ip, transport = [1, 2, 3, 4, 5], os.path.join(self.directory, request["slot"]), "ipc"
+        ports, ip, transport = [1, 2, 3, 4, 5], os.path.join(self._directory, request["slot"]), "ipc"
         if not _is_ipykernel(argv):
             listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]  # all at once: else two are the same
             ports, ip, transport = [listener.getsockname()[1] for listener in listeners], "127.0.0.1", "tcp"
@@ -3605,7 +3610,7 @@ class KernelHost:
         extra: Json = spec["env"] if isinstance(spec.get("env"), dict) else {}
         env |= {key: string.Template(str(value)).safe_substitute(os.environ) for key, value in extra.items()}
         if not os.access(os.path.expanduser("~"), os.W_OK):  # a container's user may have none, and IPython needs it
-            env["HOME"] = os.path.join(self.directory, "home")
+            env["HOME"] = os.path.join(self._directory, "home")
             os.makedirs(env["HOME"], exist_ok=True)
         env.setdefault("USER", "jupyter")
         if _is_ipykernel(argv) and os.path.exists(os.path.join(os.path.dirname(argv[0]), os.pardir, "pyvenv.cfg")):
@@ -3665,7 +3670,7 @@ class KernelHost:
         check = f"import sys; sys.implementation.cache_tag == {tag!r} or sys.exit({CANNOT_FORK})"
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The program is a file without a name, so that no kernel can replace it.
-        with theirs, tempfile.TemporaryFile(dir=self.directory, buffering=0) as program:
+        with theirs, tempfile.TemporaryFile(dir=self._directory, buffering=0) as program:
             program.write(self._program)
             program.seek(0)
             options = json.dumps([theirs.fileno(), kernel.lean, kernel.preload])
@@ -6749,7 +6754,7 @@ class FarFiles:
 
     def write(self, path: str, pieces: Iterable[bytes], done: Callable[[int], None]) -> None:
         """Make a file of pieces; it appears when it is complete. `done(size)`: so many bytes have arrived."""
-        part = f".{os.urandom(16).hex()}.part"
+        part = f".{random_name('.part')}"
         waiting: deque[tuple[queue.SimpleQueue[Json], int]] = deque()
 
         def settle(count: int) -> None:
@@ -8578,6 +8583,7 @@ class Document:
         """`name` is for people, `body` a notebook without cells."""
         self.name, self._body = name, {"nbformat": 4, "nbformat_minor": 5, "metadata": {}} | body
         self.steps: list[Step] = []
+        self.is_script = False  # of one language, and run as `python FILE` would run it
         self.kernel_name = text_of(part_of(body, "metadata", "kernelspec", "name"))  # "" if it names none
 
     def new_step(
@@ -8698,6 +8704,7 @@ def _is_python(source: str, text: str) -> bool:
 
 def _script(name: str, text: str) -> Document:
     document = Document(name, {})
+    document.is_script = True
     lines = text.replace("\r\n", "\n").split("\n")
     markers = [i for i, line in enumerate(lines) if re.match(r"# ?%%(?!%)", line)]
     for start, end in itertools.pairwise([0, *markers, len(lines)]):
@@ -9079,7 +9086,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             max_output=RUN_OUTPUT,
             on_output=printer if isinstance(printer, LivePrinter) else None,
             on_input=printer.ask if sys.stdin and options.file != "-" else None,
-            startup=_startup(options, arguments) if speaks_python else "",
+            startup=_startup(document.is_script, options, arguments) if speaks_python else "",
         )
         stack.enter_context(executor)
         for source in options.put:
@@ -9087,7 +9094,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
                 executor.upload(source)
         folder = Folder(options.output_dir)  # code may put a link in its place
         printer.status = _run_steps(executor, document, steps, printer, folder, options)
-        if speaks_python and _is_script(options) and executor._kernel.alive:
+        if speaks_python and document.is_script and executor._kernel.alive:
             printer.status = _wait_for_threads(executor, printer) or printer.status
         if not _bring_back(executor, options.get, folder):
             printer.status = printer.status or 2
@@ -9148,13 +9155,8 @@ def _runnable(document: Document, kernel_name: str, language: str) -> Iterator[S
                 yield step
 
 
-def _is_script(options: argparse.Namespace) -> bool:
-    return options.code is not None or not options.file.lower().endswith((".ipynb", ".md", ".markdown"))
-
-
-def _startup(options: argparse.Namespace, arguments: list[str]) -> str:
+def _startup(is_script: bool, options: argparse.Namespace, arguments: list[str]) -> str:
     """Return code by which a script finds what `python FILE` would give it: arguments, __file__, modules beside it."""
-    is_script = _is_script(options)
     # IPython warns of sys.exit(), with which many a script ends.
     lines = ["__import__('warnings').filterwarnings('ignore', 'To exit: use')"] if is_script else []
     lines += ["exit = quit = __import__('sys').exit"] if is_script else []  # IPython's would first run the rest
